@@ -1,0 +1,16 @@
+"""Data sets: reading, writing, importing, generating, splitting and training examples."""
+
+from gflowgr.data.bundle import load_dataset, save_dataset
+from gflowgr.data.dataset import Dataset
+from gflowgr.data.examples import TrainingExamples
+from gflowgr.data.ragged import Ragged
+from gflowgr.data.split import LeaveOneOut
+
+__all__ = [
+    "Dataset",
+    "LeaveOneOut",
+    "Ragged",
+    "TrainingExamples",
+    "load_dataset",
+    "save_dataset",
+]

@@ -1,0 +1,278 @@
+"""Reading and writing a data set's folder (the "bundle" format).
+
+========================  ==========================================================================
+file                      content
+========================  ==========================================================================
+``inter.json.gz``         {"user": [item, ...]}: integers from 0, oldest first; last = test, second-last = valid
+``item.json.gz``          {"item": {field: text}} for every item 0 .. n - 1 (optional)
+``index.<name>.json.gz``  {"item": ["<a_3>", "<b_7>", ...]} (optional, several; read on demand)
+``rating.json.gz``        {"user": [stars, ...]} parallel to inter (optional)
+``time.json.gz``          {"user": [Unix seconds, ...]} parallel to inter (optional)
+``behaviour.json.gz``     {"user": ["click", ...]} parallel to inter (optional)
+``<other>.json.gz``       {"user": [item, ...]} a side behaviour without an order, e.g. cart, impression
+``truth.npy``             float16 [users, items], true expected reward (built-in data set only)
+========================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gflowgr.data.dataset import MAX_BEHAVIOURS, Dataset, check_items
+from gflowgr.data.ragged import Ragged
+from gflowgr.errors import DataError, OutputError
+from gflowgr.files import ensure_writable, read_json, save_npy, write_json_gz
+
+_PARALLEL = ("rating", "time", "behaviour")
+_RESERVED = ("inter", "item", *_PARALLEL)
+
+
+def load_dataset(path: str | Path) -> Dataset:
+    """Read a data set's folder.
+
+    The number of items is that of ``item.json.gz``; without it, that of the first index file; without
+    either, the largest item id + 1. Side pairs whose item is the user's validation or test item are
+    dropped and counted (``Dataset.side_dropped``).
+
+    Args:
+        path: the folder.
+
+    Raises:
+        FileNotFoundError: the folder or its ``inter.json.gz`` is missing.
+        DataError: a file is damaged or contradicts another; the message names file, user and value.
+    """
+    folder = Path(path)
+    if not (folder / "inter.json.gz").is_file():
+        raise FileNotFoundError(f"{folder}: not a data set's folder, it has no inter.json.gz")
+    inter = folder / "inter.json.gz"
+    users, sequences = _read_lists(inter, {int}, np.int64)
+    if not users:
+        raise DataError(f"{inter}: there are no users")
+    if (sequences.lengths == 0).any():
+        row = int(np.argmin(sequences.lengths))
+        raise DataError(f"{inter}: user {users[row]!r} has no interactions")
+
+    side = {}
+    for file in sorted(folder.glob("*.json.gz")):
+        name = file.name[:-8]
+        if name not in _RESERVED and not name.startswith("index."):
+            side[name] = _align(file, users, _read_lists(file, {int}, np.int64), complete=False)
+
+    texts = _read_texts(folder / "item.json.gz") if (folder / "item.json.gz").is_file() else None
+    num_items = _count_items(folder, texts, [sequences, *side.values()])
+    check_items(sequences, num_items, users, str(inter))
+    for name, rows in side.items():
+        check_items(rows, num_items, users, str(folder / f"{name}.json.gz"))
+
+    names: tuple[str, ...] = ()
+    behaviours = _read_parallel(folder / "behaviour.json.gz", users, sequences, {str}, np.str_)
+    if behaviours is not None:
+        distinct, codes = np.unique(behaviours, return_inverse=True)
+        if len(distinct) > MAX_BEHAVIOURS:
+            raise DataError(
+                f"{folder / 'behaviour.json.gz'}: {len(distinct)} different behaviours, "
+                f"at most {MAX_BEHAVIOURS} are supported"
+            )
+        names, behaviours = tuple(str(n) for n in distinct), codes.astype(np.int8)
+    ratings = _read_parallel(folder / "rating.json.gz", users, sequences, {int, float}, np.float32)
+    times = _read_parallel(folder / "time.json.gz", users, sequences, {int}, np.int64)
+    truth = None
+    if (folder / "truth.npy").is_file():
+        try:
+            truth = np.load(folder / "truth.npy", mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(f"{folder / 'truth.npy'}: not a readable .npy file: {error}") from error
+    return Dataset(
+        name=folder.resolve().name,
+        path=folder,
+        user_ids=users,
+        sequences=sequences,
+        num_items=num_items,
+        behaviours=behaviours,
+        behaviour_names=names,
+        ratings=ratings,
+        times=times,
+        side=side,
+        texts=texts,
+        truth=truth,
+    )
+
+
+def save_dataset(dataset: Dataset, path: str | Path, *, overwrite: bool = False) -> Dataset:
+    """Write ``dataset`` to the folder ``path`` in the bundle format.
+
+    Each file is written whole or not at all, ``inter.json.gz`` last: an interrupted save leaves a
+    folder that is recognisably no data set.
+
+    Args:
+        dataset: what to write; identifiers in memory or in its own folder go along.
+        path: the folder; created when missing.
+        overwrite: replace a data set that is already there.
+
+    Returns:
+        The same data set with ``path`` and ``name`` set to the folder.
+
+    Raises:
+        FileExistsError: the folder has a data set already and ``overwrite`` is false.
+        OutputError: the folder cannot be written.
+        ValueError: a side behaviour has a name that the format reserves.
+    """
+    from gflowgr.identifiers import write_index
+
+    folder = Path(path)
+    for name in dataset.side:
+        if name in _RESERVED or name.startswith("index.") or Path(name).name != name:
+            raise ValueError(f"side behaviour {name!r}: the name is reserved or not a file name")
+    if (folder / "inter.json.gz").exists() and not overwrite:
+        raise FileExistsError(f"{folder}: there is a data set already; pass overwrite=True")
+    # Read everything that may lie in the very folder before anything there is removed.
+    indexes = {name: dataset.identifiers(name) for name in dataset.index_names()}
+    truth = None if dataset.truth is None else np.array(dataset.truth)
+    ensure_writable(folder)
+    try:
+        for old in [*folder.glob("*.json.gz"), folder / "truth.npy"]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            error.errno or errno.EIO, "cannot replace the old data set", str(folder)
+        ) from error
+
+    if dataset.texts is not None:
+        texts = {str(item): text for item, text in enumerate(dataset.texts)}
+        write_json_gz(folder / "item.json.gz", texts)
+    for name, rows in dataset.side.items():
+        write_json_gz(folder / f"{name}.json.gz", _to_lists(dataset.user_ids, rows))
+    offsets = dataset.sequences.offsets
+    parallel = {"rating": dataset.ratings, "time": dataset.times, "behaviour": dataset.behaviours}
+    for name, values in parallel.items():
+        if values is not None:
+            if name == "behaviour":
+                values = np.array(dataset.behaviour_names, dtype=object)[values]
+            elif name == "rating":
+                # float32 widened to float64 prints 0.1 as 0.10000000149: go through its shortest text.
+                values = values.astype(np.str_).astype(np.float64)
+            write_json_gz(
+                folder / f"{name}.json.gz", _to_lists(dataset.user_ids, Ragged(offsets, values))
+            )
+    for name, identifiers in indexes.items():
+        write_index(folder / f"index.{name}.json.gz", identifiers)
+    if truth is not None:
+        save_npy(folder / "truth.npy", truth)
+    write_json_gz(folder / "inter.json.gz", _to_lists(dataset.user_ids, dataset.sequences))
+    return replace(dataset, path=folder, name=folder.resolve().name)
+
+
+def _to_lists(users: list[str], rows: Ragged) -> dict[str, list[Any]]:
+    flat, offsets = rows.values.tolist(), rows.offsets.tolist()
+    return {user: flat[offsets[i] : offsets[i + 1]] for i, user in enumerate(users)}
+
+
+def _read_lists(file: Path, types: set[type], dtype: Any) -> tuple[list[str], Ragged]:
+    """{"user": [value, ...]} as user keys and Ragged; every value must have one of ``types``."""
+    obj = read_json(file, expect=dict)
+    users, rows = list(obj), list(obj.values())
+    if not set(map(type, rows)) <= {list}:
+        user, row = next((u, r) for u, r in obj.items() if type(r) is not list)
+        raise DataError(f"{file}: user {user!r} must have a list, got {row!r:.60}")
+    flat = list(chain.from_iterable(rows))
+    if not set(map(type, flat)) <= types:
+        wanted = " or ".join(
+            sorted({int: "integer", float: "number", str: "text"}[t] for t in types)
+        )
+        for user, row in obj.items():
+            for position, value in enumerate(row):
+                if type(value) not in types:
+                    raise DataError(
+                        f"{file}: user {user!r}, position {position}: {value!r:.60} "
+                        f"({type(value).__name__}) is not {wanted}"
+                    )
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    try:
+        values = np.array(flat, dtype=dtype)
+    except OverflowError as error:
+        raise DataError(f"{file}: a value does not fit 64 bits: {max(flat, key=abs)}") from error
+    return users, Ragged.from_lengths(lengths, values)
+
+
+def _align(
+    file: Path, users: list[str], read: tuple[list[str], Ragged], *, complete: bool
+) -> Ragged:
+    """Bring the rows of ``read`` into the order of ``users``."""
+    keys, rows = read
+    if keys == users:
+        return rows
+    known = {user: row for row, user in enumerate(keys)}
+    in_inter = set(users)
+    extra = next((key for key in keys if key not in in_inter), None)
+    if extra is not None:
+        raise DataError(f"{file}: user {extra!r} is not in inter.json.gz")
+    missing = next((user for user in users if user not in known), None)
+    if missing is not None and complete:
+        raise DataError(f"{file}: user {missing!r} of inter.json.gz is missing")
+    # A user without a row gets the empty slice [0, 0).
+    begin = np.array([rows.offsets[known[u]] if u in known else 0 for u in users], dtype=np.int64)
+    end = np.array([rows.offsets[known[u] + 1] if u in known else 0 for u in users], dtype=np.int64)
+    return rows.slices(begin, end)
+
+
+def _read_parallel(
+    file: Path, users: list[str], sequences: Ragged, types: set[type], dtype: Any
+) -> np.ndarray | None:
+    if not file.is_file():
+        return None
+    rows = _align(file, users, _read_lists(file, types, dtype), complete=True)
+    other = np.flatnonzero(rows.lengths != sequences.lengths)
+    if len(other):
+        row = int(other[0])
+        raise DataError(
+            f"{file}: user {users[row]!r} has {rows.lengths[row]} values, "
+            f"but {sequences.lengths[row]} interactions in inter.json.gz"
+        )
+    if rows.values.dtype.kind == "f" and not np.isfinite(rows.values).all():
+        at = int(np.flatnonzero(~np.isfinite(rows.values))[0])
+        row = int(np.searchsorted(rows.offsets, at, side="right") - 1)
+        raise DataError(f"{file}: user {users[row]!r} has the value {rows.values[at]}")
+    return rows.values
+
+
+def _read_texts(file: Path) -> list[dict[str, str]]:
+    obj = read_json(file, expect=dict)
+    texts = []
+    for item in range(len(obj)):
+        fields = obj.get(str(item))
+        if fields is None:
+            raise DataError(
+                f"{file}: item {item} is missing; {len(obj)} items must be numbered from 0"
+            )
+        if type(fields) is not dict:
+            raise DataError(f"{file}: item {item} must have {{field: text}}, got {fields!r:.60}")
+        texts.append(
+            {
+                key: v if type(v) is str else _as_text(file, item, key, v)
+                for key, v in fields.items()
+            }
+        )
+    return texts
+
+
+def _as_text(file: Path, item: int, key: str, value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int | float):
+        return str(value)
+    raise DataError(f"{file}: item {item}, field {key!r}: {value!r:.60} is not text")
+
+
+def _count_items(folder: Path, texts: list[dict[str, str]] | None, rows: list[Ragged]) -> int:
+    if texts is not None:
+        return len(texts)
+    index = next(iter(sorted(folder.glob("index.*.json.gz"))), None)
+    if index is not None:
+        return len(read_json(index, expect=dict))
+    return 1 + max(int(r.values.max()) for r in rows if len(r.values))

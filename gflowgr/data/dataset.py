@@ -1,0 +1,236 @@
+"""The data set in memory: users' item sequences, what is known about each event, and item texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gflowgr.data.ragged import Ragged
+from gflowgr.errors import DataError
+
+if TYPE_CHECKING:
+    from gflowgr.identifiers import Identifiers
+
+MAX_BEHAVIOURS = 127
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Interaction data with 0-based users and items.
+
+    Attributes:
+        name: what reports call it.
+        path: the folder it was read from, or None.
+        user_ids: list [U], the users' keys in the file.
+        sequences: Ragged int32, the items of each user, oldest first (last = test, second-last = valid).
+        num_items: items are 0 .. num_items - 1.
+        behaviours: int8 [M] parallel to ``sequences.values`` (codes into ``behaviour_names``), or None.
+        behaviour_names: the names of the codes, e.g. ("click", "purchase"); at most 127.
+        ratings: float32 [M] parallel to the items, or None.
+        times: int64 [M] parallel to the items, never decreasing within a user, or None.
+        side: other behaviours without an order, e.g. {"cart": Ragged int32 [U rows]}. A pair whose item is
+            the user's validation or test item is removed on construction (it would leak the answer).
+        side_dropped: how many pairs were removed from each side behaviour for that reason.
+        texts: list [num_items] of {field: text}, or None.
+        indexes: identifiers held in memory, by name (those in ``path`` are found besides).
+        truth: float16 [U, num_items] true expected reward of each item at evaluation time, or None.
+
+    Raises:
+        DataError: arrays of other lengths, ids out of range, empty users, times that go back.
+    """
+
+    name: str
+    user_ids: list[str]
+    sequences: Ragged
+    num_items: int
+    path: Path | None = None
+    behaviours: np.ndarray | None = None
+    behaviour_names: tuple[str, ...] = ()
+    ratings: np.ndarray | None = None
+    times: np.ndarray | None = None
+    side: dict[str, Ragged] = field(default_factory=dict)
+    side_dropped: dict[str, int] = field(default_factory=dict)
+    texts: list[dict[str, str]] | None = None
+    indexes: dict[str, Identifiers] = field(default_factory=dict)
+    truth: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self._check_sequences()
+        self._check_parallel()
+        self._clean_side()
+        if self.texts is not None and len(self.texts) != self.num_items:
+            raise DataError(f"{self.name}: {len(self.texts)} texts for {self.num_items} items")
+        if self.truth is not None and self.truth.shape != (self.num_users, self.num_items):
+            raise DataError(
+                f"{self.name}: truth has shape {self.truth.shape}, "
+                f"expected {(self.num_users, self.num_items)} [users, items]"
+            )
+
+    @property
+    def num_users(self) -> int:
+        """Number of users U."""
+        return len(self.user_ids)
+
+    @property
+    def num_interactions(self) -> int:
+        """Number of events M in the sequences (side behaviours not counted)."""
+        return len(self.sequences.values)
+
+    def title(self, item: int) -> str:
+        """A readable name of ``item``: its title, else any text it has, else "item 12"."""
+        if not 0 <= item < self.num_items:
+            raise IndexError(f"item {item} of {self.num_items}")
+        text = self.texts[item] if self.texts is not None else {}
+        return text.get("title") or next((t for t in text.values() if t), f"item {item}")
+
+    def index_names(self) -> list[str]:
+        """Names of the identifier sets at hand, e.g. ["letter_official", ...], sorted."""
+        names = set(self.indexes)
+        if self.path is not None:
+            names |= {f.name[6:-8] for f in self.path.glob("index.*.json.gz")}
+        return sorted(names)
+
+    def index_path(self, name: str) -> Path:
+        """The file ``index.<name>.json.gz`` of the data set's folder.
+
+        Raises:
+            DataError: there is none; the message lists those there are.
+        """
+        path = None if self.path is None else self.path / f"index.{name}.json.gz"
+        if path is None or not path.is_file():
+            raise DataError(
+                f"{self.path or self.name}: no file index.{name}.json.gz; "
+                f"identifiers at hand: {', '.join(self.index_names()) or 'none'}"
+            )
+        return path
+
+    def identifiers(self, name: str) -> Identifiers:
+        """The identifiers ``name``, from memory or read (and checked) from the folder.
+
+        Raises:
+            DataError: there are none of that name, or the file is not an index of these items.
+        """
+        from gflowgr.identifiers import read_index
+
+        if name in self.indexes:
+            return self.indexes[name]
+        return read_index(self.index_path(name), num_items=self.num_items)
+
+    def held_out(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(users, validation items, test items), int64: users with at least 3 events."""
+        offsets = self.sequences.offsets
+        users = np.flatnonzero(np.diff(offsets) >= 3)
+        ends = offsets[users + 1]
+        values = self.sequences.values
+        return users, values[ends - 2].astype(np.int64), values[ends - 1].astype(np.int64)
+
+    def summary(self) -> dict[str, object]:
+        """Counts that a person looks at first."""
+        lengths = self.sequences.lengths
+        result: dict[str, object] = {
+            "name": self.name,
+            "users": self.num_users,
+            "items": self.num_items,
+            "interactions": self.num_interactions,
+            "items with interactions": len(np.unique(self.sequences.values)),
+            "length min / median / mean / max": (
+                f"{lengths.min()} / {np.median(lengths):g} / {lengths.mean():.2f} / {lengths.max()}"
+            ),
+        }
+        if self.behaviours is not None:
+            counts = np.bincount(self.behaviours, minlength=len(self.behaviour_names))
+            for behaviour, count in zip(self.behaviour_names, counts, strict=True):
+                result[f"behaviour {behaviour}"] = int(count)
+        for side, rows in self.side.items():
+            result[f"side {side}"] = len(rows.values)
+            result[f"side {side}, dropped as held out"] = self.side_dropped.get(side, 0)
+        result["ratings"] = self.ratings is not None
+        result["times"] = self.times is not None
+        result["identifiers"] = self.index_names()
+        return result
+
+    def _check_sequences(self) -> None:
+        if len(self.sequences) != len(self.user_ids):
+            raise DataError(f"{self.name}: {len(self.sequences)} sequences, {self.num_users} users")
+        if not self.user_ids:
+            raise DataError(f"{self.name}: there are no users")
+        if (self.sequences.lengths == 0).any():
+            row = int(np.argmin(self.sequences.lengths))
+            raise DataError(f"{self.name}: user {self.user_ids[row]!r} has no interactions")
+        check_items(self.sequences, self.num_items, self.user_ids, self.name)
+        object.__setattr__(self, "sequences", _as_int32(self.sequences))
+
+    def _check_parallel(self) -> None:
+        for what in ("behaviours", "ratings", "times"):
+            values = getattr(self, what)
+            if values is not None and values.shape != self.sequences.values.shape:
+                raise DataError(
+                    f"{self.name}: {what} has shape {values.shape}, "
+                    f"expected ({self.num_interactions},), one per interaction"
+                )
+        if len(self.behaviour_names) > MAX_BEHAVIOURS:
+            raise DataError(
+                f"{self.name}: {len(self.behaviour_names)} behaviours, at most {MAX_BEHAVIOURS}"
+            )
+        if self.behaviours is not None:
+            low, high = int(self.behaviours.min()), int(self.behaviours.max())
+            if low < 0 or high >= len(self.behaviour_names):
+                raise DataError(
+                    f"{self.name}: behaviour codes run from {low} to {high}, "
+                    f"but there are {len(self.behaviour_names)} names"
+                )
+        if self.ratings is not None and not np.isfinite(self.ratings).all():
+            at = int(np.flatnonzero(~np.isfinite(self.ratings))[0])
+            row = int(np.searchsorted(self.sequences.offsets, at, side="right") - 1)
+            raise DataError(
+                f"{self.name}: user {self.user_ids[row]!r} has the rating {self.ratings[at]}"
+            )
+        if self.times is not None:
+            same_user = np.diff(self.sequences.row_of_values()) == 0
+            back = np.flatnonzero((np.diff(self.times) < 0) & same_user)
+            if len(back):
+                at = int(back[0])
+                row = int(np.searchsorted(self.sequences.offsets, at, side="right") - 1)
+                raise DataError(
+                    f"{self.name}: user {self.user_ids[row]!r}: time {self.times[at + 1]} follows "
+                    f"{self.times[at]}; sequences must be oldest first"
+                )
+
+    def _clean_side(self) -> None:
+        users, valid, test = self.held_out()
+        # One number per (user, item) pair, so that membership is one sorted search.
+        held = np.unique(
+            np.concatenate([users * self.num_items + valid, users * self.num_items + test])
+        )
+        cleaned, dropped = {}, dict(self.side_dropped)
+        for side, rows in self.side.items():
+            if len(rows) != self.num_users:
+                raise DataError(
+                    f"{self.name}: side {side}: {len(rows)} rows, {self.num_users} users"
+                )
+            check_items(rows, self.num_items, self.user_ids, f"{self.name}: side {side}")
+            pairs = rows.row_of_values() * self.num_items + rows.values
+            leak = np.isin(pairs, held)
+            dropped[side] = dropped.get(side, 0) + int(leak.sum())
+            cleaned[side] = _as_int32(rows.filter(~leak) if leak.any() else rows)
+        object.__setattr__(self, "side", cleaned)
+        object.__setattr__(self, "side_dropped", dropped)
+
+
+def _as_int32(rows: Ragged) -> Ragged:
+    return Ragged(rows.offsets, rows.values.astype(np.int32, copy=False))
+
+
+def check_items(rows: Ragged, num_items: int, user_ids: list[str], where: str) -> None:
+    """Raise DataError naming user, position and value of the first item outside 0 .. num_items - 1."""
+    bad = np.flatnonzero((rows.values < 0) | (rows.values >= num_items))
+    if len(bad):
+        at = int(bad[0])
+        row = int(np.searchsorted(rows.offsets, at, side="right") - 1)
+        raise DataError(
+            f"{where}: user {user_ids[row]!r}, position {at - int(rows.offsets[row])}: item "
+            f"{int(rows.values[at])} is unknown, items are 0 .. {num_items - 1}"
+        )
