@@ -1,8 +1,8 @@
 """Files that are written whole or not at all, and JSON whose faults are named.
 
-Every writer goes through :func:`atomic_path`: the bytes land in a temporary file of the same folder,
-are flushed to the disk, and only then take the final name. A full disk, a crash or Ctrl-C in between
-leaves the old file (or none), never half of a new one.
+Every writer goes through :func:`atomic_path`: the bytes land in a temporary file of the same
+folder, are flushed to the disk, and only then take the final name. A full disk, a crash or Ctrl-C
+in between leaves the old file (or none), never half of a new one.
 """
 
 from __future__ import annotations
@@ -61,12 +61,14 @@ def _fsync(path: Path) -> None:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; on success it becomes ``path``.
 
-    The folder is created when missing. On success the file is flushed (fsync) and renamed over ``path``;
-    on any exception, KeyboardInterrupt included, it is removed and ``path`` stays as it was. The
-    temporary name keeps the suffix of ``path``, because some writers choose a format by it.
+    The folder is created when missing. On success the file is flushed (fsync) and renamed over
+    ``path``; on any exception, KeyboardInterrupt included, it is removed and ``path`` stays as it
+    was. The temporary name keeps the suffix of ``path``, because some writers choose a format by
+    it.
 
     Raises:
-        OutputError: the file cannot be written (read-only, no space, no permission, a folder in the way).
+        OutputError: the file cannot be written (read-only, no space, no permission, a folder in the
+            way).
     """
     target = Path(path)
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}.tmp{target.suffix}")
@@ -89,7 +91,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         # Gone already when the rename went through.
         with contextlib.suppress(OSError):
             temporary.unlink()
-    # The rename itself is durable only once the folder is flushed; some file systems cannot do that.
+    # The rename itself is durable only once the folder is flushed; some file systems cannot do
+    # that.
     with contextlib.suppress(OSError):
         _fsync(target.parent)
 
@@ -139,8 +142,8 @@ def read_json(path: str | os.PathLike[str], expect: type | None = None) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: truncated or damaged gzip, text that is not UTF-8, bad JSON (with line and column),
-            a key that occurs twice, another top-level type.
+        DataError: truncated or damaged gzip, text that is not UTF-8, bad JSON (with line and
+            column), a key that occurs twice, another top-level type.
     """
     path = Path(path)
     raw = path.read_bytes()
@@ -166,7 +169,7 @@ def read_json(path: str | os.PathLike[str], expect: type | None = None) -> Any:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     if expect is not None and not isinstance(obj, expect):
-        names = {dict: "an object {...}", list: "an array [...]"}
+        names: dict[type, str] = {dict: "an object {...}", list: "an array [...]"}
         raise DataError(
             f"{path}: the top level must be {names.get(expect, expect.__name__)}, "
             f"got {type(obj).__name__}"

@@ -1,17 +1,17 @@
 """Reading and writing a data set's folder (the "bundle" format).
 
-========================  ==========================================================================
+========================  ====================================================================
 file                      content
-========================  ==========================================================================
-``inter.json.gz``         {"user": [item, ...]}: integers from 0, oldest first; last = test, second-last = valid
+========================  ====================================================================
+``inter.json.gz``         {"user": [item, ...]}, items from 0, oldest first; last = test
 ``item.json.gz``          {"item": {field: text}} for every item 0 .. n - 1 (optional)
 ``index.<name>.json.gz``  {"item": ["<a_3>", "<b_7>", ...]} (optional, several; read on demand)
 ``rating.json.gz``        {"user": [stars, ...]} parallel to inter (optional)
 ``time.json.gz``          {"user": [Unix seconds, ...]} parallel to inter (optional)
 ``behaviour.json.gz``     {"user": ["click", ...]} parallel to inter (optional)
-``<other>.json.gz``       {"user": [item, ...]} a side behaviour without an order, e.g. cart, impression
+``<other>.json.gz``       {"user": [item, ...]} a side behaviour (cart, impression), no order
 ``truth.npy``             float16 [users, items], true expected reward (built-in data set only)
-========================  ==========================================================================
+========================  ====================================================================
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _RESERVED = ("inter", "item", *_PARALLEL)
 def load_dataset(path: str | Path) -> Dataset:
     """Read a data set's folder.
 
-    The number of items is that of ``item.json.gz``; without it, that of the first index file; without
-    either, the largest item id + 1. Side pairs whose item is the user's validation or test item are
-    dropped and counted (``Dataset.side_dropped``).
+    The number of items is that of ``item.json.gz``; without it, that of the first index file;
+    without either, the largest item id + 1. Side pairs whose item is the user's validation or test
+    item are dropped and counted (``Dataset.side_dropped``).
 
     Args:
         path: the folder.
@@ -155,7 +155,7 @@ def save_dataset(dataset: Dataset, path: str | Path, *, overwrite: bool = False)
             if name == "behaviour":
                 values = np.array(dataset.behaviour_names, dtype=object)[values]
             elif name == "rating":
-                # float32 widened to float64 prints 0.1 as 0.10000000149: go through its shortest text.
+                # float32 0.1 widens to 0.10000000149: go through its shortest text.
                 values = values.astype(np.str_).astype(np.float64)
             write_json_gz(
                 folder / f"{name}.json.gz", _to_lists(dataset.user_ids, Ragged(offsets, values))

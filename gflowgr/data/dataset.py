@@ -25,14 +25,17 @@ class Dataset:
         name: what reports call it.
         path: the folder it was read from, or None.
         user_ids: list [U], the users' keys in the file.
-        sequences: Ragged int32, the items of each user, oldest first (last = test, second-last = valid).
+        sequences: Ragged int32, the items of each user, oldest first (last = test, second-last =
+            valid).
         num_items: items are 0 .. num_items - 1.
-        behaviours: int8 [M] parallel to ``sequences.values`` (codes into ``behaviour_names``), or None.
+        behaviours: int8 [M] parallel to ``sequences.values`` (codes into ``behaviour_names``), or
+            None.
         behaviour_names: the names of the codes, e.g. ("click", "purchase"); at most 127.
         ratings: float32 [M] parallel to the items, or None.
         times: int64 [M] parallel to the items, never decreasing within a user, or None.
-        side: other behaviours without an order, e.g. {"cart": Ragged int32 [U rows]}. A pair whose item is
-            the user's validation or test item is removed on construction (it would leak the answer).
+        side: other behaviours without an order, e.g. {"cart": Ragged int32 [U rows]}. A pair whose
+            item is the user's validation or test item is removed on construction (it would leak the
+            answer).
         side_dropped: how many pairs were removed from each side behaviour for that reason.
         texts: list [num_items] of {field: text}, or None.
         indexes: identifiers held in memory, by name (those in ``path`` are found besides).
@@ -225,7 +228,7 @@ def _as_int32(rows: Ragged) -> Ragged:
 
 
 def check_items(rows: Ragged, num_items: int, user_ids: list[str], where: str) -> None:
-    """Raise DataError naming user, position and value of the first item outside 0 .. num_items - 1."""
+    """Raise DataError naming user, position and value of the first item that is out of range."""
     bad = np.flatnonzero((rows.values < 0) | (rows.values >= num_items))
     if len(bad):
         at = int(bad[0])

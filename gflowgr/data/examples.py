@@ -1,4 +1,4 @@
-"""Training examples without copies of histories: three numbers per example over one flat item array."""
+"""Training examples without copies of histories: three numbers each over one flat array."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _VERSION = 1
 class TrainingExamples:
     """Every prefix of length >= 1 of every user's training part, with the item that follows it.
 
-    Example ``i`` has ``bounds[i] = (begin, end, user)``: its history is ``items[begin:end]`` (oldest
-    first, at most ``max_history`` items) and its target ``items[end]``. Storage is 4 bytes per training
-    event and 12 bytes per example (int64 bounds, 24 bytes, only past 2^31 events); no history is stored twice.
+    Example ``i`` has ``bounds[i] = (begin, end, user)``: its history is ``items[begin:end]``
+    (oldest first, at most ``max_history`` items) and its target ``items[end]``. Storage is 4 bytes
+    per training event and 12 bytes per example (int64 bounds, 24 bytes, only past 2^31 events); no
+    history is stored twice.
 
     ``items`` holds the training part only: a held-out event is not in here at all.
 
@@ -74,7 +75,12 @@ class TrainingExamples:
         return len(self.bounds)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"example", "user", "history" int64 [<= max_history] oldest first, "target", "behaviour" (-1: none)}."""
+        """One example.
+
+        Returns:
+            {"example": its number, "user", "history": int64 [1 .. max_history] oldest first,
+            "target", "behaviour": the target event's code, -1 when the data has none}.
+        """
         size = len(self.bounds)
         if not -size <= index < size:
             raise IndexError(f"example {index} of {size}")
@@ -139,13 +145,15 @@ class TrainingExamples:
 
         Raises:
             FileNotFoundError: no finished store is there.
-            DataError: another format or version, a file of another size or type, bounds out of range.
+            DataError: another format or version, a file of another size or type, bounds out of
+                range.
         """
         folder = Path(folder)
         meta = read_json(folder / "examples.json", expect=dict)
         if (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
             raise DataError(
-                f"{folder / 'examples.json'}: format {meta.get('format')!r} version {meta.get('version')!r}, "
+                f"{folder / 'examples.json'}: format {meta.get('format')!r} "
+                f"version {meta.get('version')!r}, "
                 f"expected {_FORMAT!r} version {_VERSION}"
             )
         arrays: dict[str, np.ndarray] = {}
@@ -214,5 +222,6 @@ def _check_bounds(folder: Path, items: np.ndarray, bounds: np.ndarray, max_histo
         row = int(bad[0])
         raise DataError(
             f"{folder / 'bounds.npy'}: example {row} has (begin, end, user) = "
-            f"{tuple(int(v) for v in bounds[row])}; there are {len(items)} items and max_history is {max_history}"
+            f"{tuple(int(v) for v in bounds[row])}; there are {len(items)} "
+            f"items and max_history is {max_history}"
         )

@@ -27,7 +27,7 @@ class Ragged:
         offsets = np.asarray(self.offsets, dtype=np.int64)
         if offsets.ndim != 1 or len(offsets) == 0 or self.values.ndim != 1:
             raise ValueError(
-                f"offsets must be one-dimensional with at least one entry and values one-dimensional, "
+                "offsets must be one-dimensional with an entry at least, values one-dimensional, "
                 f"got shapes {offsets.shape} and {self.values.shape}"
             )
         if offsets[0] != 0 or offsets[-1] != len(self.values) or (np.diff(offsets) < 0).any():

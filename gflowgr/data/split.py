@@ -17,9 +17,9 @@ PARTS = ("valid", "test")
 class LeaveOneOut:
     """Last item test, second-last validation, the rest training (method: leave-one-out).
 
-    A user with fewer than 3 events only trains. Repeats: when a user's held-out item also occurs earlier
-    in that user's own sequence, the earlier event is a real past event and stays; such users are counted
-    in ``report()``, they are no leak.
+    A user with fewer than 3 events only trains. Repeats: when a user's held-out item also occurs
+    earlier in that user's own sequence, the earlier event is a real past event and stays; such
+    users are counted in ``report()``, they are no leak.
 
     Args:
         dataset: the data.
@@ -101,8 +101,8 @@ class LeaveOneOut:
     def check_examples(self, examples: TrainingExamples) -> None:
         """Check that a store of examples belongs to this split and reaches no held-out event.
 
-        For stores that were saved earlier, perhaps from other data. Compared by position: the items must
-        be this split's training part, and each example must lie within its own user's part.
+        For stores that were saved earlier, perhaps from other data. Compared by position: the items
+        must be this split's training part, and each example must lie within its own user's part.
 
         Raises:
             DataError: naming the first example (or event) that does not.
@@ -134,8 +134,8 @@ class LeaveOneOut:
         if len(bad):
             row = int(bad[0])
             raise DataError(
-                f"training examples: example {row} spans events {begin[row]}..{end[row]}, outside the "
-                f"training part of its user {user[row]}"
+                f"training examples: example {row} spans events {begin[row]}..{end[row]}, "
+                f"outside the training part of its user {user[row]}"
             )
 
     def _history_bounds(self, which: str) -> tuple[np.ndarray, np.ndarray]:
@@ -191,7 +191,7 @@ class LeaveOneOut:
             "users whose test item is also in their history (repeat)": int(
                 (np.isin(users * data.num_items + test, train_pairs) | (test == valid)).sum()
             ),
-            "items seen only as a target": len(np.setdiff1d(np.concatenate([valid, test]), np.flatnonzero(in_train))),
+            "items seen only as a target": int((~in_train[np.union1d(valid, test)]).sum()),
             "side pairs dropped as held out": dict(data.side_dropped),
             "times checked (oldest first)": data.times is not None,
             "checks passed": [

@@ -19,9 +19,10 @@ class Identifiers:
     """Identifiers of all items as small integers.
 
     Attributes:
-        codes: int32 [items, L]; code ``c`` at level ``l`` stands for ``level_tokens[l][c]``; items with a
-            shorter identifier are padded on the right with -1.
-        level_tokens: per level, the distinct token strings in natural order ("<a_2>" before "<a_10>").
+        codes: int32 [items, L]; code ``c`` at level ``l`` stands for ``level_tokens[l][c]``; items
+            with a shorter identifier are padded on the right with -1.
+        level_tokens: per level, the distinct token strings in natural order ("<a_2>" before
+            "<a_10>").
     """
 
     codes: np.ndarray
@@ -50,14 +51,15 @@ class Identifiers:
 def _natural(text: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key in which digits compare as numbers."""
     parts = re.split(r"(\d+)", text)
-    return tuple((1, int(p)) if i % 2 else (0, p) for i, p in enumerate(parts)) + ((0, text),)
+    return (*((1, int(p)) if i % 2 else (0, p) for i, p in enumerate(parts)), (0, text))
 
 
 def read_index(path: str | Path, num_items: int | None = None) -> Identifiers:
     """Read ``{"item": ["<a_3>", "<b_7>", ...]}`` (plain or gzipped JSON).
 
     Args:
-        path: the file. Items must be numbered from 0 without gaps; identifiers may differ in length.
+        path: the file. Items must be numbered from 0 without gaps; identifiers may differ in
+            length.
         num_items: how many items there must be, if known.
 
     Raises:
@@ -102,13 +104,16 @@ def read_index(path: str | Path, num_items: int | None = None) -> Identifiers:
 
 
 def from_codes(codes: np.ndarray) -> Identifiers:
-    """Identifiers with token strings ``<a_N>``, ``<b_N>``, ... for integer ``codes`` [items, L] (-1 padded).
+    """Identifiers with token strings ``<a_N>``, ``<b_N>``, ... for integer codes [items, L].
 
-    Codes that no item uses get no token: codes are renumbered to ranks per level, as ``read_index`` does.
+    Rows may be padded on the right with -1.
+
+    Codes that no item uses get no token: codes are renumbered to ranks per level, as ``read_index``
+        does.
 
     Raises:
-        ValueError: not a two-dimensional integer array, more than 26 levels, an empty identifier, or a
-            -1 in the middle of a row.
+        ValueError: not a two-dimensional integer array, more than 26 levels, an empty identifier,
+            or a -1 in the middle of a row.
     """
     codes = np.asarray(codes)
     if codes.ndim != 2 or codes.dtype.kind not in "iu" or codes.size == 0:
