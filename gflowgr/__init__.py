@@ -1,0 +1,71 @@
+"""gflowgr: fine-tune generative recommenders as GFlowNets, with fused kernels.
+
+The names below are loaded when first used, so ``import gflowgr`` costs next to nothing and imports
+neither ``torch`` nor ``transformers`` by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .backends import available_backends as available_backends
+    from .backends import backend as backend
+    from .decoding import GenerativeRecommender as GenerativeRecommender
+    from .decoding import constrained_beam_search as constrained_beam_search
+    from .errors import DataError as DataError
+    from .errors import GFlowGRError as GFlowGRError
+    from .models import FlowSettings as FlowSettings
+    from .models import GFlowModel as GFlowModel
+    from .ops import db_loss as db_loss
+    from .ops import fused_db_loss as fused_db_loss
+    from .ops import fused_subtb_loss as fused_subtb_loss
+    from .ops import fused_tb_loss as fused_tb_loss
+    from .ops import fused_vargrad_loss as fused_vargrad_loss
+    from .ops import subtb_loss as subtb_loss
+    from .ops import tb_loss as tb_loss
+    from .ops import trajectory_logprobs as trajectory_logprobs
+    from .ops import vargrad_log_z as vargrad_log_z
+    from .ops import vargrad_loss as vargrad_loss
+    from .training import GFlowGRConfig as GFlowGRConfig
+    from .training import GFlowGRTrainer as GFlowGRTrainer
+    from .tree import PrefixTree as PrefixTree
+
+_HOME = {
+    "backends": ("available_backends", "backend"),
+    "decoding": ("GenerativeRecommender", "constrained_beam_search"),
+    "errors": ("DataError", "GFlowGRError"),
+    "models": ("FlowSettings", "GFlowModel"),
+    "ops": (
+        "db_loss",
+        "fused_db_loss",
+        "fused_subtb_loss",
+        "fused_tb_loss",
+        "fused_vargrad_loss",
+        "subtb_loss",
+        "tb_loss",
+        "trajectory_logprobs",
+        "vargrad_log_z",
+        "vargrad_loss",
+    ),
+    "training": ("GFlowGRConfig", "GFlowGRTrainer"),
+    "tree": ("PrefixTree",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'gflowgr' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,6 @@
+"""Constrained decoding over the prefix tree."""
+
+from .beam import BeamSearchOutput, constrained_beam_search
+from .recommender import GenerativeRecommender
+
+__all__ = ["BeamSearchOutput", "GenerativeRecommender", "constrained_beam_search"]

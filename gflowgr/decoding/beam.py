@@ -1,0 +1,245 @@
+"""Beam search over the valid identifiers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..models.backbone import PromptState, branch_hidden_states, encode_prompt, output_head
+from ..tree import PrefixTree
+
+__all__ = ["BeamSearchOutput", "constrained_beam_search"]
+
+Normalize = Literal["vocab", "children"]
+
+
+@dataclass(frozen=True)
+class BeamSearchOutput:
+    """The best items of each prompt, best first.
+
+    Attributes:
+        items: item ids [B, K]; -1 where there are fewer than K valid items.
+        scores: log P(identifier | prompt) [B, K]; -inf where ``items`` is -1.
+        tokens: identifiers [B, K, L]; -1 beyond an identifier's end and where ``items`` is -1.
+    """
+
+    items: Tensor
+    scores: Tensor
+    tokens: Tensor
+
+
+@dataclass
+class _Beams:
+    """Live prefixes [B, K] and finished identifiers [B, F]; an empty slot has score -inf."""
+
+    nodes: Tensor
+    scores: Tensor
+    tokens: Tensor
+    leaves: Tensor
+    leaf_scores: Tensor
+
+
+@torch.no_grad()
+def constrained_beam_search(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    tree: PrefixTree,
+    *,
+    num_beams: int = 20,
+    num_return: int | None = None,
+    normalize: Normalize = "vocab",
+    available: Tensor | None = None,
+    exclude: Tensor | None = None,
+) -> BeamSearchOutput:
+    """Find each prompt's most probable items.
+
+    The prompt is encoded once. At every step all beams of a prompt run as branches of one packed
+    decoder sequence, so that cross-attention keys and values are held once per prompt and nothing
+    is re-ordered. Only children of the beams' tree nodes are candidates, so every result is a valid
+    identifier. Equal scores keep the order of the tree (ascending tokens).
+
+    Args:
+        model: a T5-family model.
+        input_ids: prompts [B, S].
+        attention_mask: 1 for real tokens [B, S].
+        tree: prefix tree in the model's token ids, on the model's device.
+        num_beams: beams K kept at each step.
+        num_return: items returned per prompt (default ``num_beams``).
+        normalize: ``"vocab"``: token log-probabilities under the softmax over the vocabulary (what
+            ``generate`` does); ``"children"``: over the children of the node.
+        available: true for items that may be returned [items]; others are pruned up to the root.
+        exclude: items [B, E] that a prompt may not get (its seen items), -1 for padding.
+
+    Returns:
+        Items sharing one identifier follow each other by ascending id, with the same score.
+
+    Raises:
+        ValueError: an argument is out of range or of a wrong shape.
+    """
+    _check(input_ids, attention_mask, tree, num_beams, num_return)
+    count = num_beams if num_return is None else num_return
+    live = None if available is None else tree.available_nodes(available.to(tree.device))
+    prompt = encode_prompt(model, input_ids, attention_mask)
+    barred = None if exclude is None else _fully_excluded_leaves(tree, exclude)
+    batch, device = input_ids.shape[0], input_ids.device
+    beams = _Beams(
+        nodes=torch.zeros(batch, 1, dtype=torch.long, device=device),
+        scores=torch.zeros(batch, 1, device=device),
+        tokens=torch.empty(batch, 1, 0, dtype=torch.long, device=device),
+        leaves=torch.empty(batch, 0, dtype=torch.long, device=device),
+        leaf_scores=torch.empty(batch, 0, device=device),
+    )
+    for _ in range(tree.max_length):
+        candidates = _expand(model, prompt, beams, tree, normalize, live)
+        _finish(beams, candidates, tree, barred, num_beams)
+        if not _keep_best(beams, candidates, tree, num_beams):
+            break
+    return _to_items(beams, tree, count, available, exclude)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Children of the live beams [B, C]; invalid ones have node -1 and score -inf."""
+
+    nodes: Tensor
+    scores: Tensor
+    parents: Tensor
+
+
+def _expand(
+    model: nn.Module,
+    prompt: PromptState,
+    beams: _Beams,
+    tree: PrefixTree,
+    normalize: Normalize,
+    live: Tensor | None,
+) -> _Candidates:
+    """Score every child of every beam."""
+    batch, width = beams.nodes.shape
+    start = int(model.config.decoder_start_token_id)  # type: ignore[union-attr, arg-type]
+    first = torch.full((batch, width, 1), start, dtype=torch.long, device=beams.nodes.device)
+    # Tokens of empty slots are -1: any real token does, their scores stay -inf.
+    prefixes = torch.cat([first, beams.tokens.clamp_min(0)], dim=2)
+    hidden = branch_hidden_states(model, prompt, prefixes)[:, :, -1]
+    weight, bias = output_head(model)
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+
+    begin, end = tree.child_ranges(beams.nodes)
+    fanout = max(1, int((end - begin).max()))
+    nodes = begin.unsqueeze(-1) + torch.arange(fanout, device=begin.device)
+    valid = nodes < end.unsqueeze(-1)
+    if live is not None:
+        valid &= live[nodes.clamp_max(tree.num_nodes - 1)]
+    nodes = nodes.masked_fill(~valid, -1)
+    tokens = tree.node_tokens(nodes).clamp_min(0)
+    chosen = logits.gather(-1, tokens)
+    if normalize == "vocab":
+        normaliser = logits.logsumexp(-1, keepdim=True)
+    else:
+        in_range = torch.arange(fanout, device=begin.device) < (end - begin).unsqueeze(-1)
+        normaliser = chosen.masked_fill(~in_range, -torch.inf).logsumexp(-1, keepdim=True)
+    scores = beams.scores.unsqueeze(-1) + (chosen - normaliser)
+    scores = torch.where(valid, scores, -torch.inf)
+    parents = torch.arange(width, device=begin.device)[:, None].expand(width, fanout).reshape(1, -1)
+    return _Candidates(nodes.flatten(1), scores.flatten(1), parents.expand(batch, -1))
+
+
+def _finish(
+    beams: _Beams,
+    candidates: _Candidates,
+    tree: PrefixTree,
+    barred: Tensor | None,
+    num_beams: int,
+) -> None:
+    """Move candidates that complete an identifier to the finished ones; keep the best K."""
+    leaves = tree.terminal(candidates.nodes)
+    scores = candidates.scores.masked_fill(leaves < 0, -torch.inf)
+    if barred is not None:
+        hit = (leaves.unsqueeze(-1) == barred.unsqueeze(1)).any(-1)
+        scores = scores.masked_fill(hit, -torch.inf)
+    all_leaves = torch.cat([beams.leaves, leaves], dim=1)
+    all_scores = torch.cat([beams.leaf_scores, scores], dim=1)
+    keep = min(num_beams, all_scores.shape[1])
+    best = all_scores.sort(dim=1, descending=True, stable=True)
+    beams.leaf_scores = best.values[:, :keep]
+    beams.leaves = all_leaves.gather(1, best.indices[:, :keep])
+
+
+def _keep_best(beams: _Beams, candidates: _Candidates, tree: PrefixTree, num_beams: int) -> bool:
+    """Keep the best K unfinished prefixes; false when none is left."""
+    begin, end = tree.child_ranges(candidates.nodes)
+    scores = candidates.scores.masked_fill(end <= begin, -torch.inf)
+    keep = min(num_beams, scores.shape[1])
+    best = scores.sort(dim=1, descending=True, stable=True)
+    index = best.indices[:, :keep]
+    beams.scores = best.values[:, :keep]
+    beams.nodes = candidates.nodes.gather(1, index).masked_fill(beams.scores == -torch.inf, -1)
+    parents = candidates.parents.gather(1, index)
+    history = beams.tokens.gather(1, parents.unsqueeze(-1).expand(-1, -1, beams.tokens.shape[2]))
+    beams.tokens = torch.cat([history, tree.node_tokens(beams.nodes).unsqueeze(-1)], dim=2)
+    return bool((beams.nodes >= 0).any())
+
+
+def _to_items(
+    beams: _Beams, tree: PrefixTree, count: int, available: Tensor | None, exclude: Tensor | None
+) -> BeamSearchOutput:
+    """Expand leaves to their items and keep the first ``count``."""
+    leaves = beams.leaves.masked_fill(beams.leaf_scores == -torch.inf, -1)
+    begin, end = tree.leaf_items(leaves)
+    group = max(1, int((end - begin).max())) if leaves.numel() else 1
+    slot = begin.unsqueeze(-1) + torch.arange(group, device=leaves.device)
+    valid = slot < end.unsqueeze(-1)
+    items = tree.item_ids[slot.clamp(0, tree.num_items - 1)].long()
+    if available is not None:
+        valid &= available.to(items.device)[items]
+    if exclude is not None:
+        valid &= ~(items.unsqueeze(-1) == exclude[:, None, None, :].to(items.device)).any(-1)
+    items = items.masked_fill(~valid, -1).flatten(1)
+    scores = beams.leaf_scores.unsqueeze(-1).expand_as(slot).flatten(1)
+    # Valid entries first, in their order; then cut or pad to the asked number.
+    order = (items < 0).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    items = items.gather(1, order)
+    scores = scores.gather(1, order).masked_fill(items < 0, -torch.inf)
+    missing = count - items.shape[1]
+    if missing > 0:
+        items = torch.nn.functional.pad(items, (0, missing), value=-1)
+        scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
+    tokens = tree.identifiers(items.clamp_min(0)).masked_fill((items < 0).unsqueeze(-1), -1)
+    return BeamSearchOutput(items, scores, tokens)
+
+
+def _fully_excluded_leaves(tree: PrefixTree, exclude: Tensor) -> Tensor:
+    """Leaves [B, E] all of whose items are excluded, -1 elsewhere."""
+    exclude = exclude.to(tree.device)
+    leaves = tree.leaf_of(exclude.clamp_min(0)).masked_fill(exclude < 0, -1)
+    begin, end = tree.leaf_items(leaves)
+    same = (leaves.unsqueeze(2) == leaves.unsqueeze(1)) & (leaves >= 0).unsqueeze(2)
+    # Count distinct excluded items of the leaf: an item listed twice counts once.
+    earlier = torch.ones(exclude.shape[1], exclude.shape[1], device=tree.device).tril(-1).bool()
+    repeated = ((exclude.unsqueeze(2) == exclude.unsqueeze(1)) & earlier).any(2)
+    excluded = (same & ~repeated.unsqueeze(1)).sum(2)
+    return leaves.masked_fill(excluded < (end - begin), -1)
+
+
+def _check(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    tree: PrefixTree,
+    num_beams: int,
+    num_return: int | None,
+) -> None:
+    if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
+        raise ValueError(
+            "input_ids and attention_mask must both be [B, S]; got "
+            f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
+        )
+    if num_beams < 1:
+        raise ValueError(f"num_beams must be >= 1; got {num_beams}")
+    if num_return is not None and num_return < 1:
+        raise ValueError(f"num_return must be >= 1; got {num_return}")
+    if tree.device != input_ids.device:
+        raise ValueError(f"tree is on {tree.device}, input_ids on {input_ids.device}")

@@ -1,0 +1,74 @@
+"""A trained generator as a recommender: histories in, items out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..models.gflow_model import GFlowModel
+from ..models.prompts import pad_histories, prompt_tokens
+from .beam import constrained_beam_search
+
+__all__ = ["GenerativeRecommender"]
+
+
+class GenerativeRecommender:
+    """Recommends by beam search over the whole catalogue.
+
+    Args:
+        model: the trained model; evaluated in ``eval`` mode and left as it was.
+        num_beams: beams per prompt.
+        name: how tables call it.
+    """
+
+    def __init__(self, model: GFlowModel, *, num_beams: int = 20, name: str = "generator") -> None:
+        self.model = model
+        self.num_beams = num_beams
+        self.name = name
+        self._item_tokens = model.item_tokens()
+
+    def recommend(
+        self,
+        histories: Sequence[npt.NDArray[np.integer]],
+        k: int,
+        exclude: Sequence[npt.NDArray[np.integer]] | None = None,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The ``k`` best items of each history.
+
+        Args:
+            histories: items, oldest first; only the last ``max_history`` are read.
+            k: items to return.
+            exclude: items that each user may not get.
+
+        Returns:
+            items [B, k] (-1 where there are fewer) and log-probabilities [B, k].
+        """
+        model = self.model
+        padded = pad_histories(histories, model.settings.max_history).to(model.device)
+        input_ids, attention_mask = prompt_tokens(padded, self._item_tokens)
+        barred = None
+        if exclude is not None:
+            longest = max((len(items) for items in exclude), default=0)
+            barred = pad_histories(exclude, max(1, longest)).to(model.device)
+        was_training = model.training
+        model.eval()
+        output = constrained_beam_search(
+            model.backbone,
+            input_ids,
+            attention_mask,
+            model.tree,
+            num_beams=max(self.num_beams, k),
+            num_return=k,
+            normalize=model.settings.normalize,
+            exclude=barred,
+        )
+        model.train(was_training)
+        return output.items.cpu().numpy(), output.scores.float().cpu().numpy()
+
+    def leaf_of(self) -> npt.NDArray[np.int64]:
+        """Identifier (leaf) of each item [items], for the ``string`` collision rule."""
+        items = torch.arange(self.model.tree.num_items, device=self.model.tree.device)
+        return self.model.tree.leaf_of(items).cpu().numpy()

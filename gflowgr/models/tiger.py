@@ -1,0 +1,66 @@
+"""TIGER's generator: a T5 encoder-decoder over identifier tokens (Rajput et al., 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .vocabulary import EOS_TOKEN, PAD_TOKEN, IdentifierVocabulary
+
+if TYPE_CHECKING:
+    from transformers import T5ForConditionalGeneration
+
+__all__ = ["TigerConfig", "build_tiger"]
+
+
+@dataclass(frozen=True)
+class TigerConfig:
+    """Sizes of the generator; the defaults are the reference configuration of TIGER/LETTER.
+
+    Attributes:
+        d_model: width of the residual stream.
+        d_ff: width of the feed-forward layers.
+        d_kv: width of one attention head.
+        num_heads: attention heads.
+        num_layers: layers of the encoder, and of the decoder.
+        dropout: dropout rate.
+    """
+
+    d_model: int = 128
+    d_ff: int = 1024
+    d_kv: int = 64
+    num_heads: int = 6
+    num_layers: int = 4
+    dropout: float = 0.1
+
+
+def build_tiger(
+    vocabulary: IdentifierVocabulary, config: TigerConfig, *, seed: int
+) -> T5ForConditionalGeneration:
+    """A randomly initialised ``T5ForConditionalGeneration`` over ``vocabulary``.
+
+    Args:
+        vocabulary: identifier tokens; the model's vocabulary is exactly these.
+        config: sizes.
+        seed: seeds the initial weights; the global generator is left as it was.
+    """
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    t5 = T5Config(
+        vocab_size=vocabulary.size,
+        d_model=config.d_model,
+        d_ff=config.d_ff,
+        d_kv=config.d_kv,
+        num_heads=config.num_heads,
+        num_layers=config.num_layers,
+        num_decoder_layers=config.num_layers,
+        dropout_rate=config.dropout,
+        feed_forward_proj="relu",
+        pad_token_id=PAD_TOKEN,
+        eos_token_id=EOS_TOKEN,
+        decoder_start_token_id=PAD_TOKEN,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return T5ForConditionalGeneration(t5)

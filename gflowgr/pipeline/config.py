@@ -1,0 +1,265 @@
+"""The configuration of a run: one YAML file, checked before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import GFlowGRError
+from ..models.gflow_model import FlowSettings
+from ..models.tiger import TigerConfig
+
+__all__ = ["CollaborativeConfig", "ConfigError", "DataConfig", "EvaluationConfig", "RunConfig"]
+
+
+class ConfigError(GFlowGRError, ValueError):
+    """A configuration that cannot be run; the message names the key."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data.
+
+    Attributes:
+        path: folder of a dataset; none: the built-in one, generated under the output folder.
+        identifiers: name of the published identifiers (``index.<name>.json.gz``); none: the only
+            ones there are, or, without any, residual k-means over the collaborative model's items.
+        max_history: items of a history that prompts keep.
+        users: users of the built-in dataset.
+        items: items of the built-in dataset.
+    """
+
+    path: str | None = None
+    identifiers: str | None = None
+    max_history: int = 20
+    users: int = 3000
+    items: int = 1200
+
+
+@dataclass(frozen=True)
+class CollaborativeConfig:
+    """The collaborative model (SASRec), trained first.
+
+    Attributes:
+        kind: ``"sasrec"``: train one; ``"embeddings"``: use a table of item vectors; ``"none"``.
+        embeddings: file of the table (``.npy``, [items, d]), for ``"embeddings"``.
+        epochs: upper bound on SASRec's epochs.
+        batch_size: users per step.
+        learning_rate: of AdamW.
+        dropout: dropout rate.
+        patience: evaluations without a better valid N@10 before stopping.
+    """
+
+    kind: Literal["sasrec", "embeddings", "none"] = "sasrec"
+    embeddings: str | None = None
+    epochs: int = 60
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    dropout: float = 0.3
+    patience: int = 5
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How the final table is made.
+
+    Attributes:
+        num_beams: beams of the constrained beam search.
+        collision: how items that share an identifier are scored: ``"item"`` or ``"string"``.
+        mask_seen: leave the user's history out of the recommendations.
+        max_users: evaluate a fixed random subset of the test users only.
+        examples: users whose recommendations the report shows.
+    """
+
+    num_beams: int = 20
+    collision: Literal["item", "string"] = "item"
+    mask_seen: bool = False
+    max_users: int | None = None
+    examples: int = 3
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run.
+
+    Attributes:
+        output_dir: where checkpoints, results and the report go; a killed run resumes from it.
+        seed: of data order, initial weights, dropout and sampling.
+        data: which data.
+        collaborative: the collaborative model.
+        model: sizes of the generator.
+        flow: objective of the GFlowGR fine-tuning.
+        sft: arguments of the first, supervised training
+            (:class:`~gflowgr.training.GFlowGRConfig`).
+        finetune: arguments of the fine-tuning, the same for GFlowGR and for continued SFT.
+        continued_sft: also continue SFT with the fine-tuning's budget, as the fair baseline.
+        evaluation: the final evaluation.
+        caveats: sentences for the report on what was shortened.
+    """
+
+    output_dir: str
+    seed: int = 42
+    data: DataConfig = field(default_factory=DataConfig)
+    collaborative: CollaborativeConfig = field(default_factory=CollaborativeConfig)
+    model: TigerConfig = field(default_factory=TigerConfig)
+    flow: FlowSettings = field(default_factory=lambda: FlowSettings(objective="tb"))
+    sft: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    continued_sft: bool = True
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    caveats: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.flow.objective == "sft":
+            raise ConfigError("flow.objective is 'sft': there is nothing to fine-tune with")
+        if self.data.max_history != self.flow.max_history:
+            object.__setattr__(
+                self, "flow", dataclasses.replace(self.flow, max_history=self.data.max_history)
+            )
+        if (self.collaborative.kind == "embeddings") != (self.collaborative.embeddings is not None):
+            raise ConfigError("collaborative.embeddings goes with collaborative.kind: embeddings")
+        for section in ("sft", "finetune"):
+            _check_training_arguments(section, getattr(self, section))
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+        """Read a YAML file.
+
+        Args:
+            path: the file. ``${NAME}`` in a text stands for the environment variable.
+            overrides: ``"section.key=value"``, values in YAML.
+
+        Raises:
+            ConfigError: not YAML, an unknown key, a value of a wrong type, an unset variable.
+        """
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected sections such as 'data:', got {type(values).__name__}")
+        for override in overrides:
+            _apply_override(values, override)
+        return cls.from_dict(values, source=str(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> RunConfig:
+        """Build from nested dictionaries; see :meth:`load` for the errors."""
+        built: RunConfig = _build(cls, _expand(dict(values), source), source)
+        return built
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready nested dictionaries."""
+        return asdict(self)
+
+
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "collaborative": CollaborativeConfig,
+    "model": TigerConfig,
+    "flow": FlowSettings,
+    "evaluation": EvaluationConfig,
+}
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    known = {item.name: item for item in dataclasses.fields(cls)}
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+        if cls is RunConfig and key in _SECTIONS:
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}: {key} must be a section, got {value!r}")
+            if key == "flow":
+                value = {"objective": "tb", **value}
+            value = _build(_SECTIONS[key], value, f"{where}: {key}")
+        else:
+            _check_type(f"{where}: {key}", value, str(known[key].type))
+        arguments[key] = value
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_type(where: str, value: Any, annotation: str) -> None:
+    """Check against the annotation's text; YAML gives only plain types."""
+    if value is None:
+        if "None" not in annotation:
+            raise ConfigError(f"{where} must be {annotation}, got nothing")
+        return
+    if annotation.startswith("Literal"):
+        allowed = re.findall(r'"([^"]+)"', annotation)
+        if value not in allowed:
+            raise ConfigError(f"{where} must be one of {allowed}, got {value!r}")
+        return
+    plain = annotation.removesuffix(" | None")
+    accepted: dict[str, tuple[type, ...]] = {
+        "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,),
+    }
+    base = plain.split("[")[0]
+    types = accepted.get(base, {"dict": (dict,), "list": (list,)}.get(base, (object,)))
+    if not isinstance(value, types) or (isinstance(value, bool) and base in ("int", "float")):
+        raise ConfigError(f"{where} must be {annotation}, got {value!r}")
+
+
+def _expand(value: Any, source: str) -> Any:
+    """Replace ``${NAME}`` in every text."""
+    if isinstance(value, dict):
+        return {key: _expand(item, source) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, source) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise ConfigError(f"{source}: {value!r} needs the environment variable {name}; set it")
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", lookup, value)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    import yaml
+
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override!r} must be section.key=value")
+    target = values
+    *parents, last = path.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is not a section")
+    target[last] = yaml.safe_load(text)
+
+
+def _check_training_arguments(section: str, values: dict[str, Any]) -> None:
+    from ..training.config import GFlowGRConfig
+
+    known = {item.name for item in dataclasses.fields(GFlowGRConfig)}
+    fixed = {"output_dir", "seed", "data_seed"}
+    for key in values:
+        if key in fixed:
+            raise ConfigError(f"{section}.{key} is set by the run itself; leave it out")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{section}: unknown training argument {key!r}{hint}")

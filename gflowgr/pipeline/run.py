@@ -1,0 +1,327 @@
+"""The main job: collaborative model, SFT, GFlowGR and its fair baseline, evaluation, report.
+
+Every stage writes its result whole and then ``done.json``; a run that was killed goes on from the
+last complete stage, and inside a training stage from its last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import files
+from ..collaborative import CollaborativeModel, EmbeddingScorer, Popularity, SASRec, SASRecConfig
+from ..data import LeaveOneOut
+from ..decoding import GenerativeRecommender
+from ..evaluation import Evaluation, Recommender, ScoringRecommender, evaluate
+from ..models.gflow_model import FlowSettings, GFlowModel
+from ..models.tiger import build_tiger
+from .config import CollaborativeConfig, ConfigError, RunConfig
+from .prepare import Catalogue, choose_identifiers, load_data, make_catalogue, split_data
+
+__all__ = ["RunResult", "TableEntry", "run"]
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """One row of the final table.
+
+    Attributes:
+        name: the method.
+        evaluation: its metrics on the test users.
+        training: optimiser steps, seconds and so on; empty for what is not trained.
+    """
+
+    name: str
+    evaluation: Evaluation
+    training: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves for a report.
+
+    Attributes:
+        config: the configuration.
+        split: data and split.
+        identifiers_name: which identifiers.
+        rows: one per method.
+        histories: training logs by stage, as the Trainer keeps them.
+        recommenders: by method, for example recommendations.
+    """
+
+    config: RunConfig
+    split: LeaveOneOut
+    identifiers_name: str
+    rows: list[TableEntry]
+    histories: dict[str, list[dict[str, Any]]]
+    recommenders: dict[str, Recommender]
+
+
+def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunResult:
+    """Carry a configuration out, or go on with it.
+
+    Args:
+        config: what to do.
+        say: receives one line per stage.
+        progress: show progress bars.
+
+    Raises:
+        ConfigError: ``config.output_dir`` holds a run of another configuration.
+        DataError: the data are damaged, or do not fit the identifiers.
+    """
+    output = Path(config.output_dir)
+    files.ensure_writable(output)
+    _claim_folder(output, config)
+    say(f"Output: {output}")
+    dataset = load_data(config.data, output, config.seed)
+    split = split_data(dataset, config.data.max_history, output)
+    say(
+        f"Data: {dataset.name}, {dataset.num_users:,} users, {dataset.num_items:,} items, "
+        f"{len(split.train):,} training examples"
+    )
+    collaborative = _collaborative_stage(config, split, output, say, progress)
+    vectors = getattr(collaborative, "item_embeddings", None)
+    name, identifiers = choose_identifiers(
+        dataset, config.data.identifiers, vectors, config.seed
+    )
+    catalogue = make_catalogue(name, identifiers)
+    tree = catalogue.tree
+    say(
+        f"Identifiers: {name}, {tree.num_leaves:,} distinct for {tree.num_items:,} items, "
+        f"{catalogue.vocabulary.size:,} tokens"
+    )
+    stages = _training_stages(config, catalogue, split, collaborative, output, say, progress)
+
+    recommenders: dict[str, Recommender] = {
+        label: GenerativeRecommender(stage.model, num_beams=config.evaluation.num_beams, name=label)
+        for label, stage in stages.items()
+    }
+    if collaborative is not None:
+        label = "SASRec" if isinstance(collaborative, SASRec) else "Item embeddings"
+        recommenders[label] = ScoringRecommender(label, collaborative)
+    recommenders["Popularity"] = ScoringRecommender("Popularity", Popularity(split.item_counts))
+    items = torch.arange(tree.num_items)
+    leaf_of = tree.leaf_of(items).numpy()
+    rows = []
+    for label, recommender in recommenders.items():
+        evaluation = _evaluation_stage(config, split, recommender, leaf_of, output, say, progress)
+        training = stages[label].training if label in stages else {}
+        rows.append(TableEntry(label, evaluation, training))
+    histories = {label: stage.history for label, stage in stages.items()}
+    return RunResult(config, split, name, rows, histories, recommenders)
+
+
+def _claim_folder(output: Path, config: RunConfig) -> None:
+    path = output / "config.json"
+    # Through JSON, so that tuples and lists compare equal to what is read.
+    wanted = json.loads(json.dumps(config.to_dict()))
+    if not path.is_file():
+        files.write_json(path, wanted)
+        return
+    found: dict[str, Any] = files.read_json(path)
+    ignored = ("output_dir", "caveats")
+    different = [
+        key for key in wanted if key not in ignored and wanted[key] != found.get(key)
+    ]
+    if different:
+        lines = "; ".join(f"{key}: {found.get(key)!r} there, {wanted[key]!r} here" for key in different)
+        raise ConfigError(
+            f"{output} holds a run of another configuration ({lines}). Choose another output folder, "
+            "or delete that one to start again."
+        )
+
+
+def _collaborative_stage(
+    config: RunConfig, split: LeaveOneOut, output: Path, say: Say, progress: bool
+) -> CollaborativeModel | None:
+    settings: CollaborativeConfig = config.collaborative
+    if settings.kind == "none":
+        return None
+    if settings.kind == "embeddings":
+        assert settings.embeddings is not None
+        table = np.load(settings.embeddings, allow_pickle=False)
+        if table.shape[0] != split.num_items:
+            raise ConfigError(
+                f"collaborative.embeddings: {settings.embeddings} has {table.shape[0]} rows, "
+                f"the data {split.num_items} items"
+            )
+        return EmbeddingScorer(torch.from_numpy(table))
+    from ..training.sasrec import train_sasrec
+
+    folder = output / "sasrec"
+    if not _is_done(folder):
+        say("Stage: SASRec (collaborative model)")
+        began = time.perf_counter()
+        train_sasrec(
+            split,
+            SASRecConfig(num_items=split.num_items, dropout=settings.dropout),
+            folder,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            lr=settings.learning_rate,
+            patience=settings.patience,
+            seed=config.seed,
+            progress=progress,
+        )
+        _mark_done(folder, {"seconds": time.perf_counter() - began})
+    return SASRec.load(folder)
+
+
+@dataclass(frozen=True)
+class _TrainedStage:
+    model: GFlowModel
+    training: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+def _training_stages(
+    config: RunConfig,
+    catalogue: Catalogue,
+    split: LeaveOneOut,
+    collaborative: CollaborativeModel | None,
+    output: Path,
+    say: Say,
+    progress: bool,
+) -> dict[str, _TrainedStage]:
+    """SFT, then from the same start and with the same budget: continued SFT and GFlowGR."""
+    supervised = FlowSettings(
+        objective="sft", normalize=config.flow.normalize, max_history=config.flow.max_history
+    )
+    def fresh() -> GFlowModel:
+        backbone = build_tiger(catalogue.vocabulary, config.model, seed=config.seed)
+        return GFlowModel(backbone, catalogue.tree, catalogue.vocabulary, supervised)
+
+    def train(folder: str, label: str, make: Callable[[], GFlowModel], arguments: dict[str, Any],
+              scorer: CollaborativeModel | None) -> _TrainedStage:
+        return _train_stage(
+            output / folder, label, make, arguments, split, scorer, config.seed, say, progress
+        )
+
+    stages = {"SFT": train("sft", "SFT", fresh, config.sft, None)}
+    start = stages["SFT"].model
+    if config.continued_sft:
+        stages["SFT continued"] = train(
+            "sft_continued", "SFT continued", lambda: start.with_settings(supervised),
+            config.finetune, None,
+        )
+    label = f"GFlowGR-{config.flow.objective.upper()}"
+    stages[label] = train(
+        "gflowgr", label, lambda: start.with_settings(config.flow), config.finetune, collaborative
+    )
+    return stages
+
+
+def _train_stage(
+    folder: Path,
+    label: str,
+    make: Callable[[], GFlowModel],
+    arguments: dict[str, Any],
+    split: LeaveOneOut,
+    collaborative: CollaborativeModel | None,
+    seed: int,
+    say: Say,
+    progress: bool,
+) -> _TrainedStage:
+    if not _is_done(folder):
+        from transformers import PrinterCallback, TrainerCallback
+
+        from ..training import GFlowGRConfig, GFlowGRTrainer, last_complete_checkpoint
+        from ..training.progress import ProgressBar
+
+        say(f"Stage: {label}")
+        began = time.perf_counter()
+        checkpoints = folder / "checkpoints"
+        defaults: dict[str, Any] = {
+            "eval_strategy": "epoch",
+            "save_strategy": arguments.get("eval_strategy", "epoch"),
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "N@10",
+            "greater_is_better": True,
+            "save_total_limit": 1,
+            "logging_steps": 10,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
+        args = GFlowGRConfig(
+            output_dir=str(checkpoints), seed=seed, **{**defaults, **arguments}
+        )
+        callbacks: list[TrainerCallback] = [ProgressBar(label)] if progress else []
+        trainer = GFlowGRTrainer(
+            make(), args, split, collaborative=collaborative, callbacks=callbacks
+        )
+        trainer.remove_callback(PrinterCallback)
+        resume = last_complete_checkpoint(checkpoints)
+        if resume is not None:
+            say(f"  resuming from {resume.name}")
+        outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        trainer.save_model(str(folder / "model"))
+        files.write_json(folder / "log_history.json", trainer.state.log_history)
+        _mark_done(
+            folder,
+            {
+                "steps": outcome.global_step,
+                "seconds": time.perf_counter() - began,
+                "best_valid_N@10": trainer.state.best_metric,
+                "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
+                "learning_rate": args.learning_rate,
+            },
+        )
+    return _TrainedStage(
+        GFlowModel.from_pretrained(folder / "model"),
+        files.read_json(folder / "done.json"),
+        files.read_json(folder / "log_history.json"),
+    )
+
+
+def _evaluation_stage(
+    config: RunConfig,
+    split: LeaveOneOut,
+    recommender: Recommender,
+    leaf_of: np.ndarray,
+    output: Path,
+    say: Say,
+    progress: bool,
+) -> Evaluation:
+    settings = config.evaluation
+    path = output / "evaluation" / f"{recommender.name.lower().replace(' ', '_')}.npz"
+    if path.is_file():
+        return Evaluation.load(path)
+    say(f"Stage: evaluation of {recommender.name}")
+    evaluation = evaluate(
+        recommender,
+        split,
+        "test",
+        collision=settings.collision,
+        leaf_of=leaf_of,
+        mask_seen=settings.mask_seen,
+        max_users=settings.max_users,
+        seed=config.seed,
+        progress=progress,
+        truth=split.dataset.truth,
+    )
+    path.parent.mkdir(exist_ok=True)
+    evaluation.save(path)
+    return evaluation
+
+
+def _is_done(folder: Path) -> bool:
+    return (folder / "done.json").is_file()
+
+
+def _mark_done(folder: Path, facts: dict[str, Any]) -> None:
+    files.write_json(folder / "done.json", facts)
+
+
+def with_output(config: RunConfig, output_dir: str) -> RunConfig:
+    """The same configuration with another output folder."""
+    return replace(config, output_dir=output_dir)

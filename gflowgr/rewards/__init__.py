@@ -1,0 +1,5 @@
+"""Rewards of trajectories."""
+
+from .behaviour_aware import BehaviourAwareReward, RewardOutput
+
+__all__ = ["BehaviourAwareReward", "RewardOutput"]

@@ -1,0 +1,73 @@
+"""Arguments of :class:`~gflowgr.training.GFlowGRTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+__all__ = ["GFlowGRConfig"]
+
+
+@dataclass
+class GFlowGRConfig(TrainingArguments):
+    """``transformers.TrainingArguments`` and what GFlowGR adds to them.
+
+    The objective itself (TB or SFT, its weight, the mode of log Z) belongs to the model:
+    :class:`gflowgr.models.FlowSettings`.
+    """
+
+    # Defaults of TrainingArguments that are different here.
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Prompts per step."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the rate."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Where to report to; nothing leaves the machine by default."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: examples are read by the collator."}
+    )
+
+    num_trajectories: int = field(
+        default=3, metadata={"help": "N: trajectories per prompt, the observed positive included."}
+    )
+    sampler: Literal["curriculum", "random"] = field(
+        default="curriculum",
+        metadata={"help": "Sampler of the others; the curriculum needs a collaborative model."},
+    )
+    pool_size: int | None = field(
+        default=None, metadata={"help": "Candidates of the curriculum (default 2 N - 1)."}
+    )
+    behaviour_values: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "r_a of each behaviour; default: purchase 10, click 1, others 10."},
+    )
+    partition_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the partition head (log Z)."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after this many evaluations without a better metric_for_best_model."},
+    )
+    eval_beams: int = field(default=20, metadata={"help": "Beams of the evaluation."})
+    eval_max_users: int | None = field(
+        default=None, metadata={"help": "Evaluate on this many users (a fixed random subset)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_trajectories", "eval_beams", "pool_size", "eval_max_users",
+                     "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1; got {value}")
+        if self.sampler not in ("curriculum", "random"):
+            raise ValueError(f"sampler must be 'curriculum' or 'random'; got {self.sampler!r}")
+        if self.partition_learning_rate <= 0:
+            raise ValueError(
+                f"partition_learning_rate must be > 0; got {self.partition_learning_rate}"
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false: the collator reads all columns")

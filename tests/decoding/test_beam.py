@@ -1,0 +1,156 @@
+"""Beam search against enumeration of the whole catalogue."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gflowgr.decoding import constrained_beam_search
+from gflowgr.models import (
+    IdentifierVocabulary,
+    TigerConfig,
+    build_tiger,
+    encode_prompt,
+    output_head,
+    prompt_tokens,
+    trajectory_hidden_states,
+)
+from gflowgr.ops import trajectory_logprobs
+from gflowgr.tree import PrefixTree
+
+SMALL = TigerConfig(d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, dropout=0.0)
+
+
+class Shop:
+    """A small random catalogue, a random model, and two prompts."""
+
+    def __init__(self, *, ragged: bool = False, shared: bool = False, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        codes = rng.integers(0, [4, 5, 6], size=(40, 3))
+        codes = np.unique(codes, axis=0)
+        rng.shuffle(codes)
+        if shared:
+            codes[1], codes[2] = codes[0], codes[0]
+        if ragged:
+            codes[::3, 2] = -1
+            codes = np.unique(codes, axis=0)
+        self.vocabulary = IdentifierVocabulary.from_codes(codes)
+        tokens = self.vocabulary.encode(codes)
+        rows = [row[row >= 0].tolist() for row in tokens]
+        self.tree = PrefixTree.from_identifiers(rows)
+        self.item_tokens = torch.from_numpy(tokens)
+        self.model: nn.Module = build_tiger(self.vocabulary, SMALL, seed=seed).eval()
+        histories = torch.tensor([[0, 1, 2], [5, -1, -1]])
+        self.ids, self.mask = prompt_tokens(histories, self.item_tokens)
+
+    def exact(self, normalize: str) -> Tensor:
+        """log P(identifier | prompt) of every item [B, items], by definition."""
+        items = len(self.item_tokens)
+        tokens = self.item_tokens.expand(2, items, -1)
+        mask = tokens >= 0
+        with torch.no_grad():
+            prompt = encode_prompt(self.model, self.ids, self.mask)
+            hidden = trajectory_hidden_states(self.model, prompt, tokens.clamp_min(0), mask)
+            weight, _ = output_head(self.model)
+            tree = self.tree if normalize == "children" else None
+            log_pf = trajectory_logprobs(
+                hidden, weight, tokens.masked_fill(~mask, 0), tree=tree, mask=mask
+            )
+        return log_pf.sum(-1)
+
+    def search(self, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+        out = constrained_beam_search(self.model, self.ids, self.mask, self.tree, **options)
+        return out.items, out.scores, out.tokens
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "children"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_as_many_beams_as_items_give_the_exact_ranking(normalize: str, ragged: bool) -> None:
+    shop = Shop(ragged=ragged)
+    exact = shop.exact(normalize)
+    count = exact.shape[1]
+    items, scores, tokens = shop.search(num_beams=count, normalize=normalize)
+    best = exact.sort(dim=1, descending=True)
+    assert items.tolist() == best.indices.tolist()
+    torch.testing.assert_close(scores, best.values, rtol=1e-5, atol=1e-5)
+    assert torch.equal(tokens, shop.item_tokens[items])
+
+
+def test_few_beams_equal_a_plain_beam_search_over_prefixes() -> None:
+    shop, beams = Shop(seed=3), 4
+    items, scores, _ = shop.search(num_beams=beams)
+    for row in range(2):
+        kept: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+        for _ in range(3):
+            grown = []
+            for prefix, score in kept:
+                decoder = torch.tensor([[0, *prefix]])
+                with torch.no_grad():
+                    logits = shop.model(
+                        input_ids=shop.ids[row : row + 1],
+                        attention_mask=shop.mask[row : row + 1],
+                        decoder_input_ids=decoder,
+                    ).logits[0, -1]
+                log_p = logits.log_softmax(-1)
+                longer = {
+                    tuple(t[: len(prefix) + 1])
+                    for t in shop.item_tokens.tolist()
+                    if tuple(t[: len(prefix)]) == prefix
+                }
+                grown += [(p, score + float(log_p[p[-1]])) for p in sorted(longer)]
+            kept = sorted(grown, key=lambda pair: -pair[1])[:beams]
+        expected = [shop.item_tokens.tolist().index(list(prefix)) for prefix, _ in kept]
+        assert items[row].tolist() == expected
+        torch.testing.assert_close(
+            scores[row], torch.tensor([s for _, s in kept]), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_more_beams_than_items_leave_flagged_empty_places() -> None:
+    shop = Shop()
+    count = len(shop.item_tokens)
+    items, scores, tokens = shop.search(num_beams=count + 5)
+    assert (items[:, :count] >= 0).all() and (items[:, count:] == -1).all()
+    assert (scores[:, count:] == -torch.inf).all() and (tokens[:, count:] == -1).all()
+    assert sorted(items[0, :count].tolist()) == list(range(count))
+
+
+def test_items_sharing_an_identifier_follow_each_other_by_id() -> None:
+    shop = Shop(shared=True)
+    items, scores, _ = shop.search(num_beams=len(shop.item_tokens))
+    place = items[0].tolist().index(0)
+    assert items[0, place : place + 3].tolist() == [0, 1, 2]
+    assert (scores[0, place : place + 3] == scores[0, place]).all()
+
+
+def test_unavailable_items_never_appear_and_dead_ends_are_pruned() -> None:
+    shop = Shop()
+    available = torch.zeros(len(shop.item_tokens), dtype=torch.bool)
+    available[[3, 7]] = True
+    # Two beams suffice, however improbable the two items' prefixes are.
+    items, _, _ = shop.search(num_beams=2, available=available)
+    assert {frozenset(row) for row in items.tolist()} == {frozenset({3, 7})}
+
+
+def test_excluded_items_never_appear() -> None:
+    shop = Shop(shared=True)
+    count = len(shop.item_tokens)
+    everything, _, _ = shop.search(num_beams=count)
+    exclude = torch.stack([everything[0, :4], torch.tensor([0, -1, -1, -1])])
+    items, _, _ = shop.search(num_beams=count, exclude=exclude)
+    for row in range(2):
+        barred = set(exclude[row].tolist()) - {-1}
+        expected = [item for item in everything[row].tolist() if item not in barred]
+        assert items[row, : len(expected)].tolist() == expected
+        assert (items[row, len(expected) :] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_beams": 0}, "num_beams must be >= 1; got 0"), ({"num_return": 0}, "num_return")],
+)
+def test_bad_arguments_are_named(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Shop().search(**options)
