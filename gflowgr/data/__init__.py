@@ -1,5 +1,6 @@
 """Data sets: reading, writing, importing, generating, splitting and training examples."""
 
+from gflowgr.data.builtin import generate_builtin
 from gflowgr.data.bundle import load_dataset, save_dataset
 from gflowgr.data.dataset import Dataset
 from gflowgr.data.examples import TrainingExamples
@@ -11,6 +12,7 @@ __all__ = [
     "LeaveOneOut",
     "Ragged",
     "TrainingExamples",
+    "generate_builtin",
     "load_dataset",
     "save_dataset",
 ]
