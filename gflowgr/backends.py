@@ -1,0 +1,178 @@
+"""Which implementation of an op runs: ``torch`` (the definition), ``cpp``, ``triton`` or ``cuda``.
+
+Every op registers the backends it has, each with a function that says why it cannot run a call (or
+None when it can). :func:`resolve` takes the fastest that can, unless one is forced: by
+``with gflowgr.backend("torch"):`` or by the environment variable ``GFLOWGR_BACKEND``. A forced backend
+that cannot run raises with the reason; it never falls back in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("torch", "cpp", "triton", "cuda")
+_FASTEST_FIRST = ("cuda", "triton", "cpp", "torch")
+ENVIRONMENT = "GFLOWGR_BACKEND"
+
+Probe = Callable[[torch.device, torch.dtype], "str | None"]
+
+_registry: dict[str, dict[str, Probe]] = {}
+_forced: ContextVar[str | None] = ContextVar("gflowgr_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot run the call; the message says why."""
+
+
+def register(op: str, backend: str, probe: Probe) -> None:
+    """Say that ``op`` has ``backend``; ``probe(device, dtype)`` returns None or why it cannot run."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend = {backend!r}, expected one of {', '.join(BACKENDS)}")
+    _registry.setdefault(op, {})[backend] = probe
+
+
+def forced_backend() -> str | None:
+    """The backend forced by :func:`backend` or, failing that, by the environment."""
+    name = _forced.get()
+    if name is None:
+        name = os.environ.get(ENVIRONMENT) or None
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"{ENVIRONMENT}={name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Force a backend for the ops called inside (None: choose freely again, whatever is outside).
+
+    Raises ValueError for an unknown name. Holds for the current thread or task.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"name = {name!r}, expected one of {', '.join(BACKENDS)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def resolve(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs ``op`` on tensors of this device and dtype.
+
+    Raises BackendError when a forced backend cannot, and KeyError for an op nobody registered.
+    """
+    probes = _registry[op]
+    name = forced_backend()
+    if name is not None:
+        reason = probes[name](device, dtype) if name in probes else "the op has no such backend"
+        if reason is not None:
+            raise BackendError(f"gflowgr::{op} cannot run on backend {name!r}: {reason}")
+        return name
+    for candidate in _FASTEST_FIRST:
+        # The interpreter is for tests: Triton on CPU tensors runs only when asked for by name.
+        if candidate == "triton" and device.type == "cpu":
+            continue
+        if candidate in probes and probes[candidate](device, dtype) is None:
+            return candidate
+    raise BackendError(f"gflowgr::{op}: no backend for device {device} and dtype {dtype}")
+
+
+def available_backends(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, dict[str, str | None]]:
+    """Per op and backend: None when it can run on ``device`` (default: the GPU when there is one, else
+    the CPU), else the reason why not."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _import_ops()
+    return {
+        op: {
+            name: probes[name](where, dtype) if name in probes else "the op has no such backend"
+            for name in BACKENDS
+        }
+        for op, probes in sorted(_registry.items())
+    }
+
+
+def _import_ops() -> None:
+    import gflowgr.ops
+    import gflowgr.ops.walk  # noqa: F401
+
+
+def _library_path(name: str) -> Path | None:
+    folder = Path(__file__).parent
+    found = sorted(p for p in folder.glob(f"{name}.*") if p.suffix in (".so", ".pyd", ".dylib"))
+    return found[0] if found else None
+
+
+@functools.cache
+def cpp_missing() -> str | None:
+    """Load ``gflowgr/_C`` once; None when its ops are there, else why not."""
+    path = _library_path("_C")
+    if path is None:
+        return "gflowgr/_C was not built (see the warnings of the install)"
+    return _load(path)
+
+
+@functools.cache
+def cuda_missing() -> str | None:
+    """Load ``gflowgr/_C_cuda`` once; None when its ops are there, else why not."""
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    path = _library_path("_C_cuda")
+    if path is None:
+        return "gflowgr/_C_cuda was not built (needs a CUDA toolkit and GFLOWGR_CUDA not 0)"
+    return _load(path)
+
+
+def _load(path: Path) -> str | None:
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        # Built for another torch or C++ library: the reason is shown by `gflowgr info`.
+        return f"{path.name} cannot be loaded: {error}"
+    return None
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """None when Triton and ``gflowgr.kernels`` can be imported, else why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec("gflowgr.kernels") is None:
+        return "gflowgr.kernels is not installed (running from a source tree without an install)"
+    return None
+
+
+def triton_interpreted() -> bool:
+    """True when Triton kernels run in its interpreter (on the CPU)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def probe_torch(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Probe of the definitions: they run everywhere."""
+    return None
+
+
+def probe_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Probe of the C++ extension: CPU tensors, extension built."""
+    return "runs on CPU tensors only" if device.type != "cpu" else cpp_missing()
+
+
+def probe_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Probe of Triton: CUDA tensors, or any under TRITON_INTERPRET=1."""
+    if device.type != "cuda" and not triton_interpreted():
+        return "runs on CUDA tensors only (or anywhere under TRITON_INTERPRET=1)"
+    return triton_missing()
+
+
+def probe_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Probe of the CUDA extension: CUDA tensors, extension built."""
+    return "runs on CUDA tensors only" if device.type != "cuda" else cuda_missing()

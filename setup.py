@@ -1,0 +1,214 @@
+"""Build of the compiled parts; everything declarative is in pyproject.toml.
+
+Three extensions, each optional (what cannot be built is reported, and PyTorch or NumPy does its work):
+
+    gflowgr._host    pybind11, no torch: building the prefix tree
+    gflowgr._C       CPU kernels, LibTorch stable ABI
+    gflowgr._C_cuda  CUDA kernels, LibTorch stable ABI
+
+Environment switches:
+
+    GFLOWGR_NO_EXT=1      build nothing
+    GFLOWGR_CUDA          auto (default): with a CUDA toolkit and a CUDA build of torch; 0: never; 1: or fail
+    GFLOWGR_CUDA_ARCHS    e.g. "8.0;9.0" (or TORCH_CUDA_ARCH_LIST); default: the visible GPUs, else all
+    MAX_JOBS              compile jobs of ninja
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
+
+ROOT = Path(__file__).parent
+# The stable ABI is used as of torch 2.10 (parallel_for and TORCH_BOX came with it): one build serves
+# 2.10 and all later versions. With torch 2.8 or 2.9 the package works without _C and _C_cuda.
+STABLE_ABI = (2, 10)
+STABLE_ABI_DEFINE = "TORCH_TARGET_VERSION", f"0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
+TORCH_REQUIREMENT = "torch>=2.8"
+BUILD_ERRORS = (BaseError, CCompilerError, RuntimeError, OSError, subprocess.SubprocessError)
+
+
+def switch(name: str, default: str) -> str:
+    return os.environ.get(name, "").strip().lower() or default
+
+
+def warn(message: str) -> None:
+    line = "*" * 88
+    print(f"\n{line}\ngflowgr: WARNING: {message}\n{line}\n", file=sys.stderr, flush=True)
+
+
+def find_torch() -> ModuleType | None:
+    """torch, also from under build isolation.
+
+    An isolated build hides the environment's packages, and would download a torch of several GB only to
+    read its headers. The environment that is installed into is still known by its prefix.
+    """
+    if importlib.util.find_spec("torch") is None:
+        prefixes = [sys.prefix, os.environ.get("VIRTUAL_ENV", "")]
+        for prefix in filter(None, prefixes):
+            places = {"base": prefix, "platbase": prefix}
+            for key in ("purelib", "platlib"):
+                folder = sysconfig.get_path(key, vars=places)
+                if (Path(folder) / "torch" / "version.py").is_file() and folder not in sys.path:
+                    sys.path.append(folder)  # last: the build's own setuptools and pybind11 win
+    if importlib.util.find_spec("torch") is None:
+        return None
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        warn(f"torch was found but cannot be imported ({error}); building without it.")
+        return None
+    return torch
+
+
+def compile_flags() -> list[str]:
+    return ["/O2", "/std:c++17"] if os.name == "nt" else ["-O3", "-std=c++17", "-fvisibility=hidden"]
+
+
+def host_extension(torch: ModuleType | None) -> Extension | None:
+    if importlib.util.find_spec("pybind11") is not None:
+        import pybind11
+
+        include = pybind11.get_include()
+    elif torch is not None:  # torch carries pybind11's headers
+        include = str(Path(torch.__file__).parent / "include")
+    else:
+        warn("pybind11 is not installed; the prefix tree will be built by NumPy.")
+        return None
+    return Extension(
+        "gflowgr._host",
+        ["csrc/host_bindings.cpp", "csrc/tree_build.cpp"],
+        include_dirs=["csrc", include],
+        extra_compile_args=compile_flags(),
+        language="c++",
+    )
+
+
+def cuda_archs(torch: ModuleType, cuda_version: tuple[int, int]) -> str | None:
+    """Value for TORCH_CUDA_ARCH_LIST, or None to let torch take those of the visible GPUs."""
+    given = os.environ.get("GFLOWGR_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if given:
+        return given
+    if torch.cuda.is_available():
+        return None
+    known = ["8.0", "8.6"]
+    if cuda_version >= (11, 8):
+        known += ["8.9", "9.0"]
+    if cuda_version >= (12, 8):
+        known += ["10.0", "12.0"]
+    return ";".join(known) + "+PTX"
+
+
+def torch_extensions(torch: ModuleType | None) -> list[Extension]:
+    wanted = switch("GFLOWGR_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"GFLOWGR_CUDA={wanted!r}, expected 0, 1 or auto")
+    why_no_cuda = None
+    if torch is None:
+        why_no_cuda = "torch is not installed"
+        warn("torch is not installed: gflowgr._C and gflowgr._C_cuda are not built.")
+        extensions = []
+    else:
+        version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+        if version < STABLE_ABI:
+            why_no_cuda = f"torch {torch.__version__} is older than {STABLE_ABI[0]}.{STABLE_ABI[1]}"
+            warn(f"{why_no_cuda}: gflowgr._C is not built, PyTorch definitions run instead.")
+            extensions = []
+        else:
+            from torch.utils import cpp_extension
+
+            common: dict[str, Any] = {
+                "include_dirs": [str(ROOT / "csrc")],
+                "define_macros": [STABLE_ABI_DEFINE],
+                "py_limited_api": True,  # no Python in them: loaded with torch.ops.load_library
+            }
+            flags = compile_flags()
+            extensions = [
+                cpp_extension.CppExtension(
+                    "gflowgr._C", sorted(map(str, Path("csrc").glob("*_cpu.cpp"))), extra_compile_args=flags, **common
+                )
+            ]
+            if torch.version.cuda is None:
+                why_no_cuda = "this torch has no CUDA"
+            elif cpp_extension.CUDA_HOME is None:
+                why_no_cuda = "no CUDA toolkit was found (CUDA_HOME)"
+            elif wanted != "0":
+                cuda_version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+                archs = cuda_archs(torch, (cuda_version[0], cuda_version[1]))
+                if archs is not None:
+                    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
+                common["define_macros"] = [STABLE_ABI_DEFINE, ("USE_CUDA", "1")]
+                cuda_flags = {"cxx": flags, "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]}
+                sources = ["csrc/cuda/ops_cuda.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
+                extensions.append(
+                    cpp_extension.CUDAExtension(
+                        "gflowgr._C_cuda", sources, extra_compile_args=cuda_flags, **common
+                    )
+                )
+    if wanted == "1" and why_no_cuda is not None:
+        raise SystemExit(f"GFLOWGR_CUDA=1, but {why_no_cuda}.")
+    return extensions
+
+
+def build_command(torch: ModuleType | None) -> type[build_ext]:
+    base: Any = build_ext
+    if torch is not None:
+        from torch.utils.cpp_extension import BuildExtension
+
+        base = BuildExtension
+
+    class OptionalBuild(base):  # type: ignore[misc]
+        """Builds what it can: an extension that fails is reported and left out."""
+
+        def build_extensions(self) -> None:
+            self.built: list[Extension] = []
+            try:
+                super().build_extensions()
+            except BUILD_ERRORS as error:  # checks of the compiler, before any extension
+                self.give_up("the compiled parts", error)
+            self.extensions = self.built
+
+        def build_extension(self, ext: Extension) -> None:
+            try:
+                super().build_extension(ext)
+                self.built.append(ext)
+            except BUILD_ERRORS as error:
+                self.give_up(ext.name, error)
+
+        def give_up(self, what: str, error: BaseException) -> None:
+            if switch("GFLOWGR_CUDA", "auto") == "1" and what != "gflowgr._host":
+                raise SystemExit(f"GFLOWGR_CUDA=1, but {what} failed to build: {error}")
+            warn(f"{what} failed to build and is left out; slower code will do its work.\n{error}")
+
+        def get_export_symbols(self, ext: Extension) -> list[str]:
+            # _C and _C_cuda are no Python modules and have no PyInit function to export.
+            return [] if ext.name.startswith("gflowgr._C") else super().get_export_symbols(ext)
+
+    return OptionalBuild
+
+
+def main() -> None:
+    options: dict[str, Any] = {}
+    if switch("GFLOWGR_NO_EXT", "0") in ("0", "no", "false"):
+        torch = find_torch()
+        if torch is None:
+            options["setup_requires"] = [TORCH_REQUIREMENT]
+        host = host_extension(torch)
+        options["ext_modules"] = ([host] if host else []) + torch_extensions(torch)
+        options["cmdclass"] = {"build_ext": build_command(torch)}
+    else:
+        warn("GFLOWGR_NO_EXT is set: nothing is compiled, PyTorch and NumPy do the work.")
+    setup(packages=[*find_packages(include=["gflowgr", "gflowgr.*"]), "gflowgr.kernels"], **options)
+
+
+main()
