@@ -8,15 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data import (
-    Dataset,
-    LeaveOneOut,
-    TrainingExamples,
-    generate_builtin,
-    load_dataset,
-    save_dataset,
-)
-from ..identifiers import Identifiers, from_codes, residual_kmeans
+from ..data import Dataset, LeaveOneOut, TrainingExamples, load_dataset, save_dataset
+from ..identifiers import Identifiers, from_codes
 from ..models.vocabulary import IdentifierVocabulary
 from ..tree import PrefixTree
 from .config import ConfigError, DataConfig
@@ -45,6 +38,8 @@ def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
         return load_dataset(config.path)
     folder = output_dir / "data"
     if not (folder / "inter.json.gz").is_file():
+        from ..data import generate_builtin
+
         dataset = generate_builtin(seed=seed, num_users=config.users, num_items=config.items)
         save_dataset(dataset, folder)
     return load_dataset(folder)
@@ -82,6 +77,8 @@ def choose_identifiers(
         raise ConfigError(
             f"{dataset.name} has no identifiers, and without a collaborative model none can be made"
         )
+    from ..identifiers import residual_kmeans
+
     vectors = item_vectors.detach().cpu().numpy().astype(np.float32)
     # About four items per full path keeps the last, separating token short.
     size = int(np.clip(round((len(vectors) / 4) ** (1 / 3)), 4, 256))

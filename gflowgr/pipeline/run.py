@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ class RunResult:
         identifiers_name: which identifiers.
         rows: one per method.
         histories: training logs by stage, as the Trainer keeps them.
-        recommenders: by method, for example recommendations.
     """
 
     config: RunConfig
@@ -64,7 +63,6 @@ class RunResult:
     identifiers_name: str
     rows: list[TableEntry]
     histories: dict[str, list[dict[str, Any]]]
-    recommenders: dict[str, Recommender]
 
 
 def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunResult:
@@ -118,7 +116,7 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
         training = stages[label].training if label in stages else {}
         rows.append(TableEntry(label, evaluation, training))
     histories = {label: stage.history for label, stage in stages.items()}
-    return RunResult(config, split, name, rows, histories, recommenders)
+    return RunResult(config, split, name, rows, histories)
 
 
 def _claim_folder(output: Path, config: RunConfig) -> None:
@@ -158,23 +156,18 @@ def _collaborative_stage(
         return EmbeddingScorer(torch.from_numpy(table))
     from ..training.sasrec import train_sasrec
 
-    folder = output / "sasrec"
-    if not _is_done(folder):
-        say("Stage: SASRec (collaborative model)")
-        began = time.perf_counter()
-        train_sasrec(
-            split,
-            SASRecConfig(num_items=split.num_items, dropout=settings.dropout),
-            folder,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            lr=settings.learning_rate,
-            patience=settings.patience,
-            seed=config.seed,
-            progress=progress,
-        )
-        _mark_done(folder, {"seconds": time.perf_counter() - began})
-    return SASRec.load(folder)
+    say("Stage: SASRec (collaborative model)")
+    return train_sasrec(
+        split,
+        SASRecConfig(num_items=split.num_items, dropout=settings.dropout),
+        output / "sasrec",
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        lr=settings.learning_rate,
+        patience=settings.patience,
+        seed=config.seed,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True)
@@ -293,9 +286,9 @@ def _evaluation_stage(
     progress: bool,
 ) -> Evaluation:
     settings = config.evaluation
-    path = output / "evaluation" / f"{recommender.name.lower().replace(' ', '_')}.npz"
-    if path.is_file():
-        return Evaluation.load(path)
+    folder = output / "evaluation" / recommender.name.lower().replace(" ", "_")
+    if _is_done(folder):
+        return _read_evaluation(folder)
     say(f"Stage: evaluation of {recommender.name}")
     evaluation = evaluate(
         recommender,
@@ -309,9 +302,20 @@ def _evaluation_stage(
         progress=progress,
         truth=split.dataset.truth,
     )
-    path.parent.mkdir(exist_ok=True)
-    evaluation.save(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _ARRAYS:
+        files.save_npy(folder / f"{name}.npy", getattr(evaluation, name))
+    facts = {name: getattr(evaluation, name) for name in ("name", "which", "metrics", "rules")}
+    _mark_done(folder, facts)
     return evaluation
+
+
+_ARRAYS = ("users", "ranks", "items")
+
+
+def _read_evaluation(folder: Path) -> Evaluation:
+    arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _ARRAYS}
+    return Evaluation(**files.read_json(folder / "done.json"), **arrays)
 
 
 def _is_done(folder: Path) -> bool:
@@ -320,8 +324,3 @@ def _is_done(folder: Path) -> bool:
 
 def _mark_done(folder: Path, facts: dict[str, Any]) -> None:
     files.write_json(folder / "done.json", facts)
-
-
-def with_output(config: RunConfig, output_dir: str) -> RunConfig:
-    """The same configuration with another output folder."""
-    return replace(config, output_dir=output_dir)

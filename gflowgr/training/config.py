@@ -23,7 +23,7 @@ class GFlowGRConfig(TrainingArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the rate."})
-    report_to: None | str | list[str] = field(
+    report_to: str | list[str] | None = field(
         default="none", metadata={"help": "Where to report to; nothing leaves the machine by default."}
     )
     remove_unused_columns: bool = field(

@@ -1,0 +1,114 @@
+"""The end of a run: one table on the screen, results.json, and a report with plots."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, files
+from ..evaluation import (
+    Report,
+    TableRow,
+    example_recommendations,
+    format_table,
+    machine_summary,
+    write_report,
+)
+from .config import RunConfig
+from .run import RunResult, run
+
+__all__ = ["run_and_report"]
+
+
+def run_and_report(
+    config: RunConfig, *, say: Callable[[str], None] = print, progress: bool = True
+) -> RunResult:
+    """Carry a run out and leave its results for people and for programs.
+
+    Args:
+        config: what to do.
+        say: receives the text for the screen.
+        progress: show progress bars.
+    """
+    result = run(config, say=say, progress=progress)
+    rows = [TableRow(entry.name, entry.evaluation.metrics) for entry in result.rows]
+    rules = result.rows[0].evaluation.rules
+    output = Path(config.output_dir)
+    files.write_json(output / "results.json", _results(result))
+    path = write_report(output, _report(result, rows, rules))
+    say("\n" + format_table(rows) + "\n")
+    for name, rule in rules.items():
+        say(f"{name}: {rule}")
+    say(f"\nReport: {path}")
+    say(f"Use it: gflowgr recommend {output / 'gflowgr' / 'model'} --data {_data_folder(result)} "
+        f"--user {result.split.dataset.user_ids[0]}")
+    return result
+
+
+def _results(result: RunResult) -> dict[str, Any]:
+    return {
+        "gflowgr": __version__,
+        "command": _command(),
+        "config": result.config.to_dict(),
+        "identifiers": result.identifiers_name,
+        "data": result.split.dataset.summary(),
+        "split": result.split.report(),
+        "machine": machine_summary(),
+        "rules": result.rows[0].evaluation.rules,
+        "methods": {
+            entry.name: {"metrics": entry.evaluation.metrics, "training": entry.training}
+            for entry in result.rows
+        },
+    }
+
+
+def _report(result: RunResult, rows: list[TableRow], rules: dict[str, str]) -> Report:
+    config = result.config
+    dataset = result.split.dataset
+    setup: dict[str, Any] = {
+        "data": f"{dataset.name}: {dataset.num_users:,} users, {dataset.num_items:,} items, "
+        f"{dataset.num_interactions:,} interactions",
+        "identifiers": result.identifiers_name,
+        "training examples": f"{len(result.split.train):,}",
+        "generator": f"T5, {config.model.num_layers} + {config.model.num_layers} layers, "
+        f"d_model {config.model.d_model}, d_ff {config.model.d_ff}, "
+        f"{config.model.num_heads} heads of {config.model.d_kv}",
+        "objective": f"{config.flow.objective.upper()}, Z {config.flow.partition}, lambda "
+        f"{config.flow.gfn_weight}, beta {config.flow.beta}, softmax over {config.flow.normalize}",
+        "seed": config.seed,
+        "command": _command(),
+    }
+    for entry in result.rows:
+        facts = entry.training
+        if facts:
+            setup[f"{entry.name}, training"] = (
+                f"{facts['steps']:,} steps of {facts['batch_size']} prompts, "
+                f"learning rate {facts['learning_rate']:g}, {facts['seconds']:.0f} s"
+            )
+    return Report(
+        title=f"GFlowGR on {dataset.name}",
+        rows=rows,
+        rules=rules,
+        setup=setup,
+        stages=result.histories,
+        examples=example_recommendations(
+            result.split,
+            {entry.name: entry.evaluation for entry in result.rows},
+            count=config.evaluation.examples,
+            seed=config.seed,
+        ),
+        caveats=config.caveats,
+    )
+
+
+def _data_folder(result: RunResult) -> str:
+    path = result.split.dataset.path
+    return "FOLDER" if path is None else str(path)
+
+
+def _command() -> str:
+    """The command as typed, without the folder that the program lies in."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
