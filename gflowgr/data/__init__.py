@@ -4,15 +4,27 @@ from gflowgr.data.builtin import generate_builtin
 from gflowgr.data.bundle import load_dataset, save_dataset
 from gflowgr.data.dataset import Dataset
 from gflowgr.data.examples import TrainingExamples
+from gflowgr.data.importers import (
+    ImportReport,
+    import_amazon,
+    import_movielens,
+    import_table,
+    import_yelp,
+)
 from gflowgr.data.ragged import Ragged
 from gflowgr.data.split import LeaveOneOut
 
 __all__ = [
     "Dataset",
+    "ImportReport",
     "LeaveOneOut",
     "Ragged",
     "TrainingExamples",
     "generate_builtin",
+    "import_amazon",
+    "import_movielens",
+    "import_table",
+    "import_yelp",
     "load_dataset",
     "save_dataset",
 ]

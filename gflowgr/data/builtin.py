@@ -104,8 +104,8 @@ def _make_shop(rng: np.random.Generator, num_users: int, num_items: int) -> _Sho
     leaf_vectors = np.zeros((departments, categories, types, _DIM))
     for size, scale in zip(sizes, _LEVEL_SCALE, strict=True):
         leaf_vectors += rng.normal(scale=scale / np.sqrt(_DIM), size=(*size, _DIM))
-    leaf_vectors = leaf_vectors.reshape(-1, _DIM)
-    leaves = len(leaf_vectors)
+    leaves = departments * categories * types
+    flat_vectors = leaf_vectors.reshape(leaves, _DIM)
 
     item_leaf = np.sort(rng.choice(leaves, size=num_items, p=_dirichlet(rng, 4.0, (leaves,))))
     noise = rng.normal(scale=_ITEM_NOISE / np.sqrt(_DIM), size=(num_items, _DIM))
@@ -119,9 +119,9 @@ def _make_shop(rng: np.random.Generator, num_users: int, num_items: int) -> _Sho
     )
     return _Shop(
         item_leaf=item_leaf,
-        items=(leaf_vectors[item_leaf] + noise).astype(np.float32),
+        items=(flat_vectors[item_leaf] + noise).astype(np.float32),
         log_popularity=(log_popularity - log_popularity.mean()).astype(np.float32),
-        leaf_vectors=leaf_vectors.astype(np.float32),
+        leaf_vectors=flat_vectors.astype(np.float32),
         leaf_taste=taste.reshape(num_users, leaves).astype(np.float32),
     )
 

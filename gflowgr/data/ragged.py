@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -48,9 +49,7 @@ class Ragged:
     def from_lists(cls, rows: Sequence[Sequence[int]], dtype: type = np.int32) -> Ragged:
         """Rows given as Python sequences."""
         lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
-        values = np.fromiter(
-            (v for row in rows for v in row), dtype=dtype, count=int(lengths.sum())
-        )
+        values: np.ndarray = np.array(list(chain.from_iterable(rows)), dtype=dtype)
         return cls.from_lengths(lengths, values)
 
     def __len__(self) -> int:
