@@ -305,8 +305,8 @@ Counts count(SortedRows& rows, int levels) {
   while (rows.next()) {
     for (int level = rows.shared; level < rows.length; ++level) {
       ++counts.nodes[level];
-      siblings[level] = level == rows.shared ? siblings[level] + 1 : 1;
-      counts.children[level] = std::max(counts.children[level], siblings[level]);
+      counts.children[level] = std::max(counts.children[level], ++siblings[level]);
+      if (level + 1 < levels) siblings[level + 1] = 0;  // a new node has no children yet
     }
     ++counts.entries[rows.length - 1];
     counts.leaves[rows.length - 1] += rows.shared < rows.length;

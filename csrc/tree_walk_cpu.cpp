@@ -24,14 +24,12 @@ int64_t find(const Stored* first, int64_t n, int64_t code) {
   // Distinct values: at most code - first[0] of them are below, at most first[n - 1] - code above. So the
   // children of a full node are indexed directly, and those of a nearly full one nearly so.
   int64_t low = std::max<int64_t>(0, n - 1 - (static_cast<int64_t>(first[n - 1]) - code));
-  int64_t high = std::min<int64_t>(n - 1, code - static_cast<int64_t>(first[0]));
-  while (low < high) {
-    const int64_t middle = (low + high) >> 1;
-    if (static_cast<int64_t>(first[middle]) < code) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
+  const int64_t high = std::min<int64_t>(n - 1, code - static_cast<int64_t>(first[0]));
+  // Halving without a branch: the outcome of a comparison is a coin toss that no predictor learns.
+  for (int64_t left = high - low + 1; left > 1;) {
+    const int64_t half = left >> 1;
+    low += static_cast<int64_t>(first[low + half - 1]) < code ? half : 0;
+    left -= half;
   }
   return static_cast<int64_t>(first[low]) == code ? low : -1;
 }
