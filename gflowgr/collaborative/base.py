@@ -1,0 +1,173 @@
+"""The scorer protocol, and what all collaborative models share: input checks and files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from gflowgr import files
+from gflowgr.errors import DataError
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+@runtime_checkable
+class CollaborativeModel(Protocol):
+    """Anything that scores items for users' histories.
+
+    ``score`` is a pure function of its arguments (no dropout, no randomness), so that samplers and
+    rewards can be replayed. Higher is better; the scale is the model's own.
+    """
+
+    num_items: int
+
+    def score(self, histories: torch.Tensor, items: torch.Tensor | None = None) -> torch.Tensor:
+        """Score items for each history.
+
+        Args:
+            histories: int64 [B, H], item ids, oldest first, left-aligned, padded with -1. A row of
+                -1 only is an empty history.
+            items: int64 [B, M], the items to score, or None for the whole catalogue.
+
+        Returns:
+            float32 [B, M], or [B, num_items] when ``items`` is None.
+
+        Raises:
+            ValueError: wrong shape or dtype, an item id out of range, padding before an item.
+        """
+        ...
+
+
+def pad_histories(
+    histories: Sequence[np.ndarray], *, max_length: int | None = None
+) -> torch.Tensor:
+    """Stack ragged histories as int64 [B, H], left-aligned and padded with -1.
+
+    H is the longest length (at least 1); with ``max_length`` only the last items are kept.
+    """
+    if max_length is not None:
+        histories = [history[-max_length:] for history in histories]
+    lengths = np.fromiter((len(history) for history in histories), np.int64, len(histories))
+    width = max(1, int(lengths.max(initial=1)))
+    padded = np.full((len(histories), width), -1, np.int64)
+    padded[np.arange(width) < lengths[:, None]] = (
+        np.concatenate(histories) if lengths.sum() else np.empty(0, np.int64)
+    )
+    return torch.from_numpy(padded)
+
+
+def check_score_inputs(
+    histories: torch.Tensor, items: torch.Tensor | None, num_items: int
+) -> torch.Tensor:
+    """Check the arguments of ``score`` and return the histories' lengths, int64 [B].
+
+    Raises:
+        ValueError: as documented at :meth:`CollaborativeModel.score`.
+    """
+    _check_ids("histories", histories, num_items, low=-1)
+    real = histories >= 0
+    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+        row = int((real[:, 1:] & ~real[:, :-1]).any(1).nonzero()[0])
+        raise ValueError(
+            f"histories[{row}] = {histories[row].tolist()}: padding (-1) stands before an item; "
+            "histories must be left-aligned"
+        )
+    if items is not None:
+        _check_ids("items", items, num_items, low=0)
+        if items.shape[0] != histories.shape[0]:
+            raise ValueError(
+                f"items has {items.shape[0]} rows, histories has {histories.shape[0]}; "
+                "they must be equal"
+            )
+    return real.sum(1)
+
+
+def _check_ids(name: str, ids: torch.Tensor, num_items: int, low: int) -> None:
+    if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{name} must be an int64 tensor of two dimensions, "
+            f"got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    if ids.numel() == 0:
+        return
+    smallest, largest = (int(value) for value in torch.aminmax(ids))
+    if smallest < low or largest >= num_items:
+        wrong = smallest if smallest < low else largest
+        row, column = (ids == wrong).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}[{row}, {column}] = {wrong} is not an item id (expected {low} to "
+            f"{num_items - 1})"
+        )
+
+
+def save_model(
+    folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``, each whole or not at all."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    files.ensure_writable(folder)
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with files.atomic_path(folder / WEIGHTS_NAME) as temporary:
+        save_file(plain, temporary)
+    files.write_json(folder / CONFIG_NAME, dict(config))
+
+
+def load_saved(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read what :func:`save_model` wrote.
+
+    Raises:
+        DataError: a file is missing or broken, or holds a model of another kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config = _read_config(folder)
+    if config.get("kind") != kind:
+        raise DataError(
+            f"{folder / CONFIG_NAME} describes a model of kind {config.get('kind')!r}, "
+            f"expected {kind!r}"
+        )
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        raise DataError(f"{weights} does not exist; expected the weights of a {kind} model")
+    try:
+        return config, load_file(weights)
+    except SafetensorError as error:
+        raise DataError(f"{weights} is not a readable safetensors file: {error}") from error
+
+
+def load_collaborative(folder: str | Path) -> CollaborativeModel:
+    """Load a collaborative model of any kind from the folder its ``save`` wrote.
+
+    Raises:
+        DataError: no such model there, or an unknown kind.
+    """
+    from gflowgr.collaborative.embedding import EmbeddingScorer
+    from gflowgr.collaborative.popularity import Popularity
+    from gflowgr.collaborative.sasrec import SASRec
+
+    kinds = {cls.KIND: cls for cls in (SASRec, EmbeddingScorer, Popularity)}
+    kind = _read_config(Path(folder)).get("kind")
+    if kind not in kinds:
+        raise DataError(
+            f"{Path(folder) / CONFIG_NAME}: kind is {kind!r}, expected one of {sorted(kinds)}"
+        )
+    return kinds[kind].load(folder)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; expected a folder written by save()")
+    config = files.read_json(path)
+    if not isinstance(config, dict):
+        raise DataError(f"{path} holds a {type(config).__name__}, expected an object")
+    return config

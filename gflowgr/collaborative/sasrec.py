@@ -1,0 +1,235 @@
+"""SASRec: a small causal transformer over item sequences.
+
+Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018. As there: learned
+positions, one embedding table for input and output, two layers. Unlike there: pre-normalised
+blocks, and the softmax over the whole catalogue as the loss in place of one sampled negative,
+which is what makes SASRec a strong baseline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gflowgr.collaborative.base import check_score_inputs, load_saved, save_model
+from gflowgr.collaborative.loss import catalogue_cross_entropy, sampled_cross_entropy
+from gflowgr.errors import DataError
+
+
+@dataclass(frozen=True)
+class SASRecConfig:
+    """Size and loss of a SASRec.
+
+    Attributes:
+        num_items: size of the catalogue; ids are 0..num_items-1.
+        d_model: width of the item embeddings and of the transformer.
+        num_layers: transformer blocks.
+        num_heads: attention heads; divides d_model.
+        d_ff: inner width of the feed-forward layers.
+        max_length: longest history seen by the model; older items are dropped.
+        dropout: on the embeddings and on each block's two outputs, while training.
+        negatives: 0 for the softmax over the whole catalogue; otherwise the number of uniform
+            negatives that estimate it, for catalogues where the full one is too expensive.
+    """
+
+    num_items: int
+    d_model: int = 64
+    num_layers: int = 2
+    num_heads: int = 2
+    d_ff: int = 256
+    max_length: int = 50
+    dropout: float = 0.3
+    negatives: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_items", "d_model", "num_layers", "num_heads", "d_ff", "max_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"num_heads = {self.num_heads} does not divide d_model = {self.d_model}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if not isinstance(self.negatives, int) or self.negatives < 0:
+            raise ValueError(f"negatives must be an integer >= 0, got {self.negatives!r}")
+
+
+class _Block(nn.Module):
+    """Pre-normalised causal self-attention and feed-forward."""
+
+    def __init__(self, config: SASRecConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.norm_attention = nn.LayerNorm(config.d_model)
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
+        self.out = nn.Linear(config.d_model, config.d_model)
+        self.norm_feed = nn.LayerNorm(config.d_model)
+        self.feed_in = nn.Linear(config.d_model, config.d_ff)
+        self.feed_out = nn.Linear(config.d_ff, config.d_model)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
+        """x [B, L, d]; mask bool [B, 1, L, L] (true = may attend) or None for plain causal."""
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None
+        )
+        mixed = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        x = x + F.dropout(mixed, dropout, dropout > 0)
+        fed = self.feed_out(F.gelu(self.feed_in(self.norm_feed(x))))
+        return x + F.dropout(fed, dropout, dropout > 0)
+
+
+class SASRec(nn.Module):
+    """A causal transformer whose state after a history is matched with the item embeddings.
+
+    The score of an item is the dot product of the last state and its embedding, the logit of the
+    training softmax. Padding stands on the right, so the causal mask alone keeps it out.
+    An empty history has no state: it is scored by ``empty_scores`` [num_items], which training
+    sets to the log share of each item in the training part.
+    """
+
+    KIND = "sasrec"
+    empty_scores: torch.Tensor
+
+    def __init__(self, config: SASRecConfig) -> None:
+        super().__init__()
+        self.settings = config
+        self.num_items = config.num_items
+        self.items = nn.Embedding(config.num_items, config.d_model)
+        self.positions = nn.Embedding(config.max_length, config.d_model)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.register_buffer("empty_scores", torch.zeros(config.num_items))
+        self.apply(self._initialise)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @property
+    def item_embeddings(self) -> torch.Tensor:
+        """The shared input and output table, float32 [num_items, d_model]."""
+        return self.items.weight
+
+    def _encode(
+        self,
+        items: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """States [B, L, d]; items [B, L] (-1 = padding), positions [L] or [B, L]."""
+        x = self.items(items.clamp_min(0)) + self.positions(positions)
+        x = F.dropout(x, dropout, dropout > 0)
+        for block in self.blocks:
+            x = block(x, mask, dropout)
+        return self.norm(x)
+
+    def forward(
+        self,
+        items: torch.Tensor,
+        positions: torch.Tensor,
+        segments: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The training loss of packed sequences.
+
+        Several sequences share a row, told apart by ``segments``; so a batch of short and long
+        sequences holds hardly any padding, and stays a uniform sample of the sequences.
+
+        Args:
+            items: int64 [R, L], -1 = padding.
+            positions: int64 [R, L], the place in the item's own sequence.
+            segments: int64 [R, L], equal within a sequence, different between those of a row.
+            targets: int64 [R, L], the next item; -1 = nothing to predict here.
+
+        Returns:
+            {"loss": mean cross-entropy in nats over the positions that have a target}.
+        """
+        length = items.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=items.device).tril()
+        mask = (segments[:, :, None] == segments[:, None, :]) & causal
+        dropout = self.settings.dropout if self.training else 0.0
+        hidden = self._encode(items, positions, mask.unsqueeze(1), dropout)
+        wanted = targets >= 0
+        states, wanted_items = hidden[wanted].float(), targets[wanted]
+        table = self.items.weight
+        if self.settings.negatives == 0:
+            return {"loss": catalogue_cross_entropy(states, table, wanted_items)}
+        negatives = torch.randint(self.num_items, (self.settings.negatives,), device=states.device)
+        return {"loss": sampled_cross_entropy(states, table, wanted_items, negatives)}
+
+    @torch.no_grad()
+    def user_states(self, histories: torch.Tensor) -> torch.Tensor:
+        """The state after each history, float32 [B, d_model]; zeros for an empty one.
+
+        Args:
+            histories: int64 [B, H], left-aligned, padded with -1; more than ``max_length`` items
+                are cut to the last ones.
+        """
+        lengths = check_score_inputs(histories, None, self.num_items)
+        return self._states(histories, lengths)
+
+    def _states(self, histories: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        device = self.items.weight.device
+        histories, lengths = histories.to(device).long(), lengths.to(device)
+        width = min(max(int(lengths.max()) if len(lengths) else 0, 1), self.settings.max_length)
+        if histories.shape[1] > width:
+            skip = (lengths - width).clamp_min(0)
+            columns = skip[:, None] + torch.arange(width, device=device)
+            histories, lengths = histories.gather(1, columns), lengths.clamp_max(width)
+        if histories.shape[1] == 0:
+            return self.items.weight.new_zeros(len(histories), self.settings.d_model)
+        places = torch.arange(histories.shape[1], device=device)
+        hidden = self._encode(histories, places, None, 0.0)
+        rows = torch.arange(len(histories), device=device)
+        states = hidden[rows, (lengths - 1).clamp_min(0)]
+        return torch.where(lengths[:, None] > 0, states, 0.0)
+
+    @torch.no_grad()
+    def score(self, histories: torch.Tensor, items: torch.Tensor | None = None) -> torch.Tensor:
+        """See :meth:`gflowgr.collaborative.CollaborativeModel.score`; never uses dropout."""
+        lengths = check_score_inputs(histories, items, self.num_items)
+        states = self._states(histories, lengths)
+        if items is None:
+            scores = states @ self.items.weight.t()
+            prior = self.empty_scores.expand_as(scores)
+        else:
+            items = items.to(states.device).long()
+            scores = torch.einsum("bd,bmd->bm", states, self.items.weight[items])
+            prior = self.empty_scores[items]
+        empty = lengths.to(states.device)[:, None] == 0
+        return torch.where(empty, prior, scores) if bool(empty.any()) else scores
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, each atomically."""
+        save_model(folder, {"kind": self.KIND, **asdict(self.settings)}, self.state_dict())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SASRec:
+        """Read what :meth:`save` wrote, in evaluation mode on the CPU.
+
+        Raises:
+            DataError: a file is missing, broken, or of another kind of model.
+        """
+        config, tensors = load_saved(folder, cls.KIND)
+        names = {field.name for field in fields(SASRecConfig)}
+        try:
+            model = cls(SASRecConfig(**{key: config[key] for key in names}))
+            model.load_state_dict(tensors)
+        except KeyError as error:
+            raise DataError(f"{folder}: config.json has no entry {error}") from error
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"{folder}: weights and config.json do not agree: {error}") from error
+        return model.eval()
