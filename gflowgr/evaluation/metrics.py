@@ -1,0 +1,85 @@
+"""Ranking metrics: pure functions over ranks and recommended lists.
+
+One target per user, so Recall equals the hit rate, and the ideal DCG is 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+MISS = -1
+"""Rank of a target that is not in the list."""
+
+
+def recall(ranks: np.ndarray, k: int) -> float:
+    """Share of users whose target is among the first ``k``; ranks [n] are 0-based, -1 = miss."""
+    return float(_hits(ranks, k).mean()) if len(ranks) else 0.0
+
+
+def ndcg(ranks: np.ndarray, k: int) -> float:
+    """Mean of ``1 / log2(rank + 2)`` over users, 0 for a target beyond the first ``k``."""
+    if len(ranks) == 0:
+        return 0.0
+    gains = 1.0 / np.log2(np.maximum(ranks, 0) + 2.0)
+    return float(np.where(_hits(ranks, k), gains, 0.0).mean())
+
+
+def _hits(ranks: np.ndarray, k: int) -> np.ndarray:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    return (ranks >= 0) & (ranks < k)
+
+
+def ranks_in_lists(lists: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """0-based place of each target in its list, int64 [n]; -1 = miss.
+
+    Args:
+        lists: int64 [n, k], best first, -1 = nothing.
+        targets: int64 [n].
+    """
+    found = lists == targets[:, None]
+    return np.where(found.any(1), found.argmax(1), MISS).astype(np.int64)
+
+
+def ranks_of_targets(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """0-based rank of each target among all items, int64 [n]; ties by ascending item id.
+
+    Args:
+        scores: float [n, num_items].
+        targets: int64 [n].
+    """
+    own = scores.gather(1, targets[:, None])
+    ids = torch.arange(scores.shape[1], device=scores.device)
+    ahead = (scores > own) | ((scores == own) & (ids < targets[:, None]))
+    return ahead.sum(1)
+
+
+def drop_repeats(lists: np.ndarray) -> np.ndarray:
+    """Keep the first occurrence of each id in a row, close the gaps, fill the end with -1.
+
+    Args:
+        lists: int64 [n, k]; entries of -1 are dropped too.
+    """
+    keep = lists >= 0
+    for column in range(1, lists.shape[1]):
+        keep[:, column] &= (lists[:, :column] != lists[:, column : column + 1]).all(1)
+    order = np.argsort(~keep, axis=1, kind="stable")
+    closed = np.take_along_axis(np.where(keep, lists, -1), order, axis=1)
+    return np.ascontiguousarray(closed)
+
+
+def coverage(lists: np.ndarray, catalogue: int) -> float:
+    """Share of the ``catalogue`` (number of items) that occurs in any list."""
+    return len(np.unique(lists[lists >= 0])) / catalogue
+
+
+def entropy(lists: np.ndarray) -> float:
+    """Shannon entropy, in nats, of the distribution of recommended items.
+
+    0 when everybody gets the same single item, log(catalogue) when all are recommended equally
+    often.
+    """
+    counts = np.unique(lists[lists >= 0], return_counts=True)[1]
+    shares = counts / max(1, counts.sum())
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,111 @@
+"""What can be evaluated: anything that turns histories into ranked items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from gflowgr.collaborative.base import CollaborativeModel, pad_histories
+
+
+@runtime_checkable
+class Recommender(Protocol):
+    """Histories in, ranked items out.
+
+    Items with equal scores, and so all items that share an identifier, stand in ascending order
+    of their ids.
+    """
+
+    name: str
+
+    def recommend(
+        self,
+        histories: Sequence[np.ndarray],
+        k: int,
+        exclude: Sequence[np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ``k`` best items of each history.
+
+        Args:
+            histories: B int64 arrays, oldest first; may be empty.
+            k: list length.
+            exclude: B int arrays of items that must not be recommended, or None.
+
+        Returns:
+            items int64 [B, k], best first, without repeats, -1 where there are no more; and their
+            scores, float32 [B, k].
+        """
+        ...
+
+
+class ScoringRecommender:
+    """Ranks the full catalogue by a collaborative model's scores; ties by ascending item id.
+
+    Args:
+        name: how tables call it.
+        model: the scorer.
+    """
+
+    def __init__(self, name: str, model: CollaborativeModel) -> None:
+        self.name = name
+        self.model = model
+
+    def recommend(
+        self,
+        histories: Sequence[np.ndarray],
+        k: int,
+        exclude: Sequence[np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See :meth:`Recommender.recommend`.
+
+        Raises:
+            ValueError: k below 1, ``exclude`` of another length, a score that is NaN.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if exclude is not None and len(exclude) != len(histories):
+            raise ValueError(f"exclude has {len(exclude)} rows, histories {len(histories)}")
+        scores = self.model.score(pad_histories(histories), None).float()
+        if bool(scores.isnan().any()):
+            row = int(scores.isnan().any(1).nonzero()[0])
+            raise ValueError(f"{self.name} gave a score that is NaN for histories[{row}]")
+        if exclude is not None and any(len(items) for items in exclude):
+            rows = np.repeat(np.arange(len(exclude)), [len(items) for items in exclude])
+            columns = np.concatenate([np.asarray(items, np.int64) for items in exclude])
+            barred = torch.from_numpy(np.stack([rows, columns])).to(scores.device)
+            scores = scores.clone()
+            scores[barred[0], barred[1]] = float("-inf")
+        items, values = best_items(scores, min(k, scores.shape[1]))
+        items = items.masked_fill(values == float("-inf"), -1)
+        short = k - items.shape[1]
+        items_out = np.pad(items.cpu().numpy(), ((0, 0), (0, short)), constant_values=-1)
+        values_out = np.pad(values.cpu().numpy(), ((0, 0), (0, short)), constant_values=-np.inf)
+        return items_out, values_out
+
+
+def best_items(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best columns of each row, ties by ascending column, and their scores.
+
+    ``torch.topk`` leaves the order of ties open, which would make metrics depend on the machine.
+
+    Args:
+        scores: float [B, V] without NaN; k <= V.
+    """
+    values, items = scores.topk(k, dim=1)
+    edge = values[:, -1:]
+    # Where more columns reach the last place's score than there are places, topk chose among them
+    # as it liked: choose the lowest ids instead.
+    tied = ((scores >= edge).sum(1) > k).nonzero()[:, 0]
+    if len(tied):
+        part, limit = scores[tied], edge[tied]
+        above, equal = part > limit, part == limit
+        places = k - above.sum(1, keepdim=True)
+        taken = above | (equal & (equal.cumsum(1) <= places))
+        items[tied] = taken.nonzero()[:, 1].view(-1, k)
+        values[tied] = part.gather(1, items[tied])
+    items, order = items.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return items.gather(1, order), values
