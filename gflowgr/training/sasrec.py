@@ -1,0 +1,279 @@
+"""Training of SASRec on the ``transformers`` Trainer: it resumes, stops early, keeps the best."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
+
+from gflowgr import files
+from gflowgr.collaborative import SASRec, SASRecConfig, pad_histories
+from gflowgr.collaborative.base import CONFIG_NAME, WEIGHTS_NAME
+from gflowgr.data import LeaveOneOut
+from gflowgr.evaluation.metrics import ndcg, ranks_of_targets, recall
+from gflowgr.training.checkpoints import last_complete_checkpoint
+from gflowgr.training.packing import EpochBatches, PackedLoader, PackedSequences
+from gflowgr.training.progress import ProgressBar
+
+SETTINGS_NAME = "sasrec_training.json"
+_EVAL_ROWS = 512
+
+
+def train_sasrec(
+    split: LeaveOneOut,
+    config: SASRecConfig | None = None,
+    output_dir: str | Path = "sasrec",
+    *,
+    epochs: int = 40,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    patience: int = 3,
+    seed: int = 42,
+    eval_users: int | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> SASRec:
+    """Train SASRec on the training part of ``split``; return the best model, on the CPU.
+
+    Every position of every training sequence is predicted in one pass. After each epoch the
+    validation users are ranked over the full catalogue, and a checkpoint is written; the model
+    with the best validation N@10 is kept. Killed at any moment, the same call goes on from the last
+    checkpoint and ends with the same model as an uninterrupted run; called again after the end,
+    it loads the finished model.
+
+    Args:
+        split: the data.
+        config: the model; by default the settings of :class:`SASRecConfig`.
+        output_dir: gets model.safetensors, config.json, sasrec_training.json (settings, metrics,
+            log history) and, while training, ``checkpoint-*`` folders.
+        epochs: most passes over the training part.
+        batch_size: sequences (windows) per optimiser step and process.
+        lr: AdamW learning rate, constant after a warm-up of 100 steps.
+        weight_decay: AdamW weight decay (not on biases and norms).
+        patience: stop after this many epochs without a better validation N@10.
+        seed: of the initial weights, the order of batches and the dropout.
+        eval_users: evaluate on this many random validation users (None: all of them).
+        resume: go on from what ``output_dir`` holds; False removes that run first.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: the config is for another catalogue, or ``output_dir`` holds a run with other
+            settings and ``resume`` is true.
+        OutputError: ``output_dir`` cannot be written.
+    """
+    folder = Path(output_dir)
+    config = SASRecConfig(num_items=split.num_items) if config is None else config
+    if config.num_items != split.num_items:
+        raise ValueError(
+            f"config.num_items is {config.num_items}, but the data has {split.num_items} items"
+        )
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    settings: dict[str, Any] = {
+        "data": [split.dataset.name, split.num_users, split.train.lengths.sum().item()],
+        "model": asdict(config),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "patience": patience,
+        "seed": seed,
+        "eval_users": eval_users,
+    }
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        weight_decay=weight_decay,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=100,
+        max_grad_norm=1.0,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_N@10",
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=20,
+        report_to=[],
+        disable_tqdm=True,
+        seed=seed,
+        log_level="error",
+    )
+    # The first process prepares the folder while the others wait.
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            files.ensure_writable(folder)
+            if not resume:
+                _remove_run(folder)
+        finished = _is_finished(folder, settings)
+        if arguments.process_index == 0 and not finished:
+            files.write_json(folder / SETTINGS_NAME, {"settings": settings, "finished": False})
+        checkpoint = None if finished else last_complete_checkpoint(folder)
+    if finished:
+        return SASRec.load(folder)
+
+    torch.manual_seed(seed)
+    model = SASRec(config)
+    shares = (split.item_counts + 1) / (split.item_counts + 1).sum()
+    model.empty_scores.copy_(torch.from_numpy(np.log(shares)))
+    trainer = SASRecTrainer(model, arguments, split, eval_users=eval_users)
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=patience))
+    if progress:
+        trainer.add_callback(ProgressBar("SASRec"))
+    if checkpoint is not None and _has_ended(checkpoint, epochs, patience):
+        trainer.adopt_best(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    best = model.cpu().eval()
+    trainer.accelerator.wait_for_everyone()  # the others may still read the best checkpoint
+    if trainer.is_world_process_zero():
+        best.save(folder)
+        files.write_json(
+            folder / SETTINGS_NAME,
+            {
+                "settings": settings,
+                "finished": True,
+                "best_valid_N@10": trainer.state.best_metric,
+                "best_step": trainer.state.best_global_step,
+                "log_history": trainer.state.log_history,
+            },
+        )
+        _remove_checkpoints(folder)
+    return best
+
+
+class SASRecTrainer(Trainer):
+    """Feeds packed sequences and evaluates by ranking the full catalogue."""
+
+    model: SASRec
+
+    def __init__(
+        self,
+        model: SASRec,
+        args: TrainingArguments,
+        split: LeaveOneOut,
+        *,
+        eval_users: int | None = None,
+    ) -> None:
+        sequences = PackedSequences(split.train_sequences, model.settings.max_length)
+        # evaluate() ranks the split's users; the base class only wants to see a data set there.
+        super().__init__(model=model, args=args, train_dataset=sequences, eval_dataset=sequences)
+        self.remove_callback(PrinterCallback)
+        self._sequences = sequences
+        histories, targets = split.histories("valid"), split.targets("valid")
+        chosen = np.arange(len(targets))
+        if eval_users is not None and eval_users < len(targets):
+            chosen = np.random.default_rng(args.seed).choice(chosen, eval_users, replace=False)
+        # Similar lengths side by side: short histories are not padded to the longest of all.
+        lengths = np.array([len(histories[user]) for user in chosen])
+        chosen = chosen[np.argsort(lengths, kind="stable")]
+        self._targets = targets[chosen]
+        self._histories = [histories[user] for user in chosen]
+
+    def get_train_dataloader(self) -> PackedLoader:
+        """Whole packed batches, a share of them for each process."""
+        batches = EpochBatches(
+            len(self._sequences),
+            self._train_batch_size,
+            self.args.seed,
+            self.args.process_index,
+            self.args.world_size,
+        )
+        return PackedLoader(self._sequences, batches, self.args.device.type == "cuda")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss."""
+        output: Mapping[str, torch.Tensor] = model(**inputs)
+        return (output["loss"], output) if return_outputs else output["loss"]
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Rank the full catalogue for the validation users."""
+        began = time.perf_counter()
+        model = self.accelerator.unwrap_model(self.model)
+        ranks = []
+        for start in range(0, len(self._targets), _EVAL_ROWS):
+            scores = model.score(pad_histories(self._histories[start : start + _EVAL_ROWS]))
+            targets = torch.from_numpy(self._targets[start : start + _EVAL_ROWS])
+            ranks.append(ranks_of_targets(scores, targets.to(scores.device)).cpu().numpy())
+        found = np.concatenate(ranks)
+        metrics = {
+            f"{metric_key_prefix}_R@10": recall(found, 10),
+            f"{metric_key_prefix}_N@10": ndcg(found, 10),
+            f"{metric_key_prefix}_runtime": time.perf_counter() - began,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def adopt_best(self, checkpoint: Path) -> None:
+        """Take the best weights of a run whose training had ended when it was killed."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        folder = checkpoint.parent / f"checkpoint-{self.state.best_global_step}"
+        self._load_from_checkpoint(str(folder))
+
+
+def _has_ended(checkpoint: Path, epochs: int, patience: int) -> bool:
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    values = [entry["eval_N@10"] for entry in state.log_history if "eval_N@10" in entry]
+    since_best = len(values) - 1 - int(np.argmax(values)) if values else 0
+    return len(values) >= epochs or since_best >= patience
+
+
+def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    path = folder / SETTINGS_NAME
+    if not path.is_file():
+        return False
+    found = files.read_json(path, expect=dict)
+    if found.get("settings") != settings:
+        old = found.get("settings", {})
+        changed = [key for key in settings if old.get(key) != settings[key]]
+        raise ValueError(
+            f"{folder} holds a SASRec run with other settings: "
+            + ", ".join(f"{key} = {old.get(key)!r}, now {settings[key]!r}" for key in changed)
+            + "; choose another output_dir, or resume=False to replace it"
+        )
+    return bool(found.get("finished")) and (folder / WEIGHTS_NAME).is_file()
+
+
+def _remove_run(folder: Path) -> None:
+    _remove_checkpoints(folder)
+    for name in (SETTINGS_NAME, WEIGHTS_NAME, CONFIG_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for path in folder.glob("checkpoint-*"):
+        if path.name.removeprefix("checkpoint-").isdigit():
+            shutil.rmtree(path)
