@@ -241,7 +241,9 @@ def _children_logprobs(inputs: HeadInputs, tree: PrefixTree) -> Tensor:
     head = F.embedding(used, inputs.weight).to(inputs.dtype)
     bias = None if inputs.bias is None else inputs.bias[used].to(inputs.dtype)
 
-    values = [states[:0] @ head[:0].sum(0)]
+    # The first piece is empty: it ties head and bias to the result where no level has a valid row.
+    empty = states[:0] @ head[:0].sum(0)
+    values = [empty if bias is None else empty + bias[:0].sum()]
     for level, level_states, level_targets in zip(
         levels, states.split(counts), targets.split(counts), strict=True
     ):
