@@ -1,6 +1,6 @@
 """Build of the compiled parts; everything declarative is in pyproject.toml.
 
-Three extensions, each optional (what cannot be built is reported, and PyTorch or NumPy does its work):
+Three extensions, each optional (what cannot be built is reported; PyTorch or NumPy does its work):
 
     gflowgr._host    pybind11, no torch: building the prefix tree
     gflowgr._C       CPU kernels, LibTorch stable ABI
@@ -9,8 +9,10 @@ Three extensions, each optional (what cannot be built is reported, and PyTorch o
 Environment switches:
 
     GFLOWGR_NO_EXT=1      build nothing
-    GFLOWGR_CUDA          auto (default): with a CUDA toolkit and a CUDA build of torch; 0: never; 1: or fail
-    GFLOWGR_CUDA_ARCHS    e.g. "8.0;9.0" (or TORCH_CUDA_ARCH_LIST); default: the visible GPUs, else all
+    GFLOWGR_CUDA          auto (default): build _C_cuda when a CUDA toolkit and a CUDA build of
+                          torch are there; 0: never; 1: fail when it cannot be built
+    GFLOWGR_CUDA_ARCHS    e.g. "8.0;9.0" (or TORCH_CUDA_ARCH_LIST); default: the visible GPUs, or
+                          without one all from 8.0 that the toolkit knows
     MAX_JOBS              compile jobs of ninja
 """
 
@@ -30,8 +32,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).parent
-# The stable ABI is used as of torch 2.10 (parallel_for and TORCH_BOX came with it): one build serves
-# 2.10 and all later versions. With torch 2.8 or 2.9 the package works without _C and _C_cuda.
+# The stable ABI is used as of torch 2.10 (parallel_for and TORCH_BOX came with it): one build
+# serves 2.10 and all later versions. With torch 2.8 or 2.9 the package works without them.
 STABLE_ABI = (2, 10)
 STABLE_ABI_DEFINE = "TORCH_TARGET_VERSION", f"0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
 TORCH_REQUIREMENT = "torch>=2.8"
@@ -50,8 +52,8 @@ def warn(message: str) -> None:
 def find_torch() -> ModuleType | None:
     """torch, also from under build isolation.
 
-    An isolated build hides the environment's packages, and would download a torch of several GB only to
-    read its headers. The environment that is installed into is still known by its prefix.
+    An isolated build hides the environment's packages, and would download a torch of several GB
+    only to read its headers. The environment that is installed into is still known by its prefix.
     """
     if importlib.util.find_spec("torch") is None:
         prefixes = [sys.prefix, os.environ.get("VIRTUAL_ENV", "")]
@@ -72,7 +74,9 @@ def find_torch() -> ModuleType | None:
 
 
 def compile_flags() -> list[str]:
-    return ["/O2", "/std:c++17"] if os.name == "nt" else ["-O3", "-std=c++17", "-fvisibility=hidden"]
+    return (
+        ["/O2", "/std:c++17"] if os.name == "nt" else ["-O3", "-std=c++17", "-fvisibility=hidden"]
+    )
 
 
 def host_extension(torch: ModuleType | None) -> Extension | None:
@@ -135,7 +139,10 @@ def torch_extensions(torch: ModuleType | None) -> list[Extension]:
             flags = compile_flags()
             extensions = [
                 cpp_extension.CppExtension(
-                    "gflowgr._C", sorted(map(str, Path("csrc").glob("*_cpu.cpp"))), extra_compile_args=flags, **common
+                    "gflowgr._C",
+                    sorted(map(str, Path("csrc").glob("*_cpu.cpp"))),
+                    extra_compile_args=flags,
+                    **common,
                 )
             ]
             if torch.version.cuda is None:
@@ -148,8 +155,14 @@ def torch_extensions(torch: ModuleType | None) -> list[Extension]:
                 if archs is not None:
                     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
                 common["define_macros"] = [STABLE_ABI_DEFINE, ("USE_CUDA", "1")]
-                cuda_flags = {"cxx": flags, "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]}
-                sources = ["csrc/cuda/ops_cuda.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
+                cuda_flags = {
+                    "cxx": flags,
+                    "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr"],
+                }
+                sources = [
+                    "csrc/cuda/ops_cuda.cpp",
+                    *sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
+                ]
                 extensions.append(
                     cpp_extension.CUDAExtension(
                         "gflowgr._C_cuda", sources, extra_compile_args=cuda_flags, **common

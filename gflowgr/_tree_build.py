@@ -15,7 +15,7 @@ from gflowgr._tree_layout import MAX_ITEMS, MAX_LENGTH, Buffer, IdentifierError,
 _MESSAGES = {
     "empty": "tokens[{row}] is empty: an identifier needs at least one token",
     "hole": "tokens[{row}, {column}] = -1 stands before other tokens; padding belongs on the right",
-    "token": "tokens[{row}, {column}] = {value} is no token id; expected 0..2**31 - 1, or -1 as padding",
+    "token": "tokens[{row}, {column}] = {value} is no token id: expected 0..2**31 - 1, or -1 (padding)",
 }
 
 
@@ -44,7 +44,9 @@ def token_array(tokens: Any) -> npt.NDArray[Any]:
     if tokens.shape[0] == 0:
         raise ValueError("tokens: no identifiers; a tree needs at least one")
     if not 1 <= tokens.shape[1] <= MAX_LENGTH:
-        raise ValueError(f"tokens: identifiers of {tokens.shape[1]} tokens, expected 1..{MAX_LENGTH}")
+        raise ValueError(
+            f"tokens: identifiers of {tokens.shape[1]} tokens, expected 1..{MAX_LENGTH}"
+        )
     if tokens.shape[0] > MAX_ITEMS:
         raise ValueError(f"tokens: {tokens.shape[0]} rows, expected at most {MAX_ITEMS}")
     small = tokens.dtype.itemsize < 4 or tokens.dtype == np.int32
@@ -55,7 +57,9 @@ def _padded(rows: Sequence[Sequence[int]]) -> npt.NDArray[Any]:
     rows = [row.tolist() if isinstance(row, np.ndarray | torch.Tensor) else row for row in rows]
     for index, row in enumerate(rows):
         if not isinstance(row, Sequence) or isinstance(row, str):
-            raise TypeError(f"tokens[{index}]: expected a sequence of token ids, got {type(row).__name__}")
+            raise TypeError(
+                f"tokens[{index}]: expected a sequence of token ids, got {type(row).__name__}"
+            )
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     flat = np.array(list(itertools.chain.from_iterable(rows)) or [0])
     if flat.dtype.kind not in "iu" or flat.ndim != 1:
@@ -74,7 +78,9 @@ def item_array(items: Any, rows: int) -> npt.NDArray[np.int64]:
     if array.dtype.kind not in "iu":
         raise TypeError(f"items: expected integers, got {array.dtype}")
     if array.shape != (rows,):
-        raise ValueError(f"items: expected shape ({rows},) like the rows of tokens, got {array.shape}")
+        raise ValueError(
+            f"items: expected shape ({rows},) like the rows of tokens, got {array.shape}"
+        )
     wrong = (array < 0) | (array >= MAX_ITEMS)
     if wrong.any():
         row = int(wrong.argmax())
@@ -83,7 +89,9 @@ def item_array(items: Any, rows: int) -> npt.NDArray[np.int64]:
     ordered = np.sort(array)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
-        raise ValueError(f"items: item {ordered[twice[0]]} is given twice; an item has one identifier")
+        raise ValueError(
+            f"items: item {ordered[twice[0]]} is given twice; an item has one identifier"
+        )
     return array
 
 

@@ -12,9 +12,9 @@ The buffer is an array of bytes that describes itself, so that a kernel needs no
 
 Nodes are numbered breadth-first over the whole tree (root 0, then level 1, ...), children of a node
 contiguous and sorted by token. So the children of inner node ``i`` are the nodes
-``child_begin[i] .. child_begin[i + 1] - 1``: a child's id is its position, and no next-state array is
-needed. Leaves are numbered in node order; ``leaf_rank[i]`` counts the leaves among the nodes before
-``i``. Every section starts at a multiple of 64 bytes, and the bytes between sections are zero.
+``child_begin[i] .. child_begin[i + 1] - 1``: a child's id is its position, and no next-state array
+is needed. Leaves are numbered in node order; ``leaf_rank[i]`` counts the leaves among the nodes
+before ``i``. Every section starts at a multiple of 64 bytes; the bytes between sections are zero.
 ``csrc/tree_build.cpp`` builds the same layout bit for bit.
 """
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,7 @@ def header_words(layout: TreeLayout) -> npt.NDArray[np.int64]:
 
 
 def decode_header(words: Sequence[int]) -> TreeLayout:
-    """Decode ``WORDS + LEVEL_WORDS * max_length`` int64 words; ValueError when they make no tree."""
+    """Decode ``WORDS + LEVEL_WORDS * max_length`` words; ValueError when they make no tree."""
     if len(words) < WORDS or words[0] != MAGIC:
         raise ValueError("not a prefix tree: the buffer does not begin with its mark")
     if words[1] != VERSION:
@@ -176,16 +177,30 @@ def decode_header(words: Sequence[int]) -> TreeLayout:
     length = words[2]
     if not 1 <= length <= MAX_LENGTH or len(words) < WORDS + LEVEL_WORDS * length:
         raise ValueError(f"damaged prefix tree: max_length {length}")
-    rows = [words[i : i + LEVEL_WORDS] for i in range(WORDS, WORDS + LEVEL_WORDS * length, LEVEL_WORDS)]
+    starts = range(WORDS, WORDS + LEVEL_WORDS * length, LEVEL_WORDS)
+    columns = [tuple(words[start + word] for start in starts) for word in range(LEVEL_WORDS)]
     layout = TreeLayout(
-        *words[2:WORDS],
-        node_begin=(0, *(row[0] for row in rows), words[3]),
-        token_offset=tuple(row[1] for row in rows),
-        token_base=tuple(row[2] for row in rows),
-        token_bytes=tuple(row[3] for row in rows),
-        max_children=tuple(row[4] for row in rows),
+        max_length=length,
+        num_nodes=words[3],
+        num_inner=words[4],
+        num_leaves=words[5],
+        num_entries=words[6],
+        num_items=words[7],
+        index_bytes=words[8],
+        child_begin=words[9],
+        leaf_rank=words[10],
+        item_ids=words[11],
+        item_begin=words[12],
+        structure_bytes=words[13],
+        total_bytes=words[14],
+        vocab_size=words[15],
+        node_begin=(0, *columns[0], words[3]),
+        token_offset=columns[1],
+        token_base=columns[2],
+        token_bytes=columns[3],
+        max_children=columns[4],
     )
-    sizes = [b - a for a, b in zip(layout.node_begin[1:-1], layout.node_begin[2:], strict=True)]
+    sizes = [b - a for a, b in pairwise(layout.node_begin[1:])]
     sound = (
         layout.node_begin[1] == 1
         and min(sizes) > 0
@@ -198,7 +213,10 @@ def decode_header(words: Sequence[int]) -> TreeLayout:
         expected = plan_layout(
             level_sizes=sizes,
             token_base=layout.token_base,
-            token_max=[b + 256**w - 1 for b, w in zip(layout.token_base, layout.token_bytes, strict=True)],
+            token_max=[
+                base + 256**width - 1
+                for base, width in zip(layout.token_base, layout.token_bytes, strict=True)
+            ],
             max_children=layout.max_children,
             num_leaves=layout.num_leaves,
             num_entries=layout.num_entries,
@@ -224,7 +242,7 @@ def section(buffer: Buffer, offset: int, count: int, dtype: Any) -> npt.NDArray[
 
 
 class IdentifierError(ValueError):
-    """An identifier that cannot be put into a tree; ``kind``, ``row``, ``column`` say which and why."""
+    """An identifier that fits no tree; ``kind``, ``row``, ``column`` say which and why."""
 
     def __init__(self, kind: str, row: int, column: int) -> None:
         super().__init__(f"{kind} at row {row}, column {column}")
@@ -264,10 +282,10 @@ def _sort_order(codes: npt.NDArray[np.uint64], bits: Sequence[int]) -> npt.NDArr
 def build_numpy(
     tokens: npt.NDArray[Any], items: npt.NDArray[np.int64] | None, index_bytes: int | None = None
 ) -> Buffer:
-    """Build the buffer from ``tokens`` [rows, L] (padded with -1) and item ids [rows] (default 0, 1, ...).
+    """Build the buffer from ``tokens`` [rows, L] and item ids [rows] (default 0, 1, ...).
 
-    O(rows * L) memory beside the input; one sort of packed keys. ``index_bytes`` is chosen by the
-    number of nodes unless given (tests of the 64-bit form). Raises IdentifierError.
+    Padding is -1. O(rows * L) memory beside the input; one sort of packed keys. ``index_bytes`` is
+    chosen by the number of nodes unless given (tests of the 64-bit form). Raises IdentifierError.
     """
     lengths = _check_tokens(tokens)
     length = int(lengths.max())
@@ -299,7 +317,7 @@ def build_numpy(
             node_begin[level + 2] + before[created[:, level]]
         )
     children = np.diff(child_begin)
-    max_children = [int(children[a:b].max()) for a, b in zip(node_begin[:-2], node_begin[1:-1], strict=True)]
+    max_children = [int(children[a:b].max()) for a, b in pairwise(node_begin[:-1])]
 
     node = node_begin[lengths] + rank[np.arange(rows), lengths - 1] - 1
     ragged = bool((lengths != length).any())
@@ -333,7 +351,10 @@ def build_numpy(
         section(buffer, layout.leaf_rank, num_inner + 1, np.int32)[:] = np.cumsum(ends_here)
     for level in range(length):
         values = codes[created[:, level], level] - np.uint64(1)
-        section(buffer, layout.token_offset[level], len(values), f"u{layout.token_bytes[level]}")[:] = values
+        stored = section(
+            buffer, layout.token_offset[level], len(values), f"u{layout.token_bytes[level]}"
+        )
+        stored[:] = values
     section(buffer, layout.item_ids, rows, np.int32)[:] = order if items is None else items[order]
     if layout.item_begin:
         starts = section(buffer, layout.item_begin, num_leaves + 1, np.int32)

@@ -2,8 +2,8 @@
 
 Every op registers the backends it has, each with a function that says why it cannot run a call (or
 None when it can). :func:`resolve` takes the fastest that can, unless one is forced: by
-``with gflowgr.backend("torch"):`` or by the environment variable ``GFLOWGR_BACKEND``. A forced backend
-that cannot run raises with the reason; it never falls back in silence.
+``with gflowgr.backend("torch"):`` or by the environment variable ``GFLOWGR_BACKEND``. A forced
+backend that cannot run raises with the reason; it never falls back in silence.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BackendError(RuntimeError):
 
 
 def register(op: str, backend: str, probe: Probe) -> None:
-    """Say that ``op`` has ``backend``; ``probe(device, dtype)`` returns None or why it cannot run."""
+    """Say that ``op`` has ``backend``; ``probe(device, dtype)`` returns None or why not."""
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r}, expected one of {', '.join(BACKENDS)}")
     _registry.setdefault(op, {})[backend] = probe
@@ -88,8 +88,10 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype) -> str:
 def available_backends(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, dict[str, str | None]]:
-    """Per op and backend: None when it can run on ``device`` (default: the GPU when there is one, else
-    the CPU), else the reason why not."""
+    """Per op and backend: None when it can run on ``device``, else the reason why not.
+
+    ``device`` defaults to the GPU when there is one, else to the CPU.
+    """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _import_ops()
     return {

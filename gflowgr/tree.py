@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gflowgr._tree_available import any_in_ranges, live_nodes
 from gflowgr._tree_build import build
+from gflowgr._tree_io import read_buffer, write_buffer
 from gflowgr._tree_layout import TreeLayout
 from gflowgr.errors import DataError
-from gflowgr.ops.walk import index_dtype, level_tokens, read_header, tree_walk, unsigned, view_section
-
-_FORMAT = "gflowgr.prefix_tree"
+from gflowgr.ops.walk import (
+    index_dtype,
+    level_tokens,
+    read_header,
+    tree_walk,
+    unsigned,
+    view_section,
+)
 
 
 class PrefixTree:
     """Immutable prefix tree (trie) over item identifiers, on one device, in one buffer.
 
-    Nodes are numbered breadth-first over the whole tree: the root is 0, then level 1, level 2, ...; a
-    node's children are the contiguous range ``child_ranges`` gives, sorted by token. Leaves (complete
-    identifiers) are numbered in node order. An identifier may be a prefix of another, and several items
-    may share one. The layout is described in ``gflowgr/_tree_layout.py``.
+    Nodes are numbered breadth-first over the whole tree: the root is 0, then level 1, level 2, ...;
+    a node's children are the contiguous range ``child_ranges`` gives, sorted by token. Leaves
+    (complete identifiers) are numbered in node order. An identifier may be a prefix of another, and
+    several items may share one. The layout is described in ``gflowgr/_tree_layout.py``.
 
-    Everything is vectorised on the tree's device. "-1" always means "none": no node, no leaf, no item.
+    Everything is vectorised on the tree's device. "-1" always means "none": no node, leaf or item.
     """
 
     def __init__(self, buffer: Tensor) -> None:
-        """Wrap a buffer made by :meth:`from_identifiers` (uint8 [nbytes]); ValueError when it is none."""
+        """Wrap the :attr:`buffer` of a tree (uint8 [nbytes]); ValueError when it is none."""
         layout = read_header(buffer)
         if buffer.numel() != layout.total_bytes:
-            raise ValueError(f"damaged prefix tree: {buffer.numel()} bytes, expected {layout.total_bytes}")
+            raise ValueError(
+                f"damaged prefix tree: {buffer.numel()} bytes, expected {layout.total_bytes}"
+            )
         self._buffer = buffer
         self._layout = layout
         rows = layout.num_inner + 1
@@ -64,8 +73,8 @@ class PrefixTree:
 
         Raises:
             TypeError: tokens or items are not integers.
-            ValueError: no rows, an empty identifier, a negative token, padding before a token, an item
-                given twice; the message names the row.
+            ValueError: no rows, an empty identifier, a negative token, padding before a token, an
+                item given twice; the message names the row.
         """
         return cls(torch.from_numpy(build(tokens, items)))
 
@@ -75,12 +84,13 @@ class PrefixTree:
     ) -> PrefixTree:
         """Build from an index file of token strings (``index.<name>.json.gz``).
 
-        A level's tokens are numbered by their rank among the level's strings, and the levels follow each
-        other: level 0 has 0..K0-1, level 1 has K0..K0+K1-1, and so on. Raises DataError for a bad file.
+        A level's tokens are numbered by their rank among the level's strings, and the levels follow
+        each other: level 0 has 0..K0-1, level 1 has K0..K0+K1-1, and so on. Raises DataError for a
+        bad file.
         """
         from gflowgr.identifiers import read_index
 
-        index = read_index(path, num_items=num_items)
+        index = read_index(Path(path), num_items=num_items)
         sizes = [len(names) for names in index.level_tokens]
         offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         codes = np.asarray(index.codes)
@@ -88,36 +98,26 @@ class PrefixTree:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file holding the buffer (whole or not at all)."""
-        from safetensors.torch import save_file
-
-        from gflowgr.files import atomic_path
-
-        with atomic_path(path) as temporary:
-            save_file({"tree": self._buffer.cpu()}, temporary, metadata={"format": _FORMAT})
+        write_buffer(path, self._buffer)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> PrefixTree:
         """Read a tree written by :meth:`save`.
 
-        With ``mmap`` the pages are read when touched and shared between processes, and only the header
-        is checked; without it the child ranges are checked too. Raises DataError naming the file.
+        With ``mmap`` the pages are read when touched and shared between processes, and only the
+        header is checked; without it the child ranges are checked too. Raises DataError naming the
+        file, and OSError where it cannot be opened.
         """
-        offset, nbytes = _locate(path)
-        array: npt.NDArray[np.uint8] = (
-            # Copy-on-write: PyTorch wants writable memory, and nothing is ever written.
-            np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=(nbytes,))
-            if mmap
-            else np.fromfile(path, dtype=np.uint8, count=nbytes, offset=offset)
-        )
         try:
-            tree = cls(torch.from_numpy(array))
+            tree = cls(torch.from_numpy(read_buffer(path, mmap=mmap)))
         except ValueError as error:
-            raise DataError(f"{path}: {error}") from error
-        if not mmap:
-            begins, num_nodes = tree._begins, tree.num_nodes
-            sound = bool((begins[1:] >= begins[:-1]).all())
-            if not sound or int(begins[0]) != 1 or int(begins[-1]) != num_nodes:
-                raise DataError(f"{path}: damaged prefix tree: child ranges are not in order")
+            raise (
+                error if isinstance(error, DataError) else DataError(f"{path}: {error}")
+            ) from error
+        begins = tree._begins[[0, -1]] if mmap else tree._begins
+        ascending = bool((begins[1:] >= begins[:-1]).all())
+        if not ascending or int(begins[0]) != 1 or int(begins[-1]) != tree.num_nodes:
+            raise DataError(f"{path}: damaged prefix tree: child ranges are not in order")
         return tree
 
     def to(self, device: torch.device | str) -> PrefixTree:
@@ -128,15 +128,16 @@ class PrefixTree:
     def share_memory_(self) -> PrefixTree:
         """Move the buffer to shared memory, so that worker processes get it without a copy."""
         self._buffer.share_memory_()
-        return PrefixTree(self._buffer)
+        return self
 
     def __reduce__(self) -> tuple[Callable[[Tensor], PrefixTree], tuple[Tensor]]:
         return PrefixTree, (self._buffer,)
 
     def __repr__(self) -> str:
         return (
-            f"PrefixTree({self._layout.num_entries} items, {self.num_leaves} leaves, {self.num_nodes} nodes, "
-            f"max_length={self.max_length}, {self.nbytes} bytes, device='{self.device}')"
+            f"PrefixTree({self._layout.num_entries} items, {self.num_leaves} leaves, "
+            f"{self.num_nodes} nodes, max_length={self.max_length}, {self.nbytes} bytes, "
+            f"device='{self.device}')"
         )
 
     # ------------------------------------------------------------------ sizes
@@ -180,7 +181,7 @@ class PrefixTree:
     def level_sizes(self) -> tuple[int, ...]:
         """Nodes at depth 1, 2, ..., max_length."""
         begin = self._layout.node_begin
-        return tuple(b - a for a, b in zip(begin[1:-1], begin[2:], strict=True))
+        return tuple(b - a for a, b in pairwise(begin[1:]))
 
     @property
     def vocab_size(self) -> int:
@@ -203,7 +204,7 @@ class PrefixTree:
         """Node after each token, int64 [..., L]; -1 from the first invalid or masked token on.
 
         Args:
-            tokens: [..., L] integers, any L; a -1 is never a valid token, so right padding ends the walk.
+            tokens: [..., L] integers, any L; -1 is no token, so right padding ends the walk.
             mask: [..., L] bool, false where the sequence has ended.
 
         Raises TypeError or ValueError for a wrong dtype, shape or device.
@@ -225,10 +226,10 @@ class PrefixTree:
         return self.terminal(torch.where(length > 0, last, -1))
 
     def validate(self, tokens: Tensor, mask: Tensor | None = None, *, name: str = "tokens") -> None:
-        """Raise ValueError for the first row of ``tokens`` [..., L] that is no identifier of the tree.
+        """Raise ValueError for the first row of ``tokens`` [..., L] that is not in the tree.
 
-        With a mask, a row's identifier is its true prefix, and all-false rows are padding; without one,
-        an identifier ends before the first -1. The message calls the argument ``name``.
+        With a mask, a row's identifier is its true prefix, and all-false rows are padding; without
+        one, an identifier ends before the first -1. The message calls the argument ``name``.
         """
         nodes = self.walk(tokens, mask=mask)
         given = tokens != -1 if mask is None else mask
@@ -273,7 +274,7 @@ class PrefixTree:
     def node_tokens(self, nodes: Tensor, *, level: int | None = None) -> Tensor:
         """Token id on the edge into each node, int64 [...]; -1 for the root and for -1.
 
-        ``level``: give it when all the nodes are at depth ``level + 1`` (or -1); it saves L - 1 gathers.
+        ``level``: given when all nodes are at depth ``level + 1`` (or -1), saves L - 1 gathers.
         """
         out = torch.full_like(nodes, -1, dtype=torch.int64)
         for depth in range(1, self.max_length + 1) if level is None else (level + 1,):
@@ -283,7 +284,7 @@ class PrefixTree:
     def parents(self, nodes: Tensor) -> Tensor:
         """Parent of each node, int64 [...]; -1 for the root and for -1."""
         wanted = nodes.to(self._begins.dtype)
-        # Child ranges follow each other, so the parent is the last node whose range begins at or before.
+        # Child ranges follow each other: the parent is the last node whose range begins by then.
         found = torch.searchsorted(self._begins, wanted, right=True) - 1
         return torch.where(nodes > 0, found, -1)
 
@@ -340,14 +341,15 @@ class PrefixTree:
         Raises ValueError for ids outside -1..num_items - 1.
         """
         items = self._as_tensor(items, "items")
-        if items.numel() and not -1 <= int(items.min()) <= int(items.max()) < self.num_items:
-            raise ValueError(
-                f"items: ids {int(items.min())}..{int(items.max())}, expected 0..{self.num_items - 1}"
-            )
+        if items.numel() and not (-1 <= int(items.min()) and int(items.max()) < self.num_items):
+            found = f"{int(items.min())}..{int(items.max())}"
+            raise ValueError(f"items: ids {found}, expected 0..{self.num_items - 1}, or -1")
         if self._leaf_of_item is None:
-            inverse = torch.full((self.num_items,), -1, dtype=torch.int32, device=self.device)
-            inverse[self._item_ids.to(torch.int64)] = self._entry_leaves()
-            self._leaf_of_item = inverse
+            leaves = torch.arange(self.num_leaves, dtype=torch.int32, device=self.device)
+            if self._item_begin is not None:
+                leaves = leaves.repeat_interleave(self._item_begin.diff().to(torch.int64))
+            self._leaf_of_item = self._item_ids.new_full((self.num_items,), -1)
+            self._leaf_of_item[self._item_ids.to(torch.int64)] = leaves
         return torch.where(items >= 0, self._leaf_of_item[items.clamp(min=0)].to(torch.int64), -1)
 
     def identifiers(self, items: Any) -> Tensor:
@@ -363,8 +365,8 @@ class PrefixTree:
     def available_nodes(self, available: Any) -> Tensor:
         """Nodes below which an available item is left, bool [num_nodes].
 
-        ``available`` is bool [num_items] (out of stock, region, already seen: false). A node without an
-        available item below it is dead, up to the root, so that no search can end in a dead end.
+        ``available`` is bool [num_items] (out of stock, region, already seen: false). A node without
+        an available item below it is dead, up to the root: no search ends in a dead end.
         O(nodes) per call. Raises TypeError or ValueError for a wrong dtype or shape.
         """
         available = torch.as_tensor(available, device=self.device)
@@ -374,22 +376,10 @@ class PrefixTree:
             raise ValueError(
                 f"available: expected shape ({self.num_items},), got {tuple(available.shape)}"
             )
-        begin = self._layout.node_begin
         leaf_live = available[self._item_ids.to(torch.int64)]
         if self._item_begin is not None:
-            leaf_live = _any_in_ranges(leaf_live, self._item_begin)
-        live = torch.zeros(self.num_nodes, dtype=torch.bool, device=self.device)
-        if self._leaf_rank is None:
-            live[self._layout.num_inner :] = leaf_live
-        else:
-            shallow = int(self._leaf_rank[-1])
-            live[: self._layout.num_inner][self._leaf_rank[1:] > self._leaf_rank[:-1]] = leaf_live[:shallow]
-            live[self._layout.num_inner :] = leaf_live[shallow:]
-        for depth in range(self.max_length - 1, -1, -1):
-            first, last = begin[depth], begin[depth + 1]
-            ranges = self._begins[first : last + 1] - begin[depth + 1]
-            live[first:last] |= _any_in_ranges(live[last : begin[depth + 2]], ranges)
-        return live
+            leaf_live = any_in_ranges(leaf_live, self._item_begin)
+        return live_nodes(self._layout, self._begins, self._leaf_rank, leaf_live)
 
     # ------------------------------------------------------------------ within
 
@@ -412,44 +402,3 @@ class PrefixTree:
         layout, stored = self._layout, self._tokens[depth - 1]
         index = (nodes - layout.node_begin[depth]).clamp(0, stored.numel() - 1)
         return unsigned(stored[index], layout.token_bytes[depth - 1]) + layout.token_base[depth - 1]
-
-    def _entry_leaves(self) -> Tensor:
-        """Leaf of each entry of ``item_ids``, int32."""
-        leaves = torch.arange(self.num_leaves, dtype=torch.int32, device=self.device)
-        if self._item_begin is None:
-            return leaves
-        return leaves.repeat_interleave((self._item_begin[1:] - self._item_begin[:-1]).to(torch.int64))
-
-
-def _any_in_ranges(flags: Tensor, begins: Tensor) -> Tensor:
-    """Whether any flag is set in ``begins[i]:begins[i + 1]``, for every i."""
-    count = torch.zeros(flags.numel() + 1, dtype=torch.int64, device=flags.device)
-    torch.cumsum(flags, 0, out=count[1:])
-    at = count[begins.to(torch.int64)]
-    return at[1:] > at[:-1]
-
-
-def _locate(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Offset and size of the buffer within a safetensors file; DataError when it is not one of ours."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise DataError(f"{path}: not a safetensors file (it is {size} bytes long)")
-        head = file.read(length)
-    try:
-        header = json.loads(head)
-        kind = header["__metadata__"]["format"]
-        entry: dict[str, Any] = header["tree"]
-        begin, end = entry["data_offsets"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a prefix tree saved by PrefixTree.save") from error
-    if kind != _FORMAT or entry["dtype"] != "U8" or end - begin != size - 8 - length:
-        raise DataError(
-            f"{path}: expected format {_FORMAT} and {end - begin} bytes of tree, "
-            f"got {kind} and {size - 8 - length} bytes (truncated?)"
-        )
-    return 8 + length + begin, end - begin
-
-
-__all__: Sequence[str] = ["PrefixTree"]

@@ -1,8 +1,9 @@
 """Walk token sequences down a prefix tree: one row per lane, one binary search per level.
 
-Every level costs a row two dependent loads for the child range and ``log2(children)`` for the search, so
-the kernel waits on memory; it hides that with many rows in flight (small blocks, many programs). The tree
-describes itself (see ``gflowgr/_tree_layout.py``), so the launch reads nothing back to the host.
+Every level costs a row two loads for the child range and ``log2(children)`` for the search, each
+waiting for the one before, so the kernel waits on memory; it hides that with many rows in flight
+(small blocks, many programs). The tree describes itself (see ``gflowgr/_tree_layout.py``), so the
+launch reads nothing back to the host.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _LEVEL_WORDS = tl.constexpr(5)
 @triton.jit
 def _load_begin(begins, index_bytes, node, live):
     if index_bytes == 4:
-        value = tl.load(begins.to(tl.pointer_type(tl.int32)) + node, mask=live, other=0).to(tl.int64)
+        value = tl.load(begins.to(tl.pointer_type(tl.int32)) + node, mask=live, other=0).to(
+            tl.int64
+        )
     else:
         value = tl.load(begins.to(tl.pointer_type(tl.int64)) + node, mask=live, other=0)
     return value
@@ -35,14 +38,20 @@ def _load_token(stored, width, index, live):
         value = tl.load(stored + index, mask=live, other=0).to(tl.int64)
     else:
         if width == 2:
-            value = tl.load(stored.to(tl.pointer_type(tl.uint16)) + index, mask=live, other=0).to(tl.int64)
+            value = tl.load(stored.to(tl.pointer_type(tl.uint16)) + index, mask=live, other=0).to(
+                tl.int64
+            )
         else:
-            value = tl.load(stored.to(tl.pointer_type(tl.uint32)) + index, mask=live, other=0).to(tl.int64)
+            value = tl.load(stored.to(tl.pointer_type(tl.uint32)) + index, mask=live, other=0).to(
+                tl.int64
+            )
     return value
 
 
 @triton.jit
-def tree_walk_kernel(tokens, mask, tree, nodes, rows, columns, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
+def tree_walk_kernel(
+    tokens, mask, tree, nodes, rows, columns, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr
+):
     """nodes[row, l] = node after tokens[row, :l + 1], or -1; ``tree`` is a pointer to uint8."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = row < rows
@@ -87,7 +96,7 @@ def tree_walk_kernel(tokens, mask, tree, nodes, rows, columns, HAS_MASK: tl.cons
 
 
 def tree_walk(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
-    """Launch the kernel: tokens [..., L] int32 or int64, mask bool like them or None, all contiguous.
+    """Launch the kernel: tokens [..., L] int32 or int64, mask bool like them or None; contiguous.
 
     Returns the nodes, int64 [..., L].
     """
@@ -99,6 +108,14 @@ def tree_walk(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
     block = 128
     flags = tokens if mask is None else mask.view(torch.uint8)
     tree_walk_kernel[(triton.cdiv(rows, block),)](
-        tokens, flags, tree, nodes, rows, columns, HAS_MASK=mask is not None, BLOCK=block, num_warps=4
+        tokens,
+        flags,
+        tree,
+        nodes,
+        rows,
+        columns,
+        HAS_MASK=mask is not None,
+        BLOCK=block,
+        num_warps=4,
     )
     return nodes

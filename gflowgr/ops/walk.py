@@ -16,10 +16,11 @@ _SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def read_header(tree: Tensor) -> TreeLayout:
-    """Decode the header of a tree's buffer (uint8); waits for the device when it is not on the CPU."""
+    """Decode the header of a tree's buffer (uint8); waits for the device if that is not the CPU."""
     if tree.dtype != torch.uint8 or tree.dim() != 1 or tree.numel() < 8 * WORDS:
         raise ValueError(
-            f"tree: expected the buffer of a prefix tree (uint8, 1-D), got {tree.dtype} {tuple(tree.shape)}"
+            "tree: expected the buffer of a prefix tree (uint8, 1-D), "
+            f"got {tree.dtype} {tuple(tree.shape)}"
         )
     head = tree[: 8 * WORDS].view(torch.int64).tolist()
     length = max(0, min(head[2], (tree.numel() // 8 - WORDS) // LEVEL_WORDS))
@@ -44,7 +45,7 @@ def level_tokens(tree: Tensor, layout: TreeLayout, level: int) -> Tensor:
 
 
 def unsigned(values: Tensor, width: int) -> Tensor:
-    """int64 values of stored tokens (PyTorch indexes uint16/uint32 poorly, so they are viewed signed)."""
+    """int64 values of stored tokens (viewed signed, since PyTorch indexes uint16/32 poorly)."""
     values = values.to(torch.int64)
     return values if width == 1 else values & (256**width - 1)
 
@@ -60,7 +61,8 @@ def walk_definition(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor
     Returns:
         [..., L] int64: the node after each token, -1 from the first invalid or masked token on.
 
-    Method: per level, a binary search of the token among the node's children. O(L log(children)) gathers.
+    Method: per level, a binary search of the token among the node's children: O(L log(children))
+    gathers.
     """
     layout = read_header(tree)
     begins = view_section(tree, layout.child_begin, layout.num_inner + 1, index_dtype(layout))
