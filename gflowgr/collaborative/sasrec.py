@@ -189,7 +189,7 @@ class SASRec(nn.Module):
             skip = (lengths - width).clamp_min(0)
             columns = skip[:, None] + torch.arange(width, device=device)
             histories, lengths = histories.gather(1, columns), lengths.clamp_max(width)
-        if histories.shape[1] == 0:
+        if histories.numel() == 0:
             return self.items.weight.new_zeros(len(histories), self.settings.d_model)
         places = torch.arange(histories.shape[1], device=device)
         hidden = self._encode(histories, places, None, 0.0)

@@ -41,6 +41,10 @@ class Recommender(Protocol):
         ...
 
 
+# Places beyond the list that are looked at, so that ties at its end are seen and mostly settled.
+_SPARE = 32
+
+
 class ScoringRecommender:
     """Ranks the full catalogue by a collaborative model's scores; ties by ascending item id.
 
@@ -69,9 +73,6 @@ class ScoringRecommender:
         if exclude is not None and len(exclude) != len(histories):
             raise ValueError(f"exclude has {len(exclude)} rows, histories {len(histories)}")
         scores = self.model.score(pad_histories(histories), None).float()
-        if bool(scores.isnan().any()):
-            row = int(scores.isnan().any(1).nonzero()[0])
-            raise ValueError(f"{self.name} gave a score that is NaN for histories[{row}]")
         if exclude is not None and any(len(items) for items in exclude):
             rows = np.repeat(np.arange(len(exclude)), [len(items) for items in exclude])
             columns = np.concatenate([np.asarray(items, np.int64) for items in exclude])
@@ -79,6 +80,9 @@ class ScoringRecommender:
             scores = scores.clone()
             scores[barred[0], barred[1]] = float("-inf")
         items, values = best_items(scores, min(k, scores.shape[1]))
+        if bool(values[:, :1].isnan().any()):  # NaN ranks first, so no full pass is needed
+            row = int(values[:, 0].isnan().nonzero()[0])
+            raise ValueError(f"{self.name} gave a score that is NaN for histories[{row}]")
         items = items.masked_fill(values == float("-inf"), -1)
         short = k - items.shape[1]
         items_out = np.pad(items.cpu().numpy(), ((0, 0), (0, short)), constant_values=-1)
@@ -92,20 +96,28 @@ def best_items(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     ``torch.topk`` leaves the order of ties open, which would make metrics depend on the machine.
 
     Args:
-        scores: float [B, V] without NaN; k <= V.
+        scores: float32 [B, V] without NaN; k <= V.
     """
-    values, items = scores.topk(k, dim=1)
-    edge = values[:, -1:]
-    # Where more columns reach the last place's score than there are places, topk chose among them
-    # as it liked: choose the lowest ids instead.
-    tied = ((scores >= edge).sum(1) > k).nonzero()[:, 0]
-    if len(tied):
-        part, limit = scores[tied], edge[tied]
-        above, equal = part > limit, part == limit
-        places = k - above.sum(1, keepdim=True)
-        taken = above | (equal & (equal.cumsum(1) <= places))
-        items[tied] = taken.nonzero()[:, 1].view(-1, k)
-        values[tied] = part.gather(1, items[tied])
+    values, items = scores.topk(min(k + _SPARE, scores.shape[1]), dim=1)
     items, order = items.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return items.gather(1, order), values
+    items = items.gather(1, order)
+    if items.shape[1] < scores.shape[1]:
+        # Ties that reach beyond the spare places: rank these rows by score and id together.
+        tied = (values[:, -1] == values[:, k - 1]).nonzero()[:, 0]
+        if len(tied):
+            part = scores[tied]
+            items[tied, :k] = _lowest_ids_first(part, k)
+            values[tied, :k] = part.gather(1, items[tied, :k])
+    return items[:, :k], values[:, :k]
+
+
+def _lowest_ids_first(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Columns of the k largest (score, -column) pairs, each pair made one int64 key."""
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
+    # Order of floats as integers: the bits themselves, magnitude inverted where negative.
+    rank = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    last = scores.shape[1] - 1
+    low = last - torch.arange(last + 1, device=scores.device)
+    keys = (rank << 32) | low
+    return last - (keys.topk(k, dim=1).values & 0xFFFFFFFF)
