@@ -58,7 +58,7 @@ def values_readable() -> bool:
     """Whether values may steer Python here: not while tracing or while capturing a CUDA graph."""
     if torch.compiler.is_compiling():
         return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 class DataChecks:

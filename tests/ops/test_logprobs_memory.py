@@ -28,10 +28,17 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def largest(rows: int, valid: int, vocabulary: int, tree: PrefixTree | None, token: int) -> int:
+def largest(
+    rows: int,
+    valid: int,
+    vocabulary: int,
+    token: int,
+    tree: PrefixTree | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> int:
     """Largest tensor of a forward and backward pass over `rows` one-token trajectories."""
-    hidden = torch.zeros(rows, 1, 1, 2, requires_grad=True)
-    weight = torch.zeros(vocabulary, 2)
+    hidden = torch.zeros(rows, 1, 1, 2, requires_grad=True, dtype=dtype)
+    weight = torch.zeros(vocabulary, 2, dtype=dtype)
     mask = (torch.arange(rows) < valid)[:, None, None]
     tokens = torch.full((rows, 1, 1), token)
     with LargestTensor() as count:
@@ -40,16 +47,17 @@ def largest(rows: int, valid: int, vocabulary: int, tree: PrefixTree | None, tok
 
 
 def test_logits_of_masked_tokens_are_never_formed() -> None:
-    assert largest(rows=400, valid=30, vocabulary=1000, tree=None, token=0) == 30 * 1000
+    assert largest(rows=400, valid=30, vocabulary=1000, token=0) == 30 * 1000
 
 
 def test_logits_are_formed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", 20_000)
     monkeypatch.setattr(logprobs, "MIN_BLOCK_ROWS", 8)
-    assert largest(rows=400, valid=400, vocabulary=1000, tree=None, token=0) == 20 * 1000
+    assert largest(rows=400, valid=400, vocabulary=1000, token=0) == 20 * 1000
 
 
-def test_a_tree_makes_the_cost_independent_of_the_vocabulary() -> None:
-    """Only the six children are multiplied: nothing of the vocabulary's size is made."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tree_makes_the_cost_independent_of_the_vocabulary(dtype: torch.dtype) -> None:
+    """Only the six children are multiplied: nothing of the vocabulary's size is made or widened."""
     tree = PrefixTree.from_identifiers([[i] for i in range(100, 106)])
-    assert largest(rows=50, valid=50, vocabulary=90_000, tree=tree, token=103) == 50 * 6
+    assert largest(50, 50, vocabulary=90_000, token=103, tree=tree, dtype=dtype) == 50 * 6
