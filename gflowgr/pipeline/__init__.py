@@ -3,7 +3,7 @@
 from .config import ConfigError, RunConfig
 from .quickstart import quickstart_config
 from .report import run_and_report
-from .run import RunResult, run
+from .stages import RunResult, run
 
 __all__ = [
     "ConfigError",

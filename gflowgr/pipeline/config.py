@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import GFlowGRError
 from ..models.gflow_model import FlowSettings
@@ -174,6 +175,7 @@ _SECTIONS: dict[str, type] = {
 
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     known = {item.name: item for item in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
@@ -187,7 +189,7 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
                 value = {"objective": "tb", **value}
             value = _build(_SECTIONS[key], value, f"{where}: {key}")
         else:
-            _check_type(f"{where}: {key}", value, str(known[key].type))
+            _check_type(f"{where}: {key}", value, hints[key])
         arguments[key] = value
     try:
         return cls(**arguments)
@@ -197,25 +199,21 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _check_type(where: str, value: Any, annotation: str) -> None:
-    """Check against the annotation's text; YAML gives only plain types."""
-    if value is None:
-        if "None" not in annotation:
-            raise ConfigError(f"{where} must be {annotation}, got nothing")
+def _check_type(where: str, value: Any, annotation: Any) -> None:
+    """Check a value as YAML gives it against the field's annotation."""
+    options = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        if value not in options:
+            raise ConfigError(f"{where} must be one of {list(options)}, got {value!r}")
         return
-    if annotation.startswith("Literal"):
-        allowed = re.findall(r'"([^"]+)"', annotation)
-        if value not in allowed:
-            raise ConfigError(f"{where} must be one of {allowed}, got {value!r}")
-        return
-    plain = annotation.removesuffix(" | None")
-    accepted: dict[str, tuple[type, ...]] = {
-        "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,),
-    }
-    base = plain.split("[")[0]
-    types = accepted.get(base, {"dict": (dict,), "list": (list,)}.get(base, (object,)))
-    if not isinstance(value, types) or (isinstance(value, bool) and base in ("int", "float")):
-        raise ConfigError(f"{where} must be {annotation}, got {value!r}")
+    kinds = options if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    for kind in kinds:
+        plain = get_origin(kind) or kind
+        accepted = (int, float) if plain is float else plain
+        if isinstance(value, accepted) and (plain is bool or not isinstance(value, bool)):
+            return
+    names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ConfigError(f"{where} must be {names}, got {value!r}")
 
 
 def _expand(value: Any, source: str) -> Any:

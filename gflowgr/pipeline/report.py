@@ -18,7 +18,7 @@ from ..evaluation import (
     write_report,
 )
 from .config import RunConfig
-from .run import RunResult, run
+from .stages import RunResult, run
 
 __all__ = ["run_and_report"]
 
