@@ -13,20 +13,19 @@ from gflowgr.data.shop_names import CATALOGUE, COLOURS, STYLES
 BEHAVIOURS = ("click", "purchase")
 REWARDS = (1.0, 10.0)
 
-_DIM = 16  # latent dimensions d
+_DIM = 32  # latent dimensions d
 _SLATE = 6  # items shown per visit m
 _MIN_EVENTS, _MEAN_EVENTS, _MAX_EVENTS = 5, 10, 40
-_LEVEL_SCALE = (1.0, 1.0, 1.0)  # s_1, s_2, s_3
-_ITEM_NOISE = 0.8  # s_4
-_ZIPF = 0.35
-_INTEREST = 1.0  # kappa
-_STAY_TYPE, _STAY_CATEGORY = 0.6, 0.3
-_DRIFT = 0.6  # gamma
-_TASTE_CONCENTRATION = 0.15
+_ITEM_NOISE = 0.8
+_ZIPF = 0.25
+_INTEREST = 2.0  # kappa
+_STAY_TYPE, _STAY_CATEGORY = 0.6, 0.25
+_DRIFT = 0.7  # gamma
+_TASTE_CONCENTRATION = 0.8
 _POPULARITY_UTILITY = 0.1
-_SHOP_SHARPNESS = 2.5
-_CLICK = (1.5, 3.4)
-_PURCHASE = (1.0, 5.0)
+_SHOP_SHARPNESS = 0.7
+_CLICK = (1.2, 5.5)
+_PURCHASE = (1.0, 7.5)
 
 
 @dataclass(frozen=True)
@@ -47,22 +46,20 @@ def generate_builtin(seed: int = 0, num_users: int = 3000, num_items: int = 1200
     function):
 
     1. Catalogue. 8 departments x 4 categories x 4 product types = 128 leaves. A node of level l has
-       ``e_node ~ N(0, s_l^2 I / d)``; a leaf's vector is the sum along its path,
+       ``e_node ~ N(0, I / d)``, d = 32; a leaf's vector is the sum along its path,
        ``c_leaf = e_department + e_category + e_type``. An item in a leaf (leaves drawn with
-       probabilities ~ Dirichlet(4)) has ``v_i = c_leaf + N(0, s_4^2 I / d)``, and a popularity
-       ``p_i ~ rank^-0.35`` (Zipf, ranks in random order); ``b_i = log p_i`` less its mean.
-    2. Tastes. User u's taste over leaves is a product along the tree, ``pi_u(leaf) = D(department)
-    *
-       D(category | department) * D(type | category)``, each factor ~ Dirichlet(0.15).
+       probabilities ~ Dirichlet(4)) has ``v_i = c_leaf + N(0, 0.8^2 I / d)``, and a popularity
+       ``p_i ~ rank^-0.25`` (Zipf, ranks in random order); ``b_i = log p_i`` less its mean.
+    2. Tastes. User u's taste over leaves is a product along the tree, ``pi_u(leaf) =
+       D(department) D(category | department) D(type | category)``, each factor ~ Dirichlet(0.8).
        The long-term vector is ``t_u = sum_leaf pi_u(leaf) c_leaf``.
     3. Session interest. A leaf of interest ``z_ut`` starts from ``pi_u``; from visit to visit it
-    stays
-       (0.6), moves to a type of the same category (0.3) or is drawn anew from ``pi_u`` (0.1).
-       It is followed slowly: ``q_ut = (1 - gamma) q_u(t-1) + gamma c_z``, gamma = 0.6.
-    4. Utility: ``x_uit = <t_u + kappa q_ut, v_i> + 0.1 b_i``, kappa = 1.
+       stays (0.6), becomes a type of the same category (0.25), or is drawn anew from ``pi_u``
+       (0.15). The interest follows it: ``q_ut = (1 - gamma) q_u(t-1) + gamma c_z``, gamma = 0.7.
+    4. Utility: ``x_uit = <t_u + kappa q_ut, v_i> + 0.1 b_i``, kappa = 2.
     5. Visit. The shop shows 6 different items that the user has not engaged with yet, drawn without
-       replacement with probability ~ ``exp(2.5 x_uit + b_i)`` (Gumbel top 6).
-       ``P(click | shown) = sigma(1.5 (x - 3.4))``, ``P(purchase | click) = sigma(x - 5)``.
+       replacement with probability ~ ``exp(0.7 x_uit + b_i)`` (Gumbel top 6).
+       ``P(click | shown) = sigma(1.2 (x - 5.5))``, ``P(purchase | click) = sigma(x - 7.5)``.
        A user has no use for an item they engaged with before.
     6. A user visits until they have ``n_u = 5 + Poisson(Gamma(2, 2.5))`` events (40 at most).
 
@@ -102,8 +99,8 @@ def _make_shop(rng: np.random.Generator, num_users: int, num_items: int) -> _Sho
     departments, categories, types = 8, 4, 4
     sizes = [(departments, 1, 1), (departments, categories, 1), (departments, categories, types)]
     leaf_vectors = np.zeros((departments, categories, types, _DIM))
-    for size, scale in zip(sizes, _LEVEL_SCALE, strict=True):
-        leaf_vectors += rng.normal(scale=scale / np.sqrt(_DIM), size=(*size, _DIM))
+    for size in sizes:
+        leaf_vectors += rng.normal(scale=1.0 / np.sqrt(_DIM), size=(*size, _DIM))
     leaves = departments * categories * types
     flat_vectors = leaf_vectors.reshape(leaves, _DIM)
 

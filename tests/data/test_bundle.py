@@ -1,0 +1,273 @@
+"""Reading and writing data set folders; every fault is named with file, user and value."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gflowgr.data.bundle as bundle_module
+from gflowgr.data import Dataset, Ragged, load_dataset, save_dataset
+from gflowgr.errors import DataError, OutputError
+from gflowgr.identifiers import from_codes
+
+WriteBundle = Callable[..., Path]
+ITEMS = {str(i): {"title": f"Item {i}", "price": i} for i in range(6)}
+INTER = {"0": [0, 1, 2, 3], "1": [4, 0], "7": [5, 4, 3]}
+
+
+def test_a_whole_folder(write_bundle: WriteBundle) -> None:
+    folder = write_bundle(
+        inter=INTER,
+        item=ITEMS,
+        rating={"0": [5, 4, 3.5, 1], "1": [2, 2], "7": [1, 1, 1]},
+        time={"0": [1, 2, 2, 3], "1": [9, 10], "7": [1, 2, 3]},
+        behaviour={
+            "0": ["view", "buy", "view", "view"],
+            "1": ["buy", "buy"],
+            "7": ["view", "view", "buy"],
+        },
+        cart={"7": [0, 1], "1": []},
+        index_tiny={str(i): [f"<a_{i % 2}>", f"<b_{i}>"] for i in range(6)},
+    )
+    data = load_dataset(folder)
+    assert (data.name, data.num_users, data.num_items) == ("shop", 3, 6)
+    assert data.user_ids == ["0", "1", "7"]
+    assert [row.tolist() for row in data.sequences] == list(INTER.values())
+    assert data.sequences.values.dtype == np.int32
+    assert data.behaviour_names == ("buy", "view")
+    assert data.behaviours is not None
+    assert data.behaviours.tolist() == [1, 0, 1, 1, 0, 0, 1, 1, 0]
+    assert data.ratings is not None
+    assert data.ratings[2] == 3.5
+    assert data.times is not None
+    assert data.times.tolist()[:4] == [1, 2, 2, 3]
+    assert [row.tolist() for row in data.side["cart"]] == [[], [], [0, 1]]
+    assert data.title(3) == "Item 3"
+    assert data.texts is not None
+    assert data.texts[3] == {"title": "Item 3", "price": "3"}
+    assert data.index_names() == ["tiny"]
+    assert data.identifiers("tiny").codes.tolist()[3] == [1, 3]
+    assert data.summary()["interactions"] == 9
+
+
+def test_without_items_or_index_the_largest_id_counts(write_bundle: WriteBundle) -> None:
+    assert load_dataset(write_bundle(inter={"0": [1, 5]}, cart={"0": [8]})).num_items == 9
+
+
+def test_without_items_the_index_counts(write_bundle: WriteBundle) -> None:
+    index = {str(i): ["<a_1>"] for i in range(12)}
+    assert load_dataset(write_bundle(inter={"0": [1, 5]}, index_x=index)).num_items == 12
+
+
+def test_titles_without_texts(write_bundle: WriteBundle) -> None:
+    assert load_dataset(write_bundle(inter={"0": [1, 5]})).title(5) == "item 5"
+    folder = write_bundle(inter={"0": [0]}, item={"0": {"asin": "B00"}})
+    assert load_dataset(folder).title(0) == "B00"
+
+
+def test_side_pairs_that_give_the_answer_away_are_dropped(write_bundle: WriteBundle) -> None:
+    # User "0" has valid 2 and test 3; user "1" has two events, so nothing of theirs is held out.
+    folder = write_bundle(inter=INTER, item=ITEMS, cart={"0": [3, 5, 2, 1, 3], "1": [0]})
+    data = load_dataset(folder)
+    assert [row.tolist() for row in data.side["cart"]] == [[5, 1], [0], []]
+    assert data.side_dropped == {"cart": 3}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"inter": {}}, "there are no users"),
+        ({"inter": {"3": []}}, r"inter\.json\.gz: user '3' has no interactions"),
+        ({"inter": {"3": 5}}, r"inter\.json\.gz: user '3' must have a list, got 5"),
+        ({"inter": {"3": [1, "x"]}}, "user '3', position 1: 'x' .str. is not integer"),
+        ({"inter": {"3": [1, 2.0]}}, "position 1: 2.0 .float. is not integer"),
+        ({"inter": {"3": [True]}}, "position 0: True .bool. is not integer"),
+        ({"inter": {"3": [0, 6]}}, "user '3', position 1: item 6 is unknown, items are 0 .. 5"),
+        ({"inter": {"3": [-1]}}, "item -1 is unknown"),
+        ({"inter": {"3": [10**30]}}, "does not fit 64 bits"),
+        ({"cart": {"0": [6]}}, r"cart\.json\.gz: user '0', position 0: item 6 is unknown"),
+        ({"cart": {"5": [0]}}, r"cart\.json\.gz: user '5' is not in inter\.json\.gz"),
+        ({"rating": {"0": [1] * 4, "7": [1] * 3}}, r"rating.*user '1' of inter.* is missing"),
+        (
+            {"rating": {"0": [1] * 4, "1": [1], "7": [1] * 3}},
+            r"rating\.json\.gz: user '1' has 1 values, but 2 interactions",
+        ),
+        (
+            {"rating": {"0": [1, 1, "5", 1], "1": [1, 1], "7": [1] * 3}},
+            "rating.*user '0', position 2: '5' .str. is not integer or number",
+        ),
+        (
+            {"rating": '{"0": [1,1,1,1], "1": [1, NaN], "7": [1,1,1]}'},
+            r"rating\.json\.gz: user '1' has the value nan",
+        ),
+        (
+            {"time": {"0": [1, 2, 3, 2], "1": [1, 1], "7": [1] * 3}},
+            "user '0': time 2 follows 3; sequences must be oldest first",
+        ),
+        (
+            {"behaviour": {"0": [1] * 4, "1": ["a", "a"], "7": ["a"] * 3}},
+            "behaviour.*user '0', position 0: 1 .int. is not text",
+        ),
+        ({"item": {"0": {}, "2": {}}}, r"item\.json\.gz: item 1 is missing"),
+        ({"item": {"0": "title"}}, r"item\.json\.gz: item 0 must have"),
+        ({"item": {"0": {"title": ["a"]}}}, "item 0, field 'title': .* is not text"),
+        ({"inter": "[1, 2]"}, r"inter\.json\.gz: the top level must be an object"),
+        ({"inter": '{"0": [1, 2'}, r"inter\.json\.gz: not valid JSON, line 1 column 12"),
+    ],
+)
+def test_bad_input_is_named(write_bundle: WriteBundle, files: dict[str, Any], message: str) -> None:
+    good = {"inter": INTER, "item": ITEMS}
+    assert load_dataset(write_bundle(**good)).num_users == 3
+    with pytest.raises(DataError, match=message):
+        load_dataset(write_bundle(**{**good, **files}))
+
+
+def test_too_many_behaviours(write_bundle: WriteBundle) -> None:
+    inter = {"0": [0] * 128}
+    kinds = {"0": [f"b{i}" for i in range(128)]}
+    with pytest.raises(DataError, match="128 different behaviours, at most 127"):
+        load_dataset(write_bundle(inter=inter, behaviour=kinds))
+
+
+def test_a_truncated_file(write_bundle: WriteBundle) -> None:
+    folder = write_bundle(inter=INTER)
+    file = folder / "inter.json.gz"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"inter\.json\.gz: the gzip file is truncated"):
+        load_dataset(folder)
+
+
+def test_a_folder_that_is_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no inter\.json\.gz"):
+        load_dataset(tmp_path)
+
+
+def test_a_missing_index_lists_those_there_are(write_bundle: WriteBundle) -> None:
+    index = {str(i): ["<a_1>"] for i in range(6)}
+    data = load_dataset(write_bundle(inter=INTER, item=ITEMS, index_x=index))
+    with pytest.raises(DataError, match=r"no file index\.y\.json\.gz; identifiers at hand: x"):
+        data.identifiers("y")
+
+
+def test_an_index_of_other_items_is_refused(write_bundle: WriteBundle) -> None:
+    index = {str(i): ["<a_1>"] for i in range(5)}
+    data = load_dataset(write_bundle(inter=INTER, item=ITEMS, index_x=index))
+    with pytest.raises(DataError, match="1 of 6 items have no identifier: 5"):
+        data.identifiers("x")
+
+
+# ---- writing ----
+
+
+def example() -> Dataset:
+    return Dataset(
+        name="made",
+        user_ids=["ann", "bob"],
+        sequences=Ragged.from_lists([[0, 1, 2, 3], [2]]),
+        num_items=5,
+        behaviours=np.array([0, 1, 1, 0, 0], dtype=np.int8),
+        behaviour_names=("buy", "view"),
+        ratings=np.array([0.1, 4.5, 3, 2, 1], dtype=np.float32),
+        times=np.array([10, 20, 20, 30, 5]),
+        side={"cart": Ragged.from_lists([[4], [0, 1]])},
+        texts=[{"title": f"Thing {i}"} for i in range(5)],
+        indexes={"mem": from_codes(np.array([[0, 1], [0, 2], [5, 1], [5, 2], [5, 3]]))},
+        truth=np.arange(10, dtype=np.float16).reshape(2, 5),
+    )
+
+
+def assert_same(one: Dataset, two: Dataset) -> None:
+    assert one.user_ids == two.user_ids
+    assert one.num_items == two.num_items
+    np.testing.assert_array_equal(one.sequences.offsets, two.sequences.offsets)
+    np.testing.assert_array_equal(one.sequences.values, two.sequences.values)
+    for name in ("behaviours", "ratings", "times", "truth"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name), err_msg=name)
+    assert one.behaviour_names == two.behaviour_names
+    assert one.texts == two.texts
+    assert list(one.side) == list(two.side)
+    for name, rows in one.side.items():
+        assert [r.tolist() for r in rows] == [r.tolist() for r in two.side[name]]
+    for name in one.index_names():
+        np.testing.assert_array_equal(one.identifiers(name).codes, two.identifiers(name).codes)
+        assert one.identifiers(name).level_tokens == two.identifiers(name).level_tokens
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    saved = save_dataset(example(), tmp_path / "out")
+    assert (saved.name, saved.path) == ("out", tmp_path / "out")
+    again = load_dataset(tmp_path / "out")
+    assert_same(example(), again)
+    assert again.index_names() == ["mem"]
+
+
+def test_an_existing_data_set_is_not_overwritten_by_accident(tmp_path: Path) -> None:
+    save_dataset(example(), tmp_path)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save_dataset(example(), tmp_path)
+
+
+def test_overwriting_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
+    save_dataset(example(), tmp_path)
+    smaller = replace(example(), side={}, truth=None, ratings=None)
+    save_dataset(smaller, tmp_path, overwrite=True)
+    assert_same(smaller, load_dataset(tmp_path))
+
+
+def test_a_data_set_can_replace_itself(tmp_path: Path) -> None:
+    save_dataset(example(), tmp_path)
+    save_dataset(load_dataset(tmp_path), tmp_path, overwrite=True)
+    assert_same(example(), load_dataset(tmp_path))
+
+
+def test_a_save_that_fails_leaves_no_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OutputError(errno.ENOSPC, "cannot write: no space left on the device", "truth.npy")
+
+    monkeypatch.setattr(bundle_module, "save_npy", full)
+    with pytest.raises(OutputError, match="no space"):
+        save_dataset(example(), tmp_path)
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    with pytest.raises(FileNotFoundError, match="not a data set"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["inter", "rating", "index.x", "a/b"])
+def test_reserved_names_of_side_behaviours(tmp_path: Path, name: str) -> None:
+    data = replace(example(), side={name: Ragged.from_lists([[4], []])})
+    with pytest.raises(ValueError, match="reserved or not a file name"):
+        save_dataset(data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"user_ids": ["ann"]}, "2 sequences, 1 users"),
+        ({"num_items": 3}, "user 'ann', position 3: item 3 is unknown"),
+        ({"ratings": np.ones(4, dtype=np.float32)}, "ratings has shape"),
+        ({"behaviours": np.full(5, 2, dtype=np.int8)}, "codes run from 2 to 2"),
+        ({"texts": [{}]}, "1 texts for 5 items"),
+        ({"truth": np.zeros((2, 4))}, "truth has shape"),
+        ({"side": {"cart": Ragged.from_lists([[4]])}}, "side cart: 1 rows, 2 users"),
+        ({"ratings": np.array([1, 2, 3, 4, np.inf])}, "user 'bob' has the rating inf"),
+    ],
+)
+def test_a_data_set_made_in_memory_is_checked_too(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        replace(example(), **change)
+
+
+def test_ragged_refuses_offsets_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="rise from 0 to len"):
+        Ragged(np.array([0, 3]), np.arange(2))
+    with pytest.raises(IndexError, match="row 2 of 2"):
+        Ragged.from_lists([[1], [2]]).row(2)

@@ -1,0 +1,223 @@
+"""Files are written whole or not at all, and damaged input is named."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gflowgr.errors import DataError, GFlowGRError, OutputError
+from gflowgr.files import (
+    atomic_path,
+    ensure_writable,
+    read_json,
+    save_npy,
+    write_json,
+    write_json_gz,
+)
+
+
+def refuse(code: int) -> Any:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def test_errors_are_also_built_in_kinds() -> None:
+    assert issubclass(DataError, ValueError)
+    assert issubclass(DataError, GFlowGRError)
+    assert issubclass(OutputError, OSError)
+
+
+def test_json_round_trip_plain_and_gzipped(tmp_path: Path) -> None:
+    content = {"title": "crème brûlée", "list": [1, 2.5, None]}
+    write_json(tmp_path / "a.json", content)
+    write_json_gz(tmp_path / "a.json.gz", content)
+    assert read_json(tmp_path / "a.json") == content
+    assert read_json(tmp_path / "a.json.gz", expect=dict) == content
+
+
+def test_equal_content_gives_equal_gzip_bytes(tmp_path: Path) -> None:
+    for name in ("one.json.gz", "two.json.gz"):
+        write_json_gz(tmp_path / name, {"a": 1})
+    assert (tmp_path / "one.json.gz").read_bytes() == (tmp_path / "two.json.gz").read_bytes()
+
+
+def test_npy_round_trip(tmp_path: Path) -> None:
+    save_npy(tmp_path / "deep" / "x.npy", np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(np.load(tmp_path / "deep" / "x.npy"), [[0, 1, 2], [3, 4, 5]])
+
+
+def test_atomic_path_replaces_only_on_success(tmp_path: Path) -> None:
+    target = tmp_path / "result.txt"
+    target.write_text("old")
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+        assert temporary.parent == target.parent
+        assert temporary.suffix == target.suffix
+    assert target.read_text() == "new"
+    assert os.listdir(tmp_path) == ["result.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    target = tmp_path / "result.txt"
+    target.write_text("old")
+
+    def write_half() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half of the new con")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["result.txt"]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "quota"), (errno.EIO, "input/output")],
+)
+def test_a_full_disk_is_named_and_leaves_no_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: str
+) -> None:
+    monkeypatch.setattr(os, "fsync", refuse(code))
+    with pytest.raises(OutputError, match=words) as caught:
+        write_json(tmp_path / "report.json", {"a": 1})
+    assert caught.value.errno == code
+    assert "report.json" in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_in_the_middle_of_the_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data.json.gz").write_bytes(b"old")
+    monkeypatch.setattr(Path, "write_bytes", refuse(errno.ENOSPC))
+    with pytest.raises(OutputError, match="no space left"):
+        write_json_gz(tmp_path / "data.json.gz", {"a": 1})
+    assert os.listdir(tmp_path) == ["data.json.gz"]
+    assert (tmp_path / "data.json.gz").read_bytes() == b"old"
+
+
+def test_numpys_short_write_without_an_errno_is_an_output_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*args: Any, **kwargs: Any) -> None:
+        raise OSError("1000 requested and 12 written")
+
+    monkeypatch.setattr(np, "save", short)
+    with pytest.raises(OutputError, match=r"x\.npy"):
+        save_npy(tmp_path / "x.npy", np.zeros(1000))
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_about_another_file_keeps_its_own_type(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "out.txt"):
+        (tmp_path / "no such input").read_text()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_read_only_folder_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    # Simulated, because the user who runs the tests may be allowed to write anywhere.
+    monkeypatch.setattr(os, "open", refuse(code))
+    with pytest.raises(OutputError, match=r"read-only|no permission") as caught:
+        ensure_writable(tmp_path / "run")
+    assert "run" in str(caught.value)
+    with (
+        pytest.raises(OutputError, match=r"read-only|no permission"),
+        atomic_path(tmp_path / "run" / "model.bin"),
+    ):
+        pytest.fail("the body must not run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into read-only folders")
+def test_a_folder_without_write_permission(tmp_path: Path) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o555)
+    with pytest.raises(OutputError, match="no permission"):
+        ensure_writable(folder)
+
+
+def test_too_little_space_is_found_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="bytes free") as caught:
+        ensure_writable(tmp_path, min_free_bytes=1 << 62)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_ensure_writable_creates_the_folder_and_leaves_it_empty(tmp_path: Path) -> None:
+    folder = ensure_writable(tmp_path / "a" / "b")
+    assert folder.is_dir()
+    assert os.listdir(folder) == []
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(OutputError, match="run"):
+        ensure_writable(tmp_path / "run")
+    with pytest.raises(OutputError, match="cannot write"), atomic_path(tmp_path / "run" / "x"):
+        pytest.fail("the body must not run")
+
+
+def test_a_folder_where_the_file_should_be(tmp_path: Path) -> None:
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(OutputError, match="a folder has this name"):
+        write_json(tmp_path / "x.json", {})
+
+
+@pytest.mark.parametrize("keep", [5, 12, 200])
+def test_truncated_gzip(tmp_path: Path, keep: int) -> None:
+    whole = gzip.compress(json.dumps({str(i): [i] for i in range(200)}).encode())
+    assert len(whole) > 200
+    path = tmp_path / "inter.json.gz"
+    path.write_bytes(whole[:keep])
+    with pytest.raises(DataError, match=r"inter\.json\.gz: the gzip file is truncated"):
+        read_json(path)
+
+
+def test_damaged_gzip(tmp_path: Path) -> None:
+    whole = bytearray(gzip.compress(json.dumps({str(i): [i] for i in range(200)}).encode()))
+    whole[60] ^= 0xFF
+    path = tmp_path / "inter.json.gz"
+    path.write_bytes(bytes(whole))
+    with pytest.raises(DataError, match=r"inter\.json\.gz: the gzip file is (damaged|truncated)"):
+        read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"0": [1, 2,]}', "line 1 column 13"),
+        (b'{"0": [1],\n "1": [2', "line 2 column"),
+        (b"", "not valid JSON, line 1 column 1"),
+        (b'{"0": [1], "0": [2]}', "the key '0' occurs twice"),
+        (b'{"0": "\xff"}', "not UTF-8 text, byte 7"),
+        (b"[1, 2]", "must be an object .* got list"),
+        (b"[" * 100_000, "nested too deeply|not valid JSON"),
+    ],
+)
+def test_wrong_json_is_located(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "inter.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"inter\.json: .*{message}"):
+        read_json(path, expect=dict)
+
+
+def test_a_gz_name_on_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "inter.json.gz").write_text("{}")
+    with pytest.raises(DataError, match="not a gzip file"):
+        read_json(tmp_path / "inter.json.gz")
