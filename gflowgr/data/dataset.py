@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MAX_BEHAVIOURS = 127
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """Interaction data with 0-based users and items.
 
@@ -71,6 +71,12 @@ class Dataset:
                 f"{self.name}: truth has shape {self.truth.shape}, "
                 f"expected {(self.num_users, self.num_items)} [users, items]"
             )
+
+    def __repr__(self) -> str:
+        return (
+            f"Dataset({self.name!r}, {self.num_users:,} users, {self.num_items:,} items, "
+            f"{self.num_interactions:,} interactions)"
+        )
 
     @property
     def num_users(self) -> int:

@@ -1,0 +1,460 @@
+"""Each raw format, from small files as their publishers write them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from gflowgr.data import (
+    Dataset,
+    LeaveOneOut,
+    import_amazon,
+    import_movielens,
+    import_table,
+    import_yelp,
+    load_dataset,
+    save_dataset,
+)
+from gflowgr.errors import DataError
+
+
+def write_lines(path: Path, rows: Sequence[Any], dump: Callable[[Any], str] = json.dumps) -> Path:
+    text = "".join((row if isinstance(row, str) else dump(row)) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def named(data: Dataset, field: str) -> dict[str, list[str]]:
+    """{original user: [original items]}."""
+    assert data.texts is not None
+    texts = data.texts
+    return {
+        user: [texts[i][field] for i in row]
+        for user, row in zip(data.user_ids, data.sequences, strict=True)
+    }
+
+
+# ---- Amazon ----
+
+
+def review_2014(user: str, item: str, stars: float, seconds: int) -> dict[str, Any]:
+    return {
+        "reviewerID": user,
+        "asin": item,
+        "helpful": [0, 1],
+        "reviewText": "It's fine.",
+        "overall": stars,
+        "unixReviewTime": seconds,
+        "reviewTime": "01 30, 2014",
+    }
+
+
+def review_2023(user: str, item: str, stars: float, seconds: int) -> dict[str, Any]:
+    return {
+        "rating": stars,
+        "title": "Good",
+        "asin": "child of " + item,
+        "parent_asin": item,
+        "user_id": user,
+        "timestamp": seconds * 1000 + 588,
+    }
+
+
+EVENTS = [("A", "x", 5, 30), ("B", "y", 3, 5), ("A", "y", 4, 10), ("B", "x", 1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("review", "dump", "suffix"),
+    [
+        (review_2014, json.dumps, ".json.gz"),
+        (review_2014, repr, ".json"),  # early files are Python dicts in single quotes
+        (review_2023, json.dumps, ".jsonl.gz"),
+    ],
+)
+def test_amazon_layouts(
+    tmp_path: Path, review: Callable[..., Any], dump: Callable[[Any], str], suffix: str
+) -> None:
+    path = write_lines(tmp_path / f"reviews_Toys{suffix}", [review(*e) for e in EVENTS], dump)
+    data, report = import_amazon(path, k_core=2, progress=False)
+    assert named(data, "asin") == {"A": ["y", "x"], "B": ["y", "x"]}
+    assert data.ratings is not None
+    assert data.ratings.tolist() == [4, 5, 3, 1]
+    assert data.times is not None
+    assert data.times.tolist() == [10, 30, 5, 6]
+    assert data.name == "reviews_Toys"
+    assert (report.lines, report.bad_lines, report.kept_events) == (4, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("meta", "dump", "categories"),
+    [
+        ({"asin": "x", "categories": [["Toys", "Kites"], ["Gifts"]]}, repr, "Toys > Kites | Gifts"),
+        (
+            {"asin": "x", "category": ["Toys", "Kites &amp; more"]},
+            json.dumps,
+            "Toys > Kites & more",
+        ),
+        ({"parent_asin": "x", "categories": ["Toys", "Kites"]}, json.dumps, "Toys > Kites"),
+        ({"parent_asin": "x", "categories": []}, json.dumps, ""),
+    ],
+)
+def test_amazon_metadata(
+    tmp_path: Path, meta: dict[str, Any], dump: Callable[[Any], str], categories: str
+) -> None:
+    reviews = write_lines(tmp_path / "r.json", [review_2014(*e) for e in EVENTS])
+    rows = [{**meta, "title": "Red  &amp; blue\nkite"}, {"asin": "unused", "title": "Other"}]
+    metadata = write_lines(tmp_path / "meta.json.gz", rows, dump)
+    data, report = import_amazon(reviews, metadata, k_core=1, progress=False)
+    assert data.texts is not None
+    assert data.texts == [
+        {"asin": "y"},
+        {"title": "Red & blue kite", "categories": categories, "asin": "x"},
+    ]
+    assert data.title(1) == "Red & blue kite"
+    assert report.notes == {"bad metadata lines": 0, "items without metadata": 1}
+
+
+def test_amazon_several_files_are_one_data_set(tmp_path: Path) -> None:
+    parts = [write_lines(tmp_path / f"{i}.json", [review_2014(*e)]) for i, e in enumerate(EVENTS)]
+    data, report = import_amazon(parts, k_core=1, name="both", progress=False)
+    assert data.num_interactions == 4
+    assert report.source == "0.json, 1.json, 2.json, 3.json"
+    assert data.name == "both"
+
+
+def test_amazon_bad_lines_are_counted_with_reasons(tmp_path: Path) -> None:
+    good = review_2014("A", "x", 5, 1)
+    without_user = {k: v for k, v in good.items() if k != "reviewerID"}
+    rows = [
+        *(review_2014("A", f"i{n}", 5, n) for n in range(10)),
+        '{"reviewerID": "A", "asin": ',
+        without_user,
+        {**good, "asin": 17},
+        {**good, "overall": "five"},
+        {**good, "unixReviewTime": None},
+        {**good, "overall": float("nan")},
+        {**good, "unixReviewTime": 10**20},
+        "[1, 2]",
+        "__import__('os').getcwd()",
+    ]
+    path = write_lines(tmp_path / "r.json", rows)
+    data, report = import_amazon(path, k_core=1, max_bad_fraction=0.5, progress=False)
+    assert data.num_interactions == 10
+    assert (report.lines, report.bad_lines) == (19, 9)
+    assert len(report.bad_examples) == 5
+    first, second, third, fourth, _ = report.bad_examples
+    assert first.startswith("r.json:11: neither JSON")
+    assert second.startswith("r.json:12: no reviewerID or user_id: ")
+    assert "r.json:13: asin is 17, not a text" in third
+    assert "r.json:14: overall is 'five', not a number" in fourth
+    with pytest.raises(DataError, match="9 of 19 lines are bad"):
+        import_amazon(path, k_core=1, progress=False)
+
+
+def test_an_imported_data_set_can_be_saved_split_and_read_again(tmp_path: Path) -> None:
+    events = [(f"u{u}", f"i{(u + t) % 6}", 1 + t % 5, t) for u in range(6) for t in range(5)]
+    path = write_lines(tmp_path / "r.json", [review_2014(*e) for e in events])
+    data, _ = import_amazon(path, progress=False)
+    save_dataset(data, tmp_path / "out")
+    again = load_dataset(tmp_path / "out")
+    assert named(again, "asin") == named(data, "asin")
+    assert LeaveOneOut(again).report()["users evaluated"] == 6
+
+
+# ---- Yelp ----
+
+
+def yelp_review(user: str, item: str, stars: float, date: str) -> dict[str, Any]:
+    return {"review_id": "r", "user_id": user, "business_id": item, "stars": stars, "date": date}
+
+
+def test_yelp(tmp_path: Path) -> None:
+    reviews = write_lines(
+        tmp_path / "review.json",
+        [
+            yelp_review("A", "cafe", 5, "2019-05-01 10:00:00"),
+            yelp_review("A", "bar", 2, "2019-04-01 10:00:00"),
+            yelp_review("A", "cafe", 4, "2019-12-31 23:59:59"),
+            yelp_review("A", "bar", 3, "2018-12-31 23:59:59"),
+            yelp_review("A", "bar", 3, "2020-01-01 00:00:00"),
+        ],
+    )
+    business = write_lines(
+        tmp_path / "business.json",
+        [
+            {
+                "business_id": "cafe",
+                "name": "Blue Cup",
+                "categories": "Coffee, Tea",
+                "city": "Reno",
+            },
+            {"business_id": "bar", "name": "Owl", "categories": None, "city": "Reno"},
+        ],
+    )
+    data, report = import_yelp(
+        reviews, business, start="2019-01-01", end="2019-12-31", k_core=1, progress=False
+    )
+    # A second visit is an event; the two reviews outside the year are not.
+    assert named(data, "business_id") == {"A": ["bar", "cafe", "cafe"]}
+    assert named(data, "description") == {"A": ["", "Coffee, Tea", "Coffee, Tea"]}
+    assert data.times is not None
+    assert data.times[0] == 1_554_112_800  # 2019-04-01 10:00 UTC
+    assert report.notes["reviews outside the time window"] == 2
+    assert report.bad_lines == 0
+
+
+def test_yelp_bad_dates_are_bad_lines_or_bad_arguments(tmp_path: Path) -> None:
+    good = [yelp_review("A", f"b{n}", 5, "2019-05-01 10:00:00") for n in range(5)]
+    path = write_lines(tmp_path / "r.json", [*good, yelp_review("A", "b", 5, "yesterday")])
+    _, report = import_yelp(path, k_core=1, max_bad_fraction=0.2, progress=False)
+    assert report.bad_lines == 1
+    assert "yesterday" in report.bad_examples[0]
+    with pytest.raises(ValueError, match="start must be a day like 2019-01-31, got 'May'"):
+        import_yelp(path, start="May")
+
+
+# ---- MovieLens ----
+
+
+def movielens_csv(folder: Path) -> Path:
+    folder.mkdir()
+    write_lines(
+        folder / "ratings.csv",
+        ["userId,movieId,rating,timestamp", "1,10,4.0,100", "1,20,3.5,50", "2,10,0.5,7"],
+    )
+    write_lines(
+        folder / "movies.csv",
+        ["movieId,title,genres", '10,"Heat, The (1995)",Action|Crime', "20,Babe (1995),Children"],
+    )
+    return folder
+
+
+def movielens_dat(folder: Path) -> Path:
+    folder.mkdir()
+    write_lines(folder / "ratings.dat", ["1::10::4::100", "1::20::3.5::50", "2::10::0.5::7"])
+    movies = "10::Heat, The (1995)::Action|Crime\n20::Les Misérables (1995)::Drama\n"
+    (folder / "movies.dat").write_bytes(movies.encode("latin-1"))
+    return folder
+
+
+@pytest.mark.parametrize("make", [movielens_csv, movielens_dat])
+def test_movielens_folders(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    data, report = import_movielens(make(tmp_path / "ml"), k_core=1, progress=False)
+    assert named(data, "movieId") == {"1": ["20", "10"], "2": ["10"]}
+    assert data.ratings is not None
+    assert data.ratings.tolist() == [3.5, 4.0, 0.5]
+    assert data.title(1) == "Heat, The (1995)"
+    assert data.title(0) in ("Babe (1995)", "Les Misérables (1995)")
+    assert data.texts is not None
+    assert data.texts[1]["categories"] == "Action|Crime"
+    assert data.name == "ml"
+    assert (report.lines, report.bad_lines) == (3, 0)
+
+
+def test_movielens_a_ratings_file_alone(tmp_path: Path) -> None:
+    folder = movielens_csv(tmp_path / "ml")
+    data, _ = import_movielens(folder / "ratings.csv", k_core=1, progress=False)
+    assert data.texts == [{"movieId": "20"}, {"movieId": "10"}]
+
+
+def test_movielens_bad_lines(tmp_path: Path) -> None:
+    rows = ["userId,movieId,rating,timestamp", "1,10,4.0", "1,10,x,5", "1,,4,5", "1,10,nan,5"]
+    path = write_lines(tmp_path / "ratings.csv", [*rows, "1,10,4,5"])
+    data, report = import_movielens(path, k_core=1, max_bad_fraction=1.0, progress=False)
+    assert data.num_interactions == 1
+    assert (report.lines, report.bad_lines) == (5, 4)
+    assert report.bad_examples[0].startswith("ratings.csv:2: not user, movie, rating, time")
+
+
+def test_movielens_folder_without_ratings(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no ratings\.csv or ratings\.dat"):
+        import_movielens(tmp_path)
+
+
+# ---- tables ----
+
+ROWS = {
+    "who": ["A", "A", "B", "A", "A", "B"],
+    "what": ["p", "q", "p", "r", "s", "q"],
+    "when": [4, 1, 9, 2, 3, 8],
+    "how": ["buy", "view", "view", "cart", "buy", "buy"],
+    "score": [1.0, 0.5, 0.0, 2.0, 3.0, 4.0],
+}
+COLUMNS = {"user": "who", "item": "what", "time": "when"}
+
+
+def write_table(path: Path, rows: dict[str, list[Any]]) -> Path:
+    frame = pl.DataFrame(rows)
+    if path.suffix == ".parquet":
+        frame.write_parquet(path)
+    else:
+        frame.write_csv(path, separator="," if path.suffix == ".csv" else "\t")
+    return path
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.txt", "t.parquet"])
+def test_tables(tmp_path: Path, name: str) -> None:
+    path = write_table(tmp_path / name, ROWS)
+    data, report = import_table(
+        path, **COLUMNS, behaviour="how", value="score", k_core=1, progress=False
+    )
+    assert named(data, "item_id") == {"A": ["q", "r", "s", "p"], "B": ["q", "p"]}
+    assert data.behaviour_names == ("buy", "cart", "view")
+    assert data.behaviours is not None
+    assert data.behaviours.tolist() == [2, 1, 0, 0, 0, 2]
+    assert data.ratings is not None
+    assert data.ratings.tolist() == [0.5, 2, 3, 1, 4, 0]
+    assert (report.lines, report.bad_lines, report.rounds) == (6, 0, 1)
+
+
+def test_a_gzipped_table(tmp_path: Path) -> None:
+    plain = write_table(tmp_path / "t.csv", ROWS)
+    path = tmp_path / "zipped.csv.gz"
+    path.write_bytes(gzip.compress(plain.read_bytes()))
+    data, _ = import_table(path, **COLUMNS, k_core=1, progress=False)
+    assert data.num_interactions == 6
+    assert data.behaviours is None
+    assert data.ratings is None
+
+
+def test_side_behaviours_come_from_before_the_validation_event(tmp_path: Path) -> None:
+    # A buys a..d at times 10, 20, 30, 40: valid is c (30), test is d (40).
+    rows = [("A", item, t, "buy") for item, t in zip("abcd", (10, 20, 30, 40), strict=True)]
+    rows += [("A", "e", 5, "view"), ("A", "e", 6, "view"), ("A", "f", 31, "view")]
+    rows += [("A", "c", 1, "view"), ("A", "zzz", 1, "view")]
+    # B makes e and f known items; with two events nothing of B is held out.
+    rows += [("B", "e", 1, "buy"), ("B", "f", 2, "buy"), ("B", "a", 99, "view")]
+    path = tmp_path / "t.csv"
+    path.write_text("user,item,time,kind\n" + "".join("{},{},{},{}\n".format(*r) for r in rows))
+    data, _ = import_table(
+        path, behaviour="kind", side_behaviours=("view",), k_core=1, progress=False
+    )
+    assert data.texts is not None
+    side = [[data.texts[i]["item_id"] for i in row] for row in data.side["view"]]
+    # Of A's views: f is too late, c is the validation item, zzz was never bought by anyone.
+    assert side == [["e"], ["a"]]
+    assert data.side_dropped == {"view": 1}
+    assert data.behaviour_names == ("buy",)
+
+
+@pytest.mark.parametrize(
+    ("times", "time_format", "expected"),
+    [
+        (["2019-01-02", "2019-01-01"], None, [1546300800, 1546387200]),
+        (["2019-01-02 00:00:10", "2019-01-02 00:00:05"], None, [1546387205, 1546387210]),
+        (["02.01.2019", "01.01.2019"], "%d.%m.%Y", [1546300800, 1546387200]),
+        (["7.9", "7.1"], None, [7, 7]),
+        (["1546387200123456789", "-5"], None, [-5, 1546387200123456789]),
+    ],
+)
+def test_times_as_text(
+    tmp_path: Path, times: list[str], time_format: str | None, expected: list[int]
+) -> None:
+    path = write_table(tmp_path / "t.csv", {"user": ["A", "A"], "item": ["x", "y"], "time": times})
+    data, report = import_table(path, time_format=time_format, k_core=1, progress=False)
+    assert data.times is not None
+    assert data.times.tolist() == expected
+    assert report.bad_lines == 0
+
+
+def test_times_with_types(tmp_path: Path) -> None:
+    times = pl.Series(["2019-01-02", "2019-01-01"])
+    for column in (
+        times.str.to_date(),
+        times.str.to_datetime(),
+        times.str.to_datetime().dt.replace_time_zone("Asia/Tokyo").dt.convert_time_zone("UTC"),
+    ):
+        frame = pl.DataFrame({"user": ["A", "A"], "item": ["x", "y"], "time": column})
+        frame.write_parquet(tmp_path / "t.parquet")
+        data, _ = import_table(tmp_path / "t.parquet", k_core=1, progress=False)
+        assert data.times is not None
+        shift = 9 * 3600 if column.dtype == pl.Datetime("us", "UTC") else 0
+        assert data.times.tolist() == [1546300800 - shift, 1546387200 - shift]
+
+
+def test_bad_rows_of_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "user,item,time,score\n"
+        "A,x,1,1\n"
+        "A,y,2,2,surplus\n"  # fields beyond the header's are ignored
+        "A,z,3\n"
+        ",x,4,1\n"
+        "A,,5,1\n"
+        "A,x,soon,1\n"
+        "A,x,6,inf\n"
+    )
+    data, report = import_table(path, value="score", k_core=1, max_bad_fraction=1, progress=False)
+    assert data.num_interactions == 2
+    assert (report.lines, report.bad_lines) == (7, 5)
+    assert report.bad_examples == [
+        "t.csv: row 3: no finite number in column 'score': 'A,z,3,'",
+        "t.csv: row 4: no user in column 'user': ',x,4,1'",
+        "t.csv: row 5: no item in column 'item': 'A,,5,1'",
+        "t.csv: row 6: no time in column 'time': 'A,x,soon,1'",
+        "t.csv: row 7: no finite number in column 'score': 'A,x,6,inf'",
+    ]
+
+
+def test_a_table_of_items_gives_the_texts(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.csv", ROWS)
+    items = write_table(
+        tmp_path / "items.csv",
+        {"what": ["p", "q", "r"], "title": ["Pan", "Quilt", None], "price": [1, 2, 3]},
+    )
+    data, report = import_table(path, items, **COLUMNS, k_core=1, progress=False)
+    assert data.texts is not None
+    assert data.texts[0] == {"title": "Quilt", "price": "2", "item_id": "q"}
+    assert {"title": "", "price": "3", "item_id": "r"} in data.texts
+    assert report.notes == {"items without metadata": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"user,item\nA,x\n", "there is no column 'time'; columns are user, item"),
+        ("t.csv", b"", r"t\.csv: cannot be read as a csv table"),
+        ("t.csv", b"user,item,time\n", "there are no lines"),
+        ("t.parquet", b"PAR1 no", r"t\.parquet: cannot be read as a parquet table"),
+        ("t.csv", b"user,item,time\nA,x,never\nA,y,soon\n", "2 of 2 lines are bad"),
+    ],
+)
+def test_tables_that_cannot_be_used(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        import_table(tmp_path / name, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k_core": 0}, "k_core must be at least 1"),
+        ({"duplicates": "some"}, "duplicates must be one of all, first, last, got 'some'"),
+        ({"max_bad_fraction": 2.0}, "max_bad_fraction must be between 0 and 1"),
+        ({"side_behaviours": ["view"]}, "side_behaviours need the behaviour column"),
+    ],
+)
+def test_options_are_checked_before_anything_is_read(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        import_table(tmp_path / "missing.csv", **options)
+
+
+def test_unknown_kinds_of_tables_and_behaviours(tmp_path: Path) -> None:
+    (tmp_path / "t.xlsx").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"unknown kind of table '\.xlsx', expected \.csv"):
+        import_table(tmp_path / "t.xlsx")
+    path = write_table(tmp_path / "t.csv", ROWS)
+    with pytest.raises(
+        DataError, match=r"side behaviour 'like' does not occur; .* buy, cart, view"
+    ):
+        import_table(path, **COLUMNS, behaviour="how", side_behaviours=("like",), progress=False)
