@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -30,6 +33,8 @@ from gflowgr.training.packing import EpochBatches, PackedLoader, PackedSequences
 from gflowgr.training.progress import ProgressBar
 
 SETTINGS_NAME = "sasrec_training.json"
+# A folder of its own: whatever else is in output_dir, checkpoints of other stages say, is not ours.
+CHECKPOINTS_NAME = "sasrec_checkpoints"
 _EVAL_ROWS = 512
 
 
@@ -60,7 +65,7 @@ def train_sasrec(
         split: the data.
         config: the model; by default the settings of :class:`SASRecConfig`.
         output_dir: gets model.safetensors, config.json, sasrec_training.json (settings, metrics,
-            log history) and, while training, ``checkpoint-*`` folders.
+            log history) and, while training, ``sasrec_checkpoints/``.
         epochs: most passes over the training part.
         batch_size: sequences (windows) per optimiser step and process.
         lr: AdamW learning rate, constant after a warm-up of 100 steps.
@@ -72,8 +77,8 @@ def train_sasrec(
         progress: show a progress bar.
 
     Raises:
-        ValueError: the config is for another catalogue, or ``output_dir`` holds a run with other
-            settings and ``resume`` is true.
+        ValueError: an argument out of range, a config for another catalogue, or a run with other
+            settings in ``output_dir`` while ``resume`` is true.
         OutputError: ``output_dir`` cannot be written.
     """
     folder = Path(output_dir)
@@ -82,9 +87,17 @@ def train_sasrec(
         raise ValueError(
             f"config.num_items is {config.num_items}, but the data has {split.num_items} items"
         )
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-        if value < 1:
+    counts = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "patience": patience,
+        "eval_users": eval_users,
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be a positive number, got {lr}")
     settings: dict[str, Any] = {
         "data": [split.dataset.name, split.num_users, split.train.lengths.sum().item()],
         "model": asdict(config),
@@ -97,7 +110,7 @@ def train_sasrec(
         "eval_users": eval_users,
     }
     arguments = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(folder / CHECKPOINTS_NAME),
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
         learning_rate=lr,
@@ -116,6 +129,9 @@ def train_sasrec(
         report_to=[],
         disable_tqdm=True,
         seed=seed,
+        ddp_find_unused_parameters=False,
+        # Said outright, because several processes on a CPU share the work only then.
+        use_cpu=not torch.accelerator.is_available(),
         log_level="error",
     )
     # The first process prepares the folder while the others wait.
@@ -127,7 +143,7 @@ def train_sasrec(
         finished = _is_finished(folder, settings)
         if arguments.process_index == 0 and not finished:
             files.write_json(folder / SETTINGS_NAME, {"settings": settings, "finished": False})
-        checkpoint = None if finished else last_complete_checkpoint(folder)
+        checkpoint = None if finished else last_complete_checkpoint(folder / CHECKPOINTS_NAME)
     if finished:
         return SASRec.load(folder)
 
@@ -136,6 +152,7 @@ def train_sasrec(
     shares = (split.item_counts + 1) / (split.item_counts + 1).sum()
     model.empty_scores.copy_(torch.from_numpy(np.log(shares)))
     trainer = SASRecTrainer(model, arguments, split, eval_users=eval_users)
+    trainer.add_callback(_LogEachEpoch())
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=patience))
     if progress:
         trainer.add_callback(ProgressBar("SASRec"))
@@ -157,7 +174,8 @@ def train_sasrec(
                 "log_history": trainer.state.log_history,
             },
         )
-        _remove_checkpoints(folder)
+        shutil.rmtree(folder / CHECKPOINTS_NAME)
+    trainer.accelerator.wait_for_everyone()  # nobody goes on before the files are there
     return best
 
 
@@ -244,6 +262,15 @@ class SASRecTrainer(Trainer):
         self._load_from_checkpoint(str(folder))
 
 
+class _LogEachEpoch(TrainerCallback):
+    """Logs before each checkpoint: the loss summed since the last log is not part of one."""
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log = True
+
+
 def _has_ended(checkpoint: Path, epochs: int, patience: int) -> bool:
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     values = [entry["eval_N@10"] for entry in state.log_history if "eval_N@10" in entry]
@@ -268,12 +295,7 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def _remove_run(folder: Path) -> None:
-    _remove_checkpoints(folder)
+    if (folder / CHECKPOINTS_NAME).is_dir():
+        shutil.rmtree(folder / CHECKPOINTS_NAME)
     for name in (SETTINGS_NAME, WEIGHTS_NAME, CONFIG_NAME):
         (folder / name).unlink(missing_ok=True)
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    for path in folder.glob("checkpoint-*"):
-        if path.name.removeprefix("checkpoint-").isdigit():
-            shutil.rmtree(path)
