@@ -15,7 +15,7 @@ from gflowgr._tree_layout import MAX_ITEMS, MAX_LENGTH, Buffer, IdentifierError,
 _MESSAGES = {
     "empty": "tokens[{row}] is empty: an identifier needs at least one token",
     "hole": "tokens[{row}, {column}] = -1 stands before other tokens; padding belongs on the right",
-    "token": "tokens[{row}, {column}] = {value} is no token id: expected 0..2**31 - 1, or -1 (padding)",
+    "token": "tokens[{row}, {column}] = {value} is no token: expected 0..2**31 - 1, or -1 (padding)",
 }
 
 

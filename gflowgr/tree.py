@@ -341,7 +341,7 @@ class PrefixTree:
         Raises ValueError for ids outside -1..num_items - 1.
         """
         items = self._as_tensor(items, "items")
-        if items.numel() and not (-1 <= int(items.min()) and int(items.max()) < self.num_items):
+        if items.numel() and (int(items.min()) < -1 or int(items.max()) >= self.num_items):
             found = f"{int(items.min())}..{int(items.max())}"
             raise ValueError(f"items: ids {found}, expected 0..{self.num_items - 1}, or -1")
         if self._leaf_of_item is None:
@@ -366,16 +366,15 @@ class PrefixTree:
         """Nodes below which an available item is left, bool [num_nodes].
 
         ``available`` is bool [num_items] (out of stock, region, already seen: false). A node without
-        an available item below it is dead, up to the root: no search ends in a dead end.
-        O(nodes) per call. Raises TypeError or ValueError for a wrong dtype or shape.
+        one below it is dead, up to the root, so no search ends in a dead end. O(nodes) a call.
+        Raises TypeError or ValueError for a wrong dtype or shape.
         """
         available = torch.as_tensor(available, device=self.device)
         if available.dtype != torch.bool:
             raise TypeError(f"available: expected bool, got {available.dtype}")
         if available.shape != (self.num_items,):
-            raise ValueError(
-                f"available: expected shape ({self.num_items},), got {tuple(available.shape)}"
-            )
+            got = tuple(available.shape)
+            raise ValueError(f"available: expected shape ({self.num_items},), got {got}")
         leaf_live = available[self._item_ids.to(torch.int64)]
         if self._item_begin is not None:
             leaf_live = any_in_ranges(leaf_live, self._item_begin)

@@ -1,0 +1,34 @@
+"""Runs the ``interpreted_*.py`` files beside this one under Triton's interpreter, without a GPU.
+
+In a process of their own: whether Triton interprets or compiles is settled when it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gflowgr import backends
+
+FILES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_under_the_interpreter(file: Path) -> None:
+    if backends.triton_missing() is not None:
+        pytest.skip(f"triton: {backends.triton_missing()}")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout
+    assert "skipped" not in done.stdout, done.stdout

@@ -1,0 +1,224 @@
+"""What can be checked of a build without a GPU: nvcc, Triton's compiler, installs, imports."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gflowgr import backends
+
+ROOT = Path(__file__).parents[1]
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+
+
+def nvcc() -> str:
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if found is None:
+        pytest.skip("nvcc was not found")
+    return found
+
+
+@pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
+def test_nvcc_compiles_without_torch(source: Path, tmp_path: Path) -> None:
+    """Bare kernels: one nvcc call, no torch headers, no warnings, no register spills."""
+    targets = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in (80, 90, 100)]
+    done = subprocess.run(
+        [
+            *(nvcc(), "-std=c++17", "-O3", "-c", "-Werror", "all-warnings", "-Xptxas", "-v"),
+            *(*targets, str(source), "-o", str(tmp_path / "kernel.o")),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    assert report.count("bytes spill stores") == report.count(" 0 bytes spill stores") >= 3, report
+
+
+# Per kernel: the signatures that its launcher makes, with the constants that go with them.
+TRITON_SIGNATURES: dict[str, list[tuple[dict[str, str], dict[str, object]]]] = {
+    "tree_walk.tree_walk_kernel": [
+        (
+            {
+                "tokens": f"*{token}",
+                "mask": "*u8",
+                "tree": "*u8",
+                "nodes": "*i64",
+                "rows": "i64",
+                "columns": "i32",
+                "HAS_MASK": "constexpr",
+                "BLOCK": "constexpr",
+            },
+            {"HAS_MASK": token == "i64", "BLOCK": 128},
+        )
+        for token in ("i32", "i64")
+    ],
+}
+
+
+def test_every_triton_kernel_is_compiled_below() -> None:
+    if backends.triton_missing() is not None:
+        pytest.skip(f"triton: {backends.triton_missing()}")
+    names = set()
+    for file in (ROOT / "kernels").glob("[!_]*.py"):
+        module = importlib.import_module(f"gflowgr.kernels.{file.stem}")
+        names |= {f"{file.stem}.{name}" for name in vars(module) if name.endswith("_kernel")}
+    assert names == set(TRITON_SIGNATURES)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize("kernel", TRITON_SIGNATURES)
+def test_triton_compiles_without_a_gpu(kernel: str, capability: int) -> None:
+    if backends.triton_missing() is not None:
+        pytest.skip(f"triton: {backends.triton_missing()}")
+    if backends.triton_interpreted():
+        pytest.skip("Triton interprets in this process (TRITON_INTERPRET)")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, _, name = kernel.partition(".")
+    function = getattr(importlib.import_module(f"gflowgr.kernels.{module}"), name)
+    for signature, constants in TRITON_SIGNATURES[kernel]:
+        source = ASTSource(fn=function, signature=signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 99 * 1024, "shared memory of the smallest of these GPUs"
+
+
+def test_import_is_light() -> None:
+    """``import gflowgr`` costs at most 150 ms over ``import torch``, measured in CPU time."""
+    script = (
+        "import sys, time, torch\n"
+        "begin = time.process_time()\n"
+        "import gflowgr\n"
+        "print(time.process_time() - begin)\n"
+    )
+    seconds = [float(run_python(script)) for _ in range(3)]
+    assert statistics.median(seconds) < 0.150
+
+
+def test_ops_import_nothing_heavy() -> None:
+    script = (
+        "import sys, gflowgr\n"
+        "gflowgr.PrefixTree, gflowgr.tb_loss, gflowgr.trajectory_logprobs, gflowgr.backend\n"
+        "heavy = {'transformers', 'matplotlib', 'sklearn', 'polars', 'pyarrow', 'accelerate'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    assert run_python(script) == "[]\n"
+
+
+def run_python(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_setup(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("GFLOWGR_")}
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=ROOT,
+        env={**keep, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "warning"),
+    [
+        ({"GFLOWGR_NO_EXT": "1"}, "GFLOWGR_NO_EXT is set"),
+        ({"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}, "failed to build and is left out"),
+    ],
+    ids=["switched-off", "no-compiler"],
+)
+def test_installs_and_works_without_compiled_parts(
+    environment: dict[str, str], warning: str, tmp_path: Path
+) -> None:
+    built = run_setup(["build", "--build-base", str(tmp_path)], **environment)
+    assert built.returncode == 0, built.stderr
+    assert f"gflowgr: WARNING: {warning}" in built.stderr.replace("gflowgr._host ", "").replace(
+        "gflowgr._C ", ""
+    )
+    packages = [folder.parent for folder in tmp_path.glob("lib*/gflowgr")]
+    assert len(packages) == 1
+    assert not list(packages[0].rglob("*.so"))
+    script = (
+        "import torch, gflowgr\n"
+        f"assert gflowgr.__file__.startswith({str(tmp_path)!r}), gflowgr.__file__\n"
+        "tree = gflowgr.PrefixTree.from_identifiers([(5, 9, 2), (5, 8), (5, 9, 2)])\n"
+        "print(tree.walk(torch.tensor([[5, 9, 2], [5, 8, 8]])).tolist(), tree.items(1).tolist())\n"
+        "print(gflowgr.available_backends('cpu')['tree_walk'])\n"
+    )
+    used = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(packages[0])},
+        capture_output=True,
+        text=True,
+    )
+    assert used.returncode == 0, used.stderr
+    assert used.stdout.startswith("[[1, 3, 4], [1, 2, -1]] [0, 2]\n")
+    assert "gflowgr/_C was not built" in used.stdout
+
+
+def test_cuda_that_was_asked_for_and_cannot_be_built_fails() -> None:
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    done = run_setup(["--version"], GFLOWGR_CUDA="1")
+    assert done.returncode != 0
+    assert "GFLOWGR_CUDA=1, but this torch has no CUDA" in done.stderr
+    assert (
+        run_setup(["--version"], GFLOWGR_CUDA="maybe")
+        .stderr.strip()
+        .endswith("GFLOWGR_CUDA='maybe', expected 0, 1 or auto")
+    )
+
+
+def test_sdist_and_wheel_are_complete(tmp_path: Path) -> None:
+    """The sdist holds all that a build needs, and the wheel made from it all that a run needs."""
+    made = run_setup(
+        ["egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path)],
+        GFLOWGR_NO_EXT="1",
+    )
+    assert made.returncode == 0, made.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    sources = [path for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*.*")]
+    wanted = {str(p.relative_to(ROOT)) for p in sources if "__pycache__" not in p.parts}
+    assert wanted <= names, wanted - names
+    assert {"setup.py", "pyproject.toml", "gflowgr/py.typed", "LICENSE", "README.md"} <= names
+
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"),
+            *("--wheel-dir", str(tmp_path), str(archive)),
+        ],
+        env={**os.environ, "GFLOWGR_NO_EXT": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        files = set(content.namelist())
+    packaged = [*(ROOT / "gflowgr").rglob("*.py"), ROOT / "gflowgr" / "py.typed"]
+    wanted = {str(path.relative_to(ROOT)) for path in packaged}
+    wanted |= {f"gflowgr/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert wanted <= files, wanted - files
+    assert not any(name.startswith(("tests/", "csrc/", "kernels/")) for name in files)
