@@ -280,14 +280,21 @@ def _data_inspect(args: argparse.Namespace) -> int:
 
 
 def _data_import(args: argparse.Namespace) -> int:
-    from .data import save_dataset
-    from .pipeline.importing import import_raw
+    from .data import importers, save_dataset
 
-    dataset, report = import_raw(args)
+    options = {
+        "k_core": args.k_core, "max_bad_fraction": args.max_bad_fraction,
+        "name": args.name or Path(args.out).name,
+    }
+    if args.format == "table":
+        for column in ("user", "item", "time", "behaviour", "value"):
+            options[column] = getattr(args, f"{column}_column")
+    load = getattr(importers, f"import_{args.format}")
+    dataset, report = load(args.source, args.meta, **options)
     save_dataset(dataset, args.out)
     print(report)
     _print_facts(dataset.summary())
-    print(f"written to {Path(args.out)}")
+    print(f"written to {args.out}")
     return 0
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.backbone import PromptState, branch_hidden_states, encode_prompt, output_head
+from ..ops.topk import stable_topk
 from ..tree import PrefixTree
 
 __all__ = ["BeamSearchOutput", "constrained_beam_search"]
@@ -157,6 +158,8 @@ def _finish(
 ) -> None:
     """Move candidates that complete an identifier to the finished ones; keep the best K."""
     leaves = tree.terminal(candidates.nodes)
+    if not bool((leaves >= 0).any()):
+        return  # no identifier ends at this depth
     scores = candidates.scores.masked_fill(leaves < 0, -torch.inf)
     if barred is not None:
         hit = (leaves.unsqueeze(-1) == barred.unsqueeze(1)).any(-1)
@@ -164,9 +167,8 @@ def _finish(
     all_leaves = torch.cat([beams.leaves, leaves], dim=1)
     all_scores = torch.cat([beams.leaf_scores, scores], dim=1)
     keep = min(num_beams, all_scores.shape[1])
-    best = all_scores.sort(dim=1, descending=True, stable=True)
-    beams.leaf_scores = best.values[:, :keep]
-    beams.leaves = all_leaves.gather(1, best.indices[:, :keep])
+    beams.leaf_scores, index = stable_topk(all_scores, keep)
+    beams.leaves = all_leaves.gather(1, index)
 
 
 def _keep_best(beams: _Beams, candidates: _Candidates, tree: PrefixTree, num_beams: int) -> bool:
@@ -174,9 +176,7 @@ def _keep_best(beams: _Beams, candidates: _Candidates, tree: PrefixTree, num_bea
     begin, end = tree.child_ranges(candidates.nodes)
     scores = candidates.scores.masked_fill(end <= begin, -torch.inf)
     keep = min(num_beams, scores.shape[1])
-    best = scores.sort(dim=1, descending=True, stable=True)
-    index = best.indices[:, :keep]
-    beams.scores = best.values[:, :keep]
+    beams.scores, index = stable_topk(scores, keep)
     beams.nodes = candidates.nodes.gather(1, index).masked_fill(beams.scores == -torch.inf, -1)
     parents = candidates.parents.gather(1, index)
     history = beams.tokens.gather(1, parents.unsqueeze(-1).expand(-1, -1, beams.tokens.shape[2]))
