@@ -30,13 +30,17 @@ _PURCHASE = (1.0, 7.5)
 
 @dataclass(frozen=True)
 class _Shop:
-    """Items and users before any visit."""
+    """Items and users before any visit.
+
+    All in float64: rounding, which depends on the linear algebra library and its threads, then has
+    no part in who clicks what.
+    """
 
     item_leaf: np.ndarray  # [items]
-    items: np.ndarray  # v, float32 [items, d]
-    log_popularity: np.ndarray  # float32 [items], mean 0
-    leaf_vectors: np.ndarray  # c, float32 [leaves, d]
-    leaf_taste: np.ndarray  # pi, float32 [users, leaves]
+    items: np.ndarray  # v, float64 [items, d]
+    log_popularity: np.ndarray  # float64 [items], mean 0
+    leaf_vectors: np.ndarray  # c, float64 [leaves, d]
+    leaf_taste: np.ndarray  # pi, float64 [users, leaves]
 
 
 def generate_builtin(seed: int = 0, num_users: int = 3000, num_items: int = 1200) -> Dataset:
@@ -116,10 +120,10 @@ def _make_shop(rng: np.random.Generator, num_users: int, num_items: int) -> _Sho
     )
     return _Shop(
         item_leaf=item_leaf,
-        items=(flat_vectors[item_leaf] + noise).astype(np.float32),
-        log_popularity=(log_popularity - log_popularity.mean()).astype(np.float32),
-        leaf_vectors=flat_vectors.astype(np.float32),
-        leaf_taste=taste.reshape(num_users, leaves).astype(np.float32),
+        items=(flat_vectors[item_leaf] + noise),
+        log_popularity=(log_popularity - log_popularity.mean()),
+        leaf_vectors=flat_vectors,
+        leaf_taste=taste.reshape(num_users, leaves),
     )
 
 
@@ -132,17 +136,17 @@ class _Log:
     visit: np.ndarray  # int64 [n]
     place: np.ndarray  # int64 [n], position on the slate
     outcome: np.ndarray  # int8 [n]: -1 shown only, else index into BEHAVIOURS
-    state: np.ndarray  # t_u + kappa q_ut at the last visit, float32 [users, d]
+    state: np.ndarray  # t_u + kappa q_ut at the last visit, float64 [users, d]
 
 
 def _draw_leaf(rng: np.random.Generator, taste: np.ndarray) -> np.ndarray:
     edges = np.cumsum(taste, axis=1)
-    point = rng.random((len(taste), 1), dtype=np.float32) * edges[:, -1:]
+    point = rng.random((len(taste), 1)) * edges[:, -1:]
     return np.minimum((edges < point).sum(axis=1), taste.shape[1] - 1)
 
 
 def _utility(shop: _Shop, state: np.ndarray) -> np.ndarray:
-    return state @ shop.items.T + np.float32(_POPULARITY_UTILITY) * shop.log_popularity
+    return state @ shop.items.T + _POPULARITY_UTILITY * shop.log_popularity
 
 
 def _probabilities(utility: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +165,7 @@ def _simulate(rng: np.random.Generator, shop: _Shop) -> _Log:
     interest = shop.leaf_vectors[leaf].copy()
     engaged = np.zeros((num_users, num_items), dtype=bool)
     count = np.zeros(num_users, dtype=np.int64)
-    state = np.zeros((num_users, _DIM), dtype=np.float32)
+    state = np.zeros((num_users, _DIM))
     parts = []
     visit = 0
     active = np.arange(num_users)
@@ -177,8 +181,8 @@ def _simulate(rng: np.random.Generator, shop: _Shop) -> _Log:
         utility = _utility(shop, state[active])
         score = _SHOP_SHARPNESS * utility + shop.log_popularity
         # Gumbel noise: the best of (score + noise) are a draw without replacement.
-        noise = rng.standard_exponential(score.shape, dtype=np.float32)
-        score -= np.log(np.maximum(noise, np.float32(1e-30)))
+        noise = rng.standard_exponential(score.shape)
+        score -= np.log(np.maximum(noise, 1e-300))
         score[engaged[active]] = -np.inf
         slate = np.argpartition(-score, _SLATE, axis=1)[:, :_SLATE]
         slate = rng.permuted(slate, axis=1)

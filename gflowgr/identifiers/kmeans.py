@@ -29,6 +29,7 @@ def residual_kmeans(
         ValueError: a wrong shape, no items, a vector that is not finite, a size below 1.
     """
     from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     residual = np.array(embeddings, dtype=np.float32)
     if residual.ndim != 2 or residual.size == 0:
@@ -51,7 +52,9 @@ def residual_kmeans(
         model = MiniBatchKMeans(
             codebook_size, random_state=seed + level, n_init=3, batch_size=4096, max_iter=100
         )
-        codes[:, level] = model.fit(residual).predict(residual)
+        # Sums split over threads round differently: one thread makes the codes the same everywhere.
+        with threadpool_limits(1):
+            codes[:, level] = model.fit(residual).predict(residual)
         residual -= model.cluster_centers_[codes[:, level]]
     codes[:, levels] = _number_within_group(codes[:, :levels])
     return codes

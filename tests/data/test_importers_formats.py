@@ -301,9 +301,7 @@ def write_table(path: Path, rows: dict[str, list[Any]]) -> Path:
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.txt", "t.parquet"])
 def test_tables(tmp_path: Path, name: str) -> None:
     path = write_table(tmp_path / name, ROWS)
-    data, report = import_table(
-        path, **COLUMNS, behaviour="how", value="score", k_core=1, progress=False
-    )
+    data, report = import_table(path, **COLUMNS, behaviour="how", value="score", k_core=1)
     assert named(data, "item_id") == {"A": ["q", "r", "s", "p"], "B": ["q", "p"]}
     assert data.behaviour_names == ("buy", "cart", "view")
     assert data.behaviours is not None
@@ -317,7 +315,7 @@ def test_a_gzipped_table(tmp_path: Path) -> None:
     plain = write_table(tmp_path / "t.csv", ROWS)
     path = tmp_path / "zipped.csv.gz"
     path.write_bytes(gzip.compress(plain.read_bytes()))
-    data, _ = import_table(path, **COLUMNS, k_core=1, progress=False)
+    data, _ = import_table(path, **COLUMNS, k_core=1)
     assert data.num_interactions == 6
     assert data.behaviours is None
     assert data.ratings is None
@@ -332,9 +330,7 @@ def test_side_behaviours_come_from_before_the_validation_event(tmp_path: Path) -
     rows += [("B", "e", 1, "buy"), ("B", "f", 2, "buy"), ("B", "a", 99, "view")]
     path = tmp_path / "t.csv"
     path.write_text("user,item,time,kind\n" + "".join("{},{},{},{}\n".format(*r) for r in rows))
-    data, _ = import_table(
-        path, behaviour="kind", side_behaviours=("view",), k_core=1, progress=False
-    )
+    data, _ = import_table(path, behaviour="kind", side_behaviours=("view",), k_core=1)
     assert data.texts is not None
     side = [[data.texts[i]["item_id"] for i in row] for row in data.side["view"]]
     # Of A's views: f is too late, c is the validation item, zzz was never bought by anyone.
@@ -357,7 +353,7 @@ def test_times_as_text(
     tmp_path: Path, times: list[str], time_format: str | None, expected: list[int]
 ) -> None:
     path = write_table(tmp_path / "t.csv", {"user": ["A", "A"], "item": ["x", "y"], "time": times})
-    data, report = import_table(path, time_format=time_format, k_core=1, progress=False)
+    data, report = import_table(path, time_format=time_format, k_core=1)
     assert data.times is not None
     assert data.times.tolist() == expected
     assert report.bad_lines == 0
@@ -372,7 +368,7 @@ def test_times_with_types(tmp_path: Path) -> None:
     ):
         frame = pl.DataFrame({"user": ["A", "A"], "item": ["x", "y"], "time": column})
         frame.write_parquet(tmp_path / "t.parquet")
-        data, _ = import_table(tmp_path / "t.parquet", k_core=1, progress=False)
+        data, _ = import_table(tmp_path / "t.parquet", k_core=1)
         assert data.times is not None
         shift = 9 * 3600 if column.dtype == pl.Datetime("us", "UTC") else 0
         assert data.times.tolist() == [1546300800 - shift, 1546387200 - shift]
@@ -390,7 +386,7 @@ def test_bad_rows_of_a_table(tmp_path: Path) -> None:
         "A,x,soon,1\n"
         "A,x,6,inf\n"
     )
-    data, report = import_table(path, value="score", k_core=1, max_bad_fraction=1, progress=False)
+    data, report = import_table(path, value="score", k_core=1, max_bad_fraction=1)
     assert data.num_interactions == 2
     assert (report.lines, report.bad_lines) == (7, 5)
     assert report.bad_examples == [
@@ -408,7 +404,7 @@ def test_a_table_of_items_gives_the_texts(tmp_path: Path) -> None:
         tmp_path / "items.csv",
         {"what": ["p", "q", "r"], "title": ["Pan", "Quilt", None], "price": [1, 2, 3]},
     )
-    data, report = import_table(path, items, **COLUMNS, k_core=1, progress=False)
+    data, report = import_table(path, items, **COLUMNS, k_core=1)
     assert data.texts is not None
     assert data.texts[0] == {"title": "Quilt", "price": "2", "item_id": "q"}
     assert {"title": "", "price": "3", "item_id": "r"} in data.texts
@@ -430,7 +426,7 @@ def test_tables_that_cannot_be_used(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        import_table(tmp_path / name, progress=False)
+        import_table(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -457,4 +453,4 @@ def test_unknown_kinds_of_tables_and_behaviours(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"side behaviour 'like' does not occur; .* buy, cart, view"
     ):
-        import_table(path, **COLUMNS, behaviour="how", side_behaviours=("like",), progress=False)
+        import_table(path, **COLUMNS, behaviour="how", side_behaviours=("like",))

@@ -18,6 +18,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from gflowgr.data.dataset import Dataset
 from gflowgr.data.importers.lines import BadLines
 from gflowgr.data.ragged import Ragged
 from gflowgr.errors import DataError
+
+if TYPE_CHECKING:
+    import polars
 
 DUPLICATES = ("all", "first", "last")
 Describe = Callable[[list[str]], list[dict[str, str]]]
@@ -100,6 +104,26 @@ class Events:
         self._item.append(self.items.setdefault(item, len(self.items)))
         self._behaviour.append(self.behaviours.setdefault(behaviour, len(self.behaviours)))
         self._value.append(value)
+
+    def extend(self, frame: polars.DataFrame) -> None:
+        """Append a table with the columns user, item, time, behaviour and value, without nulls."""
+        codes = {}
+        for name, known in (
+            ("user", self.users),
+            ("item", self.items),
+            ("behaviour", self.behaviours),
+        ):
+            keys = frame.get_column(name).unique(maintain_order=True)
+            table = keys.to_frame().with_columns(
+                code=np.array([known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
+            )
+            joined = frame.select(name).join(table, on=name, how="left", maintain_order="left")
+            codes[name] = joined.get_column("code").to_numpy()
+        self._user.frombytes(codes["user"].tobytes())
+        self._item.frombytes(codes["item"].tobytes())
+        self._behaviour.frombytes(codes["behaviour"].tobytes())
+        self._time.frombytes(frame.get_column("time").to_numpy().astype(np.int64).tobytes())
+        self._value.frombytes(frame.get_column("value").to_numpy().astype(np.float64).tobytes())
 
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(user, item, time, behaviour) int64 [n] and value float64 [n], in file order."""

@@ -34,7 +34,6 @@ def import_table(
     duplicates: str = "all",
     max_bad_fraction: float = 0.01,
     name: str | None = None,
-    progress: bool = True,
 ) -> tuple[Dataset, ImportReport]:
     """Read a table with one event per row.
 
@@ -56,7 +55,6 @@ def import_table(
         duplicates: "all", "first" or "last" event of a user with an item.
         max_bad_fraction: more bad rows than this share is an error.
         name: of the data set; default: the file's name.
-        progress: show a bar on a terminal.
 
     Raises:
         FileNotFoundError, ValueError: wrong arguments.
@@ -64,7 +62,6 @@ def import_table(
             k-core.
     """
     import polars as pl
-    from tqdm import tqdm
 
     check_options(k_core, duplicates, max_bad_fraction)
     if side_behaviours and behaviour is None:
@@ -99,11 +96,7 @@ def import_table(
         ).is_finite().fill_null(False)
     good = _count_bad(path, raw, wrong, bad)
     events = Events()
-    rows = frame.filter(pl.Series(good)).select("user", "item", "time", "behaviour", "value")
-    for u, i, t, b, v in tqdm(
-        rows.iter_rows(), total=len(rows), desc=path.name, disable=None if progress else True
-    ):
-        events.add(u, i, t, behaviour=b, value=v)
+    events.extend(frame.filter(pl.Series(good)))
 
     notes: dict[str, int] = {}
 
