@@ -36,9 +36,9 @@ class EmbeddingScorer:
         bad = (~torch.isfinite(table)).any(1)
         if bool(bad.any()):
             raise ValueError(f"table[{int(bad.nonzero()[0])}] holds a value that is not finite")
-        self.table = table.float()
+        self.item_embeddings = table.float()
         self.num_items = table.shape[0]
-        self._unit = F.normalize(self.table, dim=1)
+        self._unit = F.normalize(self.item_embeddings, dim=1)
 
     @classmethod
     def from_file(cls, path: str | Path) -> EmbeddingScorer:
@@ -51,7 +51,7 @@ class EmbeddingScorer:
 
     def to(self, device: torch.device | str) -> EmbeddingScorer:
         """Move the table to a device, in place."""
-        self.table, self._unit = self.table.to(device), self._unit.to(device)
+        self.item_embeddings, self._unit = self.item_embeddings.to(device), self._unit.to(device)
         return self
 
     def score(self, histories: torch.Tensor, items: torch.Tensor | None = None) -> torch.Tensor:
@@ -68,7 +68,7 @@ class EmbeddingScorer:
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each atomically."""
-        save_model(folder, {"kind": self.KIND}, {"table": self.table})
+        save_model(folder, {"kind": self.KIND}, {"table": self.item_embeddings})
 
     @classmethod
     def load(cls, folder: str | Path) -> EmbeddingScorer:

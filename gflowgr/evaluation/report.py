@@ -29,13 +29,16 @@ class Example:
         user: the user's id in the data.
         history: titles of the user's last items, oldest first.
         target: title of the held-out item.
-        recommendations: method to titles, best first; the target's own title is marked in print.
+        recommendations: method to titles, best first.
+        found: method to the 0-based place of the held-out item in that method's list, -1 = not in
+            it; different items may have the same title.
     """
 
     user: str
     history: list[str]
     target: str
     recommendations: dict[str, list[str]]
+    found: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,9 @@ def example_recommendations(
             for name, evaluation in evaluations.items()
         }
         past = [title(int(item)) for item in histories[row][-history:]]
+        places = {name: int(evaluation.ranks[place]) for name, evaluation in evaluations.items()}
         examples.append(
-            Example(split.dataset.user_ids[user], past, title(int(targets[row])), lists)
+            Example(split.dataset.user_ids[user], past, title(int(targets[row])), lists, places)
         )
     return examples
 
@@ -223,9 +227,9 @@ def _examples(examples: Sequence[Example]) -> str:
         lines = [_row(["", *names]), _row(["---:", *["---"] * len(names)])]
         for place in range(depth):
             line = [str(place + 1)]
-            for titles in example.recommendations.values():
+            for name, titles in example.recommendations.items():
                 title = titles[place] if place < len(titles) else ""
-                mark = " ✓" if title == example.target and title else ""
+                mark = " ✓" if example.found[name] == place else ""
                 line.append(_cell(title) + mark)
             lines.append(_row(line))
         parts.append("\n".join(lines) + "\n")

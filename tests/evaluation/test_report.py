@@ -105,6 +105,7 @@ def test_report_holds_everything(split: LeaveOneOut, tmp_path: Path) -> None:
         assert rule in text
     for expected in ("One seed only.", "published", "0.0005", "--a\\_b", "Held-out item", "torch"):
         assert expected in text
+    assert text.count("✓ |") == 1  # everybody gets items 0 and 4; 0 is one user's target
     # Titles keep their characters: none of them may break the table or turn bold.
     assert "Item \\*" in text
     assert "\\| blue" in text
@@ -157,6 +158,9 @@ def test_examples_show_titles_of_both_kinds_of_users(split: LeaveOneOut) -> None
         assert len(example.history) == 1
     by_user = {example.user: example for example in examples}
     assert by_user["u1"].target == "Item *0* | blue"
+    assert by_user["u1"].found == {"p": 0}
+    assert by_user["u2"].found == {"p": 1}
+    assert examples[2].found == {"p": -1}
     assert by_user["u1"].history == ["Item *6* | blue"]
     assert len(example_recommendations(split, {"p": result}, count=99)) == 4
     other = evaluate(ScoringRecommender("p", Popularity(counts)), split, "valid", progress=False)
