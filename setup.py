@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -74,9 +75,9 @@ def find_torch() -> ModuleType | None:
 
 
 def compile_flags() -> list[str]:
-    return (
-        ["/O2", "/std:c++17"] if os.name == "nt" else ["-O3", "-std=c++17", "-fvisibility=hidden"]
-    )
+    if os.name == "nt":
+        return ["/O2", "/std:c++17"]
+    return ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
 
 
 def host_extension(torch: ModuleType | None) -> Extension | None:
@@ -96,6 +97,23 @@ def host_extension(torch: ModuleType | None) -> Extension | None:
         extra_compile_args=compile_flags(),
         language="c++",
     )
+
+
+def locate_cuda_toolkit() -> None:
+    """Set CUDA_HOME where torch would guess it wrong: from an nvcc that is a link or a wrapper.
+
+    torch takes the folder above the one that nvcc was found in; nvcc itself knows where it belongs.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return
+    if (Path(nvcc).parents[1] / "include" / "cuda_runtime.h").is_file():
+        return
+    dry = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    for line in subprocess.run(dry, capture_output=True, text=True).stderr.splitlines():
+        name, _, value = line.removeprefix("#$ ").partition("=")
+        if name == "_HERE_" and (Path(value).parent / "include" / "cuda_runtime.h").is_file():
+            os.environ["CUDA_HOME"] = str(Path(value).parent)
 
 
 def cuda_archs(torch: ModuleType, cuda_version: tuple[int, int]) -> str | None:
@@ -129,6 +147,7 @@ def torch_extensions(torch: ModuleType | None) -> list[Extension]:
             warn(f"{why_no_cuda}: gflowgr._C is not built, PyTorch definitions run instead.")
             extensions = []
         else:
+            locate_cuda_toolkit()
             from torch.utils import cpp_extension
 
             common: dict[str, Any] = {
