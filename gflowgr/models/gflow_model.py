@@ -202,8 +202,9 @@ class GFlowModel(nn.Module):
         """Load what :meth:`save_pretrained` wrote.
 
         Raises:
-            DataError: the folder is not a gflowgr checkpoint, or of an unknown format.
+            DataError: the folder is not a gflowgr checkpoint, of an unknown format, or damaged.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
         from transformers import AutoModelForSeq2SeqLM
 
@@ -211,15 +212,21 @@ class GFlowModel(nn.Module):
         description = folder / "gflowgr.json"
         if not description.is_file():
             raise DataError(f"{folder} is not a gflowgr checkpoint: it has no gflowgr.json")
-        values: dict[str, Any] = files.read_json(description)
+        values: dict[str, Any] = files.read_json(description, expect=dict)
         if values.get("format") != _FORMAT:
             raise DataError(f"{description}: format {values.get('format')!r}, expected {_FORMAT}")
-        model = cls(
-            AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True),
-            PrefixTree.load(folder / "tree.safetensors"),
-            IdentifierVocabulary.from_dict(values["vocabulary"]),
-            FlowSettings(**values["settings"]),
-        )
-        if model.partition is not None:
-            model.partition.load_state_dict(load_file(folder / "partition.safetensors"))
+        try:
+            vocabulary = IdentifierVocabulary.from_dict(values["vocabulary"])
+            settings = FlowSettings(**values["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{description}: not what this version writes: {error!r}") from error
+        try:
+            backbone = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True)
+            tree = PrefixTree.load(folder / "tree.safetensors")
+            model = cls(backbone, tree, vocabulary, settings)
+            if model.partition is not None:
+                model.partition.load_state_dict(load_file(folder / "partition.safetensors"))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"{folder}: incomplete or damaged checkpoint: {reason}") from error
         return model

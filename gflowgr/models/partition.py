@@ -15,10 +15,11 @@ PartitionMode = Literal["learned", "scalar", "vargrad"]
 class PartitionHead(nn.Module):
     """Estimates log Z(U) from the pooled prompt state.
 
-    ``learned`` is a small MLP whose last layer starts at zero, so that log Z starts as one constant;
-    ``scalar`` is that constant alone. :meth:`initialise` sets it to the group estimate
-    (:func:`gflowgr.vargrad_log_z`) of the first batch: started at zero, the first trajectory-balance
-    step of a fine-tuned model would push every trajectory up, negatives included.
+    ``learned`` is a small MLP whose last layer starts at zero, so that log Z starts as one
+    constant; ``scalar`` is that constant alone. :meth:`initialise` sets it to the group estimate
+    (:func:`gflowgr.vargrad_log_z`) of the first batch: started at zero, the first
+    trajectory-balance step of a fine-tuned model would push every trajectory up, negatives
+    included.
     ``vargrad`` has no parameter, and no head is made for it.
 
     Args:
@@ -31,7 +32,7 @@ class PartitionHead(nn.Module):
     def __init__(self, hidden_size: int, mode: PartitionMode = "learned") -> None:
         super().__init__()
         if mode not in get_args(PartitionMode) or mode == "vargrad":
-            raise ValueError(f"mode must be 'learned' or 'scalar' for a partition head; got {mode!r}")
+            raise ValueError(f"mode must be 'learned' or 'scalar'; got {mode!r}")
         self.mode = mode
         self.constant = nn.Parameter(torch.zeros(()))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))

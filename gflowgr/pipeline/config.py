@@ -10,13 +10,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
 
 from ..errors import GFlowGRError
 from ..models.gflow_model import FlowSettings
 from ..models.tiger import TigerConfig
 
-__all__ = ["CollaborativeConfig", "ConfigError", "DataConfig", "EvaluationConfig", "RunConfig"]
+if TYPE_CHECKING:
+    from ..training.config import GFlowGRConfig
+
+__all__ = [
+    "CollaborativeConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "RunConfig",
+    "training_arguments",
+]
 
 
 class ConfigError(GFlowGRError, ValueError):
@@ -126,7 +138,7 @@ class RunConfig:
         if (self.collaborative.kind == "embeddings") != (self.collaborative.embeddings is not None):
             raise ConfigError("collaborative.embeddings goes with collaborative.kind: embeddings")
         for section in ("sft", "finetune"):
-            _check_training_arguments(section, getattr(self, section))
+            _check_training_arguments(section, getattr(self, section), self.seed)
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -139,16 +151,16 @@ class RunConfig:
         Raises:
             ConfigError: not YAML, an unknown key, a value of a wrong type, an unset variable.
         """
-        import yaml
-
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8 text, byte {error.start:,}") from error
+        values = _parse_yaml(text, str(path))
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected sections such as 'data:', got {type(values).__name__}")
+            found = type(values).__name__
+            raise ConfigError(f"{path}: expected sections such as 'data:', got {found}")
         for override in overrides:
             _apply_override(values, override)
         return cls.from_dict(values, source=str(path))
@@ -191,6 +203,8 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
         else:
             _check_type(f"{where}: {key}", value, hints[key])
         arguments[key] = value
+    if cls is RunConfig and "output_dir" not in arguments:
+        raise ConfigError(f"{where}: output_dir is missing: where is the run to go?")
     try:
         return cls(**arguments)
     except ConfigError:
@@ -201,19 +215,20 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 def _check_type(where: str, value: Any, annotation: Any) -> None:
     """Check a value as YAML gives it against the field's annotation."""
-    options = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        if value not in options:
-            raise ConfigError(f"{where} must be one of {list(options)}, got {value!r}")
-        return
-    kinds = options if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    names = []
     for kind in kinds:
         plain = get_origin(kind) or kind
+        if plain is Literal:
+            if value in get_args(kind):
+                return
+            names.append(f"one of {list(get_args(kind))}")
+            continue
         accepted = (int, float) if plain is float else plain
         if isinstance(value, accepted) and (plain is bool or not isinstance(value, bool)):
             return
-    names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise ConfigError(f"{where} must be {names}, got {value!r}")
+        names.append("nothing" if kind is type(None) else plain.__name__)
+    raise ConfigError(f"{where} must be {' or '.join(names)}, got {value!r}")
 
 
 def _expand(value: Any, source: str) -> Any:
@@ -234,9 +249,21 @@ def _expand(value: Any, source: str) -> Any:
     return re.sub(r"\$\{(\w+)\}", lookup, value)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _parse_yaml(text: str, source: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 takes ``5e-4`` for a text; here, as in YAML 1.2, it is a number."""
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {override!r} must be section.key=value")
@@ -246,18 +273,41 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise ConfigError(f"--set {override!r}: {parent} is not a section")
-    target[last] = yaml.safe_load(text)
+    target[last] = _parse_yaml(text, f"--set {override!r}")
 
 
-def _check_training_arguments(section: str, values: dict[str, Any]) -> None:
+def training_arguments(
+    values: Mapping[str, Any], output_dir: str, seed: int
+) -> GFlowGRConfig:
+    """Arguments of a training stage: the run's defaults, and ``values`` over them."""
     from ..training.config import GFlowGRConfig
 
-    known = {item.name for item in dataclasses.fields(GFlowGRConfig)}
+    defaults: dict[str, Any] = {
+        "eval_strategy": "epoch",
+        "save_strategy": values.get("eval_strategy", "epoch"),
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+        "logging_steps": 10,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return GFlowGRConfig(output_dir=output_dir, seed=seed, **{**defaults, **values})
+
+
+def _check_training_arguments(section: str, values: dict[str, Any], seed: int) -> None:
+    from ..training.config import GFlowGRConfig
+
+    hints = get_type_hints(GFlowGRConfig)
     fixed = {"output_dir", "seed", "data_seed"}
-    for key in values:
+    for key, value in values.items():
         if key in fixed:
             raise ConfigError(f"{section}.{key} is set by the run itself; leave it out")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"{section}: unknown training argument {key!r}{hint}")
+        _check_type(f"{section}.{key}", value, hints[key])
+    try:
+        training_arguments(values, "unused", seed)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{section}: {' '.join(str(error).split())}") from error

@@ -17,6 +17,7 @@ from ..data import Dataset, LeaveOneOut, load_dataset
 from ..decoding import GenerativeRecommender
 from ..errors import DataError
 from ..models.gflow_model import GFlowModel
+from .processes import device
 
 __all__ = ["evaluate_checkpoint", "recommend_from_checkpoint"]
 
@@ -39,7 +40,7 @@ def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
             f"{folder} was trained on {model.tree.num_items} items, but {data_folder} has "
             f"{dataset.num_items}"
         )
-    return model.eval(), dataset
+    return model.eval().to(device()), dataset
 
 
 def evaluate_checkpoint(
@@ -147,8 +148,10 @@ def _history_query(dataset: Dataset, entries: Iterable[Any], where: str) -> _Que
     for entry in entries:
         try:
             item = int(entry)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise DataError(f"{where}: {entry!r} is not an item number") from None
+        if isinstance(entry, float) and item != entry:
+            raise DataError(f"{where}: {entry!r} is not an item number")
         if not 0 <= item < dataset.num_items:
             raise DataError(f"{where}: item {item} is not in 0..{dataset.num_items - 1}")
         items.append(item)
@@ -175,4 +178,5 @@ def _parse_line(dataset: Dataset, line: str, where: str) -> _Query:
         return _history_query(dataset, record["history"], where)
     if isinstance(record, dict) and "user" in record:
         return _user_query(dataset, str(record["user"]))
-    raise DataError(f'{where}: expected {{"user": ...}} or {{"history": [...]}}, got {line.strip()!r}')
+    wanted = '{"user": ...} or {"history": [...]}'
+    raise DataError(f"{where}: expected {wanted}, got {line.strip()!r}")

@@ -13,6 +13,7 @@ from ..identifiers import Identifiers, from_codes
 from ..models.vocabulary import IdentifierVocabulary
 from ..tree import PrefixTree
 from .config import ConfigError, DataConfig
+from .processes import is_first_process
 
 __all__ = ["Catalogue", "choose_identifiers", "load_data", "make_catalogue", "split_data"]
 
@@ -49,7 +50,8 @@ def split_data(dataset: Dataset, max_history: int, output_dir: Path) -> LeaveOne
     """The leave-one-out split; its training examples are memory-mapped from ``output_dir``."""
     split = LeaveOneOut(dataset, max_history=max_history)
     folder = output_dir / "examples"
-    split.train.save(folder)
+    if is_first_process():
+        split.train.save(folder)
     stored = TrainingExamples.load(folder)
     split.check_examples(stored)
     split.train = stored

@@ -18,6 +18,7 @@ from ..evaluation import (
     write_report,
 )
 from .config import RunConfig
+from .processes import is_first_process
 from .stages import RunResult, run
 
 __all__ = ["run_and_report"]
@@ -34,6 +35,8 @@ def run_and_report(
         progress: show progress bars.
     """
     result = run(config, say=say, progress=progress)
+    if not is_first_process():
+        return result
     rows = [TableRow(entry.name, entry.evaluation.metrics) for entry in result.rows]
     rules = result.rows[0].evaluation.rules
     output = Path(config.output_dir)

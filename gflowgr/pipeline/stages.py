@@ -23,8 +23,9 @@ from ..decoding import GenerativeRecommender
 from ..evaluation import Evaluation, Recommender, ScoringRecommender, evaluate
 from ..models.gflow_model import FlowSettings, GFlowModel
 from ..models.tiger import build_tiger
-from .config import CollaborativeConfig, ConfigError, RunConfig
+from .config import CollaborativeConfig, ConfigError, RunConfig, training_arguments
 from .prepare import Catalogue, choose_identifiers, load_data, make_catalogue, split_data
+from .processes import device, first_process_first, is_first_process
 
 __all__ = ["RunResult", "TableEntry", "run"]
 
@@ -78,17 +79,20 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
         DataError: the data are damaged, or do not fit the identifiers.
     """
     output = Path(config.output_dir)
-    files.ensure_writable(output)
-    _claim_folder(output, config)
-    say(f"Output: {output}")
-    dataset = load_data(config.data, output, config.seed)
-    split = split_data(dataset, config.data.max_history, output)
+    if not is_first_process():
+        say, progress = _silent, False
+    with first_process_first():
+        files.ensure_writable(output)
+        _claim_folder(output, config)
+        say(f"Output: {output}")
+        dataset = load_data(config.data, output, config.seed)
+        split = split_data(dataset, config.data.max_history, output)
     say(
         f"Data: {dataset.name}, {dataset.num_users:,} users, {dataset.num_items:,} items, "
         f"{len(split.train):,} training examples"
     )
     collaborative = _collaborative_stage(config, split, output, say, progress)
-    vectors = getattr(collaborative, "item_embeddings", None)
+    vectors = getattr(collaborative, "item_embeddings", getattr(collaborative, "table", None))
     name, identifiers = choose_identifiers(
         dataset, config.data.identifiers, vectors, config.seed
     )
@@ -112,11 +116,18 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
     leaf_of = tree.leaf_of(items).numpy()
     rows = []
     for label, recommender in recommenders.items():
-        evaluation = _evaluation_stage(config, split, recommender, leaf_of, output, say, progress)
+        with first_process_first():
+            evaluation = _evaluation_stage(
+                config, split, recommender, leaf_of, output, say, progress
+            )
         training = stages[label].training if label in stages else {}
         rows.append(TableEntry(label, evaluation, training))
     histories = {label: stage.history for label, stage in stages.items()}
     return RunResult(config, split, name, rows, histories)
+
+
+def _silent(text: str) -> None:
+    """Only the first process speaks."""
 
 
 def _claim_folder(output: Path, config: RunConfig) -> None:
@@ -132,10 +143,12 @@ def _claim_folder(output: Path, config: RunConfig) -> None:
         key for key in wanted if key not in ignored and wanted[key] != found.get(key)
     ]
     if different:
-        lines = "; ".join(f"{key}: {found.get(key)!r} there, {wanted[key]!r} here" for key in different)
+        lines = "; ".join(
+            f"{key}: {found.get(key)!r} there, {wanted[key]!r} here" for key in different
+        )
         raise ConfigError(
-            f"{output} holds a run of another configuration ({lines}). Choose another output folder, "
-            "or delete that one to start again."
+            f"{output} holds a run of another configuration ({lines}). Choose another output "
+            "folder, or delete that one to start again."
         )
 
 
@@ -147,13 +160,13 @@ def _collaborative_stage(
         return None
     if settings.kind == "embeddings":
         assert settings.embeddings is not None
-        table = np.load(settings.embeddings, allow_pickle=False)
-        if table.shape[0] != split.num_items:
+        scorer = EmbeddingScorer.from_file(settings.embeddings)
+        if scorer.num_items != split.num_items:
             raise ConfigError(
-                f"collaborative.embeddings: {settings.embeddings} has {table.shape[0]} rows, "
+                f"collaborative.embeddings: {settings.embeddings} has {scorer.num_items} rows, "
                 f"the data {split.num_items} items"
             )
-        return EmbeddingScorer(torch.from_numpy(table))
+        return scorer
     from ..training.sasrec import train_sasrec
 
     say("Stage: SASRec (collaborative model)")
@@ -228,49 +241,42 @@ def _train_stage(
     if not _is_done(folder):
         from transformers import PrinterCallback, TrainerCallback
 
-        from ..training import GFlowGRConfig, GFlowGRTrainer, last_complete_checkpoint
+        from ..training import GFlowGRTrainer, last_complete_checkpoint
         from ..training.progress import ProgressBar
 
         say(f"Stage: {label}")
         began = time.perf_counter()
         checkpoints = folder / "checkpoints"
-        defaults: dict[str, Any] = {
-            "eval_strategy": "epoch",
-            "save_strategy": arguments.get("eval_strategy", "epoch"),
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "N@10",
-            "greater_is_better": True,
-            "save_total_limit": 1,
-            "logging_steps": 10,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-        }
-        args = GFlowGRConfig(
-            output_dir=str(checkpoints), seed=seed, **{**defaults, **arguments}
-        )
+        args = training_arguments(arguments, str(checkpoints), seed)
+        # The partition head's first weights must not depend on what ran before in this process.
+        torch.manual_seed(seed)
         callbacks: list[TrainerCallback] = [ProgressBar(label)] if progress else []
         trainer = GFlowGRTrainer(
             make(), args, split, collaborative=collaborative, callbacks=callbacks
         )
         trainer.remove_callback(PrinterCallback)
-        resume = last_complete_checkpoint(checkpoints)
+        with first_process_first():
+            resume = last_complete_checkpoint(checkpoints)
         if resume is not None:
             say(f"  resuming from {resume.name}")
         outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        trainer.save_model(str(folder / "model"))
-        files.write_json(folder / "log_history.json", trainer.state.log_history)
-        _mark_done(
-            folder,
-            {
-                "steps": outcome.global_step,
-                "seconds": time.perf_counter() - began,
-                "best_valid_N@10": trainer.state.best_metric,
-                "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
-                "learning_rate": args.learning_rate,
-            },
-        )
+        prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        with first_process_first():
+            if is_first_process():
+                trainer.save_model(str(folder / "model"))
+                files.write_json(folder / "log_history.json", trainer.state.log_history)
+                _mark_done(
+                    folder,
+                    {
+                        "steps": outcome.global_step,
+                        "seconds": time.perf_counter() - began,
+                        "best_valid_N@10": trainer.state.best_metric,
+                        "batch_size": prompts,
+                        "learning_rate": args.learning_rate,
+                    },
+                )
     return _TrainedStage(
-        GFlowModel.from_pretrained(folder / "model"),
+        GFlowModel.from_pretrained(folder / "model").to(device()),
         files.read_json(folder / "done.json"),
         files.read_json(folder / "log_history.json"),
     )

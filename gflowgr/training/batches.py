@@ -46,13 +46,13 @@ class PromptCollator:
 class LengthBucketSampler(Sampler[int]):
     """A random order in which neighbouring examples have similar lengths.
 
-    Examples are shuffled, cut into chunks of ``chunk_batches`` batches, sorted by length within each
-    chunk, and the chunk's batches are shuffled. The order depends on ``seed`` and ``epoch`` only,
+    Examples are shuffled, cut into chunks of ``chunk_batches`` batches, sorted by length within
+    each chunk, and all batches are shuffled. The order depends on ``seed`` and ``epoch`` only,
     so that a resumed run sees the batches it would have seen.
 
     Args:
         lengths: length of each example [E].
-        batch_size: examples per batch (of all processes and accumulation steps together).
+        batch_size: examples per batch (of one process and one accumulation step).
         seed: seeds the order.
         chunk_batches: batches per chunk; more means less padding and less mixing.
     """
@@ -92,6 +92,7 @@ class LengthBucketSampler(Sampler[int]):
         # Only the very last batch of an epoch may be short.
         full = [batch for batch in batches if len(batch) == self.batch_size]
         short = [batch for batch in batches if len(batch) < self.batch_size]
-        rng.shuffle(full)  # type: ignore[arg-type]
-        for batch in [*full, *short]:
+        for place in rng.permutation(len(full)):
+            yield from full[place].tolist()
+        for batch in short:
             yield from batch.tolist()

@@ -1,14 +1,19 @@
-"""Which checkpoint a killed run can go on from."""
+"""Checkpoints: which one a killed run can go on from, and what happens if one cannot be written."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import DataError
+from safetensors import SafetensorError
+
+from ..errors import DataError, OutputError
 from ..files import read_json
 
-__all__ = ["last_complete_checkpoint"]
+__all__ = ["last_complete_checkpoint", "named_write_errors"]
 
 
 def last_complete_checkpoint(folder: Path | str) -> Path | None:
@@ -32,3 +37,21 @@ def last_complete_checkpoint(folder: Path | str) -> Path | None:
             pass
         shutil.rmtree(path)
     return None
+
+
+@contextlib.contextmanager
+def named_write_errors(folder: Path | str) -> Iterator[None]:
+    """Turn what the libraries raise when a disk is full into an error that names the folder.
+
+    Raises:
+        OutputError: a write within the block failed.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save raises a RuntimeError, safetensors an error of its own.
+        code = getattr(error, "errno", None) or errno.EIO
+        reason = str(error).strip().splitlines()[0]
+        raise OutputError(code, f"cannot write the checkpoint: {reason}", str(folder)) from error

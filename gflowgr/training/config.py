@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from transformers import TrainingArguments
 
 __all__ = ["GFlowGRConfig"]
@@ -24,7 +25,17 @@ class GFlowGRConfig(TrainingArguments):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the rate."})
     report_to: str | list[str] | None = field(
-        default="none", metadata={"help": "Where to report to; nothing leaves the machine by default."}
+        default="none", metadata={"help": "Where to report to; by default nowhere."}
+    )
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Users per call."})
+    metric_for_best_model: str | None = field(
+        default="N@10", metadata={"help": "Decides which checkpoint is the best."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run remembers how long early stopping waited."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "True would hide a loss that is NaN, and train on."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: examples are read by the collator."}
@@ -49,7 +60,7 @@ class GFlowGRConfig(TrainingArguments):
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after this many evaluations without a better metric_for_best_model."},
+        metadata={"help": "Stop after this many evaluations without a new best."},
     )
     eval_beams: int = field(default=20, metadata={"help": "Beams of the evaluation."})
     eval_max_users: int | None = field(
@@ -57,6 +68,8 @@ class GFlowGRConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # Said outright, because several processes on a CPU share the work only then.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         for name in ("num_trajectories", "eval_beams", "pool_size", "eval_max_users",
                      "early_stopping_patience"):
@@ -65,9 +78,11 @@ class GFlowGRConfig(TrainingArguments):
                 raise ValueError(f"{name} must be >= 1; got {value}")
         if self.sampler not in ("curriculum", "random"):
             raise ValueError(f"sampler must be 'curriculum' or 'random'; got {self.sampler!r}")
-        if self.partition_learning_rate <= 0:
+        if not self.partition_learning_rate > 0:
             raise ValueError(
                 f"partition_learning_rate must be > 0; got {self.partition_learning_rate}"
             )
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise ValueError("early_stopping_patience needs eval_strategy 'steps' or 'epoch'")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator reads all columns")

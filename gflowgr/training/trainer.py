@@ -7,18 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput
 
 from ..collaborative import CollaborativeModel
 from ..data import LeaveOneOut
@@ -34,6 +27,8 @@ from ..trajectories import (
     TrajectorySampler,
 )
 from .batches import LengthBucketSampler, PromptCollator
+from .callbacks import EpochOrder, LogBeforeSaving
+from .checkpoints import last_complete_checkpoint, named_write_errors
 from .config import GFlowGRConfig
 
 __all__ = ["GFlowGRTrainer"]
@@ -45,10 +40,11 @@ DEFAULT_BEHAVIOUR_VALUES = {"purchase": 10.0, "click": 1.0}
 class GFlowGRTrainer(Trainer):
     """Trains a :class:`~gflowgr.models.GFlowModel` by SFT or by joint SFT + trajectory balance.
 
-    Everything of ``transformers.Trainer`` works as usual (resume, early stopping, accumulation, AMP,
-    ``accelerate launch``). Beside the loss it logs ``loss_gr``, ``loss_gfn``, ``log_z`` and its group
-    estimate ``log_z_group``, the mean of each reward component (``reward/...``; of positives
-    and of augmented items apart), quantiles of the sampled items' difficulty, and tokens per second.
+    Everything of ``transformers.Trainer`` works as usual (resume, early stopping, accumulation,
+    AMP, ``accelerate launch``). Beside the loss it logs ``loss_gr``, ``loss_gfn``, ``log_z`` and
+    its group estimate ``log_z_group``, the mean of each reward component (``reward/...``; of
+    positives and of augmented items apart), quantiles of the sampled items' difficulty, and tokens
+    per second.
 
     Args:
         model: backbone, tree and settings.
@@ -83,10 +79,11 @@ class GFlowGRTrainer(Trainer):
         self.split = split
         self.collaborative = collaborative
         if isinstance(collaborative, nn.Module):
-            collaborative.eval().requires_grad_(False)
+            collaborative.to(args.device).eval().requires_grad_(False)
         item_tokens = model.item_tokens().cpu()
-        self._item_tokens = item_tokens
-        self._order = LengthBucketSampler(split.train.lengths, args.train_batch_size, seed=args.seed)
+        self._item_tokens = item_tokens.to(args.device)
+        lengths = split.train.lengths
+        self._order = LengthBucketSampler(lengths, args.train_batch_size, seed=args.seed)
         self._sampler: TrajectorySampler | None = None
         self._reward: BehaviourAwareReward | None = None
         if model.settings.objective != "sft":
@@ -95,7 +92,7 @@ class GFlowGRTrainer(Trainer):
                 args.behaviour_values or DEFAULT_BEHAVIOUR_VALUES, split.dataset.behaviour_names
             )
         self._logged: dict[str, list[Tensor]] = {}
-        self._logged_tokens = 0
+        self._logged_tokens: Tensor | int = 0
         self._logged_since = time.perf_counter()
         super().__init__(
             model=model,
@@ -103,10 +100,64 @@ class GFlowGRTrainer(Trainer):
             train_dataset=split.train,
             eval_dataset=split.train,  # never read: `evaluate` ranks the split's validation users
             data_collator=PromptCollator(item_tokens, model.settings.max_history),
-            callbacks=[_EpochOrder(self._order), *(callbacks or [])],
+            callbacks=[EpochOrder(self._order), LogBeforeSaving(), *(callbacks or [])],
         )
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As ``transformers.Trainer.train``, but a training that had ended is not trained further.
+
+        Args:
+            resume_from_checkpoint: a folder, or True for the last complete checkpoint of
+                ``args.output_dir``.
+            trial: of a hyper-parameter search.
+            ignore_keys_for_eval: unused; it is an argument of the base class.
+
+        Raises:
+            ValueError: True was given, and there is no complete checkpoint.
+            FloatingPointError: the loss or the gradient became NaN or infinite.
+            OutputError: a checkpoint cannot be written.
+        """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            found = last_complete_checkpoint(str(self.args.output_dir))
+            if found is None:
+                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir}")
+            checkpoint = str(found)
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            if self._has_ended(state):
+                return self._adopt(Path(checkpoint), state)
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def _has_ended(self, state: TrainerState) -> bool:
+        args = self.args
+        if args.max_steps > 0:
+            if state.global_step >= args.max_steps:
+                return True
+        elif (state.epoch or 0) >= args.num_train_epochs:
+            return True
+        callbacks: Any = state.stateful_callbacks
+        stopping = callbacks.get("EarlyStoppingCallback")
+        if stopping is None or args.early_stopping_patience is None:
+            return False
+        waited = stopping["attributes"]["early_stopping_patience_counter"]
+        return bool(waited >= args.early_stopping_patience)
+
+    def _adopt(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
+        """The model and state that the ended training would have left."""
+        self.state = state
+        best = checkpoint.parent / f"checkpoint-{state.best_global_step}"
+        keeps_best = self.args.load_best_model_at_end and best.is_dir()
+        self._load_from_checkpoint(str(best if keeps_best else checkpoint))
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
 
     # ---- the objective ----
 
@@ -124,7 +175,9 @@ class GFlowGRTrainer(Trainer):
             self._initialise_partition(plain, flow)
         output = model(**flow)
         self._remember({k: v for k, v in output.items() if k != "loss"})
-        self._logged_tokens += int(flow["attention_mask"].sum()) + int(flow["mask"].sum())
+        # Summed on the device: reading the number here would make every step wait for it.
+        seen = flow["attention_mask"].sum() + flow["mask"].sum()
+        self._logged_tokens = self._logged_tokens + seen
         return (output["loss"], output) if return_outputs else output["loss"]
 
     def _flow_inputs(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -136,7 +189,7 @@ class GFlowGRTrainer(Trainer):
         if self._sampler is not None:
             if self.collaborative is not None:
                 with torch.no_grad():
-                    scores = self.collaborative.score(inputs["histories"], None)
+                    scores = self.collaborative.score(inputs["histories"], None).to(device)
             request = SampleRequest(
                 examples=inputs["example"].cpu().numpy(),
                 users=inputs["user"].cpu().numpy(),
@@ -148,7 +201,7 @@ class GFlowGRTrainer(Trainer):
             chosen = self._sampler.sample(request)
             items = torch.from_numpy(chosen.items).to(device)
             self._remember_difficulty(chosen.difficulty)
-        tokens = self._item_tokens.to(device)[items.clamp_min(0)]
+        tokens = self._item_tokens[items.clamp_min(0)]
         mask = (tokens >= 0) & (items >= 0).unsqueeze(-1)
         tokens = tokens.masked_fill(~mask, 0)
         flow = {
@@ -160,15 +213,17 @@ class GFlowGRTrainer(Trainer):
         if self._reward is not None:
             reward = self._reward(tokens, mask, inputs["behaviour"], items, scores)
             flow["log_reward"] = reward.log_reward
+            present = (items[:, 1:] >= 0).float()
             for name, part in reward.parts.items():
                 self._remember({f"reward/{name}": part[:, 0].mean()})
                 if items.shape[1] > 1:
-                    self._remember({f"reward_augmented/{name}": part[:, 1:].mean()})
+                    mean = (part[:, 1:] * present).sum() / present.sum().clamp_min(1.0)
+                    self._remember({f"reward_augmented/{name}": mean})
         return flow
 
     @torch.no_grad()
     def _initialise_partition(self, model: GFlowModel, flow: dict[str, Tensor]) -> None:
-        """Start log Z at the first batch's group estimate, so that the first residuals are small."""
+        """Start log Z at the first batch's group estimate: the first residuals are small."""
         from ..ops import vargrad_log_z
 
         assert model.partition is not None
@@ -200,7 +255,7 @@ class GFlowGRTrainer(Trainer):
         return self._order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with the partition head in a group of its own (its rate is usually 10-100 times)."""
+        """AdamW with the partition head in a group of its own, at 10-100 times the rate."""
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
@@ -239,21 +294,28 @@ class GFlowGRTrainer(Trainer):
         """Add the averages since the last log.
 
         Raises:
-            FloatingPointError: the loss is NaN or infinite.
+            FloatingPointError: the loss or the gradient is NaN or infinite.
         """
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}; lower "
-                    "learning_rate or gfn_weight, and check the rewards"
-                )
+            self._check_finite(logs)
             for name, values in self._logged.items():
                 logs[name] = float(torch.stack(values).mean())
             self._logged.clear()
             now = time.perf_counter()
-            logs["tokens_per_second"] = self._logged_tokens / max(now - self._logged_since, 1e-9)
+            tokens = int(self._logged_tokens) * self.args.world_size
+            logs["tokens_per_second"] = tokens / max(now - self._logged_since, 1e-9)
             self._logged_tokens, self._logged_since = 0, now
         super().log(logs, start_time)
+
+    def _check_finite(self, logs: dict[str, float]) -> None:
+        for name, label in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+            value = logs.get(name, 0.0)
+            # With fp16 an infinite gradient only makes the loss scaler skip a step.
+            if not math.isfinite(value) and not (name == "grad_norm" and self.args.fp16):
+                raise FloatingPointError(
+                    f"the {label} is {value} at step {self.state.global_step}; lower "
+                    "learning_rate or gfn_weight, and check the rewards"
+                )
 
     # ---- evaluation ----
 
@@ -287,7 +349,23 @@ class GFlowGRTrainer(Trainer):
 
     # ---- checkpoints: the model's own format ----
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with named_write_errors(folder):
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model (:meth:`gflowgr.models.GFlowModel.save_pretrained`).
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with named_write_errors(output_dir or self.args.output_dir or "."):
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir or ".")
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
@@ -300,19 +378,3 @@ class GFlowGRTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-class _EpochOrder(TrainerCallback):
-    """Tells the data order which epoch begins, also when a run resumes inside one."""
-
-    def __init__(self, order: LengthBucketSampler) -> None:
-        self.order = order
-
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self.order.set_epoch(int(np.floor(state.epoch or 0)))
