@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..tree import PrefixTree
 from .config import ConfigError, DataConfig
 from .processes import is_first_process
 
-__all__ = ["Catalogue", "choose_identifiers", "load_data", "make_catalogue", "split_data"]
+__all__ = ["Catalogue", "choose_identifiers", "load_data", "make_catalogue", "split_data", "stars_as_behaviours"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Catalogue:
 def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
     """The dataset of ``config.path``, or the built-in one (generated once, then read again)."""
     if config.path is not None:
-        return load_dataset(config.path)
+        return stars_as_behaviours(load_dataset(config.path))
     folder = output_dir / "data"
     if not (folder / "inter.json.gz").is_file():
         from ..data import generate_builtin
@@ -44,6 +44,21 @@ def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
         dataset = generate_builtin(seed=seed, num_users=config.users, num_items=config.items)
         save_dataset(dataset, folder)
     return load_dataset(folder)
+
+
+def stars_as_behaviours(dataset: Dataset) -> Dataset:
+    """Let each distinct rating be a behaviour named after its value, so that it decides r_a.
+
+    A dataset with behaviours of its own, without ratings, or with more than 127 distinct ratings
+    (then they are no stars) is returned as it is.
+    """
+    if dataset.behaviours is not None or dataset.ratings is None:
+        return dataset
+    values, codes = np.unique(dataset.ratings, return_inverse=True)
+    if len(values) > 127:
+        return dataset
+    names = tuple(f"{value:g}" for value in values)
+    return replace(dataset, behaviours=codes.astype(np.int8), behaviour_names=names)
 
 
 def split_data(dataset: Dataset, max_history: int, output_dir: Path) -> LeaveOneOut:

@@ -1,5 +1,5 @@
 """Rewards of trajectories."""
 
-from .behaviour_aware import BehaviourAwareReward, RewardOutput
+from .behaviour_aware import BehaviourAwareReward, RewardOutput, default_behaviour_values
 
-__all__ = ["BehaviourAwareReward", "RewardOutput"]
+__all__ = ["BehaviourAwareReward", "RewardOutput", "default_behaviour_values"]

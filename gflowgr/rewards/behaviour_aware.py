@@ -12,9 +12,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["BehaviourAwareReward", "RewardOutput"]
+__all__ = ["BehaviourAwareReward", "RewardOutput", "default_behaviour_values"]
 
 _TINY = 1e-6
+_LIKED = 10.0
+_PAPER = {"purchase": _LIKED, "buy": _LIKED, "like": _LIKED, "cart": 3.0, "click": 1.0}
+
+
+def default_behaviour_values(names: Sequence[str]) -> dict[str, float]:
+    """r_a of behaviours for which nobody gave one.
+
+    Liked or bought 10 and clicked 1 are the paper's example; cart 3 is ours, between the two. Names
+    that are numbers (stars) are scaled so that the highest counts 10.
+
+    Raises:
+        ValueError: a name is neither known nor a number >= 0; the message says what to give.
+    """
+    stars = {name: float(name) for name in names if name.replace(".", "", 1).isdigit()}
+    highest = max(stars.values(), default=0.0)
+    values = {name: _LIKED * star / highest if highest else 0.0 for name, star in stars.items()}
+    values.update({name: _PAPER[name] for name in names if name in _PAPER})
+    unknown = [name for name in names if name not in values]
+    if unknown:
+        raise ValueError(
+            f"no reward is known for the behaviours {unknown}; give behaviour_values, such as "
+            f"{{{unknown[0]!r}: 5.0}}"
+        )
+    return values
 
 
 @dataclass(frozen=True)

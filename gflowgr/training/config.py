@@ -53,7 +53,7 @@ class GFlowGRConfig(TrainingArguments):
     )
     behaviour_values: dict[str, float] | None = field(
         default=None,
-        metadata={"help": "r_a of each behaviour; default: purchase 10, click 1, others 10."},
+        metadata={"help": "r_a of each behaviour; default: purchase 10, cart 3, click 1, stars scaled to 10."},
     )
     partition_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the partition head (log Z)."}

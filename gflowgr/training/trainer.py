@@ -18,7 +18,7 @@ from ..data import LeaveOneOut
 from ..decoding import GenerativeRecommender
 from ..evaluation import evaluate
 from ..models.gflow_model import GFlowModel
-from ..rewards import BehaviourAwareReward
+from ..rewards import BehaviourAwareReward, default_behaviour_values
 from ..trajectories import (
     CandidatePool,
     CurriculumSampler,
@@ -32,9 +32,6 @@ from .checkpoints import last_complete_checkpoint, named_write_errors
 from .config import GFlowGRConfig
 
 __all__ = ["GFlowGRTrainer"]
-
-DEFAULT_BEHAVIOUR_VALUES = {"purchase": 10.0, "click": 1.0}
-"""The paper's example: liked 10, clicked 1."""
 
 
 class GFlowGRTrainer(Trainer):
@@ -88,9 +85,11 @@ class GFlowGRTrainer(Trainer):
         self._reward: BehaviourAwareReward | None = None
         if model.settings.objective != "sft":
             self._sampler = self._make_sampler(model, args)
-            self._reward = BehaviourAwareReward(
-                args.behaviour_values or DEFAULT_BEHAVIOUR_VALUES, split.dataset.behaviour_names
-            )
+            names = split.dataset.behaviour_names
+            values = args.behaviour_values
+            if values is None:
+                values = default_behaviour_values(names)
+            self._reward = BehaviourAwareReward(values, names)
         self._logged: dict[str, list[Tensor]] = {}
         self._logged_tokens: Tensor | int = 0
         self._logged_since = time.perf_counter()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gflowgr.rewards import BehaviourAwareReward
+from gflowgr.rewards import BehaviourAwareReward, default_behaviour_values
 
 TOKENS = torch.tensor([[[2, 5, 9], [2, 5, 8], [3, 6, 9], [0, 0, 0]]])
 ITEMS = torch.tensor([[0, 1, 2, -1]])
@@ -56,3 +56,11 @@ def test_bad_values_are_named() -> None:
         BehaviourAwareReward({"click": 1.0}, ("click", "cart"))
     with pytest.raises(ValueError, match=r"scores\[0\] .* not finite"):
         reward(torch.tensor([[1.0, torch.nan, 0.0, 0.0]]))
+
+
+def test_default_values_of_behaviours_and_stars() -> None:
+    assert default_behaviour_values(("click", "purchase")) == {"click": 1.0, "purchase": 10.0}
+    assert default_behaviour_values(("0.5", "2.5", "5")) == {"0.5": 1.0, "2.5": 5.0, "5": 10.0}
+    assert default_behaviour_values(()) == {}
+    with pytest.raises(ValueError, match=r"\['wink'\]; give behaviour_values"):
+        default_behaviour_values(("click", "wink"))
