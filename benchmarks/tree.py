@@ -15,7 +15,8 @@ Floors and predictions, for comparison with what is printed:
   map is 4 bytes an item, and 4 more where any identifier is shared (as here).
 * Build. 32 bits of key in 8-bit digits = 4 passes that each read and write 8 bytes an item, one
   pass that makes the keys, two that scan them: about 100 bytes of traffic an item, so 10 ns an item
-  at 10 GB/s. The scattered writes and the codes of each row cost more: 50-100 ns an item is expected.
+  at 10 GB/s. The scattered writes and the codes of each row cost more: 50-100 ns an item is
+  expected.
 * Walk. 4 levels, each a child range and a search; levels 1 and 2 stay in cache. At 10M items levels
   3 and 4 miss: about 4 misses a walk, 100 ns each when alone, and several in flight at once: 50-150
   ns a walk is expected.
