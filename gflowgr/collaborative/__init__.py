@@ -6,7 +6,7 @@ sampler, and the estimated-score signal of the reward. All are optional.
 
 from __future__ import annotations
 
-from gflowgr.collaborative.base import CollaborativeModel, load_collaborative, pad_histories
+from gflowgr.collaborative.base import CollaborativeModel, load_collaborative
 from gflowgr.collaborative.embedding import EmbeddingScorer
 from gflowgr.collaborative.popularity import Popularity
 from gflowgr.collaborative.sasrec import SASRec, SASRecConfig
@@ -18,5 +18,4 @@ __all__ = [
     "SASRec",
     "SASRecConfig",
     "load_collaborative",
-    "pad_histories",
 ]

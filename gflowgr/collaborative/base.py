@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 
 from gflowgr import files
@@ -41,24 +40,6 @@ class CollaborativeModel(Protocol):
             ValueError: wrong shape or dtype, an item id out of range, padding before an item.
         """
         ...
-
-
-def pad_histories(
-    histories: Sequence[np.ndarray], *, max_length: int | None = None
-) -> torch.Tensor:
-    """Stack ragged histories as int64 [B, H], left-aligned and padded with -1.
-
-    H is the longest length (at least 1); with ``max_length`` only the last items are kept.
-    """
-    if max_length is not None:
-        histories = [history[-max_length:] for history in histories]
-    lengths = np.fromiter((len(history) for history in histories), np.int64, len(histories))
-    width = max(1, int(lengths.max(initial=1)))
-    padded = np.full((len(histories), width), -1, np.int64)
-    padded[np.arange(width) < lengths[:, None]] = (
-        np.concatenate(histories) if lengths.sum() else np.empty(0, np.int64)
-    )
-    return torch.from_numpy(padded)
 
 
 def check_score_inputs(

@@ -11,6 +11,7 @@ from gflowgr.data.importers import (
     import_table,
     import_yelp,
 )
+from gflowgr.data.padding import pad_histories
 from gflowgr.data.ragged import Ragged
 from gflowgr.data.split import LeaveOneOut
 
@@ -26,5 +27,6 @@ __all__ = [
     "import_table",
     "import_yelp",
     "load_dataset",
+    "pad_histories",
     "save_dataset",
 ]

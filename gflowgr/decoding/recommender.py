@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..data import pad_histories
 from ..models.gflow_model import GFlowModel
-from ..models.prompts import pad_histories, prompt_tokens
+from ..models.prompts import prompt_tokens
 from .beam import constrained_beam_search
 
 __all__ = ["GenerativeRecommender"]
@@ -47,12 +48,11 @@ class GenerativeRecommender:
             items [B, k] (-1 where there are fewer) and log-probabilities [B, k].
         """
         model = self.model
-        padded = pad_histories(histories, model.settings.max_history).to(model.device)
+        padded = pad_histories(histories, max_length=model.settings.max_history).to(model.device)
         input_ids, attention_mask = prompt_tokens(padded, self._item_tokens)
         barred = None
         if exclude is not None:
-            longest = max((len(items) for items in exclude), default=0)
-            barred = pad_histories(exclude, max(1, longest)).to(model.device)
+            barred = pad_histories(exclude).to(model.device)
         was_training = model.training
         model.eval()
         output = constrained_beam_search(

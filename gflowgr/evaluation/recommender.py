@@ -8,7 +8,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from gflowgr.collaborative.base import CollaborativeModel, pad_histories
+from gflowgr.collaborative.base import CollaborativeModel
+from gflowgr.data import pad_histories
+from gflowgr.ops.topk import stable_topk
 
 
 @runtime_checkable
@@ -39,10 +41,6 @@ class Recommender(Protocol):
             scores, float32 [B, k].
         """
         ...
-
-
-# Places beyond the list that are looked at, so that ties at its end are seen and mostly settled.
-_SPARE = 32
 
 
 class ScoringRecommender:
@@ -79,7 +77,7 @@ class ScoringRecommender:
             barred = torch.from_numpy(np.stack([rows, columns])).to(scores.device)
             scores = scores.clone()
             scores[barred[0], barred[1]] = float("-inf")
-        items, values = best_items(scores, min(k, scores.shape[1]))
+        values, items = stable_topk(scores, min(k, scores.shape[1]))
         if bool(values[:, :1].isnan().any()):  # NaN ranks first, so no full pass is needed
             row = int(values[:, 0].isnan().nonzero()[0])
             raise ValueError(f"{self.name} gave a score that is NaN for histories[{row}]")
@@ -88,36 +86,3 @@ class ScoringRecommender:
         items_out = np.pad(items.cpu().numpy(), ((0, 0), (0, short)), constant_values=-1)
         values_out = np.pad(values.cpu().numpy(), ((0, 0), (0, short)), constant_values=-np.inf)
         return items_out, values_out
-
-
-def best_items(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best columns of each row, ties by ascending column, and their scores.
-
-    ``torch.topk`` leaves the order of ties open, which would make metrics depend on the machine.
-
-    Args:
-        scores: float32 [B, V] without NaN; k <= V.
-    """
-    values, items = scores.topk(min(k + _SPARE, scores.shape[1]), dim=1)
-    items, order = items.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    items = items.gather(1, order)
-    if items.shape[1] < scores.shape[1]:
-        # Ties that reach beyond the spare places: rank these rows by score and id together.
-        tied = (values[:, -1] == values[:, k - 1]).nonzero()[:, 0]
-        if len(tied):
-            part = scores[tied]
-            items[tied, :k] = _lowest_ids_first(part, k)
-            values[tied, :k] = part.gather(1, items[tied, :k])
-    return items[:, :k], values[:, :k]
-
-
-def _lowest_ids_first(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Columns of the k largest (score, -column) pairs, each pair made one int64 key."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
-    # Order of floats as integers: the bits themselves, magnitude inverted where negative.
-    rank = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    last = scores.shape[1] - 1
-    low = last - torch.arange(last + 1, device=scores.device)
-    keys = (rank << 32) | low
-    return last - (keys.topk(k, dim=1).values & 0xFFFFFFFF)

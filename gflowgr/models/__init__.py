@@ -9,7 +9,7 @@ from .backbone import (
 )
 from .gflow_model import FlowSettings, GFlowModel
 from .partition import PartitionHead
-from .prompts import pad_histories, prompt_tokens
+from .prompts import prompt_tokens
 from .tiger import TigerConfig, build_tiger
 from .vocabulary import EOS_TOKEN, PAD_TOKEN, IdentifierVocabulary
 
@@ -26,7 +26,6 @@ __all__ = [
     "build_tiger",
     "encode_prompt",
     "output_head",
-    "pad_histories",
     "prompt_tokens",
     "trajectory_hidden_states",
 ]

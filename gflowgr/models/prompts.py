@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .vocabulary import EOS_TOKEN, PAD_TOKEN
 
-__all__ = ["pad_histories", "prompt_tokens"]
-
-
-def pad_histories(histories: Sequence[npt.NDArray[np.integer]], max_history: int) -> Tensor:
-    """Left-aligned [B, H] int64, -1 for padding: the last ``max_history`` items of each history."""
-    cut = [np.asarray(history)[-max_history:] for history in histories]
-    lengths = np.fromiter((len(row) for row in cut), dtype=np.int64, count=len(cut))
-    padded = np.full((len(cut), max(1, int(lengths.max(initial=0)))), -1, dtype=np.int64)
-    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate([[], *cut])
-    return torch.from_numpy(padded)
+__all__ = ["prompt_tokens"]
 
 
 def prompt_tokens(histories: Tensor, item_tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,11 +71,11 @@ class CollaborativeConfig:
 
     kind: Literal["sasrec", "embeddings", "none"] = "sasrec"
     embeddings: str | None = None
-    epochs: int = 60
+    epochs: int = 40
     batch_size: int = 128
     learning_rate: float = 1e-3
     dropout: float = 0.3
-    patience: int = 5
+    patience: int = 3
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ..models.prompts import pad_histories, prompt_tokens
+from ..data import pad_histories
+from ..models.prompts import prompt_tokens
 
 __all__ = ["LengthBucketSampler", "PromptCollator"]
 
@@ -31,7 +32,9 @@ class PromptCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` [B, S], ``histories`` [B, H], and per example
         ``example``, ``user``, ``target`` and ``behaviour`` [B]."""
-        histories = pad_histories([example["history"] for example in examples], self.max_history)
+        histories = pad_histories(
+            [example["history"] for example in examples], max_length=self.max_history
+        )
         input_ids, attention_mask = prompt_tokens(histories, self.item_tokens)
         batch = {
             "input_ids": input_ids,

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from gflowgr import files
-from gflowgr.collaborative import SASRec, SASRecConfig, pad_histories
+from gflowgr.collaborative import SASRec, SASRecConfig
 from gflowgr.collaborative.base import CONFIG_NAME, WEIGHTS_NAME
-from gflowgr.data import LeaveOneOut
+from gflowgr.data import LeaveOneOut, pad_histories
 from gflowgr.evaluation.metrics import ndcg, ranks_of_targets, recall
 from gflowgr.training.checkpoints import last_complete_checkpoint
 from gflowgr.training.packing import EpochBatches, PackedLoader, PackedSequences

@@ -20,9 +20,9 @@ from gflowgr.collaborative import (
     SASRec,
     SASRecConfig,
     load_collaborative,
-    pad_histories,
 )
 from gflowgr.collaborative.loss import catalogue_cross_entropy, sampled_cross_entropy
+from gflowgr.data import pad_histories
 from gflowgr.errors import DataError
 
 NUM_ITEMS = 23

@@ -112,8 +112,10 @@ def test_more_beams_than_items_leave_flagged_empty_places() -> None:
     shop = Shop()
     count = len(shop.item_tokens)
     items, scores, tokens = shop.search(num_beams=count + 5)
-    assert (items[:, :count] >= 0).all() and (items[:, count:] == -1).all()
-    assert (scores[:, count:] == -torch.inf).all() and (tokens[:, count:] == -1).all()
+    assert (items[:, :count] >= 0).all()
+    assert (items[:, count:] == -1).all()
+    assert (scores[:, count:] == -torch.inf).all()
+    assert (tokens[:, count:] == -1).all()
     assert sorted(items[0, :count].tolist()) == list(range(count))
 
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gflowgr.evaluation import metrics as m
-from gflowgr.evaluation.recommender import best_items
 
 LISTS = st.integers(1, 6).flatmap(
     lambda k: st.lists(st.lists(st.integers(-1, 8), min_size=k, max_size=k), min_size=1, max_size=8)
@@ -87,19 +86,3 @@ def test_rank_of_a_target_breaks_ties_by_item_id(
         order = sorted(range(len(row)), key=lambda item: (-row[item], item))
         expected.append(order.index(target))
     assert m.ranks_of_targets(torch.tensor(rows), torch.tensor(targets)).tolist() == expected
-
-
-@pytest.mark.parametrize("spare", [0, 1, 32])
-@given(rows=SCORES, data=st.data())
-def test_best_items_break_ties_by_item_id(
-    spare: int, rows: list[list[float]], data: st.DataObject
-) -> None:
-    k = data.draw(st.integers(1, len(rows[0])))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gflowgr.evaluation.recommender._SPARE", spare)
-        items, values = best_items(torch.tensor(rows), k)
-    expected = [sorted(range(len(row)), key=lambda item: (-row[item], item))[:k] for row in rows]
-    assert items.tolist() == expected
-    assert values.tolist() == [
-        [row[item] for item in best] for row, best in zip(rows, expected, strict=True)
-    ]

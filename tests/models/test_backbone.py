@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from gflowgr.data import pad_histories
 from gflowgr.models import (
     IdentifierVocabulary,
     PromptState,
@@ -14,7 +15,6 @@ from gflowgr.models import (
     build_tiger,
     encode_prompt,
     output_head,
-    pad_histories,
     prompt_tokens,
     trajectory_hidden_states,
 )
@@ -74,7 +74,8 @@ def test_packed_gradients_equal_separate_gradients(
         model.zero_grad()
         (forward(model, *prompt_ids) * weights).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) > 20
     for name, gradient in gradients[0].items():
         scale = gradients[1][name].abs().max().clamp_min(1.0)
         torch.testing.assert_close(
@@ -114,7 +115,7 @@ def test_an_unknown_item_in_a_history_is_named() -> None:
 
 
 def test_histories_keep_their_last_items() -> None:
-    padded = pad_histories([np.array([1, 2, 3]), np.array([], dtype=int), np.array([9])], 2)
+    padded = pad_histories([np.array([1, 2, 3]), np.array([], dtype=int), np.array([9])], max_length=2)
     assert padded.tolist() == [[2, 3], [-1, -1], [9, -1]]
 
 
@@ -125,14 +126,16 @@ def test_pooled_state_ignores_padding() -> None:
 
 
 def test_vocabulary_places_levels_after_each_other() -> None:
-    assert VOCABULARY.size == 20 and VOCABULARY.level_offsets == (2, 7, 13)
+    assert VOCABULARY.size == 20
+    assert VOCABULARY.level_offsets == (2, 7, 13)
     assert VOCABULARY.encode(np.array([[4, 0, 6]])).tolist() == [[6, 7, 19]]
 
 
 def test_ragged_identifiers_end_with_eos() -> None:
     codes = np.array([[1, 2], [0, -1]])
     vocabulary = IdentifierVocabulary.from_codes(codes)
-    assert vocabulary.ragged and vocabulary.length == 3
+    assert vocabulary.ragged
+    assert vocabulary.length == 3
     assert vocabulary.encode(codes).tolist() == [[3, 6, 1], [2, 1, -1]]
 
 
