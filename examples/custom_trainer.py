@@ -2,9 +2,9 @@
 
     python examples/custom_trainer.py
 
-A toy model of 200 items: an embedding per user, and a GRU that emits an item's three tokens. Each user
-has a reward for every item. Trajectory balance over a few sampled items per step drives the model's
-distribution over items towards the rewards; the distance that is left is printed at the end.
+A toy model of 200 items: an embedding per user, and a GRU that emits an item's three tokens. Each
+user has a reward for every item. Trajectory balance over a few sampled items per step drives the
+model's distribution over items towards the rewards; the distance that is left is printed.
 """
 
 from __future__ import annotations
@@ -70,12 +70,15 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         if step % 250 == 0:
-            print(f"step {step:5}  loss {loss.item():8.4f}  distance {distance(model, tree, item_tokens, log_reward):.4f}")
+            left = distance(model, tree, item_tokens, log_reward)
+            print(f"step {step:5}  loss {loss.item():8.4f}  distance {left:.4f}")
 
 
 @torch.no_grad()
-def distance(model: Model, tree: gflowgr.PrefixTree, item_tokens: Tensor, log_reward: Tensor) -> float:
-    """Total variation between the model's distribution over ALL items and R / sum R, mean over users."""
+def distance(
+    model: Model, tree: gflowgr.PrefixTree, item_tokens: Tensor, log_reward: Tensor
+) -> float:
+    """Total variation between the model over ALL items and R / sum R, mean over users."""
     users = torch.arange(USERS)
     tokens = item_tokens.expand(USERS, -1, -1)
     log_pf = gflowgr.trajectory_logprobs(

@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 _EPILOG = """\
 first steps:
-  gflowgr quickstart                     the whole job on a built-in dataset, a few minutes on 2 cores
+  gflowgr quickstart                     the whole job on a built-in dataset, in minutes
   gflowgr quickstart --data FOLDER       the same on your data
   gflowgr train --config run.yaml        a run of your own (see examples/)
   gflowgr recommend RUN/gflowgr/model --data FOLDER --user 17
@@ -69,11 +69,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str,
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
     epilog: str = "",
 ) -> argparse.ArgumentParser:
     return commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog,
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -83,15 +88,18 @@ def _command(
 
 def _add_quickstart(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(
-        commands, "quickstart",
+        commands,
+        "quickstart",
         "train and compare SASRec, SFT, continued SFT and GFlowGR-TB in a few minutes",
-        "Writes checkpoints, results.json, report.md and plots to --output-dir. The built-in dataset\n"
-        "is simulated, with known true utilities; no download is made.",
+        "Writes checkpoints, results.json, report.md and plots to --output-dir. The built-in\n"
+        "dataset is simulated, with known true utilities; no download is made.",
     )
     parser.add_argument("--data", metavar="FOLDER", help="your dataset instead of the built-in one")
     parser.add_argument("--identifiers", metavar="NAME", help="which index.NAME.json.gz of FOLDER")
     parser.add_argument(
-        "--output-dir", default="runs/quickstart", metavar="FOLDER",
+        "--output-dir",
+        default="runs/quickstart",
+        metavar="FOLDER",
         help="where everything goes (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=42, help="seed (default: %(default)s)")
@@ -111,14 +119,20 @@ def _quickstart(args: argparse.Namespace) -> int:
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(
-        commands, "train", "carry out a run described by a YAML file, or go on with it",
+        commands,
+        "train",
+        "carry out a run described by a YAML file, or go on with it",
         "example:\n  GFLOWGR_DATA=/data gflowgr train --config examples/beauty_tiger.yaml "
         "--set seed=43 --set flow.beta=0.5",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run (YAML)")
     parser.add_argument("--output-dir", metavar="FOLDER", help="instead of the file's output_dir")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
         help="change one value, such as sft.max_steps=200 (may be repeated)",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
@@ -153,7 +167,9 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--part", choices=("valid", "test"), default="test", help="held-out part (default: test)"
     )
     parser.add_argument(
-        "--collision", choices=("item", "string"), default="item",
+        "--collision",
+        choices=("item", "string"),
+        default="item",
         help="how items that share an identifier are scored (default: %(default)s)",
     )
     parser.add_argument("--mask-seen", action="store_true", help="never recommend the history")
@@ -166,25 +182,39 @@ def _evaluate(args: argparse.Namespace) -> int:
     from .pipeline.inference import evaluate_checkpoint
 
     evaluate_checkpoint(
-        args.model, args.data, part=args.part, num_beams=args.beams, collision=args.collision,
-        mask_seen=args.mask_seen, max_users=args.max_users, progress=not args.no_progress,
+        args.model,
+        args.data,
+        part=args.part,
+        num_beams=args.beams,
+        collision=args.collision,
+        mask_seen=args.mask_seen,
+        max_users=args.max_users,
+        progress=not args.no_progress,
     )
     return 0
 
 
 def _add_recommend(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(
-        commands, "recommend", "recommend items to users, or for histories",
+        commands,
+        "recommend",
+        "recommend items to users, or for histories",
         'Without --user and --history, reads JSON lines from standard input: {"user": "17"} or\n'
         '{"history": [3, 14, 15]}, and writes one JSON line for each.',
     )
     _add_model_and_data(parser)
     parser.add_argument(
-        "--user", action="append", default=[], metavar="ID",
+        "--user",
+        action="append",
+        default=[],
+        metavar="ID",
         help="a user of the dataset; the whole sequence is the history (may be repeated)",
     )
     parser.add_argument(
-        "--history", action="append", default=[], metavar="ITEMS",
+        "--history",
+        action="append",
+        default=[],
+        metavar="ITEMS",
         help="items, oldest first, such as 3,14,15 (may be repeated)",
     )
     parser.add_argument("-k", type=int, default=10, help="items per user (default: %(default)s)")
@@ -198,8 +228,15 @@ def _recommend(args: argparse.Namespace) -> int:
 
     lines = None if args.user or args.history else sys.stdin
     recommend_from_checkpoint(
-        args.model, args.data, users=args.user, histories=args.history, lines=lines, k=args.k,
-        num_beams=args.beams, exclude_seen=not args.with_seen, as_json=args.json or lines is not None,
+        args.model,
+        args.data,
+        users=args.user,
+        histories=args.history,
+        lines=lines,
+        k=args.k,
+        num_beams=args.beams,
+        exclude_seen=not args.with_seen,
+        as_json=args.json or lines is not None,
     )
     return 0
 
@@ -223,9 +260,11 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     show.set_defaults(run=_data_inspect)
 
     importer = _command(
-        actions, "import", "import raw public formats",
+        actions,
+        "import",
+        "import raw public formats",
         "formats:\n"
-        "  amazon     review JSON lines of 2014, 2018 or 2023 (.gz too); --meta: the items' metadata\n"
+        "  amazon     review JSON lines of 2014, 2018 or 2023 (.gz too); --meta: metadata\n"
         "  yelp       review JSON lines; --meta: the businesses\n"
         "  movielens  ratings.csv or ratings.dat; --meta: movies.csv or movies.dat\n"
         "  table      CSV, TSV or Parquet with columns for user, item and time",
@@ -236,16 +275,21 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     importer.add_argument("--out", required=True, metavar="FOLDER", help="where the dataset goes")
     importer.add_argument("--name", help="what reports call it (default: the folder's name)")
     importer.add_argument(
-        "--k-core", type=int, default=5,
+        "--k-core",
+        type=int,
+        default=5,
         help="keep users and items with at least this many interactions (default: %(default)s)",
     )
     importer.add_argument(
-        "--max-bad-fraction", type=float, default=0.01,
+        "--max-bad-fraction",
+        type=float,
+        default=0.01,
         help="give up if more than this share of the lines is bad (default: %(default)s)",
     )
     for column, default in (("user", "user"), ("item", "item"), ("time", "time")):
         importer.add_argument(
-            f"--{column}-column", default=default,
+            f"--{column}-column",
+            default=default,
             help=f"table: column of the {column} (default: %(default)s)",
         )
     for column in ("behaviour", "value"):
@@ -283,7 +327,8 @@ def _data_import(args: argparse.Namespace) -> int:
     from .data import importers, save_dataset
 
     options = {
-        "k_core": args.k_core, "max_bad_fraction": args.max_bad_fraction,
+        "k_core": args.k_core,
+        "max_bad_fraction": args.max_bad_fraction,
         "name": args.name or Path(args.out).name,
     }
     if args.format == "table":

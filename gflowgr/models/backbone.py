@@ -14,8 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PromptState", "branch_hidden_states", "encode_prompt", "output_head",
-           "trajectory_hidden_states"]
+__all__ = [
+    "PromptState",
+    "branch_hidden_states",
+    "encode_prompt",
+    "output_head",
+    "trajectory_hidden_states",
+]
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,10 @@ def _block_causal_mask(
 
 def _check_supported(model: nn.Module) -> None:
     config = getattr(model, "config", None)
-    if not (getattr(config, "is_encoder_decoder", False)
-            and hasattr(config, "relative_attention_num_buckets")):
+    if not (
+        getattr(config, "is_encoder_decoder", False)
+        and hasattr(config, "relative_attention_num_buckets")
+    ):
         raise TypeError(
             "model must be a transformers encoder-decoder with relative positions (T5 family); "
             f"got {type(model).__name__}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .vocabulary import EOS_TOKEN, PAD_TOKEN, IdentifierVocabulary
 
@@ -47,6 +47,8 @@ def build_tiger(
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
+    # Taken by the base class, whose signature type checkers do not see.
+    start: dict[str, Any] = {"decoder_start_token_id": PAD_TOKEN}
     t5 = T5Config(
         vocab_size=vocabulary.size,
         d_model=config.d_model,
@@ -59,7 +61,7 @@ def build_tiger(
         feed_forward_proj="relu",
         pad_token_id=PAD_TOKEN,
         eos_token_id=EOS_TOKEN,
-        decoder_start_token_id=PAD_TOKEN,
+        **start,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,6 +1,6 @@
 """The behaviour-aware reward R = r_a + r_yhat + r_sim (GFlowGR, reward section).
 
-R > 0 by construction: ``r_a >= 0`` (checked), ``r_sim >= 0`` (a count), and ``r_yhat`` is in (0, 1).
+R > 0 by construction: ``r_a >= 0`` (checked), ``r_sim >= 0`` (a count), ``r_yhat`` in (0, 1).
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ class BehaviourAwareReward:
         values = {**behaviour_values, "default_value": default_value}
         for name, value in values.items():
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(
-                    f"behaviour_values[{name!r}] must be finite and >= 0; got {value}"
-                )
+                raise ValueError(f"behaviour_values[{name!r}] must be finite and >= 0; got {value}")
         missing = [name for name in behaviour_names if name not in behaviour_values]
         if missing:
             raise ValueError(

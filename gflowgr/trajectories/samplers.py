@@ -112,9 +112,7 @@ class CandidatePool:
                 break
             width = max(4, 2 * size)
             key = request.epoch * _ROUNDS + round_
-            draws = keyed_integers(
-                self.seed, key, request.examples[pending], width, self.num_items
-            )
+            draws = keyed_integers(self.seed, key, request.examples[pending], width, self.num_items)
             taken = np.concatenate([request.targets[pending, None], chosen[pending]], axis=1)
             known = self.is_known(request.users[pending], draws)
             for column in range(width):

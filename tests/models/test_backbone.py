@@ -115,7 +115,9 @@ def test_an_unknown_item_in_a_history_is_named() -> None:
 
 
 def test_histories_keep_their_last_items() -> None:
-    padded = pad_histories([np.array([1, 2, 3]), np.array([], dtype=int), np.array([9])], max_length=2)
+    padded = pad_histories(
+        [np.array([1, 2, 3]), np.array([], dtype=int), np.array([9])], max_length=2
+    )
     assert padded.tolist() == [[2, 3], [-1, -1], [9, -1]]
 
 

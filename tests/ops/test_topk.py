@@ -11,9 +11,7 @@ from gflowgr.ops.topk import stable_topk
 
 
 @pytest.mark.parametrize("spare", [0, 1, 32])
-@given(
-    rows=st.integers(0, 4), columns=st.integers(1, 30), values=st.integers(1, 5), data=st.data()
-)
+@given(rows=st.integers(0, 4), columns=st.integers(1, 30), values=st.integers(1, 5), data=st.data())
 def test_equals_the_head_of_a_stable_sort(
     spare: int, rows: int, columns: int, values: int, data: st.DataObject
 ) -> None:

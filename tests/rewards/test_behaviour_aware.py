@@ -43,8 +43,11 @@ def test_rewards_are_positive_without_any_signal() -> None:
     compute = BehaviourAwareReward({}, default_value=0.0)
     tokens = torch.tensor([[[1], [2]]])
     out = compute(
-        tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([-1]),
-        torch.tensor([[0, 1]]), torch.full((1, 2), 3.0),
+        tokens,
+        torch.ones_like(tokens, dtype=torch.bool),
+        torch.tensor([-1]),
+        torch.tensor([[0, 1]]),
+        torch.full((1, 2), 3.0),
     )
     assert torch.isfinite(out.log_reward).all()
 

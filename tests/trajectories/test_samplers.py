@@ -39,9 +39,7 @@ def request(
 
 
 def scores_for(examples: np.ndarray) -> torch.Tensor:
-    return torch.randn(
-        len(examples), NUM_ITEMS, generator=torch.Generator().manual_seed(3)
-    )
+    return torch.randn(len(examples), NUM_ITEMS, generator=torch.Generator().manual_seed(3))
 
 
 @given(
@@ -51,9 +49,7 @@ def scores_for(examples: np.ndarray) -> torch.Tensor:
     count=st.integers(1, 8),
     curriculum=st.booleans(),
 )
-def test_rules_hold(
-    seed: int, epoch: int, progress: float, count: int, curriculum: bool
-) -> None:
+def test_rules_hold(seed: int, epoch: int, progress: float, count: int, curriculum: bool) -> None:
     leaf_of = np.arange(NUM_ITEMS) // 2  # every identifier is shared by two items
     pool = make_pool(seed, leaf_of)
     examples = np.arange(20)
@@ -135,5 +131,5 @@ def test_bad_sizes_are_refused() -> None:
         RandomSampler(make_pool(), 0)
     with pytest.raises(ValueError, match="pool_size must be >= num_trajectories - 1 = 3; got 2"):
         CurriculumSampler(make_pool(), 4, pool_size=2)
-    with pytest.raises(ValueError, match="needs request.scores"):
+    with pytest.raises(ValueError, match=r"needs request\.scores"):
         CurriculumSampler(make_pool(), 4).sample(request(np.arange(2)))
