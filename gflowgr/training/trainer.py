@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from ..collaborative import CollaborativeModel
 from ..data import LeaveOneOut
 from ..decoding import GenerativeRecommender
+from ..errors import OutputError
 from ..evaluation import evaluate
 from ..models.gflow_model import GFlowModel
 from ..rewards import BehaviourAwareReward, default_behaviour_values
@@ -350,8 +352,13 @@ class GFlowGRTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with named_write_errors(folder):
-            super()._save_checkpoint(model, trial)
+        try:
+            with named_write_errors(folder):
+                super()._save_checkpoint(model, trial)
+        except OutputError:
+            # Half a checkpoint is of no use, and on a full disk its space is needed.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model (:meth:`gflowgr.models.GFlowModel.save_pretrained`).

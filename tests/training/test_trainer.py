@@ -1,0 +1,458 @@
+"""GFlowGRTrainer: what it optimises and logs, and that an interrupted run is as if it never was."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_shop import make_args, make_model, make_scorer, shop
+from transformers import TrainerCallback
+
+from gflowgr.data import LeaveOneOut, generate_builtin
+from gflowgr.errors import OutputError
+from gflowgr.models import GFlowModel
+from gflowgr.training import GFlowGRConfig, GFlowGRTrainer
+
+Entry = dict[str, float]
+
+
+class StopAt(TrainerCallback):
+    """Ends the run at a step, as a kill would."""
+
+    def __init__(self, step: int, event: str = "on_step_end") -> None:
+        self.step = step
+        setattr(self, event, self._stop)
+
+    def _stop(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def make_trainer(
+    args: GFlowGRConfig, model: GFlowModel | None = None, *callbacks: TrainerCallback,
+    split: LeaveOneOut | None = None, scorer: bool = True,
+) -> GFlowGRTrainer:
+    trainer = GFlowGRTrainer(
+        make_model() if model is None else model,
+        args,
+        shop() if split is None else split,
+        collaborative=make_scorer() if scorer else None,
+        callbacks=list(callbacks),
+    )
+    trainer.pop_callback("PrinterCallback")
+    return trainer
+
+
+def steps(trainer: GFlowGRTrainer) -> list[Entry]:
+    """The entries of the log about training steps."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def reproducible(trainer: GFlowGRTrainer) -> list[Entry]:
+    """The log without times and speeds, which differ from run to run."""
+    timed = ("tokens_per_second", "eval_runtime", "total_flos")
+    kept = [
+        {k: v for k, v in entry.items() if k not in timed and not k.startswith("train_")}
+        for entry in trainer.state.log_history
+    ]
+    return [entry for entry in kept if set(entry) - {"epoch", "step"}]
+
+
+def weights(trainer: GFlowGRTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_equal_weights(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys()
+    different = [name for name in one if not torch.equal(one[name], two[name])]
+    assert different == []
+
+
+# ---- resume ----
+
+RESUMABLE: dict[str, Any] = {
+    "max_steps": 14, "logging_steps": 3, "eval_strategy": "steps", "save_strategy": "steps",
+    "load_best_model_at_end": True, "save_total_limit": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "save_steps", "stop"),
+    [
+        pytest.param(1, 4, 9, id="in the middle of an epoch"),
+        pytest.param(1, 6, 7, id="after an epoch"),
+        pytest.param(2, 4, 10, id="with gradient accumulation"),
+    ],
+)
+def test_resumed_run_equals_an_uninterrupted_one(
+    accumulation: int, save_steps: int, stop: int, tmp_path: Path
+) -> None:
+    """Bit for bit, with dropout, the curriculum, a learned log Z and a log every third step."""
+    options = {
+        **RESUMABLE, "gradient_accumulation_steps": accumulation, "save_steps": save_steps,
+        "eval_steps": save_steps,
+    }
+    whole = make_trainer(make_args(tmp_path / "whole", **options), make_model(dropout=0.2))
+    whole.train()
+    assert whole.state.epoch is not None
+    assert whole.state.epoch > 2
+    assert whole.state.global_step == 14
+
+    args = make_args(tmp_path / "cut", **options)
+    cut = make_trainer(args, make_model(dropout=0.2), StopAt(stop))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    # Another process: other weights, other random numbers.
+    torch.manual_seed(99)
+    resumed = make_trainer(
+        make_args(tmp_path / "cut", **options), make_model(dropout=0.2, seed=7)
+    )
+    resumed.train(resume_from_checkpoint=True)
+    first_resumed = stop // save_steps * save_steps + 1
+    assert resumed._initial_global_step == first_resumed - 1
+    assert reproducible(resumed) == reproducible(whole)
+    assert len(steps(whole)) >= 14 // 3
+    assert_equal_weights(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("ends_by", ["max_steps", "num_train_epochs", "early stopping"])
+def test_run_killed_after_its_last_checkpoint_takes_no_further_step(
+    ends_by: str, tmp_path: Path
+) -> None:
+    options = {**RESUMABLE, "max_steps": 5, "save_steps": 2, "eval_steps": 2}
+    last = 5
+    if ends_by == "num_train_epochs":
+        options |= {
+            "max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch",
+            "eval_strategy": "epoch",
+        }
+        last = 6
+    elif ends_by == "early stopping":
+        options |= {"max_steps": 50, "learning_rate": 0.0, "early_stopping_patience": 1}
+        last = 4
+    whole = make_trainer(make_args(tmp_path / "whole", **options))
+    whole.train()
+    assert whole.state.global_step == last
+
+    cut = make_trainer(make_args(tmp_path / "cut", **options), None, StopAt(last, "on_save"))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    trained = StopAt(last + 1)
+    resumed = make_trainer(make_args(tmp_path / "cut", **options), make_model(seed=7), trained)
+    outcome = resumed.train(resume_from_checkpoint=True)
+    assert outcome.global_step == last
+    assert reproducible(resumed) == reproducible(whole)
+    assert_equal_weights(weights(resumed), weights(whole))
+
+
+def test_early_stopping_remembers_how_long_it_waited(tmp_path: Path) -> None:
+    """With a rate of zero no evaluation is better than the first, so the third one ends the run."""
+    options = {
+        **RESUMABLE, "max_steps": 20, "eval_steps": 2, "save_steps": 2, "learning_rate": 0.0,
+        "early_stopping_patience": 2,
+    }
+    cut = make_trainer(make_args(tmp_path, **options), None, StopAt(5))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    resumed = make_trainer(make_args(tmp_path, **options))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert len([entry for entry in resumed.state.log_history if "eval_N@10" in entry]) == 3
+
+
+def test_resuming_needs_a_complete_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="there is no complete checkpoint in"):
+        make_trainer(make_args(tmp_path)).train(resume_from_checkpoint=True)
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(make_args(tmp_path, max_steps=2, **options)).train()
+    longer = make_trainer(make_args(tmp_path, max_steps=4, **options))
+    assert longer.train(resume_from_checkpoint=True).global_step == 4
+
+
+def test_full_disk_names_the_checkpoint_and_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OutputError, match="cannot write the checkpoint: .*file write failed"):
+            make_trainer(make_args(tmp_path, **options)).train()
+    assert list(tmp_path.iterdir()) == []
+    trainer = make_trainer(make_args(tmp_path, **options))
+    assert trainer.train().global_step == 4
+
+
+# ---- the objective ----
+
+
+def test_logs(tmp_path: Path) -> None:
+    trainer = make_trainer(make_args(tmp_path, max_steps=3, logging_steps=1, num_trajectories=4))
+    trainer.train()
+    assert [entry["step"] for entry in steps(trainer)] == [1, 2, 3]
+    for entry in steps(trainer):
+        joint = entry["loss_gr"] + entry["loss_gfn"]
+        assert entry["loss"] == pytest.approx(joint, rel=1e-5)
+        assert math.isfinite(entry["log_z"])
+        assert math.isfinite(entry["log_z_group"])
+        assert 1 <= entry["reward/r_a"] <= 10
+        assert entry["reward_augmented/r_a"] == 0
+        assert entry["reward/r_sim"] == 4  # equal to itself at every position
+        assert 0 <= entry["reward_augmented/r_sim"] < 2
+        assert 0 < entry["reward_augmented/r_yhat"] < 1
+        quantiles = [entry[f"difficulty/q{percent}"] for percent in (10, 50, 90)]
+        assert 0 <= quantiles[0] <= quantiles[1] <= quantiles[2] <= 1
+        assert entry["tokens_per_second"] > 0
+
+
+def test_curriculum_gets_harder(tmp_path: Path) -> None:
+    trainer = make_trainer(make_args(tmp_path, max_steps=6))
+    trainer.train()
+    medians = [entry["difficulty/q50"] for entry in steps(trainer)]
+    assert medians[0] < 0.4 < 0.6 < medians[-1]
+
+
+def test_behaviours_reach_the_reward(tmp_path: Path) -> None:
+    """One step over all examples, so the mean of r_a is known."""
+    split = shop()
+    events = [split.train[i]["behaviour"] for i in range(len(split.train))]
+    bought = events.count(split.dataset.behaviour_names.index("purchase"))
+    clicked = events.count(split.dataset.behaviour_names.index("click"))
+    assert bought + clicked == len(events)
+    assert min(bought, clicked) > 100
+    for values, worth in ((None, (10.0, 1.0)), ({"purchase": 3.0, "click": 2.0}, (3.0, 2.0))):
+        args = make_args(
+            tmp_path, per_device_train_batch_size=len(events), max_steps=1, behaviour_values=values
+        )
+        trainer = make_trainer(args)
+        trainer.train()
+        expected = (worth[0] * bought + worth[1] * clicked) / len(events)
+        assert steps(trainer)[0]["reward/r_a"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("partition", ["learned", "scalar", "vargrad"])
+def test_flow_loss_falls(partition: str, tmp_path: Path) -> None:
+    args = make_args(
+        tmp_path, max_steps=40, learning_rate=1e-2, sampler="random", lr_scheduler_type="constant"
+    )
+    trainer = make_trainer(args, make_model(partition=partition, gfn_weight=1.0))
+    trainer.train()
+    losses = [entry["loss_gfn"] for entry in steps(trainer)]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_works_without_a_collaborative_model(tmp_path: Path) -> None:
+    trainer = make_trainer(make_args(tmp_path, sampler="random"), scorer=False)
+    trainer.train()
+    entry = steps(trainer)[0]
+    assert not [name for name in entry if name.startswith("difficulty")]
+    assert entry["reward/r_yhat"] < 1e-5
+
+
+def test_one_trajectory_is_the_positive_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(make_args(tmp_path, num_trajectories=1))
+    trainer.train()
+    assert not [name for name in steps(trainer)[0] if name.startswith("reward_augmented")]
+
+
+def test_sft_logs_the_likelihood_only(tmp_path: Path) -> None:
+    trainer = make_trainer(make_args(tmp_path), make_model(objective="sft"), scorer=False)
+    trainer.train()
+    assert steps(trainer)[0]["loss"] == steps(trainer)[0]["loss_gr"]
+    assert "loss_gfn" not in steps(trainer)[0]
+
+
+# ---- log Z ----
+
+
+@pytest.mark.parametrize("partition", ["learned", "scalar"])
+def test_log_z_starts_at_the_group_estimate(partition: str, tmp_path: Path) -> None:
+    """Started at zero, the first flow loss would be the square of a log-likelihood."""
+    first = {}
+    for started in (True, False):
+        model = make_model(partition=partition)
+        assert model.partition is not None
+        model.partition.initialised.fill_(not started)
+        trainer = make_trainer(make_args(tmp_path, max_steps=1), model)
+        trainer.train()
+        first[started] = steps(trainer)[0]
+    assert first[True]["log_z"] == pytest.approx(first[True]["log_z_group"], rel=1e-4)
+    assert first[True]["log_z"] > 5
+    assert first[False]["log_z"] == 0
+    assert first[True]["loss_gfn"] < 0.1 * first[False]["loss_gfn"]
+
+
+def test_partition_head_has_its_own_learning_rate(tmp_path: Path) -> None:
+    args = make_args(
+        tmp_path, max_steps=2, learning_rate=0.0, weight_decay=0.0, partition_learning_rate=0.05,
+        lr_scheduler_type="constant",
+    )
+    trainer = make_trainer(args)
+    before = weights(trainer)
+    rates: dict[str, float] = {}
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    for group in optimizer.param_groups:
+        rates |= {names[id(parameter)]: group["lr"] for parameter in group["params"]}
+    assert rates.keys() == set(names.values())
+    assert {n for n, rate in rates.items() if rate == 0.05} == {
+        name for name in rates if name.startswith("partition.")
+    }
+    trainer.train()
+    after = weights(trainer)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("partition.") for name in moved)
+
+
+def test_weight_decay_spares_norms_and_the_partition_head(tmp_path: Path) -> None:
+    trainer = make_trainer(make_args(tmp_path, weight_decay=0.1))
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    decayed = {
+        names[id(parameter)]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if group["weight_decay"] > 0
+    }
+    assert any("SelfAttention.q" in name for name in decayed)
+    assert not [name for name in decayed if "layer_norm" in name or "partition" in name]
+
+
+# ---- what goes wrong ----
+
+
+class Poison(TrainerCallback):
+    """Spoils a weight before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step == self.step - 1:
+            with torch.no_grad():
+                model.backbone.shared.weight.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("objective", ["tb", "sft"])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(
+    objective: str, tmp_path: Path
+) -> None:
+    args = make_args(
+        tmp_path, max_steps=6, logging_steps=5, save_strategy="steps", save_steps=2
+    )
+    trainer = make_trainer(args, make_model(objective=objective), Poison(3))
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 4; lower learning_rate"):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_item_numbers_must_agree(tmp_path: Path) -> None:
+    args = make_args(tmp_path)
+    with pytest.raises(ValueError, match="collaborative has 7 items, but the data has 200"):
+        GFlowGRTrainer(make_model(), args, shop(), collaborative=make_scorer(7))
+    other = LeaveOneOut(generate_builtin(seed=0, num_users=20, num_items=210), max_history=8)
+    with pytest.raises(ValueError, match="tree has 200 items, but the data has 210"):
+        GFlowGRTrainer(make_model(), args, other)
+
+
+def test_curriculum_needs_a_collaborative_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sampler='curriculum' needs a collaborative model"):
+        make_trainer(make_args(tmp_path), scorer=False)
+    make_trainer(make_args(tmp_path), make_model(objective="sft"), scorer=False)
+
+
+def test_a_behaviour_without_a_value_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no value for"):
+        make_trainer(make_args(tmp_path, behaviour_values={"purchase": 10.0}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_trajectories": 0}, "num_trajectories must be >= 1; got 0"),
+        ({"eval_beams": 0}, "eval_beams must be >= 1; got 0"),
+        ({"eval_max_users": 0}, "eval_max_users must be >= 1; got 0"),
+        ({"sampler": "oracle"}, "sampler must be 'curriculum' or 'random'; got 'oracle'"),
+        ({"partition_learning_rate": 0.0}, "partition_learning_rate must be > 0"),
+        ({"partition_learning_rate": math.nan}, "partition_learning_rate must be > 0"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience needs eval_strategy"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must be false"),
+    ],
+)
+def test_bad_arguments_are_named(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_args(tmp_path, **options)
+
+
+# ---- evaluation ----
+
+
+def test_evaluation_measures_and_disturbs_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(make_args(tmp_path), make_model(dropout=0.5))
+    trainer.model.train()
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
+    metrics = trainer.evaluate()
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert trainer.model.training
+    for name in ("eval_R@5", "eval_R@10", "eval_N@5", "eval_N@10", "eval_coverage"):
+        assert 0 <= metrics[name] <= 1
+    assert metrics["eval_num_users"] == 30
+    again = trainer.evaluate()
+    assert {**again, "eval_runtime": 0} == {**metrics, "eval_runtime": 0}
+    assert trainer.state.log_history[-1]["eval_N@10"] == metrics["eval_N@10"]
+
+
+def test_the_best_model_is_kept(tmp_path: Path) -> None:
+    args = make_args(
+        tmp_path, max_steps=6, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, load_best_model_at_end=True, save_total_limit=1, learning_rate=2e-2,
+    )
+    trainer = make_trainer(args)
+    trainer.train()
+    measured = {
+        entry["step"]: entry["eval_N@10"]
+        for entry in trainer.state.log_history
+        if "eval_N@10" in entry
+    }
+    assert sorted(measured) == [2, 4, 6]
+    assert trainer.state.best_metric == max(measured.values())
+    assert trainer.evaluate()["eval_N@10"] == max(measured.values())
+
+
+def test_mixed_precision_on_the_cpu(tmp_path: Path) -> None:
+    """bfloat16 autocast: the same objective, to the precision of bfloat16."""
+    losses = {}
+    for bf16 in (False, True):
+        trainer = make_trainer(make_args(tmp_path, max_steps=3, bf16=bf16))
+        trainer.train()
+        losses[bf16] = [entry["loss"] for entry in steps(trainer)]
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses[True] == pytest.approx(losses[False], rel=0.05)
+    assert losses[True] != losses[False]  # it did run in another precision
+
+
+def test_arguments_survive_the_way_through_a_dictionary(tmp_path: Path) -> None:
+    args = make_args(tmp_path, num_trajectories=5, behaviour_values={"purchase": 4.0})
+    names = {field.name for field in dataclasses.fields(GFlowGRConfig)}
+    assert {"num_trajectories", "behaviour_values"} <= names
+    assert args.to_dict()["num_trajectories"] == 5
+    assert args.to_dict()["behaviour_values"] == {"purchase": 4.0}
