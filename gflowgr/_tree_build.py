@@ -1,4 +1,4 @@
-"""Turn what a caller has (arrays, lists of lists) into the input of a tree builder, and run it."""
+"""Turn what a caller has (arrays, lists of lists) into what a tree takes, and build one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from gflowgr._tree_layout import MAX_ITEMS, MAX_LENGTH, Buffer, IdentifierError, build_numpy
 
 _MESSAGES = {
     "empty": "tokens[{row}] is empty: an identifier needs at least one token",
     "hole": "tokens[{row}, {column}] = -1 stands before other tokens; padding belongs on the right",
-    "token": "tokens[{row}, {column}] = {value} is no token: expected 0..2**31 - 1, or -1 (padding)",
+    "token": "tokens[{row}, {column}] = {value} is no token: expected 0..2**31 - 1 or -1 (padding)",
 }
 
 
@@ -111,3 +112,25 @@ def build(tokens: Any, items: Any | None) -> Buffer:
         value = array[error.row, error.column]
         message = _MESSAGES[error.kind].format(row=error.row, column=error.column, value=value)
         raise ValueError(message) from None
+
+
+def integer_tensor(values: Any, name: str, device: torch.device) -> Tensor:
+    """``values`` as an integer tensor on ``device``; a tensor must be there already.
+
+    Raises TypeError for other than integers, ValueError for a tensor on another device.
+    """
+    given = isinstance(values, Tensor)
+    tensor = torch.as_tensor(values, device=None if given else device)
+    if tensor.numel() == 0 and not given:
+        tensor = tensor.to(torch.int64)  # an empty list has no dtype of its own
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} are on {tensor.device}, the tree is on {device}")
+    return tensor
+
+
+def check_range(name: str, value: int, count: int) -> None:
+    """Raise ValueError unless ``0 <= value < count``."""
+    if not 0 <= value < count:
+        raise ValueError(f"{name} = {value}, expected 0..{count - 1}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gflowgr._tree_available import any_in_ranges, live_nodes
-from gflowgr._tree_build import build
+from gflowgr._tree_build import build, check_range, integer_tensor
 from gflowgr._tree_io import read_buffer, write_buffer
 from gflowgr._tree_layout import TreeLayout
 from gflowgr.errors import DataError
@@ -209,14 +209,14 @@ class PrefixTree:
 
         Raises TypeError or ValueError for a wrong dtype, shape or device.
         """
-        return tree_walk(self._as_tensor(tokens, "tokens"), mask, self._buffer)
+        return tree_walk(integer_tensor(tokens, "tokens", self.device), mask, self._buffer)
 
     def leaves(self, tokens: Any, *, mask: Tensor | None = None) -> Tensor:
         """Leaf index of each identifier, int64 [...]; -1 where it is no complete identifier.
 
         An identifier ends before the first -1 or masked position, or with the row.
         """
-        tokens = self._as_tensor(tokens, "tokens")
+        tokens = integer_tensor(tokens, "tokens", self.device)
         nodes = self.walk(tokens, mask=mask)
         given = tokens != -1 if mask is None else (tokens != -1) & mask
         length = given.to(torch.int64).cumprod(-1).sum(-1)
@@ -254,8 +254,7 @@ class PrefixTree:
 
     def children(self, node: int) -> tuple[Tensor, Tensor]:
         """Children of one node: (token ids, node ids), both int64 1-D, ascending."""
-        if not 0 <= node < self.num_nodes:
-            raise ValueError(f"node = {node}, expected 0..{self.num_nodes - 1}")
+        check_range("node", node, self.num_nodes)
         begin, end = self.child_ranges(torch.tensor(node, device=self.device))
         nodes = torch.arange(int(begin), int(end), device=self.device)
         return self.node_tokens(nodes), nodes
@@ -303,9 +302,9 @@ class PrefixTree:
     def leaf_nodes(self, leaves: Tensor) -> Tensor:
         """Node of each leaf, int64 [...]; -1 for -1."""
         inner_nodes = self._layout.num_inner
-        if self._leaf_rank is None:
-            return torch.where(leaves >= 0, leaves + inner_nodes, -1)
         rank = self._leaf_rank
+        if rank is None:
+            return torch.where(leaves >= 0, leaves + inner_nodes, -1)
         shallow = torch.searchsorted(rank, leaves.to(torch.int32), right=True) - 1
         deep = leaves - rank[-1].to(torch.int64) + inner_nodes
         return torch.where(leaves < 0, -1, torch.where(leaves < rank[-1], shallow, deep))
@@ -329,8 +328,7 @@ class PrefixTree:
 
     def items(self, leaf: int) -> Tensor:
         """Items that share the identifier of one leaf, int64 1-D, ascending."""
-        if not 0 <= leaf < self.num_leaves:
-            raise ValueError(f"leaf = {leaf}, expected 0..{self.num_leaves - 1}")
+        check_range("leaf", leaf, self.num_leaves)
         begin, end = self.leaf_items(torch.tensor(leaf, device=self.device))
         return self._item_ids[int(begin) : int(end)].to(torch.int64)
 
@@ -340,7 +338,7 @@ class PrefixTree:
         The first call makes the inverse of the items map (4 bytes an item, kept).
         Raises ValueError for ids outside -1..num_items - 1.
         """
-        items = self._as_tensor(items, "items")
+        items = integer_tensor(items, "items", self.device)
         if items.numel() and (int(items.min()) < -1 or int(items.max()) >= self.num_items):
             found = f"{int(items.min())}..{int(items.max())}"
             raise ValueError(f"items: ids {found}, expected 0..{self.num_items - 1}, or -1")
@@ -365,8 +363,8 @@ class PrefixTree:
     def available_nodes(self, available: Any) -> Tensor:
         """Nodes below which an available item is left, bool [num_nodes].
 
-        ``available`` is bool [num_items] (out of stock, region, already seen: false). A node without
-        one below it is dead, up to the root, so no search ends in a dead end. O(nodes) a call.
+        ``available`` is bool [num_items] (out of stock, region, already seen: false). A node
+        without one below it is dead, up to the root, so no search ends in a dead end. O(nodes).
         Raises TypeError or ValueError for a wrong dtype or shape.
         """
         available = torch.as_tensor(available, device=self.device)
@@ -381,16 +379,6 @@ class PrefixTree:
         return live_nodes(self._layout, self._begins, self._leaf_rank, leaf_live)
 
     # ------------------------------------------------------------------ within
-
-    def _as_tensor(self, values: Any, name: str) -> Tensor:
-        tensor = torch.as_tensor(values, device=None if isinstance(values, Tensor) else self.device)
-        if tensor.numel() == 0 and not isinstance(values, Tensor):
-            tensor = tensor.to(torch.int64)
-        if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-            raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
-        if tensor.device != self.device:
-            raise ValueError(f"{name} are on {tensor.device}, the tree is on {self.device}")
-        return tensor
 
     def _at_depth(self, nodes: Tensor, depth: int) -> Tensor:
         begin = self._layout.node_begin
