@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything that a machine with a GPU should be asked, in one call: build, all tests,
+# compute-sanitizer on the CUDA tests, benchmarks. Results go to benchmarks/results/ (or $1).
+#
+#   bash benchmarks/gpu.sh [RESULTS]
+#
+# Uses the Python, torch and CUDA toolkit that are there; goes on after a failure, and fails at the end.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+results=${1:-benchmarks/results}
+mkdir -p "$results"
+status=0
+step() {
+    echo "== $*" && "$@" || { echo "== failed: $*"; status=1; }
+}
+GFLOWGR_CUDA=1 step python -m pip install --no-build-isolation -e ".[dev]"
+step python -m gflowgr info
+python -m gflowgr info --json >"$results/gpu_info.json" || status=1
+step python -m pytest -m "gpu or not gpu" --durations=20
+if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck initcheck; do
+        step compute-sanitizer --tool "$tool" --error-exitcode 9 python -m pytest -q -m gpu tests
+    done
+else
+    echo "== compute-sanitizer was not found: not run"
+fi
+step python benchmarks/tree.py --output "$results"
+exit $status
