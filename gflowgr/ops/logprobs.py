@@ -185,7 +185,11 @@ def logprobs_definition(inputs: HeadInputs) -> Tensor:
     """log_pf [B, N, L] of checked inputs."""
     with _without_autocast(inputs.hidden.device):
         if inputs.tree is not None:
-            return _children_logprobs(inputs, inputs.tree)
+            children = _children_logprobs
+            if torch.compiler.is_compiling():
+                # It reads sizes from values. Not a decorator: that imports the compiler at once.
+                children = torch.compiler.disable(children)
+            return children(inputs, inputs.tree)
         return _vocab_logprobs(inputs)
 
 
@@ -216,7 +220,6 @@ def _vocab_logprobs(inputs: HeadInputs) -> Tensor:
     return result.index_copy(0, rows, values).view(inputs.tokens.shape)
 
 
-@torch.compiler.disable
 def _children_logprobs(inputs: HeadInputs, tree: PrefixTree) -> Tensor:
     """Normalise over the children of each token's node, level by level.
 
