@@ -21,6 +21,19 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run, carried out once by the command line without interruption."""
+    from tiny_run import tiny_run, write_config
+
+    from gflowgr.cli import main
+
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(folder / "run.yaml", tiny_run(folder / "run"))
+    assert main(["train", "--config", str(config), "--no-progress"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder of real data sets: $GFLOWGR_DATA, or ``shared/data`` beside the repository."""
     given = os.environ.get("GFLOWGR_DATA")

@@ -286,7 +286,8 @@ def training_arguments(
         "eval_strategy": "epoch",
         "save_strategy": values.get("eval_strategy", "epoch"),
         "load_best_model_at_end": True,
-        "save_total_limit": 1,
+        # The best one and the last one; with 1, the last one would go when the training ends.
+        "save_total_limit": 2,
         "logging_steps": 10,
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),

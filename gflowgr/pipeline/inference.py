@@ -58,6 +58,7 @@ def evaluate_checkpoint(
     from ..evaluation import evaluate, format_table
     from ..evaluation.report import TableRow
 
+    _check_counts({"--beams": num_beams})
     model, dataset = load_for(model_folder, data_folder)
     recommender = GenerativeRecommender(model, num_beams=num_beams, name=Path(model_folder).name)
     result = evaluate(
@@ -95,6 +96,7 @@ def recommend_from_checkpoint(
     as_json: bool,
 ) -> None:
     """Print the ``k`` best items of users, of histories, or of JSON lines, as they come."""
+    _check_counts({"-k": k, "--beams": num_beams})
     model, dataset = load_for(model_folder, data_folder)
     recommender = GenerativeRecommender(model, num_beams=num_beams)
     queries: Iterator[_Query] = iter(
@@ -108,6 +110,12 @@ def recommend_from_checkpoint(
         items, scores = recommender.recommend(past, k, past if exclude_seen else None)
         for query, row, row_scores in zip(batch, items, scores, strict=True):
             _write(dataset, query, row, row_scores, as_json)
+
+
+def _check_counts(counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def _write(

@@ -49,9 +49,9 @@ def test_none_is_found_where_there_is_none(tmp_path: Path) -> None:
     ],
 )
 def test_errors_of_the_libraries_name_the_folder(error: Exception) -> None:
-    with pytest.raises(OutputError, match="cannot write the checkpoint: ") as caught:
-        with named_write_errors("runs/x"):
-            raise error
+    expected = pytest.raises(OutputError, match="cannot write the checkpoint: ")
+    with expected as caught, named_write_errors("runs/x"):
+        raise error
     assert str(caught.value).endswith("'runs/x'")
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error

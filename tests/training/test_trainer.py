@@ -22,6 +22,10 @@ from gflowgr.training import GFlowGRConfig, GFlowGRTrainer
 Entry = dict[str, float]
 
 
+class Killed(Exception):
+    pass
+
+
 class StopAt(TrainerCallback):
     """Ends the run at a step, as a kill would."""
 
@@ -31,7 +35,7 @@ class StopAt(TrainerCallback):
 
     def _stop(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            raise KeyboardInterrupt
+            raise Killed
 
 
 def make_trainer(
@@ -78,7 +82,7 @@ def assert_equal_weights(one: dict[str, torch.Tensor], two: dict[str, torch.Tens
 
 RESUMABLE: dict[str, Any] = {
     "max_steps": 14, "logging_steps": 3, "eval_strategy": "steps", "save_strategy": "steps",
-    "load_best_model_at_end": True, "save_total_limit": 1,
+    "load_best_model_at_end": True, "save_total_limit": 2,
 }
 
 
@@ -106,7 +110,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
 
     args = make_args(tmp_path / "cut", **options)
     cut = make_trainer(args, make_model(dropout=0.2), StopAt(stop))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         cut.train()
     # Another process: other weights, other random numbers.
     torch.manual_seed(99)
@@ -141,7 +145,7 @@ def test_run_killed_after_its_last_checkpoint_takes_no_further_step(
     assert whole.state.global_step == last
 
     cut = make_trainer(make_args(tmp_path / "cut", **options), None, StopAt(last, "on_save"))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         cut.train()
     trained = StopAt(last + 1)
     resumed = make_trainer(make_args(tmp_path / "cut", **options), make_model(seed=7), trained)
@@ -158,7 +162,7 @@ def test_early_stopping_remembers_how_long_it_waited(tmp_path: Path) -> None:
         "early_stopping_patience": 2,
     }
     cut = make_trainer(make_args(tmp_path, **options), None, StopAt(5))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         cut.train()
     resumed = make_trainer(make_args(tmp_path, **options))
     resumed.train(resume_from_checkpoint=True)
@@ -188,7 +192,7 @@ def test_full_disk_names_the_checkpoint_and_leaves_nothing_half_written(
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OutputError, match="cannot write the checkpoint: .*file write failed"):
+        with pytest.raises(OutputError, match=r"cannot write the checkpoint: .*file write failed"):
             make_trainer(make_args(tmp_path, **options)).train()
     assert list(tmp_path.iterdir()) == []
     trainer = make_trainer(make_args(tmp_path, **options))
@@ -215,6 +219,22 @@ def test_logs(tmp_path: Path) -> None:
         quantiles = [entry[f"difficulty/q{percent}"] for percent in (10, 50, 90)]
         assert 0 <= quantiles[0] <= quantiles[1] <= quantiles[2] <= 1
         assert entry["tokens_per_second"] > 0
+
+
+def test_every_epoch_sees_every_example_in_another_order(tmp_path: Path) -> None:
+    trainer = make_trainer(make_args(tmp_path, max_steps=12))
+    collate, seen = trainer.data_collator, []
+
+    def recording(examples: Any) -> Any:
+        seen.append([example["example"] for example in examples])
+        return collate(examples)
+
+    trainer.data_collator = recording
+    trainer.train()
+    epochs = [[index for batch in seen[at : at + 6] for index in batch] for at in (0, 6)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(len(shop().train)))
+    assert epochs[0] != epochs[1]
 
 
 def test_curriculum_gets_harder(tmp_path: Path) -> None:
@@ -404,14 +424,17 @@ def test_bad_arguments_are_named(
 # ---- evaluation ----
 
 
+def random_states() -> tuple[Any, ...]:
+    numpy_state = np.random.get_state()[1].tolist()  # noqa: NPY002 (the one libraries use)
+    return random.getstate(), numpy_state, torch.get_rng_state().tolist()
+
+
 def test_evaluation_measures_and_disturbs_nothing(tmp_path: Path) -> None:
     trainer = make_trainer(make_args(tmp_path), make_model(dropout=0.5))
     trainer.model.train()
-    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
+    before = random_states()
     metrics = trainer.evaluate()
-    assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]
-    assert torch.equal(torch.get_rng_state(), before[2])
+    assert random_states() == before
     assert trainer.model.training
     for name in ("eval_R@5", "eval_R@10", "eval_N@5", "eval_N@10", "eval_coverage"):
         assert 0 <= metrics[name] <= 1

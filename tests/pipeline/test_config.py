@@ -1,0 +1,174 @@
+"""A configuration is checked as a whole before any work is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import tiny_run, write_config
+
+from gflowgr.pipeline import ConfigError, RunConfig, quickstart_config
+from gflowgr.pipeline.config import training_arguments
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
+
+
+def test_sections_become_their_types() -> None:
+    config = RunConfig.from_dict(tiny_run("out"))
+    assert config.model.d_model == 16
+    assert config.data.users == 200
+    assert config.flow.objective == "tb"
+    assert config.flow.max_history == 8  # follows the data's
+    assert config.sft["max_steps"] == 12
+    again = RunConfig.from_dict({**config.to_dict()})
+    assert again == config
+
+
+def test_training_stages_have_the_runs_defaults() -> None:
+    args = training_arguments({"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}, "x", 7)
+    assert args.seed == 7
+    assert args.save_strategy == "steps"
+    assert args.load_best_model_at_end
+    assert args.metric_for_best_model == "N@10"
+    assert args.greater_is_better
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": {}}, "unknown key 'modle'; did you mean 'model'?"),
+        ({"xyz": 1}, "unknown key 'xyz'; known: output_dir, seed, data"),
+        ({"data": {"max_histroy": 3}}, "data: unknown key 'max_histroy'; did you mean 'max_hi"),
+        ({"data": 5}, "data must be a section, got 5"),
+        ({"model": {"d_model": "big"}}, "model: d_model must be int, got 'big'"),
+        ({"model": {"d_model": True}}, "model: d_model must be int, got True"),
+        ({"model": {"dropout": None}}, "model: dropout must be float, got None"),
+        ({"continued_sft": 1}, "continued_sft must be bool, got 1"),
+        ({"output_dir": 7}, "output_dir must be str, got 7"),
+        ({"evaluation": {"max_users": "all"}}, "max_users must be int or nothing, got 'all'"),
+        ({"evaluation": {"collision": "no"}}, "collision must be one of ['item', 'string'], got"),
+        ({"flow": {"objective": "sft"}}, "flow.objective is 'sft': there is nothing to fine-tune"),
+        ({"flow": {"beta": -1.0}}, "beta must be >= 0; got -1.0"),
+        ({"collaborative": {"kind": "embeddings"}}, "goes with collaborative.kind: embeddings"),
+        ({"collaborative": {"embeddings": "x.npy"}}, "goes with collaborative.kind: embeddings"),
+        ({"sft": {"seed": 3}}, "sft.seed is set by the run itself; leave it out"),
+        ({"sft": {"learning_rat": 1.0}}, "sft: unknown training argument 'learning_rat'; did you"),
+        ({"sft": {"learning_rate": "fast"}}, "sft.learning_rate must be float, got 'fast'"),
+        ({"sft": {"max_steps": 1.5}}, "sft.max_steps must be int, got 1.5"),
+        ({"sft": {"eval_max_users": "few"}}, "eval_max_users must be int or nothing, got 'few'"),
+        ({"sft": {"lr_scheduler_type": "zigzag"}}, "sft: zigzag is not a valid SchedulerType"),
+        ({"finetune": {"num_trajectories": 0}}, "finetune: num_trajectories must be >= 1; got 0"),
+        (
+            {"finetune": {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 6}},
+            "finetune: --load_best_model_at_end requires the saving steps to be a round multiple",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_dict({"output_dir": "x", **change}, source="run.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_output_folder_is_required() -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml: output_dir is missing"):
+        RunConfig.from_dict({"seed": 1}, source="run.yaml")
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output_dir: [", "not valid YAML: while parsing"),
+        ("- a\n- b", "expected sections such as 'data:', got list"),
+        ("", "expected sections such as 'data:', got NoneType"),
+        ("output_dir: x\ndata: {path: '${NOT_SET_ANYWHERE}/Beauty'}", "variable NOT_SET_ANYWHERE"),
+    ],
+)
+def test_bad_files_are_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load(path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: No such file or directory"):
+        RunConfig.load(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8 text, byte 3"):
+        RunConfig.load(tmp_path / "binary.yaml")
+
+
+def test_environment_variables_are_filled_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_DATA", "/big/disk")
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: x\ndata: {path: '${SOME_DATA}/Beauty'}")
+    assert RunConfig.load(path).data.path == "/big/disk/Beauty"
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
+    """YAML 1.1, which PyYAML follows, takes 5e-4 for a text."""
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: 5e4x\nsft: {learning_rate: 5e-4}\nmodel: {dropout: 1E-1}")
+    config = RunConfig.load(path, ["finetune.learning_rate=2e-5"])
+    assert config.sft["learning_rate"] == 5e-4
+    assert config.model.dropout == 0.1
+    assert config.finetune["learning_rate"] == 2e-5
+    assert config.output_dir == "5e4x"
+
+
+def test_overrides_change_single_values(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "run.yaml", tiny_run("x"))
+    config = RunConfig.load(
+        path, ["seed=9", "flow.beta=0.5", "sft.max_steps=3", "evaluation.max_users=null"]
+    )
+    assert (config.seed, config.flow.beta, config.sft["max_steps"]) == (9, 0.5, 3)
+    assert config.evaluation.max_users is None
+    assert config.sft["eval_steps"] == 4  # its neighbours stay
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "--set 'seed' must be section.key=value"),
+        ("=3", "--set '=3' must be section.key=value"),
+        ("seed.x=3", "--set 'seed.x=3': seed is not a section"),
+        ("sft.max_steps=[", "--set 'sft.max_steps=[': not valid YAML"),
+        ("flow.betta=1", "flow: unknown key 'betta'; did you mean 'beta'?"),
+    ],
+)
+def test_bad_overrides_are_named(override: str, message: str, tmp_path: Path) -> None:
+    path = write_config(tmp_path / "run.yaml", tiny_run("x"))
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load(path, [override])
+    assert message in str(caught.value)
+
+
+# ---- what the package ships ----
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GFLOWGR_DATA", "/data")
+    config = RunConfig.load(path)
+    assert config.data.path == "/data/Beauty"
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
+
+
+def test_quickstart_is_valid() -> None:
+    config = quickstart_config("x", data="folder", identifiers="letter", seed=5)
+    assert (config.data.path, config.data.identifiers, config.seed) == ("folder", "letter", 5)
+    assert RunConfig.from_dict(config.to_dict()) == config
