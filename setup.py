@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,17 @@ def locate_cuda_toolkit() -> None:
             os.environ["CUDA_HOME"] = str(Path(value).parent)
 
 
+def toolkit_version(cuda_home: str) -> str | None:
+    """Version of the CUDA toolkit, such as "13.0"; None if its nvcc does not say."""
+    nvcc = Path(cuda_home) / "bin" / "nvcc"
+    try:
+        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    found = re.search(r"release (\d+\.\d+)", answer)
+    return found.group(1) if found else None
+
+
 def cuda_archs(torch: ModuleType, cuda_version: tuple[int, int]) -> str | None:
     """Value for TORCH_CUDA_ARCH_LIST, or None to let torch take those of the visible GPUs."""
     given = os.environ.get("GFLOWGR_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -164,10 +176,20 @@ def torch_extensions(torch: ModuleType | None) -> list[Extension]:
                     **common,
                 )
             ]
+            home = cpp_extension.CUDA_HOME
+            toolkit = None if home is None else toolkit_version(home)
             if torch.version.cuda is None:
                 why_no_cuda = "this torch has no CUDA"
-            elif cpp_extension.CUDA_HOME is None:
+            elif home is None:
                 why_no_cuda = "no CUDA toolkit was found (CUDA_HOME)"
+            elif toolkit is None or toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
+                # torch refuses to build with another major version, and the CPU part with it.
+                why_no_cuda = (
+                    f"the CUDA toolkit in {home} is of version {toolkit or 'unknown'}, "
+                    f"torch was built with {torch.version.cuda}"
+                )
+                if wanted != "0":
+                    warn(f"{why_no_cuda}: gflowgr._C_cuda is not built.")
             elif wanted != "0":
                 cuda_version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
                 archs = cuda_archs(torch, (cuda_version[0], cuda_version[1]))
