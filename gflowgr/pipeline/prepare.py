@@ -15,7 +15,14 @@ from ..tree import PrefixTree
 from .config import ConfigError, DataConfig
 from .processes import is_first_process
 
-__all__ = ["Catalogue", "choose_identifiers", "load_data", "make_catalogue", "split_data", "stars_as_behaviours"]
+__all__ = [
+    "Catalogue",
+    "choose_identifiers",
+    "load_data",
+    "make_catalogue",
+    "split_data",
+    "stars_as_behaviours",
+]
 
 
 @dataclass(frozen=True)

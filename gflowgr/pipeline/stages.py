@@ -7,7 +7,6 @@ last complete stage, and inside a training stage from its last complete checkpoi
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +244,6 @@ def _train_stage(
         from ..training.progress import ProgressBar
 
         say(f"Stage: {label}")
-        began = time.perf_counter()
         checkpoints = folder / "checkpoints"
         args = training_arguments(arguments, str(checkpoints), seed)
         # The partition head's first weights must not depend on what ran before in this process.
@@ -269,7 +267,7 @@ def _train_stage(
                     folder,
                     {
                         "steps": outcome.global_step,
-                        "seconds": time.perf_counter() - began,
+                        "seconds": _seconds(trainer.state.log_history),
                         "best_valid_N@10": trainer.state.best_metric,
                         "batch_size": prompts,
                         "learning_rate": args.learning_rate,
@@ -279,6 +277,13 @@ def _train_stage(
         GFlowModel.from_pretrained(folder / "model").to(device()),
         files.read_json(folder / "done.json"),
         files.read_json(folder / "log_history.json"),
+    )
+
+
+def _seconds(log_history: list[dict[str, Any]]) -> float:
+    """Training and evaluation, of all the runs that an interrupted stage took."""
+    return float(
+        sum(entry.get("seconds", 0.0) + entry.get("eval_runtime", 0.0) for entry in log_history)
     )
 
 

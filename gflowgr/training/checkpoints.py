@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ..errors import DataError, OutputError
 from ..files import read_json
 
-__all__ = ["last_complete_checkpoint", "named_write_errors"]
+__all__ = ["last_complete_checkpoint", "named_write_errors", "whole_or_nothing"]
 
 
 def last_complete_checkpoint(folder: Path | str) -> Path | None:
@@ -54,4 +54,25 @@ def named_write_errors(folder: Path | str) -> Iterator[None]:
         # torch.save raises a RuntimeError, safetensors an error of its own.
         code = getattr(error, "errno", None) or errno.EIO
         reason = str(error).strip().splitlines()[0]
-        raise OutputError(code, f"cannot write the checkpoint: {reason}", str(folder)) from error
+        place = Path(folder).resolve()
+        free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+        raise OutputError(
+            code, f"cannot write the checkpoint, {free:,} bytes are free: {reason}", str(folder)
+        ) from error
+
+
+@contextlib.contextmanager
+def whole_or_nothing(folder: Path | str) -> Iterator[None]:
+    """Write the checkpoint ``folder`` in this block; if that fails, the folder is removed.
+
+    Half a checkpoint is of no use, and on a full disk its space is needed.
+
+    Raises:
+        OutputError: a write within the block failed.
+    """
+    try:
+        with named_write_errors(folder):
+            yield
+    except OutputError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

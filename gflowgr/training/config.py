@@ -34,6 +34,9 @@ class GFlowGRConfig(TrainingArguments):
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "A resumed run remembers how long early stopping waited."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every parameter has a gradient in every step."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "True would hide a loss that is NaN, and train on."}
     )
@@ -53,7 +56,9 @@ class GFlowGRConfig(TrainingArguments):
     )
     behaviour_values: dict[str, float] | None = field(
         default=None,
-        metadata={"help": "r_a of each behaviour; default: purchase 10, cart 3, click 1, stars scaled to 10."},
+        metadata={
+            "help": "r_a of each behaviour; default: purchase 10, cart 3, click 1, stars up to 10."
+        },
     )
     partition_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the partition head (log Z)."}

@@ -28,7 +28,7 @@ from gflowgr.collaborative import SASRec, SASRecConfig
 from gflowgr.collaborative.base import CONFIG_NAME, WEIGHTS_NAME
 from gflowgr.data import LeaveOneOut, pad_histories
 from gflowgr.evaluation.metrics import ndcg, ranks_of_targets, recall
-from gflowgr.training.checkpoints import last_complete_checkpoint
+from gflowgr.training.checkpoints import last_complete_checkpoint, whole_or_nothing
 from gflowgr.training.packing import EpochBatches, PackedLoader, PackedSequences
 from gflowgr.training.progress import ProgressBar
 
@@ -254,6 +254,11 @@ class SASRecTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        with whole_or_nothing(folder):
+            super()._save_checkpoint(model, trial)
 
     def adopt_best(self, checkpoint: Path) -> None:
         """Take the best weights of a run whose training had ended when it was killed."""

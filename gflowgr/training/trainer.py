@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from transformers.trainer_utils import TrainOutput
 from ..collaborative import CollaborativeModel
 from ..data import LeaveOneOut
 from ..decoding import GenerativeRecommender
-from ..errors import OutputError
 from ..evaluation import evaluate
 from ..models.gflow_model import GFlowModel
 from ..rewards import BehaviourAwareReward, default_behaviour_values
@@ -30,7 +28,7 @@ from ..trajectories import (
 )
 from .batches import LengthBucketSampler, PromptCollator
 from .callbacks import EpochOrder, LogBeforeSaving
-from .checkpoints import last_complete_checkpoint, named_write_errors
+from .checkpoints import last_complete_checkpoint, named_write_errors, whole_or_nothing
 from .config import GFlowGRConfig
 
 __all__ = ["GFlowGRTrainer"]
@@ -42,8 +40,8 @@ class GFlowGRTrainer(Trainer):
     Everything of ``transformers.Trainer`` works as usual (resume, early stopping, accumulation,
     AMP, ``accelerate launch``). Beside the loss it logs ``loss_gr``, ``loss_gfn``, ``log_z`` and
     its group estimate ``log_z_group``, the mean of each reward component (``reward/...``; of
-    positives and of augmented items apart), quantiles of the sampled items' difficulty, and tokens
-    per second.
+    positives and of augmented items apart), quantiles of the sampled items' difficulty,
+    ``seconds`` of training (without evaluation) since the last entry, and tokens per second.
 
     Args:
         model: backbone, tree and settings.
@@ -135,6 +133,7 @@ class GFlowGRTrainer(Trainer):
             state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
             if self._has_ended(state):
                 return self._adopt(Path(checkpoint), state)
+        self._logged_since = time.perf_counter()
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _has_ended(self, state: TrainerState) -> bool:
@@ -304,7 +303,8 @@ class GFlowGRTrainer(Trainer):
             self._logged.clear()
             now = time.perf_counter()
             tokens = int(self._logged_tokens) * self.args.world_size
-            logs["tokens_per_second"] = tokens / max(now - self._logged_since, 1e-9)
+            logs["seconds"] = max(now - self._logged_since, 1e-9)
+            logs["tokens_per_second"] = tokens / logs["seconds"]
             self._logged_tokens, self._logged_since = 0, now
         super().log(logs, start_time)
 
@@ -352,13 +352,8 @@ class GFlowGRTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        try:
-            with named_write_errors(folder):
-                super()._save_checkpoint(model, trial)
-        except OutputError:
-            # Half a checkpoint is of no use, and on a full disk its space is needed.
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        with whole_or_nothing(folder):
+            super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model (:meth:`gflowgr.models.GFlowModel.save_pretrained`).

@@ -106,7 +106,7 @@ def test_sft_reads_the_positive_only() -> None:
     _, log_pf = model.log_pf(
         inputs["input_ids"], inputs["attention_mask"], inputs["tokens"][:, :1]
     )
-    assert float(whole["loss"]) == pytest.approx(-float(log_pf.sum()) / 3, rel=1e-5)
+    assert whole["loss"].item() == pytest.approx(-log_pf.sum().item() / 3, rel=1e-5)
 
 
 def test_tb_needs_rewards() -> None:

@@ -49,7 +49,8 @@ def test_none_is_found_where_there_is_none(tmp_path: Path) -> None:
     ],
 )
 def test_errors_of_the_libraries_name_the_folder(error: Exception) -> None:
-    expected = pytest.raises(OutputError, match="cannot write the checkpoint: ")
+    message = r"cannot write the checkpoint, [\d,]+ bytes are free: "
+    expected = pytest.raises(OutputError, match=message)
     with expected as caught, named_write_errors("runs/x"):
         raise error
     assert str(caught.value).endswith("'runs/x'")
