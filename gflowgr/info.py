@@ -93,6 +93,8 @@ def format_info(info: dict[str, Any]) -> str:
 
 
 def _version(name: str) -> str | None:
+    if name == "torch":
+        return torch.__version__  # with the kind of build, which the metadata may lack
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

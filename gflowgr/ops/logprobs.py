@@ -28,6 +28,12 @@ MIN_BLOCK_ROWS = 256
 """Rows per block at least: fewer would spend the time on re-reading the head."""
 
 
+# Asked once: not every torch can trace the question under torch.compile.
+_AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "xla") if torch.amp.is_autocast_available(name)
+)
+
+
 @dataclass(frozen=True)
 class HeadInputs:
     """Checked arguments of :func:`trajectory_logprobs`."""
@@ -195,7 +201,7 @@ def logprobs_definition(inputs: HeadInputs) -> Tensor:
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Autocast would turn the float32 products below back into 16-bit ones."""
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type not in _AUTOCAST_DEVICES:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
