@@ -1,6 +1,6 @@
 """The behaviour-aware reward R = r_a + r_yhat + r_sim (GFlowGR, reward section).
 
-R > 0 by construction: ``r_a >= 0`` (checked), ``r_sim >= 0`` (a count), ``r_yhat`` in (0, 1).
+R > 0 by construction: ``r_a >= 0`` (checked), ``r_sim >= 0`` (a count), and ``r_yhat > 0``.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ class BehaviourAwareReward:
     """Sum of the three signals of the paper.
 
     - ``r_a``, interaction level: the value of the positive's behaviour; 0 for augmented items.
-    - ``r_yhat``, estimated score: ``sigmoid(z)`` with z the collaborative model's score,
-      standardised over the user's catalogue (mean 0, variance 1). The sigmoid is ours: the
-      paper says "standardised", and a sum of standardised scores could be negative.
+    - ``r_yhat``, estimated score: ``softplus(z)`` with z the collaborative model's score,
+      standardised over the user's catalogue (mean 0, variance 1). The softplus is ours: the
+      paper says "standardised", and a sum of standardised scores could be negative. It is z
+      itself for the items that matter (within 0.05 from z = 3 on).
       Without a model the signal is absent, and a constant 1e-6 keeps R positive.
     - ``r_sim``, format similarity: positions at which the tokens equal the positive's.
 
@@ -126,7 +127,8 @@ class BehaviourAwareReward:
                 row = int((~torch.isfinite(mean)).nonzero()[0, 0])
                 raise ValueError(f"scores[{row}] of the collaborative model are not finite")
             chosen = scores.float().gather(1, items.clamp_min(0))
-            r_yhat = ((chosen - mean) / std.clamp_min(_TINY)).sigmoid().clamp_min(_TINY)
+            z = (chosen - mean) / std.clamp_min(_TINY)
+            r_yhat = torch.nn.functional.softplus(z).clamp_min(_TINY)
         reward = r_a + r_yhat + r_sim
         log_reward = torch.where(present, reward, 1.0).log()
         return RewardOutput(log_reward, {"r_a": r_a, "r_yhat": r_yhat, "r_sim": r_sim})

@@ -25,8 +25,9 @@ def test_components_and_their_sum() -> None:
     log_reward, parts = reward(scores)
     assert parts["r_a"].tolist() == [[10.0, 0.0, 0.0, 0.0]]
     assert parts["r_sim"].tolist() == [[3.0, 2.0, 1.0, 0.0]]
-    high = 1 / (1 + math.exp(-math.sqrt(2)))  # scores have mean 0, standard deviation sqrt(2)
-    expected = torch.tensor([[high, 0.5, 1 - high]])
+    z = math.sqrt(2)  # scores have mean 0 and standard deviation sqrt(2)
+    softplus = [math.log1p(math.exp(value)) for value in (z, 0.0, -z)]
+    expected = torch.tensor([softplus])
     torch.testing.assert_close(parts["r_yhat"][:, :3], expected)
     total = (torch.tensor([[13.0, 2.0, 1.0]]) + expected).log()
     torch.testing.assert_close(log_reward[:, :3], total)
