@@ -50,7 +50,7 @@ def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
 
         dataset = generate_builtin(seed=seed, num_users=config.users, num_items=config.items)
         save_dataset(dataset, folder)
-    return load_dataset(folder)
+    return replace(load_dataset(folder), name="built-in dataset")
 
 
 def stars_as_behaviours(dataset: Dataset) -> Dataset:

@@ -201,7 +201,7 @@ def test_damaged_gzip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"0": [1, 2,]}', "line 1 column 13"),
+        (b'{"0": [1 2]}', "line 1 column 10"),
         (b'{"0": [1],\n "1": [2', "line 2 column"),
         (b"", "not valid JSON, line 1 column 1"),
         (b'{"0": [1], "0": [2]}', "the key '0' occurs twice"),
