@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ def _train(args: argparse.Namespace) -> int:
 
     overrides = list(args.overrides)
     if args.output_dir:
-        overrides.append(f"output_dir={args.output_dir}")
+        overrides.append(f"output_dir={json.dumps(args.output_dir)}")  # quoted: never a number
     run_and_report(RunConfig.load(args.config, overrides), progress=not args.no_progress)
     return 0
 
@@ -368,8 +369,6 @@ def _info(args: argparse.Namespace) -> int:
 
     info = collect_info()
     if args.json:
-        import json
-
         print(json.dumps(info, indent=2, default=str))
     else:
         print(format_info(info))

@@ -120,8 +120,17 @@ def test_a_table_is_imported(tmp_path: Path, capsys: Capture) -> None:
     rows = [f"{user},{item},{user + item}" for user in range(20) for item in range(6)]
     (tmp_path / "log.csv").write_text("\n".join(["who,what,time", *rows]) + "\n")
     code, out, error = call(
-        capsys, "data", "import", "table", tmp_path / "log.csv", "--out", tmp_path / "imported",
-        "--user-column", "who", "--item-column", "what",
+        capsys,
+        "data",
+        "import",
+        "table",
+        tmp_path / "log.csv",
+        "--out",
+        tmp_path / "imported",
+        "--user-column",
+        "who",
+        "--item-column",
+        "what",
     )
     assert (code, error) == (0, "")
     dataset = load_dataset(tmp_path / "imported")
@@ -129,9 +138,7 @@ def test_a_table_is_imported(tmp_path: Path, capsys: Capture) -> None:
     assert "written to" in out
 
 
-def test_damaged_data_are_named_in_one_line(
-    data: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_damaged_data_are_named_in_one_line(data: Path, tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(data, folder)
     whole = (folder / "inter.json.gz").read_bytes()
@@ -155,7 +162,15 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
 
 def test_evaluate(model: Path, data: Path, capsys: Capture) -> None:
     code, out, error = call(
-        capsys, "evaluate", model, "--data", data, "--max-users", 25, "--beams", 10,
+        capsys,
+        "evaluate",
+        model,
+        "--data",
+        data,
+        "--max-users",
+        25,
+        "--beams",
+        10,
         "--no-progress",
     )
     assert code == 0
@@ -165,8 +180,19 @@ def test_evaluate(model: Path, data: Path, capsys: Capture) -> None:
     assert "Seen items: not masked" in out
     assert "Collisions: item" in out
     code, out, _ = call(
-        capsys, "evaluate", model, "--data", data, "--max-users", 25, "--part", "valid",
-        "--mask-seen", "--collision", "string", "--no-progress",
+        capsys,
+        "evaluate",
+        model,
+        "--data",
+        data,
+        "--max-users",
+        25,
+        "--part",
+        "valid",
+        "--mask-seen",
+        "--collision",
+        "string",
+        "--no-progress",
     )
     assert code == 0
     assert "second-last" in out
@@ -180,9 +206,9 @@ def test_evaluate_gives_the_runs_own_numbers(
     """The folder of a run stands for its GFlowGR model."""
     results = json.loads((finished_run / "results.json").read_text())
     evaluation = finished_run / "evaluation" / "gflowgr-tb" / "done.json"
-    assert results["methods"]["GFlowGR-TB"]["metrics"] == json.loads(evaluation.read_text())[
-        "metrics"
-    ]
+    assert (
+        results["methods"]["GFlowGR-TB"]["metrics"] == json.loads(evaluation.read_text())["metrics"]
+    )
     code, out, _ = call(
         capsys, "evaluate", finished_run, "--data", data, "--beams", 10, "--no-progress"
     )
@@ -208,8 +234,9 @@ def test_evaluate_out_of_range(
 def test_what_is_no_model_is_refused(data: Path, tmp_path: Path, capsys: Capture) -> None:
     code, out, error = call(capsys, "evaluate", tmp_path, "--data", data)
     assert (code, out) == (2, "")
-    assert error == f"gflowgr: error: {tmp_path} is not a gflowgr checkpoint: " \
-        "it has no gflowgr.json\n"
+    assert (
+        error == f"gflowgr: error: {tmp_path} is not a gflowgr checkpoint: it has no gflowgr.json\n"
+    )
 
 
 def test_model_of_another_catalogue_is_refused(
@@ -228,8 +255,19 @@ def test_model_of_another_catalogue_is_refused(
 
 def test_recommend_to_users_and_histories(model: Path, data: Path, capsys: Capture) -> None:
     code, out, error = call(
-        capsys, "recommend", model, "--data", data, "--user", 17, "--user", 3,
-        "--history", "3,14,15", "-k", 4,
+        capsys,
+        "recommend",
+        model,
+        "--data",
+        data,
+        "--user",
+        17,
+        "--user",
+        3,
+        "--history",
+        "3,14,15",
+        "-k",
+        4,
     )
     assert code == 0
     assert without_bars(error) == ""
@@ -241,13 +279,20 @@ def test_recommend_to_users_and_histories(model: Path, data: Path, capsys: Captu
     assert dataset.title(15) in out
 
 
-def test_recommendations_leave_the_history_out(
-    model: Path, data: Path, capsys: Capture
-) -> None:
+def test_recommendations_leave_the_history_out(model: Path, data: Path, capsys: Capture) -> None:
     def items(*options: str) -> list[int]:
         code, out, _ = call(
-            capsys, "recommend", model, "--data", data, "--history", "3,14,15", "--json",
-            "-k", "200", *options,
+            capsys,
+            "recommend",
+            model,
+            "--data",
+            data,
+            "--history",
+            "3,14,15",
+            "--json",
+            "-k",
+            "200",
+            *options,
         )
         assert code == 0
         return [entry["item"] for entry in json.loads(out)["items"]]

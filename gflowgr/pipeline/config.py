@@ -276,9 +276,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target[last] = _parse_yaml(text, f"--set {override!r}")
 
 
-def training_arguments(
-    values: Mapping[str, Any], output_dir: str, seed: int
-) -> GFlowGRConfig:
+def training_arguments(values: Mapping[str, Any], output_dir: str, seed: int) -> GFlowGRConfig:
     """Arguments of a training stage: the run's defaults, and ``values`` over them."""
     from ..training.config import GFlowGRConfig
 

@@ -17,7 +17,7 @@ from ..data import Dataset, LeaveOneOut, load_dataset
 from ..decoding import GenerativeRecommender
 from ..errors import DataError
 from ..models.gflow_model import GFlowModel
-from .processes import device
+from .processes import device, quiet_transformers
 
 __all__ = ["evaluate_checkpoint", "recommend_from_checkpoint"]
 
@@ -30,6 +30,7 @@ def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
     Raises:
         DataError: either is damaged, or they have different numbers of items.
     """
+    quiet_transformers()
     folder = Path(model_folder)
     if not (folder / "gflowgr.json").is_file() and (folder / "gflowgr" / "model").is_dir():
         folder = folder / "gflowgr" / "model"  # the folder of a whole run

@@ -1,4 +1,4 @@
-"""Several processes (``torchrun``): what only the first one does, and where models go."""
+"""The process and its surroundings: several processes (``torchrun``), devices, chatty libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["device", "first_process_first", "is_first_process"]
+__all__ = ["device", "first_process_first", "is_first_process", "quiet_transformers"]
 
 
 def is_first_process() -> bool:
@@ -33,3 +33,10 @@ def device() -> torch.device:
     from accelerate import PartialState
 
     return PartialState().device
+
+
+def quiet_transformers() -> None:
+    """No bars of ``transformers`` for reading and writing files; the stages have their own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

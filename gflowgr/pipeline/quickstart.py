@@ -33,8 +33,8 @@ def quickstart_config(
     caveats = [
         "This is the quickstart: a generator of a quarter of TIGER's width, trained for minutes. "
         "It shows that everything works together; its numbers say little about the method.",
-        "lambda 0.1 and beta 4 were chosen on this simulated dataset, by validation N@10. With the "
-        "paper's lambda 1 and beta 1 (beta: the reward's exponent) GFlowGR-TB is below continued SFT "
+        "lambda 0.1 and beta 4 were chosen on this simulated dataset, by validation N@10. With "
+        "lambda 1 and beta 1 (the paper's; beta: the reward's exponent) TB is below continued SFT "
         "here: rewards of a positive and a random item differ by a factor of about 10, their "
         "probabilities under SFT by more, and TB then flattens the model.",
         "One seed. Differences of a few per cent are within the spread between seeds.",
@@ -47,12 +47,22 @@ def quickstart_config(
         model=TigerConfig(d_model=64, d_ff=256, d_kv=16, num_heads=4, num_layers=2),
         flow=FlowSettings(objective="tb", gfn_weight=0.1, beta=4.0),
         sft={
-            **shared, "learning_rate": 3e-3, "max_steps": 1000, "eval_steps": 200,
-            "save_steps": 200, "warmup_steps": 100, "early_stopping_patience": 3,
+            **shared,
+            "learning_rate": 3e-3,
+            "max_steps": 1000,
+            "eval_steps": 200,
+            "save_steps": 200,
+            "warmup_steps": 100,
+            "early_stopping_patience": 3,
         },
         finetune={
-            **shared, "learning_rate": 5e-4, "max_steps": 300, "eval_steps": 100,
-            "save_steps": 100, "warmup_steps": 20, "num_trajectories": 4,
+            **shared,
+            "learning_rate": 5e-4,
+            "max_steps": 300,
+            "eval_steps": 100,
+            "save_steps": 100,
+            "warmup_steps": 20,
+            "num_trajectories": 4,
         },
         caveats=caveats,
     )

@@ -46,8 +46,10 @@ def run_and_report(
     for name, rule in rules.items():
         say(f"{name}: {rule}")
     say(f"\nReport: {path}")
-    say(f"Use it: gflowgr recommend {output / 'gflowgr' / 'model'} --data {_data_folder(result)} "
-        f"--user {result.split.dataset.user_ids[0]}")
+    say(
+        f"Use it: gflowgr recommend {output / 'gflowgr' / 'model'} --data {_data_folder(result)} "
+        f"--user {result.split.dataset.user_ids[0]}"
+    )
     return result
 
 

@@ -24,7 +24,7 @@ from ..models.gflow_model import FlowSettings, GFlowModel
 from ..models.tiger import build_tiger
 from .config import CollaborativeConfig, ConfigError, RunConfig, training_arguments
 from .prepare import Catalogue, choose_identifiers, load_data, make_catalogue, split_data
-from .processes import device, first_process_first, is_first_process
+from .processes import device, first_process_first, is_first_process, quiet_transformers
 
 __all__ = ["RunResult", "TableEntry", "run"]
 
@@ -77,6 +77,7 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
         ConfigError: ``config.output_dir`` holds a run of another configuration.
         DataError: the data are damaged, or do not fit the identifiers.
     """
+    quiet_transformers()
     output = Path(config.output_dir)
     if not is_first_process():
         say, progress = _silent, False
@@ -92,9 +93,7 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
     )
     collaborative = _collaborative_stage(config, split, output, say, progress)
     vectors = getattr(collaborative, "item_embeddings", getattr(collaborative, "table", None))
-    name, identifiers = choose_identifiers(
-        dataset, config.data.identifiers, vectors, config.seed
-    )
+    name, identifiers = choose_identifiers(dataset, config.data.identifiers, vectors, config.seed)
     catalogue = make_catalogue(name, identifiers)
     tree = catalogue.tree
     say(
@@ -138,9 +137,7 @@ def _claim_folder(output: Path, config: RunConfig) -> None:
         return
     found: dict[str, Any] = files.read_json(path)
     ignored = ("output_dir", "caveats")
-    different = [
-        key for key in wanted if key not in ignored and wanted[key] != found.get(key)
-    ]
+    different = [key for key in wanted if key not in ignored and wanted[key] != found.get(key)]
     if different:
         lines = "; ".join(
             f"{key}: {found.get(key)!r} there, {wanted[key]!r} here" for key in different
@@ -202,12 +199,18 @@ def _training_stages(
     supervised = FlowSettings(
         objective="sft", normalize=config.flow.normalize, max_history=config.flow.max_history
     )
+
     def fresh() -> GFlowModel:
         backbone = build_tiger(catalogue.vocabulary, config.model, seed=config.seed)
         return GFlowModel(backbone, catalogue.tree, catalogue.vocabulary, supervised)
 
-    def train(folder: str, label: str, make: Callable[[], GFlowModel], arguments: dict[str, Any],
-              scorer: CollaborativeModel | None) -> _TrainedStage:
+    def train(
+        folder: str,
+        label: str,
+        make: Callable[[], GFlowModel],
+        arguments: dict[str, Any],
+        scorer: CollaborativeModel | None,
+    ) -> _TrainedStage:
         return _train_stage(
             output / folder, label, make, arguments, split, scorer, config.seed, say, progress
         )
@@ -216,8 +219,11 @@ def _training_stages(
     start = stages["SFT"].model
     if config.continued_sft:
         stages["SFT continued"] = train(
-            "sft_continued", "SFT continued", lambda: start.with_settings(supervised),
-            config.finetune, None,
+            "sft_continued",
+            "SFT continued",
+            lambda: start.with_settings(supervised),
+            config.finetune,
+            None,
         )
     label = f"GFlowGR-{config.flow.objective.upper()}"
     stages[label] = train(

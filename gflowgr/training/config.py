@@ -76,8 +76,13 @@ class GFlowGRConfig(TrainingArguments):
         # Said outright, because several processes on a CPU share the work only then.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
-        for name in ("num_trajectories", "eval_beams", "pool_size", "eval_max_users",
-                     "early_stopping_patience"):
+        for name in (
+            "num_trajectories",
+            "eval_beams",
+            "pool_size",
+            "eval_max_users",
+            "early_stopping_patience",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1; got {value}")

@@ -30,8 +30,12 @@ class ProgressBar(TrainerCallback):
 
         if state.is_world_process_zero:
             self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step",
-                dynamic_ncols=True, mininterval=0.5,
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.title,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.5,
             )
 
     def on_step_end(

@@ -263,7 +263,9 @@ class GFlowGRTrainer(Trainer):
                 "decayed": {"params": [], "weight_decay": self.args.weight_decay},
                 "others": {"params": [], "weight_decay": 0.0},
                 "partition": {
-                    "params": [], "weight_decay": 0.0, "lr": self.args.partition_learning_rate
+                    "params": [],
+                    "weight_decay": 0.0,
+                    "lr": self.args.partition_learning_rate,
                 },
             }
             for name, parameter in model.named_parameters():

@@ -12,8 +12,14 @@ from gflowgr.files import read_json
 METHODS = ["SFT", "SFT continued", "GFlowGR-TB", "SASRec", "Popularity"]
 
 _STAGE = {
-    "per_device_train_batch_size": 64, "max_steps": 12, "eval_strategy": "steps", "eval_steps": 4,
-    "save_steps": 4, "logging_steps": 3, "eval_beams": 10, "eval_max_users": 40,
+    "per_device_train_batch_size": 64,
+    "max_steps": 12,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "save_steps": 4,
+    "logging_steps": 3,
+    "eval_beams": 10,
+    "eval_max_users": 40,
 }
 
 

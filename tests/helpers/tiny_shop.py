@@ -45,8 +45,15 @@ def make_scorer(num_items: int = 200) -> EmbeddingScorer:
 def make_args(folder: Path, **options: Any) -> GFlowGRConfig:
     """256 prompts per batch make 6 batches an epoch."""
     defaults: dict[str, Any] = {
-        "per_device_train_batch_size": 256, "learning_rate": 3e-3, "max_steps": 2, "seed": 3,
-        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "eval_beams": 4,
-        "eval_max_users": 30, "dataloader_pin_memory": False,
+        "per_device_train_batch_size": 256,
+        "learning_rate": 3e-3,
+        "max_steps": 2,
+        "seed": 3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "eval_beams": 4,
+        "eval_max_users": 30,
+        "dataloader_pin_memory": False,
     }
     return GFlowGRConfig(output_dir=str(folder), **{**defaults, **options})

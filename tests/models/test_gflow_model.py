@@ -52,7 +52,9 @@ def expected_loss(model: GFlowModel, inputs: dict[str, Tensor]) -> dict[str, flo
         log_z = group if learned is None else float(learned[b])
         loss_gfn += sum((log_z + log_p[n] - target[n]) ** 2 for n in valid) / 3
     return {
-        "loss": loss_gr + settings.gfn_weight * loss_gfn, "loss_gr": loss_gr, "loss_gfn": loss_gfn
+        "loss": loss_gr + settings.gfn_weight * loss_gfn,
+        "loss_gr": loss_gr,
+        "loss_gfn": loss_gfn,
     }
 
 
@@ -103,9 +105,7 @@ def test_sft_reads_the_positive_only() -> None:
     del inputs["log_reward"]
     inputs["tokens"][:, 1:] = -7  # no token at all
     torch.testing.assert_close(model(**inputs)["loss"], whole["loss"])
-    _, log_pf = model.log_pf(
-        inputs["input_ids"], inputs["attention_mask"], inputs["tokens"][:, :1]
-    )
+    _, log_pf = model.log_pf(inputs["input_ids"], inputs["attention_mask"], inputs["tokens"][:, :1])
     assert whole["loss"].item() == pytest.approx(-log_pf.sum().item() / 3, rel=1e-5)
 
 
@@ -182,9 +182,7 @@ def test_checkpoint_is_an_ordinary_transformers_checkpoint(tmp_path: Path) -> No
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels
     ).logits
     log_p = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    _, log_pf = model.log_pf(
-        inputs["input_ids"], inputs["attention_mask"], inputs["tokens"][:, :1]
-    )
+    _, log_pf = model.log_pf(inputs["input_ids"], inputs["attention_mask"], inputs["tokens"][:, :1])
     torch.testing.assert_close(log_pf[:, 0], log_p, rtol=1e-4, atol=1e-5)
     assert plain.config.vocab_size == shop_catalogue().vocabulary.size
 

@@ -135,7 +135,9 @@ def test_killed_run_ends_with_the_same_results(finished_run: Path, tmp_path: Pat
 
 
 def test_interrupted_between_the_last_step_and_the_end_of_a_stage(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The stage is finished from its last checkpoint: nothing is trained twice."""
@@ -180,9 +182,7 @@ def test_full_disk_is_said_and_the_next_call_succeeds(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    config = write_config(
-        tmp_path / "run.yaml", {**tiny_run(folder), "continued_sft": False}
-    )
+    config = write_config(tmp_path / "run.yaml", {**tiny_run(folder), "continued_sft": False})
     real_save = torch.save
 
     def full(obj: Any, path: Any, *args: Any, **kwargs: Any) -> None:
@@ -265,7 +265,11 @@ def test_run_with_given_item_vectors_and_another_objective(tmp_path: Path) -> No
     values["continued_sft"] = False
     for stage in ("sft", "finetune"):
         values[stage] = {
-            **values[stage], "max_steps": 2, "eval_steps": 2, "save_steps": 2, "logging_steps": 1
+            **values[stage],
+            "max_steps": 2,
+            "eval_steps": 2,
+            "save_steps": 2,
+            "logging_steps": 1,
         }
     lines: list[str] = []
     result = run(RunConfig.from_dict(values), say=lines.append, progress=False)

@@ -27,7 +27,9 @@ def test_sft_and_then_gflowgr_on_beauty(beauty: LeaveOneOut, tmp_path: Path) -> 
     catalogue = make_catalogue("letter_official", identifiers)
     sizes = TigerConfig(16, d_ff=32, d_kv=8, num_heads=2, num_layers=1, dropout=0.0)
     model = GFlowModel(
-        build_tiger(catalogue.vocabulary, sizes, seed=0), catalogue.tree, catalogue.vocabulary,
+        build_tiger(catalogue.vocabulary, sizes, seed=0),
+        catalogue.tree,
+        catalogue.vocabulary,
         FlowSettings(objective="sft"),
     )
     options = {"max_steps": 3, "per_device_train_batch_size": 64, "eval_max_users": 20}

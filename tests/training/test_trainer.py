@@ -39,8 +39,11 @@ class StopAt(TrainerCallback):
 
 
 def make_trainer(
-    args: GFlowGRConfig, model: GFlowModel | None = None, *callbacks: TrainerCallback,
-    split: LeaveOneOut | None = None, scorer: bool = True,
+    args: GFlowGRConfig,
+    model: GFlowModel | None = None,
+    *callbacks: TrainerCallback,
+    split: LeaveOneOut | None = None,
+    scorer: bool = True,
 ) -> GFlowGRTrainer:
     trainer = GFlowGRTrainer(
         make_model() if model is None else model,
@@ -81,8 +84,12 @@ def assert_equal_weights(one: dict[str, torch.Tensor], two: dict[str, torch.Tens
 # ---- resume ----
 
 RESUMABLE: dict[str, Any] = {
-    "max_steps": 14, "logging_steps": 3, "eval_strategy": "steps", "save_strategy": "steps",
-    "load_best_model_at_end": True, "save_total_limit": 2,
+    "max_steps": 14,
+    "logging_steps": 3,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "load_best_model_at_end": True,
+    "save_total_limit": 2,
 }
 
 
@@ -99,7 +106,9 @@ def test_resumed_run_equals_an_uninterrupted_one(
 ) -> None:
     """Bit for bit, with dropout, the curriculum, a learned log Z and a log every third step."""
     options = {
-        **RESUMABLE, "gradient_accumulation_steps": accumulation, "save_steps": save_steps,
+        **RESUMABLE,
+        "gradient_accumulation_steps": accumulation,
+        "save_steps": save_steps,
         "eval_steps": save_steps,
     }
     whole = make_trainer(make_args(tmp_path / "whole", **options), make_model(dropout=0.2))
@@ -114,9 +123,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
         cut.train()
     # Another process: other weights, other random numbers.
     torch.manual_seed(99)
-    resumed = make_trainer(
-        make_args(tmp_path / "cut", **options), make_model(dropout=0.2, seed=7)
-    )
+    resumed = make_trainer(make_args(tmp_path / "cut", **options), make_model(dropout=0.2, seed=7))
     resumed.train(resume_from_checkpoint=True)
     first_resumed = stop // save_steps * save_steps + 1
     assert resumed._initial_global_step == first_resumed - 1
@@ -133,7 +140,9 @@ def test_run_killed_after_its_last_checkpoint_takes_no_further_step(
     last = 5
     if ends_by == "num_train_epochs":
         options |= {
-            "max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch",
+            "max_steps": -1,
+            "num_train_epochs": 1,
+            "save_strategy": "epoch",
             "eval_strategy": "epoch",
         }
         last = 6
@@ -158,7 +167,11 @@ def test_run_killed_after_its_last_checkpoint_takes_no_further_step(
 def test_early_stopping_remembers_how_long_it_waited(tmp_path: Path) -> None:
     """With a rate of zero no evaluation is better than the first, so the third one ends the run."""
     options = {
-        **RESUMABLE, "max_steps": 20, "eval_steps": 2, "save_steps": 2, "learning_rate": 0.0,
+        **RESUMABLE,
+        "max_steps": 20,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "learning_rate": 0.0,
         "early_stopping_patience": 2,
     }
     cut = make_trainer(make_args(tmp_path, **options), None, StopAt(5))
@@ -317,7 +330,11 @@ def test_log_z_starts_at_the_group_estimate(partition: str, tmp_path: Path) -> N
 
 def test_partition_head_has_its_own_learning_rate(tmp_path: Path) -> None:
     args = make_args(
-        tmp_path, max_steps=2, learning_rate=0.0, weight_decay=0.0, partition_learning_rate=0.05,
+        tmp_path,
+        max_steps=2,
+        learning_rate=0.0,
+        weight_decay=0.0,
+        partition_learning_rate=0.05,
         lr_scheduler_type="constant",
     )
     trainer = make_trainer(args)
@@ -373,9 +390,7 @@ class Poison(TrainerCallback):
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(
     objective: str, tmp_path: Path
 ) -> None:
-    args = make_args(
-        tmp_path, max_steps=6, logging_steps=5, save_strategy="steps", save_steps=2
-    )
+    args = make_args(tmp_path, max_steps=6, logging_steps=5, save_strategy="steps", save_steps=2)
     trainer = make_trainer(args, make_model(objective=objective), Poison(3))
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 4; lower learning_rate"):
         trainer.train()
@@ -415,9 +430,7 @@ def test_a_behaviour_without_a_value_is_named(tmp_path: Path) -> None:
         ({"remove_unused_columns": True}, "remove_unused_columns must be false"),
     ],
 )
-def test_bad_arguments_are_named(
-    options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_bad_arguments_are_named(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **options)
 
@@ -447,8 +460,15 @@ def test_evaluation_measures_and_disturbs_nothing(tmp_path: Path) -> None:
 
 def test_the_best_model_is_kept(tmp_path: Path) -> None:
     args = make_args(
-        tmp_path, max_steps=6, eval_strategy="steps", eval_steps=2, save_strategy="steps",
-        save_steps=2, load_best_model_at_end=True, save_total_limit=1, learning_rate=2e-2,
+        tmp_path,
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        save_total_limit=1,
+        learning_rate=2e-2,
     )
     trainer = make_trainer(args)
     trainer.train()
