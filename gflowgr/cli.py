@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _quiet_libraries()
         return int(args.run(args) or 0)
+    except BrokenPipeError:
+        # The reader (head, less) has enough. Nothing can be flushed to it at exit, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (GFlowGRError, OSError, ValueError) as error:
         # Bad input, with a message that says what to do; a traceback would only hide it.
         if args.debug:
@@ -47,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _quiet_libraries() -> None:
     """Keep libraries' chatter out of the output, and never touch the network unasked."""
-    import os
-
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

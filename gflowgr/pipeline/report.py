@@ -54,10 +54,15 @@ def run_and_report(
 
 
 def _results(result: RunResult) -> dict[str, Any]:
+    config = result.config.to_dict()
+    # Results are passed on: where things lie on this machine is nobody's business.
+    for section, key in (("data", "path"), ("collaborative", "embeddings")):
+        if config[section][key] is not None:
+            config[section][key] = Path(config[section][key]).name
     return {
         "gflowgr": __version__,
         "command": _command(),
-        "config": result.config.to_dict(),
+        "config": config,
         "identifiers": result.identifiers_name,
         "data": result.split.dataset.summary(),
         "split": result.split.report(),
