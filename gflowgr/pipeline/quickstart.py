@@ -31,7 +31,7 @@ def quickstart_config(
         "eval_beams": 10,
     }
     caveats = [
-        "This is the quickstart: a generator of a quarter of TIGER's width, trained for minutes. "
+        "This is the quickstart: a generator of half TIGER's width and depth, trained for minutes. "
         "It shows that everything works together; its numbers say little about the method.",
         "lambda 0.1 and beta 4 were chosen on this simulated dataset, by validation N@10. With "
         "lambda 1 and beta 1 (the paper's; beta: the reward's exponent) TB is below continued SFT "
@@ -49,7 +49,7 @@ def quickstart_config(
         sft={
             **shared,
             "learning_rate": 3e-3,
-            "max_steps": 1000,
+            "max_steps": 1600,
             "eval_steps": 200,
             "save_steps": 200,
             "warmup_steps": 100,
