@@ -47,7 +47,7 @@ def evaluate(
     mask_seen: bool = False,
     batch_size: int = 256,
     max_users: int | None = None,
-    seed: int = 0,
+    seed: int = 42,
     progress: bool = True,
     truth: np.ndarray | None = None,
 ) -> Evaluation:
@@ -66,7 +66,7 @@ def evaluate(
             validation item) from the lists.
         batch_size: users per call of the recommender.
         max_users: evaluate a random subset of this size, the same for the same seed.
-        seed: of that subset.
+        seed: of that subset; left alone, all evaluations are of the same users.
         progress: show a progress bar.
         truth: [num_users, num_items], true utilities where they are known.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -54,9 +55,10 @@ class FlowSettings:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}; got {value!r}")
-        for name, number in (("gfn_weight", self.gfn_weight), ("beta", self.beta)):
-            if not number >= 0:
-                raise ValueError(f"{name} must be >= 0; got {number}")
+        if not (math.isfinite(self.gfn_weight) and self.gfn_weight >= 0):
+            raise ValueError(f"gfn_weight must be finite and >= 0; got {self.gfn_weight}")
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise ValueError(f"beta must be finite and > 0; got {self.beta}")
         if self.max_history < 1:
             raise ValueError(f"max_history must be >= 1; got {self.max_history}")
 
@@ -88,8 +90,13 @@ class GFlowModel(nn.Module):
             width = int(backbone.config.d_model)  # type: ignore[union-attr, arg-type]
             self.partition = PartitionHead(width, settings.partition)
 
-    def with_settings(self, settings: FlowSettings) -> GFlowModel:
-        """A deep copy with other settings and a fresh partition head (to fine-tune from here)."""
+    def with_settings(self, **changes: Any) -> GFlowModel:
+        """A deep copy with a fresh partition head, to fine-tune from here.
+
+        Args:
+            **changes: fields of :class:`FlowSettings` that differ from this model's.
+        """
+        settings = replace(self.settings, **changes)
         return GFlowModel(copy.deepcopy(self.backbone), self.tree, self.vocabulary, settings)
 
     @property

@@ -137,6 +137,12 @@ class RunConfig:
             )
         if (self.collaborative.kind == "embeddings") != (self.collaborative.embeddings is not None):
             raise ConfigError("collaborative.embeddings goes with collaborative.kind: embeddings")
+        sampler = self.finetune.get("sampler", "curriculum")
+        if sampler == "curriculum" and self.collaborative.kind == "none":
+            raise ConfigError(
+                "finetune.sampler is 'curriculum' (the default), which needs a collaborative "
+                "model; with collaborative.kind: none, set finetune.sampler: random"
+            )
         for section in ("sft", "finetune"):
             _check_training_arguments(section, getattr(self, section), self.seed)
 

@@ -6,9 +6,8 @@ last complete stage, and inside a training stage from its last complete checkpoi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from ..decoding import GenerativeRecommender
 from ..evaluation import Evaluation, Recommender, ScoringRecommender, evaluate
 from ..models.gflow_model import FlowSettings, GFlowModel
 from ..models.tiger import build_tiger
+from ..rewards import BehaviourAwareReward, default_behaviour_values
+from .claim import claim_configuration, claim_data, digest_of
 from .config import CollaborativeConfig, ConfigError, RunConfig, training_arguments
 from .prepare import Catalogue, choose_identifiers, load_data, make_catalogue, split_data
 from .processes import device, first_process_first, is_first_process, quiet_transformers
@@ -74,7 +75,8 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
         progress: show progress bars.
 
     Raises:
-        ConfigError: ``config.output_dir`` holds a run of another configuration.
+        ConfigError: ``config.output_dir`` holds a run of another configuration or other data, or
+            the data have a behaviour without a reward.
         DataError: the data are damaged, or do not fit the identifiers.
     """
     quiet_transformers()
@@ -83,10 +85,12 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
         say, progress = _silent, False
     with first_process_first():
         files.ensure_writable(output)
-        _claim_folder(output, config)
+        claim_configuration(output, config)
         say(f"Output: {output}")
         dataset = load_data(config.data, output, config.seed)
         split = split_data(dataset, config.data.max_history, output)
+        claim_data(output, {"data": digest_of(split.dataset)})
+        _check_reward(config, split)
     say(
         f"Data: {dataset.name}, {dataset.num_users:,} users, {dataset.num_items:,} items, "
         f"{len(split.train):,} training examples"
@@ -94,6 +98,8 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
     collaborative = _collaborative_stage(config, split, output, say, progress)
     vectors = getattr(collaborative, "item_embeddings", getattr(collaborative, "table", None))
     name, identifiers = choose_identifiers(dataset, config.data.identifiers, vectors, config.seed)
+    with first_process_first():
+        claim_data(output, {"identifiers": digest_of(identifiers)})
     catalogue = make_catalogue(name, identifiers)
     tree = catalogue.tree
     say(
@@ -128,24 +134,16 @@ def _silent(text: str) -> None:
     """Only the first process speaks."""
 
 
-def _claim_folder(output: Path, config: RunConfig) -> None:
-    path = output / "config.json"
-    # Through JSON, so that tuples and lists compare equal to what is read.
-    wanted = json.loads(json.dumps(config.to_dict()))
-    if not path.is_file():
-        files.write_json(path, wanted)
-        return
-    found: dict[str, Any] = files.read_json(path)
-    ignored = ("output_dir", "caveats")
-    different = [key for key in wanted if key not in ignored and wanted[key] != found.get(key)]
-    if different:
-        lines = "; ".join(
-            f"{key}: {found.get(key)!r} there, {wanted[key]!r} here" for key in different
-        )
-        raise ConfigError(
-            f"{output} holds a run of another configuration ({lines}). Choose another output "
-            "folder, or delete that one to start again."
-        )
+def _check_reward(config: RunConfig, split: LeaveOneOut) -> None:
+    """Find a missing reward now and not after hours of supervised training."""
+    names = split.dataset.behaviour_names
+    try:
+        values = config.finetune.get("behaviour_values")
+        if values is None:
+            values = default_behaviour_values(names)
+        BehaviourAwareReward(values, names)
+    except ValueError as error:
+        raise ConfigError(f"finetune.behaviour_values: {error}") from error
 
 
 def _collaborative_stage(
@@ -221,13 +219,17 @@ def _training_stages(
         stages["SFT continued"] = train(
             "sft_continued",
             "SFT continued",
-            lambda: start.with_settings(supervised),
+            start.with_settings,
             config.finetune,
             None,
         )
     label = f"GFlowGR-{config.flow.objective.upper()}"
     stages[label] = train(
-        "gflowgr", label, lambda: start.with_settings(config.flow), config.finetune, collaborative
+        "gflowgr",
+        label,
+        lambda: start.with_settings(**asdict(config.flow)),
+        config.finetune,
+        collaborative,
     )
     return stages
 
@@ -315,7 +317,6 @@ def _evaluation_stage(
         leaf_of=leaf_of,
         mask_seen=settings.mask_seen,
         max_users=settings.max_users,
-        seed=config.seed,
         progress=progress,
         truth=split.dataset.truth,
     )

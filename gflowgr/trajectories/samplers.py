@@ -1,8 +1,9 @@
 """Which items a prompt is trained on, beside the observed one (GFlowGR, trajectory sampler).
 
 Rules that every sampler keeps: the positive is item 0 and nowhere else; no two items of a set have
-the same identifier; never an item the user has interacted with, held-out validation and test items
-included; the same draws for the same (seed, epoch, example), on one process or on many.
+the same identifier; never an item the user has interacted with, held-out ones included, nor one
+with such an item's identifier; the same draws for the same (seed, epoch, example), on one process
+or on many.
 """
 
 from __future__ import annotations
@@ -90,13 +91,15 @@ class CandidatePool:
         self.leaf_of = np.asarray(leaf_of, dtype=np.int64)
         self.seed = seed
         users = np.repeat(np.arange(len(known), dtype=np.int64), np.diff(known.offsets))
-        self._known = np.unique(users * self.num_items + known.values.astype(np.int64))
+        # By identifier: another item with the identifier of a held-out one would tell it as well.
+        pairs = np.unique(users * self.num_items + self.leaf_of[known.values])
+        # The last entry is beyond every key, so that a search always lands on an entry.
+        self._known = np.append(pairs, np.iinfo(np.int64).max)
 
     def is_known(self, users: _Ints, items: _Ints) -> npt.NDArray[np.bool_]:
-        """Whether the user [B] knows the item [B, M]."""
-        keys = users[:, None] * self.num_items + items
-        place = np.searchsorted(self._known, keys)
-        return self._known[np.minimum(place, len(self._known) - 1)] == keys
+        """Whether the user [B] knows the item [B, M], or one with the same identifier."""
+        keys = users[:, None] * self.num_items + self.leaf_of[items]
+        return self._known[np.searchsorted(self._known, keys)] == keys
 
     def draw(self, request: SampleRequest, size: int) -> _Ints:
         """``size`` admissible items per prompt [B, size]; -1 where none could be found.

@@ -123,8 +123,8 @@ def test_tb_needs_rewards() -> None:
         ({"objective": "dpo"}, "objective must be one of"),
         ({"partition": "none"}, "partition must be one of"),
         ({"normalize": "all"}, "normalize must be one of"),
-        ({"beta": -1.0}, "beta must be >= 0; got -1.0"),
-        ({"gfn_weight": math.nan}, "gfn_weight must be >= 0; got nan"),
+        ({"beta": -1.0}, "beta must be finite and > 0; got -1.0"),
+        ({"gfn_weight": math.nan}, "gfn_weight must be finite and >= 0; got nan"),
         ({"max_history": 0}, "max_history must be >= 1; got 0"),
     ],
 )
@@ -137,7 +137,7 @@ def test_other_settings_start_from_equal_but_independent_weights() -> None:
     start = make_model(objective="sft").eval()
     inputs = make_inputs(start)
     before = start(**inputs)["loss"].detach()
-    other = start.with_settings(FlowSettings(objective="tb")).eval()
+    other = start.with_settings(objective="tb").eval()
     assert isinstance(other.partition, PartitionHead)
     assert float(other(**inputs)["loss_gr"]) == float(before)
     with torch.no_grad():

@@ -41,7 +41,7 @@ def test_sft_and_then_gflowgr_on_beauty(beauty: LeaveOneOut, tmp_path: Path) -> 
 
     generator = torch.Generator().manual_seed(0)
     scorer = EmbeddingScorer(torch.randn(beauty.num_items, 8, generator=generator))
-    model = model.with_settings(FlowSettings(objective="tb"))
+    model = model.with_settings(objective="tb")
     args = make_args(tmp_path / "tb", **options)
     trainer = GFlowGRTrainer(model, args, beauty, collaborative=scorer)
     trainer.train()

@@ -133,3 +133,17 @@ def test_bad_sizes_are_refused() -> None:
         CurriculumSampler(make_pool(), 4, pool_size=2)
     with pytest.raises(ValueError, match=r"needs request\.scores"):
         CurriculumSampler(make_pool(), 4).sample(request(np.arange(2)))
+
+
+def test_an_item_with_the_identifier_of_a_held_out_one_is_never_drawn() -> None:
+    leaf_of = np.minimum(np.arange(NUM_ITEMS), 50)  # items 50 to 59 share an identifier
+    known = Ragged.from_lengths(np.array([46]), np.arange(5, 51))
+    asked = SampleRequest(np.array([0]), np.array([0]), np.array([5]), 0, 0.0)
+    items = CandidatePool(known, leaf_of, 0).draw(asked, 6)
+    assert sorted(items[0].tolist()) == [-1, 0, 1, 2, 3, 4]
+
+
+def test_a_user_may_know_nothing() -> None:
+    known = Ragged.from_lengths(np.array([0]), np.empty(0, np.int32))
+    pool = CandidatePool(known, np.arange(NUM_ITEMS), 0)
+    assert not pool.is_known(np.array([0]), np.arange(NUM_ITEMS)[None]).any()
