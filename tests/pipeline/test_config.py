@@ -49,7 +49,7 @@ def test_training_stages_have_the_runs_defaults() -> None:
         ({"evaluation": {"max_users": "all"}}, "max_users must be int or nothing, got 'all'"),
         ({"evaluation": {"collision": "no"}}, "collision must be one of ['item', 'string'], got"),
         ({"flow": {"objective": "sft"}}, "flow.objective is 'sft': there is nothing to fine-tune"),
-        ({"flow": {"beta": -1.0}}, "beta must be >= 0; got -1.0"),
+        ({"flow": {"beta": -1.0}}, "beta must be finite and > 0; got -1.0"),
         ({"collaborative": {"kind": "embeddings"}}, "goes with collaborative.kind: embeddings"),
         ({"collaborative": {"embeddings": "x.npy"}}, "goes with collaborative.kind: embeddings"),
         ({"sft": {"seed": 3}}, "sft.seed is set by the run itself; leave it out"),
