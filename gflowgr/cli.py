@@ -257,6 +257,7 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     builtin.add_argument("--seed", type=int, default=42)
     builtin.add_argument("--users", type=int, default=3000)
     builtin.add_argument("--items", type=int, default=1200)
+    _add_overwrite(builtin)
     builtin.set_defaults(run=_data_builtin)
 
     show = _command(actions, "inspect", "check a dataset and print what is in it")
@@ -298,14 +299,23 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         )
     for column in ("behaviour", "value"):
         importer.add_argument(f"--{column}-column", help=f"table: column of the {column}, if any")
+    _add_overwrite(importer)
     importer.set_defaults(run=_data_import)
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the dataset in --out, with every .json.gz file of that folder",
+    )
 
 
 def _data_builtin(args: argparse.Namespace) -> int:
     from .data import generate_builtin, save_dataset
 
     dataset = generate_builtin(seed=args.seed, num_users=args.users, num_items=args.items)
-    save_dataset(dataset, args.out)
+    save_dataset(dataset, args.out, overwrite=args.overwrite)
     _print_facts(dataset.summary())
     print(f"written to {args.out}")
     return 0
@@ -340,7 +350,7 @@ def _data_import(args: argparse.Namespace) -> int:
             options[column] = getattr(args, f"{column}_column")
     load = getattr(importers, f"import_{args.format}")
     dataset, report = load(args.source, args.meta, **options)
-    save_dataset(dataset, args.out)
+    save_dataset(dataset, args.out, overwrite=args.overwrite)
     print(report)
     _print_facts(dataset.summary())
     print(f"written to {args.out}")

@@ -109,11 +109,18 @@ def test_builtin_data_are_made_and_inspected(tmp_path: Path, capsys: Capture) ->
     assert "identifiers hierarchy: 200 distinct for 200 items" in out
     assert "no training example reaches a held-out event" in out
 
-    # What is there is never overwritten.
+    # What is there is never overwritten unasked.
     code, _, error = call(capsys, "data", "builtin", "--out", folder)
     assert code == 2
     assert error.startswith(f"gflowgr: error: {folder}: there is a data set already")
+    assert "--overwrite" in error
     assert load_dataset(folder).num_users == 50
+
+    code, out, error = call(
+        capsys, "data", "builtin", "--out", folder, "--users", 40, "--items", 200, "--overwrite"
+    )
+    assert (code, error) == (0, "")
+    assert load_dataset(folder).num_users == 40
 
 
 def test_a_table_is_imported(tmp_path: Path, capsys: Capture) -> None:
@@ -136,6 +143,24 @@ def test_a_table_is_imported(tmp_path: Path, capsys: Capture) -> None:
     dataset = load_dataset(tmp_path / "imported")
     assert (dataset.num_users, dataset.num_items) == (20, 6)
     assert "written to" in out
+
+
+def test_an_import_replaces_a_dataset_only_when_asked(tmp_path: Path, capsys: Capture) -> None:
+    log, folder = tmp_path / "log.csv", tmp_path / "imported"
+
+    def imported(users: int, *options: str) -> tuple[int, str, str]:
+        rows = [f"{user},{item},{user + item}" for user in range(users) for item in range(6)]
+        log.write_text("\n".join(["user,item,time", *rows]) + "\n")
+        return call(capsys, "data", "import", "table", log, "--out", folder, *options)
+
+    assert imported(20)[0] == 0
+    code, _, error = imported(12)
+    assert code == 2
+    assert "--overwrite" in error
+    assert load_dataset(folder).num_users == 20
+    code, _, error = imported(12, "--overwrite")
+    assert (code, error) == (0, "")
+    assert load_dataset(folder).num_users == 12
 
 
 def test_damaged_data_are_named_in_one_line(data: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -130,7 +130,10 @@ def save_dataset(dataset: Dataset, path: str | Path, *, overwrite: bool = False)
         if name in _RESERVED or name.startswith("index.") or Path(name).name != name:
             raise ValueError(f"side behaviour {name!r}: the name is reserved or not a file name")
     if (folder / "inter.json.gz").exists() and not overwrite:
-        raise FileExistsError(f"{folder}: there is a data set already; pass overwrite=True")
+        raise FileExistsError(
+            f"{folder}: there is a data set already; pass overwrite=True "
+            "(--overwrite on the command line) to replace it"
+        )
     # Read everything that may lie in the very folder before anything there is removed.
     indexes = {name: dataset.identifiers(name) for name in dataset.index_names()}
     truth = None if dataset.truth is None else np.array(dataset.truth)

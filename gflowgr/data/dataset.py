@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,6 +135,22 @@ class Dataset:
         ends = offsets[users + 1]
         values = self.sequences.values
         return users, values[ends - 2].astype(np.int64), values[ends - 1].astype(np.int64)
+
+    def with_stars_as_behaviours(self) -> Dataset:
+        """Let each distinct rating be a behaviour named after its value, so that it decides r_a.
+
+        A data set with behaviours of its own, without ratings, or whose ratings are no stars (one
+        is negative, or there are more than 127 distinct ones) is returned as it is.
+        """
+        if self.behaviours is not None or self.ratings is None:
+            return self
+        # Adding 0 makes -0.0, whose name would be "-0", a plain 0.
+        values, codes = np.unique(self.ratings + np.float32(0), return_inverse=True)
+        if len(values) > MAX_BEHAVIOURS or values[0] < 0:
+            return self
+        # Shortest text without an exponent: "4", "3.5", "1000000"; distinct for distinct values.
+        names = tuple(np.format_float_positional(value, trim="-") for value in values)
+        return replace(self, behaviours=codes.astype(np.int8), behaviour_names=names)
 
     def summary(self) -> dict[str, object]:
         """Counts that a person looks at first."""

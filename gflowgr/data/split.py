@@ -21,6 +21,10 @@ class LeaveOneOut:
     earlier in that user's own sequence, the earlier event is a real past event and stays; such
     users are counted in ``report()``, they are no leak.
 
+    Ratings: a data set with ratings and no behaviours gets its stars as behaviours
+    (``Dataset.with_stars_as_behaviours``), so that they decide the reward r_a; ``split.dataset`` is
+    then the converted one. Ratings that are no stars are left out and counted in ``report()``.
+
     Args:
         dataset: the data.
         max_history: longest history given to a model; older events are cut.
@@ -33,7 +37,7 @@ class LeaveOneOut:
     def __init__(self, dataset: Dataset, *, max_history: int = 20) -> None:
         if max_history < 1:
             raise ValueError(f"max_history must be at least 1, got {max_history}")
-        self.dataset = dataset
+        self.dataset = dataset = dataset.with_stars_as_behaviours()
         self.max_history = max_history
         offsets = dataset.sequences.offsets
         lengths = np.diff(offsets)
@@ -193,6 +197,9 @@ class LeaveOneOut:
             ),
             "items seen only as a target": int((~in_train[np.union1d(valid, test)]).sum()),
             "side pairs dropped as held out": dict(data.side_dropped),
+            "ratings not used as behaviours (more than 127 distinct, or negative)": (
+                len(data.ratings) if data.ratings is not None and data.behaviours is None else 0
+            ),
             "times checked (oldest first)": data.times is not None,
             "checks passed": [
                 "no training example reaches a held-out event",

@@ -259,8 +259,15 @@ def _parse_yaml(text: str, source: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.1 takes ``5e-4`` for a text; here, as in YAML 1.2, it is a number."""
+        """As in YAML 1.2, and not 1.1: ``5e-4`` is a number, ``no`` and ``on`` are texts."""
 
+    boolean = "tag:yaml.org,2002:bool"
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != boolean]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    words = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
+    Loader.add_implicit_resolver(boolean, words, list("tTfF"))
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ..data import Dataset, LeaveOneOut, TrainingExamples, load_dataset, save_da
 from ..identifiers import Identifiers, from_codes
 from ..models.vocabulary import IdentifierVocabulary
 from ..tree import PrefixTree
-from .config import ConfigError, DataConfig
+from .config import CollaborativeConfig, ConfigError, DataConfig
 from .processes import is_first_process
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "load_data",
     "make_catalogue",
     "split_data",
-    "stars_as_behaviours",
 ]
 
 
@@ -43,7 +43,7 @@ class Catalogue:
 def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
     """The dataset of ``config.path``, or the built-in one (generated once, then read again)."""
     if config.path is not None:
-        return stars_as_behaviours(load_dataset(config.path))
+        return load_dataset(config.path)
     folder = output_dir / "data"
     if not (folder / "inter.json.gz").is_file():
         from ..data import generate_builtin
@@ -51,21 +51,6 @@ def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
         dataset = generate_builtin(seed=seed, num_users=config.users, num_items=config.items)
         save_dataset(dataset, folder)
     return replace(load_dataset(folder), name="built-in dataset")
-
-
-def stars_as_behaviours(dataset: Dataset) -> Dataset:
-    """Let each distinct rating be a behaviour named after its value, so that it decides r_a.
-
-    A dataset with behaviours of its own, without ratings, or with more than 127 distinct ratings
-    (then they are no stars) is returned as it is.
-    """
-    if dataset.behaviours is not None or dataset.ratings is None:
-        return dataset
-    values, codes = np.unique(dataset.ratings, return_inverse=True)
-    if len(values) > 127:
-        return dataset
-    names = tuple(f"{value:g}" for value in values)
-    return replace(dataset, behaviours=codes.astype(np.int8), behaviour_names=names)
 
 
 def split_data(dataset: Dataset, max_history: int, output_dir: Path) -> LeaveOneOut:
@@ -81,12 +66,26 @@ def split_data(dataset: Dataset, max_history: int, output_dir: Path) -> LeaveOne
 
 
 def choose_identifiers(
-    dataset: Dataset, name: str | None, item_vectors: torch.Tensor | None, seed: int
+    dataset: Dataset,
+    name: str | None,
+    item_vectors: torch.Tensor | None,
+    seed: int,
+    collaborative: CollaborativeConfig,
 ) -> tuple[str, Identifiers]:
-    """The named identifiers, the only ones, or residual k-means over ``item_vectors``.
+    """The named identifiers, the only ones, or residual k-means of item vectors, else of texts.
+
+    Args:
+        dataset: the data, with its identifiers and texts.
+        name: which identifiers, or None.
+        item_vectors: [items, d] of the collaborative model, or None.
+        seed: of the k-means.
+        collaborative: where ``item_vectors`` come from; made identifiers are named after it.
+
+    Returns:
+        The name for reports, and the identifiers.
 
     Raises:
-        ConfigError: several sets and none named, or none and no item vectors to make them from.
+        ConfigError: several sets and none named, or none and nothing to make them from.
     """
     names = dataset.index_names()
     if name is not None:
@@ -97,17 +96,27 @@ def choose_identifiers(
         raise ConfigError(
             f"data.identifiers: {dataset.name} has several sets, name one of: {', '.join(names)}"
         )
-    if item_vectors is None:
-        raise ConfigError(
-            f"{dataset.name} has no identifiers, and without a collaborative model none can be made"
-        )
-    from ..identifiers import residual_kmeans
+    from ..identifiers import residual_kmeans, text_embeddings
 
-    vectors = item_vectors.detach().cpu().numpy().astype(np.float32)
+    texts = [" ".join(fields.values()) for fields in dataset.texts or []]
+    if item_vectors is not None:
+        vectors = item_vectors.detach().cpu().numpy().astype(np.float32)
+        source = "SASRec items"
+        if collaborative.embeddings is not None:
+            source = Path(collaborative.embeddings).name
+    elif any(re.search(r"\w\w", text) for text in texts):  # what text_embeddings takes for a word
+        vectors = text_embeddings(texts, seed=seed)
+        source = "item texts"
+    else:
+        raise ConfigError(
+            f"{dataset.name} has no identifiers and nothing to make them from; give it an index "
+            "file (index.NAME.json.gz) or item texts (item.json.gz), or set collaborative.kind to "
+            "sasrec or embeddings"
+        )
     # About four items per full path keeps the last, separating token short.
     size = int(np.clip(round((len(vectors) / 4) ** (1 / 3)), 4, 256))
     codes = residual_kmeans(vectors, levels=3, codebook_size=size, seed=seed)
-    return f"residual k-means of SASRec items (3 x {size} + 1)", from_codes(codes)
+    return f"residual k-means of {source} (3 x {size} + 1)", from_codes(codes)
 
 
 def make_catalogue(name: str, identifiers: Identifiers) -> Catalogue:

@@ -97,7 +97,9 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
     )
     collaborative = _collaborative_stage(config, split, output, say, progress)
     vectors = getattr(collaborative, "item_embeddings", getattr(collaborative, "table", None))
-    name, identifiers = choose_identifiers(dataset, config.data.identifiers, vectors, config.seed)
+    name, identifiers = choose_identifiers(
+        dataset, config.data.identifiers, vectors, config.seed, config.collaborative
+    )
     with first_process_first():
         claim_data(output, {"identifiers": digest_of(identifiers)})
     catalogue = make_catalogue(name, identifiers)

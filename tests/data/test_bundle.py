@@ -210,7 +210,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_an_existing_data_set_is_not_overwritten_by_accident(tmp_path: Path) -> None:
     save_dataset(example(), tmp_path)
-    with pytest.raises(FileExistsError, match="overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"overwrite=True .--overwrite on the command line"):
         save_dataset(example(), tmp_path)
 
 

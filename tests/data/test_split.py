@@ -79,6 +79,45 @@ def test_the_behaviour_of_an_example_is_that_of_its_target() -> None:
     assert [split.train[i]["behaviour"] for i in range(len(split.train))] == [1, 0, 0]
 
 
+UNUSED = "ratings not used as behaviours (more than 127 distinct, or negative)"
+
+
+def test_stars_become_behaviours_named_after_their_value() -> None:
+    stars = np.array([5, 3.5, 0.1, -0.0, 1, 5, 1_000_000], dtype=np.float32)
+    data = make([[0, 1, 2, 3, 4], [5, 6]], ratings=stars)
+    split = LeaveOneOut(data)
+    names = split.dataset.behaviour_names
+    assert names == ("0", "0.1", "1", "3.5", "5", "1000000")
+    # The targets of the training part: items 1 and 2 of user 0, item 6 of user 1.
+    behaviours = [split.train[i]["behaviour"] for i in range(len(split.train))]
+    assert [names[code] for code in behaviours] == ["3.5", "0.1", "1000000"]
+    assert split.report()[UNUSED] == 0
+    assert data.behaviours is None  # the data set given stays as it is
+
+
+def test_behaviours_go_before_stars() -> None:
+    stars, kinds = np.array([1, 2, 3], dtype=np.float32), np.zeros(3, dtype=np.int8)
+    data = make([[0, 1, 2]], ratings=stars, behaviours=kinds, behaviour_names=("buy",))
+    split = LeaveOneOut(data)
+    assert split.dataset is data
+    assert split.report()[UNUSED] == 0
+
+
+@pytest.mark.parametrize(
+    ("ratings", "unused"),
+    [(np.arange(127), 0), (np.arange(128), 128), (np.arange(4) - 1, 4)],
+    ids=["127 stars", "128 distinct", "negative"],
+)
+def test_ratings_that_are_no_stars_are_left_out_and_counted(
+    ratings: np.ndarray, unused: int
+) -> None:
+    sequence = [n % NUM_ITEMS for n in range(len(ratings))]
+    split = LeaveOneOut(make([sequence], ratings=ratings.astype(np.float32)))
+    assert split.report()[UNUSED] == unused
+    assert (split.dataset.behaviours is None) == (unused > 0)
+    assert (split.train[0]["behaviour"] == -1) == (unused > 0)
+
+
 def test_repeats_are_reported_and_are_no_leak() -> None:
     # User 0's valid item 1 and test item 0 occur before; user 1's test repeats their valid item;
     # user 2 has nothing held out.
