@@ -338,8 +338,9 @@ def _data_inspect(args: argparse.Namespace) -> int:
 
 
 def _data_import(args: argparse.Namespace) -> int:
-    from .data import importers, save_dataset
+    from .data import check_target, importers, save_dataset
 
+    check_target(args.out, overwrite=args.overwrite)  # before the hours that an import may take
     options = {
         "k_core": args.k_core,
         "max_bad_fraction": args.max_bad_fraction,

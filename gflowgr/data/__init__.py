@@ -1,7 +1,7 @@
 """Data sets: reading, writing, importing, generating, splitting and training examples."""
 
 from gflowgr.data.builtin import generate_builtin
-from gflowgr.data.bundle import load_dataset, save_dataset
+from gflowgr.data.bundle import check_target, load_dataset, save_dataset
 from gflowgr.data.dataset import Dataset
 from gflowgr.data.examples import TrainingExamples
 from gflowgr.data.importers import (
@@ -21,6 +21,7 @@ __all__ = [
     "LeaveOneOut",
     "Ragged",
     "TrainingExamples",
+    "check_target",
     "generate_builtin",
     "import_amazon",
     "import_movielens",

@@ -17,6 +17,7 @@ file                      content
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -104,6 +105,38 @@ def load_dataset(path: str | Path) -> Dataset:
     )
 
 
+def check_target(path: str | Path, *, overwrite: bool = False, sides: Iterable[str] = ()) -> None:
+    """Check that a data set may be written to ``path``.
+
+    Every ``*.json.gz`` of a data set's folder belongs to the data set, and is replaced with it. So a
+    folder that is no data set and has such files of another kind is not to be written to.
+
+    Args:
+        path: the folder; it need not exist.
+        overwrite: a data set that is there may be replaced.
+        sides: names of side behaviours that an interrupted save may have left.
+
+    Raises:
+        FileExistsError: the folder has a data set and ``overwrite`` is false, or has other files.
+    """
+    folder = Path(path)
+    if (folder / "inter.json.gz").exists():
+        if not overwrite:
+            raise FileExistsError(
+                f"{folder}: there is a data set already; pass overwrite=True "
+                "(--overwrite on the command line) to replace it"
+            )
+        return
+    own = {*_RESERVED, *sides}
+    names = [file.name.removesuffix(".json.gz") for file in folder.glob("*.json.gz")]
+    foreign = sorted(n for n in names if n not in own and not n.startswith("index."))
+    if foreign:
+        raise FileExistsError(
+            f"{folder}: {foreign[0]}.json.gz is there, which would be taken for a part of the data "
+            "set; choose a folder of its own"
+        )
+
+
 def save_dataset(dataset: Dataset, path: str | Path, *, overwrite: bool = False) -> Dataset:
     """Write ``dataset`` to the folder ``path`` in the bundle format.
 
@@ -119,7 +152,7 @@ def save_dataset(dataset: Dataset, path: str | Path, *, overwrite: bool = False)
         The same data set with ``path`` and ``name`` set to the folder.
 
     Raises:
-        FileExistsError: the folder has a data set already and ``overwrite`` is false.
+        FileExistsError: see :func:`check_target`.
         OutputError: the folder cannot be written.
         ValueError: a side behaviour has a name that the format reserves.
     """
@@ -129,11 +162,7 @@ def save_dataset(dataset: Dataset, path: str | Path, *, overwrite: bool = False)
     for name in dataset.side:
         if name in _RESERVED or name.startswith("index.") or Path(name).name != name:
             raise ValueError(f"side behaviour {name!r}: the name is reserved or not a file name")
-    if (folder / "inter.json.gz").exists() and not overwrite:
-        raise FileExistsError(
-            f"{folder}: there is a data set already; pass overwrite=True "
-            "(--overwrite on the command line) to replace it"
-        )
+    check_target(folder, overwrite=overwrite, sides=dataset.side)
     # Read everything that may lie in the very folder before anything there is removed.
     indexes = {name: dataset.identifiers(name) for name in dataset.index_names()}
     truth = None if dataset.truth is None else np.array(dataset.truth)

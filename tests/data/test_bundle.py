@@ -271,3 +271,20 @@ def test_ragged_refuses_offsets_that_do_not_fit() -> None:
         Ragged(np.array([0, 3]), np.arange(2))
     with pytest.raises(IndexError, match="row 2 of 2"):
         Ragged.from_lists([[1], [2]]).row(2)
+
+
+def test_other_files_in_the_folder_are_never_deleted(tmp_path: Path) -> None:
+    raw = tmp_path / "reviews.json.gz"
+    raw.write_bytes(b"raw data")
+    dataset = generate_builtin(seed=0, num_users=40, num_items=200)
+    with pytest.raises(FileExistsError, match=r"reviews\.json\.gz is there"):
+        save_dataset(dataset, tmp_path, overwrite=True)
+    assert raw.read_bytes() == b"raw data"
+
+
+def test_what_an_interrupted_save_left_is_replaced(tmp_path: Path) -> None:
+    dataset = generate_builtin(seed=0, num_users=40, num_items=200)
+    save_dataset(dataset, tmp_path)
+    (tmp_path / "inter.json.gz").unlink()  # written last, so an interrupted save has none
+    save_dataset(dataset, tmp_path)
+    assert load_dataset(tmp_path).num_users == 40
