@@ -108,8 +108,8 @@ def load_dataset(path: str | Path) -> Dataset:
 def check_target(path: str | Path, *, overwrite: bool = False, sides: Iterable[str] = ()) -> None:
     """Check that a data set may be written to ``path``.
 
-    Every ``*.json.gz`` of a data set's folder belongs to the data set, and is replaced with it. So a
-    folder that is no data set and has such files of another kind is not to be written to.
+    Every ``*.json.gz`` of a data set's folder belongs to the data set, and is replaced with it. So
+    a folder that is no data set and has such files of another kind is not to be written to.
 
     Args:
         path: the folder; it need not exist.

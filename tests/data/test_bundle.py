@@ -276,15 +276,15 @@ def test_ragged_refuses_offsets_that_do_not_fit() -> None:
 def test_other_files_in_the_folder_are_never_deleted(tmp_path: Path) -> None:
     raw = tmp_path / "reviews.json.gz"
     raw.write_bytes(b"raw data")
-    dataset = generate_builtin(seed=0, num_users=40, num_items=200)
+    dataset = example()
     with pytest.raises(FileExistsError, match=r"reviews\.json\.gz is there"):
         save_dataset(dataset, tmp_path, overwrite=True)
     assert raw.read_bytes() == b"raw data"
 
 
 def test_what_an_interrupted_save_left_is_replaced(tmp_path: Path) -> None:
-    dataset = generate_builtin(seed=0, num_users=40, num_items=200)
+    dataset = example()
     save_dataset(dataset, tmp_path)
     (tmp_path / "inter.json.gz").unlink()  # written last, so an interrupted save has none
     save_dataset(dataset, tmp_path)
-    assert load_dataset(tmp_path).num_users == 40
+    assert_same(dataset, load_dataset(tmp_path))
