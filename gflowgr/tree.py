@@ -216,7 +216,8 @@ class PrefixTree:
 
         An identifier ends before the first -1 or masked position, or with the row.
         """
-        tokens = integer_tensor(tokens, "tokens", self.device)
+        # int64 before comparing with -1: that is 255 in uint8, a token as good as others.
+        tokens = integer_tensor(tokens, "tokens", self.device).to(torch.int64)
         nodes = self.walk(tokens, mask=mask)
         given = tokens != -1 if mask is None else (tokens != -1) & mask
         length = given.to(torch.int64).cumprod(-1).sum(-1)
@@ -225,17 +226,22 @@ class PrefixTree:
         last = nodes.gather(-1, (length - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return self.terminal(torch.where(length > 0, last, -1))
 
-    def validate(self, tokens: Tensor, mask: Tensor | None = None, *, name: str = "tokens") -> None:
+    def validate(self, tokens: Any, mask: Tensor | None = None, *, name: str = "tokens") -> None:
         """Raise ValueError for the first row of ``tokens`` [..., L] that is not in the tree.
 
         With a mask, a row's identifier is its true prefix, and all-false rows are padding; without
-        one, an identifier ends before the first -1. The message calls the argument ``name``.
+        one, an identifier ends before the first -1. A -1 where the mask is true is an error. The
+        message calls the argument ``name``. Raises TypeError for other than integers.
         """
+        tokens = integer_tensor(tokens, name, self.device).to(torch.int64)
         nodes = self.walk(tokens, mask=mask)
         given = tokens != -1 if mask is None else mask
         length = given.to(torch.int64).cumprod(-1).sum(-1)
         if mask is not None and bool((mask.sum(-1) != length).any()):
             raise ValueError("mask: expected each row to be a run of true, then false")
+        if mask is not None and bool((hole := mask & (tokens == -1)).any()):
+            place = ", ".join(map(str, torch.nonzero(hole)[0].tolist()))
+            raise ValueError(f"{name}[{place}] = -1 is no token, but the mask is true there")
         bad = self.leaves(tokens, mask=mask) < 0
         if mask is not None:
             bad &= length > 0

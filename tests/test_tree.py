@@ -247,6 +247,28 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"codes\[1, 1\] = \(77, 88, 99\)"):
             small.validate(tokens, name="codes")
 
+    def test_token_255_in_uint8_is_no_padding(self) -> None:
+        tree = PrefixTree.from_identifiers([[1, 255], [1, 7]])
+        tokens = torch.tensor([[1, 255]], dtype=torch.uint8)
+        assert tree.leaves(tokens).tolist() == tree.leaves(tokens.long()).tolist() == [1]
+        tree.validate(tokens)
+        tree.validate(tokens, torch.ones(1, 2, dtype=torch.bool))
+        with pytest.raises(ValueError, match=r"= \(1, 255\) is not .*: no child 255 under \(1,\)"):
+            PrefixTree.from_identifiers([[1], [2]]).validate(tokens)
+
+    def test_validate_takes_lists(self, small: PrefixTree) -> None:
+        small.validate([[5, 9, 2], [6, -1, -1]])
+        with pytest.raises(ValueError, match=r"tokens\[0\] = \(1, 2, 3\) is not an identifier"):
+            small.validate([[1, 2, 3]])
+        with pytest.raises(TypeError, match=r"codes: expected integers, got torch\.float32"):
+            small.validate([[0.5]], name="codes")
+
+    def test_validate_refuses_padding_under_a_true_mask(self, small: PrefixTree) -> None:
+        tokens = torch.tensor([[5, 9, 2], [5, 8, -1]])  # (5, 8) is an identifier
+        small.validate(tokens, tokens >= 0)
+        with pytest.raises(ValueError, match=r"tokens\[1, 2\] = -1 is no token, but the mask is"):
+            small.validate(tokens, torch.ones(2, 3, dtype=torch.bool))
+
     def test_arguments_of_look_ups(self, small: PrefixTree) -> None:
         with pytest.raises(TypeError, match=r"expected integers, got torch\.float32"):
             small.walk(torch.zeros(2, 3))

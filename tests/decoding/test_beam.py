@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,33 @@ class Shop:
     def search(self, **options: object) -> tuple[Tensor, Tensor, Tensor]:
         out = constrained_beam_search(self.model, self.ids, self.mask, self.tree, **options)
         return out.items, out.scores, out.tokens
+
+
+class CodesShop(Shop):
+    """The same with given codes [items, 3], right-padded with -1."""
+
+    def __init__(self, codes: npt.NDArray[np.int64], *, seed: int = 0) -> None:
+        self.vocabulary = IdentifierVocabulary.from_codes(codes)
+        tokens = self.vocabulary.encode(codes)
+        self.tree = PrefixTree.from_identifiers([row[row >= 0].tolist() for row in tokens])
+        self.item_tokens = torch.from_numpy(tokens)
+        self.model = build_tiger(self.vocabulary, SMALL, seed=seed).eval()
+        histories = torch.tensor([[0, 1, 2], [1, -1, -1]])
+        self.ids, self.mask = prompt_tokens(histories, self.item_tokens)
+
+
+def small_codes(seed: int, ragged: bool, shared: bool) -> npt.NDArray[np.int64]:
+    """Codes of about 30 items: some prefixes of others (ragged), some items alike (shared)."""
+    rng = np.random.default_rng(seed)
+    codes = np.unique(rng.integers(0, [4, 3, 4], size=(40, 3)), axis=0)
+    if ragged:
+        codes[::3, 2] = -1
+        codes[::7, 1:] = -1
+        codes = np.unique(codes, axis=0)
+    if shared:
+        codes = np.concatenate([codes, codes[::2], codes[::5]])
+    rng.shuffle(codes)
+    return codes
 
 
 @pytest.mark.parametrize("normalize", ["vocab", "children"])
@@ -149,10 +177,94 @@ def test_excluded_items_never_appear() -> None:
         assert (items[row, len(expected) :] == -1).all()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_excluding_equals_searching_alone_what_is_left(
+    seed: int, ragged: bool, shared: bool
+) -> None:
+    shop = CodesShop(small_codes(seed, ragged, shared), seed=seed)
+    count, generator = len(shop.item_tokens), torch.Generator().manual_seed(seed)
+    for share in (0.3, 0.7, 0.95):
+        excluded = torch.rand(2, count, generator=generator) < share
+        exclude = torch.where(excluded, torch.arange(count), -1)
+        exclude = torch.cat([exclude, exclude[:, : count // 2]], dim=1)  # some are listed twice
+        stock = torch.rand(count, generator=generator) < 0.7
+        for beams in (1, 3):
+            for available in (None, stock):
+                items, scores, tokens = shop.search(
+                    num_beams=beams, exclude=exclude, available=available
+                )
+                left = ~excluded if available is None else ~excluded & available
+                for row in range(2):
+                    alone = shop.search(num_beams=beams, available=left[row])
+                    assert items[row].tolist() == alone[0][row].tolist()
+                    assert torch.equal(tokens[row], alone[2][row])
+                    torch.testing.assert_close(scores[row], alone[1][row], rtol=1e-5, atol=1e-5)
+                    # No dead end took a beam: one result at least while an item is left.
+                    assert (int(items[row, 0]) >= 0) == bool(left[row].any())
+                    assert all(left[row, item] for item in items[row].tolist() if item >= 0)
+
+
+def test_beams_are_not_spent_on_prefixes_of_excluded_items() -> None:
+    codes = np.array([[item, 0, 0] for item in range(60)])
+    shop = CodesShop(codes)
+    best = shop.search(num_beams=60)[0]
+    items, _, _ = shop.search(num_beams=20, num_return=10, exclude=best[:, :20])
+    for row in range(2):
+        left = torch.ones(60, dtype=torch.bool)
+        left[best[row, :20]] = False
+        alone = shop.search(num_beams=20, num_return=10, available=left)[0]
+        assert items[row].tolist() == alone[row].tolist()
+        assert left[items[row]].all()
+        assert len(set(items[row].tolist())) == 10
+
+
+def test_an_excluded_prefix_of_an_identifier_leaves_the_longer_one() -> None:
+    shop = CodesShop(np.array([[0, 1, -1], [0, 1, 2], [3, 1, -1]]))
+    items, _, _ = shop.search(num_beams=1, exclude=torch.tensor([[0, 2], [1, 2]]))
+    assert items.tolist() == [[1], [0]]
+    items, _, _ = shop.search(num_beams=1, exclude=torch.tensor([[0, 1, 2]] * 2))
+    assert items.tolist() == [[-1], [-1]]
+    # The same through the stock: the sold-out short identifier takes no beam.
+    items, _, _ = shop.search(num_beams=1, available=torch.tensor([False, True, False]))
+    assert items.tolist() == [[1], [1]]
+
+
+def test_no_prompts_give_empty_outputs() -> None:
+    shop = Shop()
+    shop.ids, shop.mask = shop.ids[:0], shop.mask[:0]
+    exclude = torch.empty(0, 4, dtype=torch.long)
+    items, scores, tokens = shop.search(num_beams=5, num_return=3, exclude=exclude)
+    assert (items.shape, scores.shape, tokens.shape) == ((0, 3), (0, 3), (0, 3, 3))
+    assert (items.dtype, scores.dtype, tokens.dtype) == (torch.int64, torch.float32, torch.int64)
+
+
+def test_nan_scores_are_reported() -> None:
+    shop = Shop()
+    with torch.no_grad():
+        next(shop.model.parameters()).fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="the model's scores are NaN"):
+        shop.search(num_beams=3)
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"num_beams": 0}, "num_beams must be >= 1; got 0"), ({"num_return": 0}, "num_return")],
+    ("options", "error", "message"),
+    [
+        ({"num_beams": 0}, ValueError, "num_beams must be >= 1; got 0"),
+        ({"num_return": 0}, ValueError, "num_return"),
+        ({"normalize": "none"}, ValueError, "normalize must be 'vocab' or 'children'; got 'none'"),
+        ({"available": torch.ones(3)}, TypeError, "available must be bool"),
+        ({"available": torch.ones(3).bool()}, ValueError, r"available must be \[items\]"),
+        ({"exclude": torch.ones(2, 3)}, TypeError, "exclude must hold integer item ids"),
+        ({"exclude": torch.ones(2).long()}, ValueError, r"exclude must be \[B, E\] with B = 2"),
+        ({"exclude": torch.ones(1, 3).long()}, ValueError, r"B = 2; got \(1, 3\)"),
+        ({"exclude": torch.tensor([[-2], [0]])}, ValueError, r"or -1; got -2\.\.0"),
+        ({"exclude": torch.tensor([[999], [0]])}, ValueError, r"or -1; got 0\.\.999"),
+    ],
 )
-def test_bad_arguments_are_named(options: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_arguments_are_named(
+    options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
         Shop().search(**options)
