@@ -9,10 +9,13 @@ a sequence of its own; so the packed forward equals N separate ones (up to round
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "PromptState",
@@ -41,7 +44,7 @@ class PromptState:
         return (self.hidden * weight).sum(1) / weight.sum(1).clamp_min(1.0)
 
 
-def encode_prompt(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> PromptState:
+def encode_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> PromptState:
     """Run the encoder once.
 
     Args:
@@ -53,12 +56,12 @@ def encode_prompt(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
         TypeError: the model is not an encoder-decoder model of the T5 family.
     """
     _check_supported(model)
-    encoder: Any = model.get_encoder()  # type: ignore[operator]
+    encoder: Any = model.get_encoder()
     output = encoder(input_ids=input_ids, attention_mask=attention_mask)
     return PromptState(output.last_hidden_state, attention_mask)
 
 
-def branch_hidden_states(model: nn.Module, prompt: PromptState, prefixes: Tensor) -> Tensor:
+def branch_hidden_states(model: PreTrainedModel, prompt: PromptState, prefixes: Tensor) -> Tensor:
     """Decoder states of N prefixes per prompt, packed in one sequence.
 
     Args:
@@ -71,7 +74,7 @@ def branch_hidden_states(model: nn.Module, prompt: PromptState, prefixes: Tensor
         that ``hidden @ weight.T`` of :func:`output_head` are the model's logits.
     """
     batch, branches, length = prefixes.shape
-    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    decoder: Any = model.get_decoder()
     config: Any = model.config
     mask = _block_causal_mask(branches, length, prompt.hidden.dtype, prompt.hidden.device)
     output = decoder(
@@ -88,7 +91,7 @@ def branch_hidden_states(model: nn.Module, prompt: PromptState, prefixes: Tensor
 
 
 def trajectory_hidden_states(
-    model: nn.Module, prompt: PromptState, tokens: Tensor, mask: Tensor | None = None
+    model: PreTrainedModel, prompt: PromptState, tokens: Tensor, mask: Tensor | None = None
 ) -> Tensor:
     """Hidden states from which each token of each trajectory is predicted.
 
@@ -108,9 +111,9 @@ def trajectory_hidden_states(
     return branch_hidden_states(model, prompt, torch.cat([start, tokens[..., :-1]], dim=-1))
 
 
-def output_head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+def output_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """The output head's weight [V, d] and bias [V] or None."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()
     return head.weight, getattr(head, "bias", None)
 
 
@@ -126,7 +129,7 @@ def _block_causal_mask(
     return mask.masked_fill_(visible, 0.0)[None, None]
 
 
-def _check_supported(model: nn.Module) -> None:
+def _check_supported(model: PreTrainedModel) -> None:
     config = getattr(model, "config", None)
     if not (
         getattr(config, "is_encoder_decoder", False)

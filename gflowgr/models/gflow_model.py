@@ -6,7 +6,7 @@ import copy
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from ..tree import PrefixTree
 from .backbone import encode_prompt, output_head, trajectory_hidden_states
 from .partition import PartitionHead, PartitionMode
 from .vocabulary import IdentifierVocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["FlowSettings", "GFlowModel", "Objective"]
 
@@ -75,7 +78,7 @@ class GFlowModel(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tree: PrefixTree,
         vocabulary: IdentifierVocabulary,
         settings: FlowSettings,
@@ -87,7 +90,7 @@ class GFlowModel(nn.Module):
         self.settings = settings
         self.partition: PartitionHead | None = None
         if settings.objective == "tb" and settings.partition != "vargrad":
-            width = int(backbone.config.d_model)  # type: ignore[union-attr, arg-type]
+            width = int(backbone.config.d_model)
             self.partition = PartitionHead(width, settings.partition)
 
     def with_settings(self, **changes: Any) -> GFlowModel:
@@ -181,7 +184,7 @@ class GFlowModel(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(folder)  # type: ignore[operator]
+        self.backbone.save_pretrained(folder)
         self.tree.save(folder / "tree.safetensors")
         if self.partition is not None:
             with files.atomic_path(folder / "partition.safetensors") as path:
@@ -199,7 +202,7 @@ class GFlowModel(nn.Module):
         """Load the weights that :meth:`save_pretrained` wrote into this model, in place."""
         from safetensors.torch import load_file
 
-        backbone = type(self.backbone).from_pretrained(folder)  # type: ignore[attr-defined]
+        backbone = type(self.backbone).from_pretrained(folder)
         self.backbone.load_state_dict(backbone.state_dict())
         if self.partition is not None:
             self.partition.load_state_dict(load_file(Path(folder) / "partition.safetensors"))

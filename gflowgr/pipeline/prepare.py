@@ -18,9 +18,10 @@ from .processes import is_first_process
 
 __all__ = [
     "Catalogue",
-    "choose_identifiers",
     "load_data",
     "make_catalogue",
+    "make_identifiers",
+    "published_identifiers",
     "split_data",
 ]
 
@@ -65,37 +66,47 @@ def split_data(dataset: Dataset, max_history: int, output_dir: Path) -> LeaveOne
     return split
 
 
-def choose_identifiers(
+def published_identifiers(dataset: Dataset, name: str | None) -> tuple[str, Identifiers] | None:
+    """The identifiers that come with the data: the named ones, or the only ones.
+
+    Returns:
+        Their name and they themselves, or None when the data have none and none are named.
+
+    Raises:
+        ConfigError: several sets, and none is named.
+        DataError: the named ones are missing, or the file is damaged.
+    """
+    names = dataset.index_names()
+    if name is None and len(names) > 1:
+        raise ConfigError(
+            f"data.identifiers: {dataset.name} has several sets, name one of: {', '.join(names)}"
+        )
+    if name is None and not names:
+        return None
+    name = name or names[0]
+    return name, dataset.identifiers(name)
+
+
+def make_identifiers(
     dataset: Dataset,
-    name: str | None,
     item_vectors: torch.Tensor | None,
     seed: int,
     collaborative: CollaborativeConfig,
 ) -> tuple[str, Identifiers]:
-    """The named identifiers, the only ones, or residual k-means of item vectors, else of texts.
+    """Identifiers for data that come without: residual k-means of item vectors, else of texts.
 
     Args:
-        dataset: the data, with its identifiers and texts.
-        name: which identifiers, or None.
+        dataset: the data, with its texts.
         item_vectors: [items, d] of the collaborative model, or None.
         seed: of the k-means.
-        collaborative: where ``item_vectors`` come from; made identifiers are named after it.
+        collaborative: where ``item_vectors`` come from; the identifiers are named after it.
 
     Returns:
         The name for reports, and the identifiers.
 
     Raises:
-        ConfigError: several sets and none named, or none and nothing to make them from.
+        ConfigError: there is nothing to make them from.
     """
-    names = dataset.index_names()
-    if name is not None:
-        return name, dataset.identifiers(name)
-    if len(names) == 1:
-        return names[0], dataset.identifiers(names[0])
-    if names:
-        raise ConfigError(
-            f"data.identifiers: {dataset.name} has several sets, name one of: {', '.join(names)}"
-        )
     from ..identifiers import residual_kmeans, text_embeddings
 
     texts = [" ".join(fields.values()) for fields in dataset.texts or []]

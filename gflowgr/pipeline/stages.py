@@ -21,10 +21,17 @@ from ..decoding import GenerativeRecommender
 from ..evaluation import Evaluation, Recommender, ScoringRecommender, evaluate
 from ..models.gflow_model import FlowSettings, GFlowModel
 from ..models.tiger import build_tiger
-from ..rewards import BehaviourAwareReward, default_behaviour_values
+from ..rewards import BehaviourAwareReward
 from .claim import claim_configuration, claim_data, digest_of
 from .config import CollaborativeConfig, ConfigError, RunConfig, training_arguments
-from .prepare import Catalogue, choose_identifiers, load_data, make_catalogue, split_data
+from .prepare import (
+    Catalogue,
+    load_data,
+    make_catalogue,
+    make_identifiers,
+    published_identifiers,
+    split_data,
+)
 from .processes import device, first_process_first, is_first_process, quiet_transformers
 
 __all__ = ["RunResult", "TableEntry", "run"]
@@ -95,10 +102,11 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
         f"Data: {dataset.name}, {dataset.num_users:,} users, {dataset.num_items:,} items, "
         f"{len(split.train):,} training examples"
     )
+    published = published_identifiers(dataset, config.data.identifiers)
     collaborative = _collaborative_stage(config, split, output, say, progress)
-    vectors = getattr(collaborative, "item_embeddings", getattr(collaborative, "table", None))
-    name, identifiers = choose_identifiers(
-        dataset, config.data.identifiers, vectors, config.seed, config.collaborative
+    vectors = getattr(collaborative, "item_embeddings", None)
+    name, identifiers = published or make_identifiers(
+        dataset, vectors, config.seed, config.collaborative
     )
     with first_process_first():
         claim_data(output, {"identifiers": digest_of(identifiers)})
@@ -138,12 +146,9 @@ def _silent(text: str) -> None:
 
 def _check_reward(config: RunConfig, split: LeaveOneOut) -> None:
     """Find a missing reward now and not after hours of supervised training."""
-    names = split.dataset.behaviour_names
+    values = config.finetune.get("behaviour_values")
     try:
-        values = config.finetune.get("behaviour_values")
-        if values is None:
-            values = default_behaviour_values(names)
-        BehaviourAwareReward(values, names)
+        BehaviourAwareReward(values, split.dataset.behaviour_names)
     except ValueError as error:
         raise ConfigError(f"finetune.behaviour_values: {error}") from error
 

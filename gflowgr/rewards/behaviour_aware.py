@@ -66,7 +66,8 @@ class BehaviourAwareReward:
     - ``r_sim``, format similarity: positions at which the tokens equal the positive's.
 
     Args:
-        behaviour_values: behaviour name -> value, such as ``{"purchase": 10, "click": 1}``.
+        behaviour_values: behaviour name -> value, such as ``{"purchase": 10, "click": 1}``; None:
+            :func:`default_behaviour_values`.
         behaviour_names: names by behaviour code, as the dataset has them.
         default_value: value of a positive whose behaviour is not recorded.
 
@@ -76,11 +77,13 @@ class BehaviourAwareReward:
 
     def __init__(
         self,
-        behaviour_values: Mapping[str, float],
+        behaviour_values: Mapping[str, float] | None,
         behaviour_names: Sequence[str] = (),
         *,
         default_value: float = 10.0,
     ) -> None:
+        if behaviour_values is None:
+            behaviour_values = default_behaviour_values(behaviour_names)
         values = {**behaviour_values, "default_value": default_value}
         for name, value in values.items():
             if not (math.isfinite(value) and value >= 0):

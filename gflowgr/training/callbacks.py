@@ -24,6 +24,7 @@ class EpochOrder(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        """Set the order's epoch."""
         self.order.set_epoch(int(state.epoch or 0))
 
 
@@ -37,6 +38,7 @@ class LogBeforeSaving(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Ask for a log where a checkpoint follows."""
         saves_best = args.save_strategy == "best" and control.should_evaluate
         control.should_log = control.should_log or control.should_save or saves_best
 

@@ -26,6 +26,7 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Open the bar."""
         from tqdm.auto import tqdm
 
         if state.is_world_process_zero:
@@ -41,6 +42,7 @@ class ProgressBar(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Advance to the state's step."""
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
@@ -52,6 +54,7 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Keep the numbers to show."""
         for key, label in _SHOWN.items():
             if logs and key in logs:
                 self._numbers[label] = f"{logs[key]:.4g}"
@@ -61,6 +64,7 @@ class ProgressBar(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -18,7 +18,8 @@ from ..data import LeaveOneOut
 from ..decoding import GenerativeRecommender
 from ..evaluation import evaluate
 from ..models.gflow_model import GFlowModel
-from ..rewards import BehaviourAwareReward, default_behaviour_values
+from ..ops import vargrad_log_z
+from ..rewards import BehaviourAwareReward
 from ..trajectories import (
     CandidatePool,
     CurriculumSampler,
@@ -86,10 +87,8 @@ class GFlowGRTrainer(Trainer):
         if model.settings.objective != "sft":
             self._sampler = self._make_sampler(model, args)
             names = split.dataset.behaviour_names
-            values = args.behaviour_values
-            if values is None:
-                values = default_behaviour_values(names)
-            self._reward = BehaviourAwareReward(values, names)
+            self._reward = BehaviourAwareReward(args.behaviour_values, names)
+        self._partition_ready = False
         self._logged: dict[str, list[Tensor]] = {}
         self._logged_tokens: Tensor | int = 0
         self._logged_since = time.perf_counter()
@@ -171,8 +170,11 @@ class GFlowGRTrainer(Trainer):
         """Sample trajectories, reward them, and compute the model's objective."""
         flow = self._flow_inputs(inputs)
         plain = self.accelerator.unwrap_model(model)
-        if plain.partition is not None and not bool(plain.partition.initialised):
-            self._initialise_partition(plain, flow)
+        if not self._partition_ready:
+            # Once: reading the flag from the device would make every step wait for it.
+            self._partition_ready = True
+            if plain.partition is not None and not bool(plain.partition.initialised):
+                self._initialise_partition(plain, flow)
         output = model(**flow)
         self._remember({k: v for k, v in output.items() if k != "loss"})
         # Summed on the device: reading the number here would make every step wait for it.
@@ -224,8 +226,6 @@ class GFlowGRTrainer(Trainer):
     @torch.no_grad()
     def _initialise_partition(self, model: GFlowModel, flow: dict[str, Tensor]) -> None:
         """Start log Z at the first batch's group estimate: the first residuals are small."""
-        from ..ops import vargrad_log_z
-
         assert model.partition is not None
         was_training = model.training
         model.eval()

@@ -10,6 +10,7 @@ import pytest
 from tiny_run import tiny_run
 
 from gflowgr.data import Ragged, generate_builtin
+from gflowgr.errors import DataError
 from gflowgr.files import read_json
 from gflowgr.pipeline import ConfigError, RunConfig, run
 from gflowgr.pipeline.claim import claim_configuration, claim_data, digest_of
@@ -75,5 +76,14 @@ def test_a_behaviour_without_a_reward_is_found_before_any_training(tmp_path: Pat
     values["finetune"]["behaviour_values"] = {"click": 1.0}
     said: list[str] = []
     with pytest.raises(ConfigError, match=r"finetune\.behaviour_values: .*purchase"):
+        run(RunConfig.from_dict(values), say=said.append, progress=False)
+    assert not [line for line in said if line.startswith("Stage")]
+
+
+def test_missing_identifiers_are_found_before_any_training(tmp_path: Path) -> None:
+    values = tiny_run(tmp_path / "run")
+    values["data"]["identifiers"] = "letter"
+    said: list[str] = []
+    with pytest.raises(DataError, match=r"no file index\.letter\.json\.gz.*hierarchy"):
         run(RunConfig.from_dict(values), say=said.append, progress=False)
     assert not [line for line in said if line.startswith("Stage")]

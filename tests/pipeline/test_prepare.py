@@ -12,7 +12,12 @@ from gflowgr.data import Dataset, Ragged, save_dataset
 from gflowgr.identifiers import from_codes
 from gflowgr.pipeline import ConfigError, RunConfig
 from gflowgr.pipeline.config import CollaborativeConfig, DataConfig
-from gflowgr.pipeline.prepare import choose_identifiers, load_data, split_data
+from gflowgr.pipeline.prepare import (
+    load_data,
+    make_identifiers,
+    published_identifiers,
+    split_data,
+)
 
 NUM_ITEMS = 40
 SASREC = CollaborativeConfig()
@@ -41,16 +46,16 @@ def test_made_identifiers_are_named_after_the_vectors(
 ) -> None:
     vectors = torch.randn(NUM_ITEMS, 8, generator=torch.Generator().manual_seed(0))
     # Texts do not matter where there are vectors.
-    name, identifiers = choose_identifiers(make(texts=titles()), None, vectors, 0, collaborative)
+    name, identifiers = make_identifiers(make(texts=titles()), vectors, 0, collaborative)
     assert name == f"residual k-means of {source} (3 x 4 + 1)"
     assert identifiers.num_unique() == NUM_ITEMS
-    plain = choose_identifiers(make(), None, vectors, 0, collaborative)[1]
+    plain = make_identifiers(make(), vectors, 0, collaborative)[1]
     assert np.array_equal(plain.codes, identifiers.codes)
 
 
 def test_without_vectors_identifiers_are_made_from_texts() -> None:
     data = make(texts=titles())
-    name, identifiers = choose_identifiers(data, None, None, 0, NONE)
+    name, identifiers = make_identifiers(data, None, 0, NONE)
     assert name == "residual k-means of item texts (3 x 4 + 1)"
     assert identifiers.num_unique() == NUM_ITEMS
     # Alike texts share the first code far more often than chance (a quarter) would have it.
@@ -58,7 +63,7 @@ def test_without_vectors_identifiers_are_made_from_texts() -> None:
     same_colour = colour[:, None] == colour[None]
     same_code = first[:, None] == first[None]
     assert same_code[same_colour].mean() > 0.9
-    again = choose_identifiers(data, None, None, 0, NONE)[1]
+    again = make_identifiers(data, None, 0, NONE)[1]
     assert np.array_equal(again.codes, identifiers.codes)
 
 
@@ -67,20 +72,19 @@ def test_with_nothing_to_make_identifiers_from_the_ways_out_are_named(
     texts: list[dict[str, str]] | None,
 ) -> None:
     with pytest.raises(ConfigError, match="shop has no identifiers") as caught:
-        choose_identifiers(make(texts=texts), None, None, 0, NONE)
+        make_identifiers(make(texts=texts), None, 0, NONE)
     for way_out in ("index.NAME.json.gz", "item.json.gz", "collaborative.kind"):
         assert way_out in str(caught.value)
 
 
 def test_identifiers_of_the_data_go_first() -> None:
     given = from_codes(np.arange(NUM_ITEMS)[:, None])
-    vectors = torch.zeros(NUM_ITEMS, 2)
     one = make(indexes={"given": given}, texts=titles())
-    assert choose_identifiers(one, None, vectors, 0, SASREC) == ("given", given)
+    assert published_identifiers(one, None) == ("given", given)
     two = make(indexes={"given": given, "other": given})
-    assert choose_identifiers(two, "other", None, 0, NONE)[0] == "other"
+    assert (published_identifiers(two, "other") or ("",))[0] == "other"
     with pytest.raises(ConfigError, match="several sets, name one of: given, other"):
-        choose_identifiers(two, None, vectors, 0, SASREC)
+        published_identifiers(two, None)
 
 
 # ---- ratings ----

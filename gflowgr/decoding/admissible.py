@@ -1,0 +1,170 @@
+"""What each prompt may be given: availability for all, exclusions for one, pruned up the tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..tree import PrefixTree
+
+__all__ = ["Admissible", "admissible_for"]
+
+
+class _Pairs:
+    """A set of (prompt, id) pairs with ids in 0..size - 1, as sorted int64 keys."""
+
+    def __init__(self, rows: Tensor, ids: Tensor, size: int) -> None:
+        self.size = size
+        self.keys, self.counts = (rows * size + ids).unique(return_counts=True)
+
+    @property
+    def rows(self) -> Tensor:
+        return self.keys // self.size
+
+    @property
+    def ids(self) -> Tensor:
+        return self.keys % self.size
+
+    def find(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each pair is in the set, and where; ids outside the range are not."""
+        if self.keys.numel() == 0:
+            nowhere = torch.zeros_like(ids)
+            return nowhere.bool(), nowhere
+        wanted = rows * self.size + ids
+        place = torch.searchsorted(self.keys, wanted).clamp_max(self.keys.numel() - 1)
+        return (self.keys[place] == wanted) & (ids >= 0) & (ids < self.size), place
+
+    def hit(self, ids: Tensor) -> Tensor:
+        """Whether (b, ids[b, ...]) is in the set, bool of the shape of ``ids`` [B, ...]."""
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        return self.find(rows.reshape(-1, *[1] * (ids.dim() - 1)), ids)[0]
+
+
+@dataclass(frozen=True)
+class Admissible:
+    """What may be returned: masks for all prompts, and what each prompt bars besides.
+
+    None stands for no restriction of that kind. A barred leaf has no admissible item left, a
+    barred node no admissible leaf at or below it.
+    """
+
+    items: Tensor | None = None
+    leaves: Tensor | None = None
+    nodes: Tensor | None = None
+    barred_items: _Pairs | None = None
+    barred_leaves: _Pairs | None = None
+    barred_nodes: _Pairs | None = None
+
+    def filter(self, kind: Literal["items", "leaves", "nodes"], ids: Tensor) -> Tensor:
+        """Whether each prompt may get ``ids`` [B, ...]; any answer for ids that do not exist."""
+        allowed: Tensor | None = getattr(self, kind)
+        barred: _Pairs | None = getattr(self, f"barred_{kind}")
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        if allowed is not None:
+            keep &= allowed[ids.clamp(0, allowed.numel() - 1)]
+        return keep if barred is None else keep & ~barred.hit(ids)
+
+
+def admissible_for(
+    tree: PrefixTree, batch: int, available: Tensor | None, exclude: Tensor | None
+) -> Admissible:
+    """Prune the tree: once by ``available``, then for each prompt by ``exclude``, leaves upwards.
+
+    Every prompt keeps at most E nodes per level, so nothing of size [B, nodes] is made.
+
+    Args:
+        tree: the prefix tree.
+        batch: number of prompts B.
+        available: true for items that any prompt may get [items], or None for all.
+        exclude: items that a prompt may not get [B, E], -1 for padding, or None.
+
+    Raises:
+        TypeError: ``available`` is not bool, or ``exclude`` not of integers.
+        ValueError: one is of a wrong shape, or ``exclude`` names an item that does not exist.
+    """
+    _check(tree, batch, available, exclude)
+    device = tree.device
+    items = None if available is None else available.to(device)
+    nodes = None if items is None else tree.available_nodes(items)
+    left_items = None if items is None else _counts_before(items[tree.item_ids.long()])
+    left_nodes = None if nodes is None else _counts_before(nodes)
+    leaves = None
+    if left_items is not None:
+        leaves = _in_range(left_items, *tree.leaf_items(torch.arange(tree.num_leaves).to(device)))
+        leaves = leaves > 0
+    if exclude is None:
+        return Admissible(items, leaves, nodes)
+
+    exclude = exclude.to(device).long()
+    rows = torch.arange(exclude.shape[0], device=device).unsqueeze(1).expand_as(exclude)
+    barred_items = _Pairs(rows[exclude >= 0], exclude[exclude >= 0], tree.num_items)
+    rows, ids = barred_items.rows, barred_items.ids
+    leaf = tree.leaf_of(ids)
+    counted = leaf >= 0 if items is None else (leaf >= 0) & items[ids]
+    touched = _Pairs(rows[counted], leaf[counted], tree.num_leaves)
+    full = touched.counts == _in_range(left_items, *tree.leaf_items(touched.ids))
+    barred_leaves = _Pairs(touched.rows[full], touched.ids[full], tree.num_leaves)
+
+    leaf_rows, leaf_nodes = barred_leaves.rows, tree.leaf_nodes(barred_leaves.ids)
+    below = _Pairs(rows[:0], rows[:0], tree.num_nodes)  # the barred nodes one level deeper
+    levels = []
+    bounds = tree.layout.node_begin
+    for depth in range(tree.max_length, 0, -1):
+        parents = _Pairs(below.rows, tree.parents(below.ids), tree.num_nodes)
+        here = (leaf_nodes >= bounds[depth]) & (leaf_nodes < bounds[depth + 1])
+        suspects = _Pairs(
+            torch.cat([parents.rows, leaf_rows[here]]),
+            torch.cat([parents.ids, leaf_nodes[here]]),
+            tree.num_nodes,
+        )
+        rows, ids = suspects.rows, suspects.ids
+        found, place = parents.find(rows, ids)
+        gone = torch.zeros_like(ids)
+        gone[found] = parents.counts[place[found]]
+        own = tree.terminal(ids)
+        ends = (own >= 0) & ~barred_leaves.find(rows, own)[0]
+        if leaves is not None:
+            ends &= leaves[own.clamp_min(0)]
+        barred = (gone == _in_range(left_nodes, *tree.child_ranges(ids))) & ~ends
+        below = _Pairs(rows[barred], ids[barred], tree.num_nodes)
+        levels.append(below)
+    barred_nodes = _Pairs(
+        torch.cat([level.rows for level in levels]),
+        torch.cat([level.ids for level in levels]),
+        tree.num_nodes,
+    )
+    return Admissible(items, leaves, nodes, barred_items, barred_leaves, barred_nodes)
+
+
+def _counts_before(flags: Tensor) -> Tensor:
+    """Number of true flags before each position, int64 [n + 1]."""
+    return torch.nn.functional.pad(flags.long().cumsum(0), (1, 0))
+
+
+def _in_range(counts_before: Tensor | None, begin: Tensor, end: Tensor) -> Tensor:
+    """Number of counted positions in begin..end; all of them without counts."""
+    return end - begin if counts_before is None else counts_before[end] - counts_before[begin]
+
+
+def _check(tree: PrefixTree, batch: int, available: Tensor | None, exclude: Tensor | None) -> None:
+    if available is not None:
+        if available.dtype != torch.bool:
+            raise TypeError(f"available must be bool [items]; got {available.dtype}")
+        if available.shape != (tree.num_items,):
+            raise ValueError(
+                f"available must be [items] = ({tree.num_items},); got {tuple(available.shape)}"
+            )
+    if exclude is None:
+        return
+    if exclude.dtype == torch.bool or exclude.is_floating_point() or exclude.is_complex():
+        raise TypeError(f"exclude must hold integer item ids; got {exclude.dtype}")
+    if exclude.dim() != 2 or exclude.shape[0] != batch:
+        raise ValueError(f"exclude must be [B, E] with B = {batch}; got {tuple(exclude.shape)}")
+    if exclude.numel() and not -1 <= int(exclude.min()) <= int(exclude.max()) < tree.num_items:
+        raise ValueError(
+            f"exclude must hold items 0..{tree.num_items - 1}, or -1; "
+            f"got {int(exclude.min())}..{int(exclude.max())}"
+        )
