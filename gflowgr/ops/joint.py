@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gflowgr.ops import checks, logprobs, losses
+from gflowgr.ops.definitions import logprobs_definition
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
@@ -66,7 +67,7 @@ class JointCall:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The loss, given its definition per trajectory; `targets` are log_z or log_flow."""
         logprobs.run_data_checks(self.inputs, self.tree, self.data)
-        log_pf = logprobs.logprobs_definition(self.inputs)
+        log_pf = logprobs_definition(self.inputs)
         dtype = losses.compute_dtype(log_pf, self.log_reward, *targets)
         batch = losses.prepare(log_pf, self.log_reward, self.mask, self.options, dtype)
         reduction = self.options.reduction

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gflowgr.ops import logprobs, set_validation, trajectory_logprobs
+from gflowgr.ops import definitions, set_validation, trajectory_logprobs
 from gflowgr.tree import PrefixTree
 
 from . import oracles
@@ -162,8 +162,8 @@ def test_blocks_of_rows_change_neither_values_nor_gradients(
         return [log_pf.detach(), *(x.grad for x in inputs)]
 
     whole = run()
-    monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(logprobs, "MIN_BLOCK_ROWS", 3)
+    monkeypatch.setattr(definitions, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(definitions, "MIN_BLOCK_ROWS", 3)
     for actual, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(actual, expected)
 

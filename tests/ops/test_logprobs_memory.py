@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gflowgr.ops import logprobs, trajectory_logprobs
+from gflowgr.ops import definitions, trajectory_logprobs
 from gflowgr.tree import PrefixTree
 
 
@@ -51,8 +51,8 @@ def test_logits_of_masked_tokens_are_never_formed() -> None:
 
 
 def test_logits_are_formed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "BLOCK_ELEMENTS", 20_000)
-    monkeypatch.setattr(logprobs, "MIN_BLOCK_ROWS", 8)
+    monkeypatch.setattr(definitions, "BLOCK_ELEMENTS", 20_000)
+    monkeypatch.setattr(definitions, "MIN_BLOCK_ROWS", 8)
     assert largest(rows=400, valid=400, vocabulary=1000, token=0) == 20 * 1000
 
 
