@@ -113,10 +113,11 @@ GFLOWGR_HD inline T flow_sum(const T* values, int64_t count) {
   return total;
 }
 
-// `shift` is taken from the gradient of the residual: VarGrad's estimate depends on it too.
+// `shift` is taken from the gradient of the residual: VarGrad's log_z depends on the residual too.
 template <typename T>
 GFLOWGR_HD inline FlowResult<T> tb_row(const FlowRow<T>& row, T log_z, T shift) {
-  const T residual = log_z + flow_sum(row.log_pf, row.length) - row.reward;
+  // In this order the residual of a VarGrad prompt's only trajectory is exactly 0.
+  const T residual = log_z - (row.reward - flow_sum(row.log_pf, row.length));
   const T slope = 2 * row.scale * residual;
   if (row.grad_log_pf != nullptr) {
     for (int64_t l = 0; l < row.length; ++l) row.grad_log_pf[l] = (slope - shift) - row.nll;
