@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gflowgr import backends
+
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
 
@@ -66,7 +68,7 @@ class DataChecks:
 
     def __init__(self) -> None:
         self.enabled = _validate and values_readable()
-        self._checks: list[tuple[Tensor, Callable[[Index], str]]] = []
+        self._checks: list[tuple[Callable[[], Tensor], Callable[[Index], str]]] = []
 
     def add(self, bad: Callable[[], Tensor], message: Callable[[Index], str]) -> None:
         """Register a condition (true where a value is wrong) and what to say of an index.
@@ -74,16 +76,17 @@ class DataChecks:
         Nothing is computed when the data checks are off.
         """
         if self.enabled:
-            self._checks.append((bad(), message))
+            self._checks.append((bad, message))
 
     def run(self) -> None:
         """Raise ValueError for the first registered condition that holds anywhere."""
         if not self._checks:
             return
-        failed = torch.stack([bad.any() for bad, _ in self._checks]).tolist()
-        for (bad, message), hit in zip(self._checks, failed, strict=True):
+        conditions = [bad() for bad, _ in self._checks]
+        failed = torch.stack([condition.any() for condition in conditions]).tolist()
+        for condition, (_, message), hit in zip(conditions, self._checks, failed, strict=True):
             if hit:
-                raise ValueError(message(tuple(bad.nonzero()[0].tolist())))
+                raise ValueError(message(tuple(condition.nonzero()[0].tolist())))
 
 
 def at(name: str, index: Index) -> str:
@@ -201,6 +204,19 @@ def check_log_reward(
 
     data.add(bad, lambda i: f"{at('log_reward', i)} = {checked[i].item():g}: {hint}")
     return checked
+
+
+def flow_inputs_ok(log_reward: Tensor, mask: Tensor | None, floor: float | None) -> bool:
+    """Whether one fast pass finds every value that :func:`check_mask` and :func:`check_log_reward`
+    look at in order; False also where there is no such pass."""
+    if log_reward.device.type != "cpu" or log_reward.dtype not in (torch.float32, torch.float64):
+        return False
+    if backends.forced_backend() not in (None, "cpp") or backends.cpp_missing() is not None:
+        return False
+    if not log_reward.is_contiguous() or not (mask is None or mask.is_contiguous()):
+        return False
+    ok: bool = torch.ops.gflowgr_cpp.flow_inputs_ok(log_reward, mask, floor is not None)
+    return ok
 
 
 def check_log_z(log_z: object, mask: Tensor, source: str) -> Tensor:

@@ -31,31 +31,43 @@ values.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gflowgr.ops import checks
+from gflowgr.ops.flow import flow_loss
+from gflowgr.ops.flow_definitions import (
+    RewardOptions,
+    Trajectories,
+    compute_dtype,
+    db_definition,
+    full_mask,
+    prepare,
+    reduce_trajectories,
+    subtb_definition,
+    tb_definition,
+    valid_mean,
+    vargrad_definition,
+)
 
-
-@dataclass(frozen=True)
-class RewardOptions:
-    """The checked keyword arguments shared by all losses."""
-
-    beta: float
-    floor: float | None
-    reduction: str
-
-
-@dataclass(frozen=True)
-class Trajectories:
-    """Clean inputs of a loss: one floating dtype, zeros wherever the mask is false."""
-
-    log_pf: Tensor  # [B, N, L]
-    log_reward: Tensor  # [B, N], shaped
-    mask: Tensor  # [B, N, L]
-    valid: Tensor  # [B, N]
+__all__ = [
+    "RewardOptions",
+    "Trajectories",
+    "check_options",
+    "compute_dtype",
+    "db_definition",
+    "db_loss",
+    "prepare",
+    "reduce_trajectories",
+    "subtb_definition",
+    "subtb_loss",
+    "tb_definition",
+    "tb_loss",
+    "vargrad_definition",
+    "vargrad_log_z",
+    "vargrad_loss",
+]
 
 
 def check_options(beta: object, log_reward_floor: object, reduction: object) -> RewardOptions:
@@ -67,112 +79,6 @@ def check_options(beta: object, log_reward_floor: object, reduction: object) -> 
         else checks.check_number("log_reward_floor", log_reward_floor),
         reduction=checks.check_choice("reduction", reduction, checks.REDUCTIONS),
     )
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any input is float64, float32 otherwise."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def prepare(
-    log_pf: Tensor, log_reward: Tensor, mask: Tensor, options: RewardOptions, dtype: torch.dtype
-) -> Trajectories:
-    """Clean checked inputs and shape the reward.
-
-    Padding is replaced BEFORE anything is computed from it: `0 * NaN` in a backward pass would
-    otherwise carry the NaN of a masked position into the gradient.
-    """
-    valid = mask.any(-1)
-    reward = options.beta * log_reward.to(dtype).masked_fill(~valid, 0.0)
-    if options.floor is not None:
-        # A comparison with NaN is false, so NaN is floored too.
-        reward = reward.masked_fill(~(reward > options.floor), options.floor)
-        reward = reward.masked_fill(~valid, 0.0)
-    return Trajectories(log_pf.to(dtype).masked_fill(~mask, 0.0), reward, mask, valid)
-
-
-def reduce_trajectories(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
-    """Reduce losses [B, N] that are zero at padding trajectories."""
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    if reduction == "sum":
-        return total
-    counted = valid if reduction == "mean" else valid.any(-1)
-    return total / counted.sum().clamp(min=1)
-
-
-def tb_definition(t: Trajectories, log_z: Tensor) -> Tensor:
-    """Trajectory balance, squared residual of each trajectory [B, N]."""
-    log_z = log_z.to(t.log_pf.dtype)[:, None].expand_as(t.valid).masked_fill(~t.valid, 0.0)
-    return (log_z + t.log_pf.sum(-1) - t.log_reward).square()
-
-
-def db_definition(t: Trajectories, log_flow: Tensor) -> Tensor:
-    """Detailed balance, squared residuals summed over each trajectory's tokens [B, N]."""
-    flow = log_flow.to(t.log_pf.dtype).masked_fill(~t.mask, 0.0)
-    continues = _shift_left(t.mask)
-    after = torch.where(
-        t.mask & ~continues, t.log_reward[..., None], _shift_left(flow)
-    )  # the flow of the state each token leads to: R at the last one
-    return (flow + t.log_pf - after).square().sum(-1)
-
-
-def subtb_definition(t: Trajectories, log_flow: Tensor, lam: float) -> Tensor:
-    """SubTB(lambda), weighted squared residuals over all sub-trajectories [B, N].
-
-    With potentials g_i = log F(s_i) - sum_{l<i} log_pf_l the residual of (i, j) is g_i - g_j, so
-    all pairs come from one outer difference of L+1 numbers per trajectory.
-    """
-    dtype, device = t.log_pf.dtype, t.log_pf.device
-    steps = t.log_pf.shape[-1]
-    zero = t.log_pf.new_zeros((*t.valid.shape, 1))
-    length = t.mask.sum(-1)  # [B, N]
-    position = torch.arange(steps + 1, device=device)
-
-    flow = torch.cat([log_flow.to(dtype).masked_fill(~t.mask, 0.0), zero], -1)
-    flow = torch.where(position == length[..., None], t.log_reward[..., None], flow)
-    potential = flow - torch.cat([zero, t.log_pf.cumsum(-1)], -1)
-    squared = (potential[..., :, None] - potential[..., None, :]).square()  # [B, N, L+1, L+1]
-
-    # Weights lambda^(j-i) over their sum, in logs, so that no power under- or overflows.
-    distance = position[None, :] - position[:, None]  # j - i
-    pair = (distance > 0) & (position <= length[..., None])[..., None, :]
-    log_power = distance.to(dtype) * math.log(lam)
-    scale = _subtb_log_normaliser(steps, lam, dtype, device)[length]
-    exponent = torch.where(pair, log_power - scale[..., None, None], -math.inf)
-    return torch.where(pair, exponent.exp() * squared, 0.0).sum((-2, -1))
-
-
-def _subtb_log_normaliser(
-    steps: int, lam: float, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """log sum_{i<j<=K} lambda^(j-i) for every length K = 0..L [L+1]; 0 for K = 0.
-
-    A trajectory of K tokens has K + 1 - d sub-trajectories of d tokens.
-    """
-    size = torch.arange(steps + 1, device=device)
-    count = (size[:, None] + 1 - size[None, :]).clamp(min=1).to(dtype)
-    present = (size[None, :] >= 1) & (size[None, :] <= size[:, None])
-    terms = torch.where(present, count.log() + size.to(dtype) * math.log(lam), -math.inf)
-    return torch.where(size > 0, torch.logsumexp(terms, -1), 0.0)
-
-
-def vargrad_definition(t: Trajectories) -> Tensor:
-    """VarGrad-TB, squared residual of each trajectory against its prompt's own estimate [B, N]."""
-    gap = t.log_reward - t.log_pf.sum(-1)
-    estimate = _valid_mean(gap, t.valid)
-    return (estimate[:, None] - gap).masked_fill(~t.valid, 0.0).square()
-
-
-def _valid_mean(gap: Tensor, valid: Tensor) -> Tensor:
-    """Mean over each prompt's valid trajectories [B] (`gap` is zero elsewhere); 0 without one."""
-    return gap.sum(-1) / valid.sum(-1).clamp(min=1)
-
-
-def _shift_left(x: Tensor) -> Tensor:
-    """x[..., 1:] followed by a zero."""
-    return torch.cat([x[..., 1:], torch.zeros_like(x[..., :1])], -1)
 
 
 def tb_loss(
@@ -202,11 +108,9 @@ def tb_loss(
     Source: GFlowGR (arXiv 2506.16114), trajectory balance; Malkin et al. 2022 (arXiv 2201.13259).
     """
     options = check_options(beta, log_reward_floor, reduction)
-    mask = _check_inputs(log_pf, log_reward, mask, options)
-    log_z = checks.check_log_z(log_z, mask, "log_pf")
-    dtype = compute_dtype(log_pf, log_reward, log_z)
-    batch = prepare(log_pf, log_reward, mask, options, dtype)
-    return reduce_trajectories(tb_definition(batch, log_z), batch.valid, reduction)
+    _check_inputs(log_pf, log_reward, mask, options)
+    log_z = checks.check_log_z(log_z, log_pf, "log_pf")
+    return _loss("tb", log_pf, log_reward, log_z, mask, options)
 
 
 def db_loss(
@@ -228,11 +132,9 @@ def db_loss(
     Source: GFlowGR (arXiv 2506.16114), detailed balance; Bengio et al. 2023 (arXiv 2111.09266).
     """
     options = check_options(beta, log_reward_floor, reduction)
-    mask = _check_inputs(log_pf, log_reward, mask, options)
-    log_flow = checks.check_log_flow(log_flow, mask, "log_pf")
-    dtype = compute_dtype(log_pf, log_reward, log_flow)
-    batch = prepare(log_pf, log_reward, mask, options, dtype)
-    return reduce_trajectories(db_definition(batch, log_flow), batch.valid, reduction)
+    _check_inputs(log_pf, log_reward, mask, options)
+    log_flow = checks.check_log_flow(log_flow, log_pf, "log_pf")
+    return _loss("db", log_pf, log_reward, log_flow, mask, options)
 
 
 def subtb_loss(
@@ -253,18 +155,16 @@ def subtb_loss(
     within the trajectory. ``lam`` > 0: towards 0 it is DB divided by the length, towards infinity
     TB with ``log_flow_0`` for log Z. Other arguments, reductions and errors as in :func:`db_loss`.
 
-    Extra memory: 2 B N (L+1)^2 numbers for the pairs and their weights.
+    Extra memory: none; 2 B N (L+1)^2 numbers where the PyTorch definition runs.
 
     Source: Madan et al. 2023, SubTB(lambda) (arXiv 2209.12782), with weights normalised per
         trajectory.
     """
     options = check_options(beta, log_reward_floor, reduction)
     lam = checks.check_number("lam", lam, above=0.0)
-    mask = _check_inputs(log_pf, log_reward, mask, options)
-    log_flow = checks.check_log_flow(log_flow, mask, "log_pf")
-    dtype = compute_dtype(log_pf, log_reward, log_flow)
-    batch = prepare(log_pf, log_reward, mask, options, dtype)
-    return reduce_trajectories(subtb_definition(batch, log_flow, lam), batch.valid, reduction)
+    _check_inputs(log_pf, log_reward, mask, options)
+    log_flow = checks.check_log_flow(log_flow, log_pf, "log_pf")
+    return _loss("subtb", log_pf, log_reward, log_flow, mask, options, lam)
 
 
 def vargrad_loss(
@@ -289,9 +189,8 @@ def vargrad_loss(
     Source: Richter et al. 2020 (arXiv 2010.10436); Zhang et al. 2023 (arXiv 2302.05446).
     """
     options = check_options(beta, log_reward_floor, reduction)
-    mask = _check_inputs(log_pf, log_reward, mask, options)
-    batch = prepare(log_pf, log_reward, mask, options, compute_dtype(log_pf, log_reward))
-    return reduce_trajectories(vargrad_definition(batch), batch.valid, reduction)
+    _check_inputs(log_pf, log_reward, mask, options)
+    return _loss("vargrad", log_pf, log_reward, None, mask, options)
 
 
 def vargrad_log_z(
@@ -309,21 +208,47 @@ def vargrad_log_z(
     learned log Z. Arguments and errors as in :func:`tb_loss`.
     """
     options = check_options(beta, log_reward_floor, "none")
-    mask = _check_inputs(log_pf, log_reward, mask, options)
+    _check_inputs(log_pf, log_reward, mask, options)
+    mask = full_mask(log_pf, mask)
     batch = prepare(log_pf, log_reward, mask, options, compute_dtype(log_pf, log_reward))
-    estimate = _valid_mean(batch.log_reward - batch.log_pf.sum(-1), batch.valid)
+    estimate = valid_mean(batch.log_reward - batch.log_pf.sum(-1), batch.valid)
     return estimate.masked_fill(~batch.valid.any(-1), math.nan)
 
 
 def _check_inputs(
-    log_pf: object, log_reward: object, mask: object, options: RewardOptions
-) -> Tensor:
-    """Check what all losses share; returns the mask."""
+    log_pf: object, log_reward: object, mask: Tensor | None, options: RewardOptions
+) -> None:
+    """Check what all losses share."""
     log_pf = checks.check_tensor(
         "log_pf", log_pf, (None, None, None), "BNL", dtypes=checks.FLOAT_DTYPES
     )
     data = checks.DataChecks()
-    mask = checks.check_mask(mask, log_pf.shape, log_pf.device, "log_pf", data)
-    checks.check_log_reward(log_reward, mask, options.floor, "log_pf", data)
-    data.run()
-    return mask
+    # Not read where it is not given: it costs no memory.
+    checked = log_pf.new_ones((), dtype=torch.bool).expand(log_pf.shape)
+    if mask is not None:
+        checked = mask = checks.check_mask(mask, log_pf.shape, log_pf.device, "log_pf", data)
+    log_reward = checks.check_log_reward(log_reward, checked, options.floor, "log_pf", data)
+    if not (data.enabled and checks.flow_inputs_ok(log_reward, mask, options.floor)):
+        data.run()
+
+
+def _loss(
+    kind: str,
+    log_pf: Tensor,
+    log_reward: Tensor,
+    target: Tensor | None,
+    mask: Tensor | None,
+    options: RewardOptions,
+    lam: float = 1.0,
+) -> Tensor:
+    return flow_loss(
+        kind,
+        log_pf,
+        log_reward,
+        target,
+        mask,
+        lam=lam,
+        beta=options.beta,
+        floor=options.floor,
+        reduction=options.reduction,
+    )
