@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from itertools import pairwise
@@ -187,6 +188,18 @@ class PrefixTree:
     def vocab_size(self) -> int:
         """Largest token id + 1."""
         return self._layout.vocab_size
+
+    @functools.cached_property
+    def codebooks(self) -> tuple[range, ...]:
+        """Per position of the identifiers, the range from the smallest to the largest token."""
+        layout = self._layout
+        last = [
+            unsigned(stored, width).max()
+            for stored, width in zip(self._tokens, layout.token_bytes, strict=True)
+        ]
+        sizes = torch.stack(last).tolist()  # waits for the device once
+        bases = layout.token_base
+        return tuple(range(b, b + int(n) + 1) for b, n in zip(bases, sizes, strict=True))
 
     @property
     def nbytes(self) -> int:

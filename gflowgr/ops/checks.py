@@ -32,7 +32,7 @@ Index = tuple[int, ...]
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NORMALIZERS = ("vocab", "children")
+NORMALIZERS = ("vocab", "level", "children")
 REDUCTIONS = ("none", "sum", "mean", "prompt")
 
 _validate = os.environ.get("GFLOWGR_VALIDATE", "1").strip().lower() not in ("0", "false", "off")

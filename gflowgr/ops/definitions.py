@@ -7,6 +7,7 @@ back to.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ class HeadInputs:
     mask: Tensor | None  # [B, N, L]; None = all true
     tree: PrefixTree | None  # given only where it normalises
     temperature: float
+    normalize: str  # "vocab", "level" or "children"
 
     @property
     def full_mask(self) -> Tensor:
@@ -52,6 +54,11 @@ class HeadInputs:
         if self.mask is None:
             return torch.ones(self.tokens.shape, dtype=torch.bool, device=self.tokens.device)
         return self.mask
+
+    @property
+    def targets(self) -> Tensor:
+        """The tokens [B, N, L], -1 under a false mask."""
+        return self.tokens if self.mask is None else self.tokens.masked_fill(~self.mask, -1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,14 +70,17 @@ class HeadInputs:
 
 def logprobs_definition(inputs: HeadInputs) -> Tensor:
     """log_pf [B, N, L] of checked inputs."""
+    if inputs.normalize == "vocab":
+        return vocab_logprobs(inputs, dense_logprobs)
+    assert inputs.tree is not None
+    if inputs.normalize == "level":
+        return level_logprobs(inputs, inputs.tree, dense_logprobs)
+    children = _children_logprobs
+    if torch.compiler.is_compiling():
+        # It reads sizes from values. Not a decorator: that imports the compiler at once.
+        children = torch.compiler.disable(children)
     with _without_autocast(inputs.hidden.device):
-        if inputs.tree is not None:
-            children = _children_logprobs
-            if torch.compiler.is_compiling():
-                # It reads sizes from values. Not a decorator: that imports the compiler at once.
-                children = torch.compiler.disable(children)
-            return children(inputs, inputs.tree)
-        return _vocab_logprobs(inputs)
+        return children(inputs, inputs.tree)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -80,24 +90,73 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def _vocab_logprobs(inputs: HeadInputs) -> Tensor:
-    hidden, tokens = inputs.hidden.flatten(0, -2), inputs.tokens.flatten()
-    head = inputs.weight.to(inputs.dtype)
-    bias = None if inputs.bias is None else inputs.bias.to(inputs.dtype)
+Dense = Callable[[Tensor, Tensor, "Tensor | None", Tensor, float], tuple[Tensor, Tensor]]
+"""A backend's :func:`dense_logprobs`."""
 
-    if inputs.mask is None or not checks.values_readable():
-        # The number of valid rows cannot be known, or is all of them: compute every row.
-        mask = inputs.full_mask.flatten()
-        states = hidden.to(inputs.dtype).masked_fill(~mask[:, None], 0.0)
-        safe = tokens.masked_fill(~mask, 0)
-        values = _blocked(states, head, bias, safe, inputs.temperature)
-        return values.masked_fill(~mask, 0.0).view(inputs.tokens.shape)
 
-    rows = inputs.mask.flatten().nonzero().squeeze(-1)
-    states = hidden.index_select(0, rows).to(inputs.dtype)
-    values = _blocked(states, head, bias, tokens[rows], inputs.temperature)
-    result = values.new_zeros(tokens.shape)
-    return result.index_copy(0, rows, values).view(inputs.tokens.shape)
+def vocab_logprobs(inputs: HeadInputs, dense: Dense) -> Tensor:
+    """Normalise over the whole vocabulary."""
+    states, targets = inputs.hidden.flatten(0, -2), inputs.targets
+    values, _ = dense(states, inputs.weight, inputs.bias, targets.flatten(), inputs.temperature)
+    return values.view(targets.shape)
+
+
+def level_logprobs(inputs: HeadInputs, tree: PrefixTree, dense: Dense) -> Tensor:
+    """Normalise over the codebook of each position: a slice of the head per level of the tree."""
+    codebooks = tree.codebooks[: inputs.tokens.shape[-1]]
+    if not codebooks:
+        return inputs.hidden.sum(-1)  # [B, N, 0]
+    # One slice of the head for all levels first: the gradient of a slice fills the whole head.
+    first = min(c.start for c in codebooks)
+    last = max(c.stop for c in codebooks)
+    weight = inputs.weight[first:last]
+    bias = None if inputs.bias is None else inputs.bias[first:last]
+    targets, columns = inputs.targets, []
+    for level in range(targets.shape[-1]):
+        target = targets[..., level]
+        if level < len(codebooks):
+            part = slice(codebooks[level].start - first, codebooks[level].stop - first)
+            inside = (target >= codebooks[level].start) & (target < codebooks[level].stop)
+        else:  # deeper than the tree: no token is possible
+            part, inside = slice(0, 1), torch.zeros_like(target, dtype=torch.bool)
+        values, _ = dense(
+            inputs.hidden[..., level, :].flatten(0, -2),
+            weight[part],
+            None if bias is None else bias[part],
+            torch.where(inside, target - first - part.start, -1).flatten(),
+            inputs.temperature,
+        )
+        impossible = (target >= 0) & ~inside
+        columns.append(values.view(target.shape).masked_fill(impossible, -math.inf))
+    return torch.stack(columns, -1)
+
+
+def dense_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of one token per row, and the log-sum-exp of the row's logits, both [T].
+
+    hidden [T, d], weight [V, d], bias [V], targets [T] int64. A negative target is a masked row:
+    its state may hold NaN, its results are 0. A target of V or more counts as a row whose token is
+    elsewhere (another shard of the vocabulary): log_pf = -lse.
+    """
+    floating = [t for t in (hidden, weight, bias) if t is not None]
+    wide = any(t.dtype == torch.float64 for t in floating)
+    dtype = torch.float64 if wide else torch.float32
+    with _without_autocast(hidden.device):
+        head = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        mask = targets >= 0
+        if not checks.values_readable():
+            # The number of valid rows cannot be known: compute every row.
+            states = hidden.to(dtype).masked_fill(~mask[:, None], 0.0)
+            values, lse = _blocked(states, head, bias, targets.clamp(min=0), temperature)
+            return values.masked_fill(~mask, 0.0), lse.masked_fill(~mask, 0.0)
+        rows = mask.nonzero().squeeze(-1)
+        states = hidden.index_select(0, rows).to(dtype)
+        values, lse = _blocked(states, head, bias, targets[rows], temperature)
+        zero = values.new_zeros(targets.shape)
+        return zero.index_copy(0, rows, values), zero.index_copy(0, rows, lse)
 
 
 def _children_logprobs(inputs: HeadInputs, tree: PrefixTree) -> Tensor:
@@ -132,7 +191,7 @@ def _children_logprobs(inputs: HeadInputs, tree: PrefixTree) -> Tensor:
     ):
         within = torch.searchsorted(used, level.tokens)
         columns, known = level.columns_of(level_targets)
-        level_values = _blocked(
+        level_values, _ = _blocked(
             level_states,
             head.index_select(0, within),
             None if bias is None else bias[within],
@@ -190,7 +249,7 @@ def _blocked(
     temperature: float,
     member: Tensor | None = None,
     node: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Blocks of rows of :func:`_block_logprobs`; several are recomputed in the backward pass."""
     rows = states.shape[0]
     step = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // max(head.shape[0], 1))
@@ -207,7 +266,8 @@ def _blocked(
             )
         else:
             parts.append(_block_logprobs(*block))
-    return torch.cat(parts)
+    values, lse = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(lse)
 
 
 def _block_logprobs(
@@ -218,10 +278,14 @@ def _block_logprobs(
     temperature: float,
     member: Tensor | None,
     node: Tensor | None,
-) -> Tensor:
-    """Log-probabilities [R] of one column each: states [R, d], head [C, d], columns [R]."""
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [R] of one column each and log-sum-exps [R].
+
+    states [R, d], head [C, d], columns [R]; a column of C or more has the logit 0 here.
+    """
     if head.shape[0] == 0:  # no candidate: no row, or only rows outside the tree
-        return states.sum(-1) - math.inf
+        nothing = states.sum(-1) - math.inf
+        return nothing, nothing
     logits = states @ head.T
     if bias is not None:
         logits = logits + bias
@@ -229,7 +293,10 @@ def _block_logprobs(
         logits = logits / temperature
     if member is not None and node is not None:
         logits = logits.masked_fill(~member[node], -math.inf)
-    chosen = logits.gather(1, columns[:, None]).squeeze(1)
-    # Where every candidate is forbidden the difference would be NaN; the probability is zero.
+    here = columns < head.shape[0]
+    chosen = logits.gather(1, columns.clamp(max=head.shape[0] - 1)[:, None]).squeeze(1)
+    chosen = torch.where(here, chosen, 0.0)
     log_sum = logits.logsumexp(-1)
-    return torch.where(log_sum == -math.inf, -math.inf, chosen - log_sum)
+    # Where every candidate is forbidden the difference would be NaN; the probability is zero.
+    impossible = (log_sum == -math.inf) & here
+    return torch.where(impossible, -math.inf, chosen - log_sum), log_sum

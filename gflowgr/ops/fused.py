@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 from torch import Tensor
 
-from gflowgr.ops import checks, losses
+from gflowgr.ops import checks
 from gflowgr.ops.joint import JointCall
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def fused_tb_loss(
         sft_weight=sft_weight,
     )
     log_z = checks.check_log_z(log_z, call.mask, "hidden")
-    return call.run(lambda t: losses.tb_definition(t, log_z), log_z, return_log_pf=return_log_pf)
+    return call.run("tb", log_z, return_log_pf=return_log_pf)
 
 
 @overload
@@ -203,9 +203,7 @@ def fused_db_loss(
         sft_weight=sft_weight,
     )
     log_flow = checks.check_log_flow(log_flow, call.mask, "hidden")
-    return call.run(
-        lambda t: losses.db_definition(t, log_flow), log_flow, return_log_pf=return_log_pf
-    )
+    return call.run("db", log_flow, return_log_pf=return_log_pf)
 
 
 @overload
@@ -275,9 +273,7 @@ def fused_subtb_loss(
         sft_weight=sft_weight,
     )
     log_flow = checks.check_log_flow(log_flow, call.mask, "hidden")
-    return call.run(
-        lambda t: losses.subtb_definition(t, log_flow, lam), log_flow, return_log_pf=return_log_pf
-    )
+    return call.run("subtb", log_flow, lam=lam, return_log_pf=return_log_pf)
 
 
 @overload
@@ -341,4 +337,4 @@ def fused_vargrad_loss(
         reduction=reduction,
         sft_weight=sft_weight,
     )
-    return call.run(losses.vargrad_definition, return_log_pf=return_log_pf)
+    return call.run("vargrad", None, return_log_pf=return_log_pf)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from gflowgr.ops import checks, logprobs, losses
-from gflowgr.ops.definitions import logprobs_definition
+from gflowgr.ops import checks, flow, head, head_loss, logprobs, losses
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
@@ -60,28 +57,47 @@ class JointCall:
         )
 
     def run(
-        self,
-        per_trajectory: Callable[[losses.Trajectories], Tensor],
-        *targets: Tensor,
-        return_log_pf: bool,
+        self, kind: str, target: Tensor | None, *, lam: float = 1.0, return_log_pf: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The loss, given its definition per trajectory; `targets` are log_z or log_flow."""
+        """The loss of a kind, balanced against `target` (log_z, log_flow or None)."""
         logprobs.run_data_checks(self.inputs, self.tree, self.data)
-        log_pf = logprobs_definition(self.inputs)
-        dtype = losses.compute_dtype(log_pf, self.log_reward, *targets)
-        batch = losses.prepare(log_pf, self.log_reward, self.mask, self.options, dtype)
-        reduction = self.options.reduction
-        loss = losses.reduce_trajectories(per_trajectory(batch), batch.valid, reduction)
-        if self.sft_weight > 0.0:
-            loss = loss + self.sft_weight * positive_nll(batch, reduction)
+        options = self.options
+        if self.inputs.normalize == "vocab" and options.reduction != "none":
+            loss, log_pf = self._in_three_products(kind, target, lam)
+        else:
+            log_pf = logprobs.compute_logprobs(self.inputs)
+            loss = flow.flow_loss(
+                kind,
+                log_pf,
+                self.log_reward,
+                target,
+                self.mask,
+                lam=lam,
+                beta=options.beta,
+                floor=options.floor,
+                reduction=options.reduction,
+                sft_weight=self.sft_weight,
+            )
         return (loss, log_pf.detach()) if return_log_pf else loss
 
-
-def positive_nll(batch: losses.Trajectories, reduction: str) -> Tensor:
-    """Token-summed NLL of trajectory 0, reduced over prompts; [B, N] for "none"."""
-    nll = -batch.log_pf[:, :1].sum((-2, -1))
-    if reduction == "none":
-        return F.pad(nll[:, None], (0, batch.valid.shape[1] - 1))
-    if reduction == "sum":
-        return nll.sum()
-    return nll.sum() / batch.valid.any(-1).sum().clamp(min=1)
+    def _in_three_products(
+        self, kind: str, target: Tensor | None, lam: float
+    ) -> tuple[Tensor, Tensor]:
+        inputs, options = self.inputs, self.options
+        tensors = [t for t in (self.log_reward, target) if t is not None]
+        dtype = head.result_dtype(inputs.hidden, inputs.weight, inputs.bias, *tensors)
+        return head_loss.head_flow_loss(
+            inputs.hidden,
+            inputs.weight,
+            inputs.bias,
+            inputs.targets,
+            inputs.temperature,
+            self.log_reward.to(dtype),
+            None if target is None else target.to(dtype),
+            kind,
+            lam,
+            options.beta,
+            options.floor,
+            options.reduction,
+            self.sft_weight,
+        )

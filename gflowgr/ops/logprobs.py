@@ -6,8 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gflowgr.ops import checks
-from gflowgr.ops.definitions import HeadInputs, logprobs_definition
+from gflowgr.ops import checks, head
+from gflowgr.ops.definitions import (
+    HeadInputs,
+    level_logprobs,
+    logprobs_definition,
+    vocab_logprobs,
+)
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
@@ -38,9 +43,11 @@ def trajectory_logprobs(
         tree: a PrefixTree on the device of `hidden`; every trajectory must be an identifier of it.
         mask: [B, N, L] bool, a prefix of each row (true = real token); None = all true.
         temperature: divides the logits, bias included; > 0.
-        normalize: "vocab", or "children" = over the children of the token's prefix node (needs
-            `tree`). None means "children" with a tree and "vocab" without one. Where one identifier
-            is the prefix of another, stopping there has no probability of its own.
+        normalize: over what the probabilities sum to 1: "vocab"; "children" = the children of the
+            token's prefix node; "level" = the codebook of the token's position, the slice of the
+            head from the smallest to the largest token that the tree has there (both need `tree`).
+            None means "children" with a tree and "vocab" without one. Where one identifier is the
+            prefix of another, stopping there has no probability of its own.
 
     Returns:
         log_pf [B, N, L] in nats, float32 (float64 if any floating input is). Exactly 0 under a
@@ -72,6 +79,16 @@ def trajectory_logprobs(
         hidden, weight, tokens, bias, tree, mask, temperature, normalize, data
     )
     run_data_checks(inputs, tree, data)
+    return compute_logprobs(inputs)
+
+
+def compute_logprobs(inputs: HeadInputs) -> Tensor:
+    """log_pf [B, N, L] of checked inputs, by the fastest backend that can."""
+    if inputs.normalize == "vocab":
+        return vocab_logprobs(inputs, head.head_logprobs)
+    assert inputs.tree is not None
+    if inputs.normalize == "level":
+        return level_logprobs(inputs, inputs.tree, head.head_logprobs)
     return logprobs_definition(inputs)
 
 
@@ -115,8 +132,8 @@ def check_head_inputs(
         normalize = "vocab" if tree is None else "children"
     normalize = checks.check_choice("normalize", normalize, checks.NORMALIZERS)
     if tree is None:
-        if normalize == "children":
-            raise ValueError('normalize="children" needs a tree, got tree=None')
+        if normalize != "vocab":
+            raise ValueError(f'normalize="{normalize}" needs a tree, got tree=None')
     else:
         checks.check_tree(tree, vocab_size, device, "hidden")
     full_mask = checks.check_mask(mask, batch, device, "hidden", data)
@@ -127,8 +144,9 @@ def check_head_inputs(
         tokens=tokens,
         bias=bias,
         mask=None if mask is None else full_mask,
-        tree=tree if normalize == "children" else None,
+        tree=None if normalize == "vocab" else tree,
         temperature=temperature,
+        normalize=normalize,
     )
 
 

@@ -247,7 +247,7 @@ HEAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"normalize": "leaves"},
         ValueError,
-        "normalize must be one of 'vocab', 'children'; got 'leaves'",
+        "normalize must be one of 'vocab', 'level', 'children'; got 'leaves'",
     ),
     ({"temperature": 0}, ValueError, "temperature must be greater than 0, got 0"),
     ({"temperature": "hot"}, TypeError, "temperature must be a real number, got str"),
