@@ -198,6 +198,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_flow_los
 
 bool head_available() { return gflowgr::gemm_float_available(); }
 
+bool head_in_bfloat16() { return gflowgr::gemm_bfloat16_available(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cpp, m) {
@@ -214,6 +216,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cpp, m) {
       "float sft_weight, bool need_hidden, bool need_weight, bool need_bias, bool need_log_reward, "
       "bool need_flow) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("head_available() -> bool");
+  m.def("head_in_bfloat16() -> bool");  // whether bfloat16 factors are multiplied as such, not widened
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gflowgr_cpp, CPU, m) {
@@ -224,4 +227,5 @@ STABLE_TORCH_LIBRARY_IMPL(gflowgr_cpp, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gflowgr_cpp, CompositeExplicitAutograd, m) {
   m.impl("head_available", TORCH_BOX(&head_available));
+  m.impl("head_in_bfloat16", TORCH_BOX(&head_in_bfloat16));
 }

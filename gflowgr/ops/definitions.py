@@ -79,15 +79,27 @@ def logprobs_definition(inputs: HeadInputs) -> Tensor:
     if torch.compiler.is_compiling():
         # It reads sizes from values. Not a decorator: that imports the compiler at once.
         children = torch.compiler.disable(children)
-    with _without_autocast(inputs.hidden.device):
+    with without_autocast(inputs.hidden.device):
         return children(inputs, inputs.tree)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would turn the float32 products below back into 16-bit ones."""
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would turn the float32 products of an op back into 16-bit ones."""
     if device.type not in _AUTOCAST_DEVICES:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def as_autocast(tensor: Tensor) -> Tensor:
+    """The tensor as autocast would hand it to a matrix product: what an output head is."""
+    device = tensor.device.type
+    if (
+        device in _AUTOCAST_DEVICES
+        and torch.is_autocast_enabled(device)
+        and tensor.dtype != torch.float64
+    ):
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor
 
 
 Dense = Callable[[Tensor, Tensor, "Tensor | None", Tensor, float], tuple[Tensor, Tensor]]
@@ -143,7 +155,7 @@ def dense_logprobs(
     floating = [t for t in (hidden, weight, bias) if t is not None]
     wide = any(t.dtype == torch.float64 for t in floating)
     dtype = torch.float64 if wide else torch.float32
-    with _without_autocast(hidden.device):
+    with without_autocast(hidden.device):
         head = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         mask = targets >= 0

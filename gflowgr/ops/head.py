@@ -224,7 +224,8 @@ def _head_logprobs(
     jacobian: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     name = backends.resolve("head_logprobs", hidden.device, wide_dtype(hidden, weight, bias))
-    return _LOGPROBS[name](hidden, weight, bias, targets, temperature, jacobian)
+    with definitions.without_autocast(hidden.device):
+        return _LOGPROBS[name](hidden, weight, bias, targets, temperature, jacobian)
 
 
 def _head_logprobs_fake(
@@ -245,7 +246,8 @@ def _head_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> Gradients:
     name = backends.resolve("head_logprobs", hidden.device, wide_dtype(hidden, weight, bias))
-    return _BACKWARD[name](grad, hidden, weight, bias, *rest)
+    with definitions.without_autocast(hidden.device):
+        return _BACKWARD[name](grad, hidden, weight, bias, *rest)
 
 
 def _head_backward_fake(

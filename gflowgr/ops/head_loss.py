@@ -189,7 +189,8 @@ def _head_flow_loss(
     log_reward = rest[1]
     dtype = torch.promote_types(head.wide_dtype(hidden, weight, bias), log_reward.dtype)
     name = backends.resolve("head_flow_loss", hidden.device, dtype)
-    outputs = _RUN[name](hidden, weight, bias, targets, *rest)
+    with definitions.without_autocast(hidden.device):
+        outputs = _RUN[name](hidden, weight, bias, targets, *rest)
     needs = rest[-5:]
     empty = log_reward.new_zeros(0)
     gradients = [x if n else empty.to(x.dtype) for x, n in zip(outputs[2:], needs, strict=True)]

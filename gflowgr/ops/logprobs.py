@@ -9,6 +9,7 @@ from torch import Tensor
 from gflowgr.ops import checks, head
 from gflowgr.ops.definitions import (
     HeadInputs,
+    as_autocast,
     level_logprobs,
     logprobs_definition,
     vocab_logprobs,
@@ -54,8 +55,9 @@ def trajectory_logprobs(
         false mask, where hidden states and tokens may hold anything (NaN, out-of-range ids) and get
         zero gradient.
 
-    float16 and bfloat16 inputs are multiplied and accumulated in float32, also under autocast;
-    their gradients are accumulated in float32 and rounded once.
+    float16 and bfloat16 inputs are multiplied exactly and accumulated in float32; their gradients
+    are accumulated in float32 and rounded once. Under autocast the inputs are rounded to its dtype
+    first, as those of any output head are.
 
     Memory besides inputs, outputs and gradients, with T the valid tokens: logits of masked tokens
     are never formed, and those of valid ones in blocks of R = max(256, 2^24 // C) rows with C = V
@@ -139,10 +141,10 @@ def check_head_inputs(
     full_mask = checks.check_mask(mask, batch, device, "hidden", data)
     checks.check_tokens(tokens, full_mask, vocab_size, data)
     return HeadInputs(
-        hidden=hidden,
-        weight=weight,
+        hidden=as_autocast(hidden),
+        weight=as_autocast(weight),
         tokens=tokens,
-        bias=bias,
+        bias=None if bias is None else as_autocast(bias),
         mask=None if mask is None else full_mask,
         tree=None if normalize == "vocab" else tree,
         temperature=temperature,

@@ -115,11 +115,15 @@ def logprobs(
     tokens: Tensor,
     *,
     bias: Tensor | None,
-    identifiers: Identifiers | None,
+    identifiers: Identifiers,
+    normalize: str,
     mask: Tensor,
     temperature: float,
 ) -> Tensor:
-    """log P_F of every token over the vocabulary, or over the children of its prefix."""
+    """log P_F of every token over the vocabulary, its position's codebook or its prefix's children.
+
+    A codebook goes from the smallest to the largest token that an identifier has at the position.
+    """
     prompts, branches, steps, width = hidden.shape
     states, head = hidden.double().tolist(), weight.double().tolist()
     result = torch.zeros(prompts, branches, steps, dtype=torch.float64)
@@ -128,8 +132,11 @@ def logprobs(
             row = tokens[b, n].tolist()
             for i in range(length(mask, b, n)):
                 candidates: Sequence[int] = range(len(head))
-                if identifiers is not None:
+                if normalize == "children":
                     candidates = children(identifiers, row[:i])
+                elif normalize == "level":
+                    there = [x[i] for x in identifiers if len(x) > i]
+                    candidates = range(min(there), max(there) + 1)
                 logit = {}
                 for v in candidates:
                     value = sum(states[b][n][i][k] * head[v][k] for k in range(width))

@@ -17,15 +17,16 @@ from gflowgr.tree import PrefixTree
 from . import oracles
 from .cases import IDENTIFIERS, VOCABULARY, HeadCase, head_cases, make_head_case, prefix_mask
 
-NORMALISERS = ["vocab", "children"]
+NORMALISERS = ["vocab", "level", "children"]
 
 
 def keywords(case: HeadCase, normalize: str, *, bias: bool = True, temperature: float = 0.7) -> Any:
     return {
         "bias": case.bias if bias else None,
-        "tree": case.tree if normalize == "children" else None,
+        "tree": None if normalize == "vocab" else case.tree,
         "mask": case.mask,
         "temperature": temperature,
+        "normalize": normalize,
     }
 
 
@@ -37,7 +38,8 @@ def oracle(
         case.weight,
         case.tokens,
         bias=case.bias if bias else None,
-        identifiers=IDENTIFIERS if normalize == "children" else None,
+        identifiers=IDENTIFIERS,
+        normalize=normalize,
         mask=case.mask,
         temperature=temperature,
     )
@@ -336,18 +338,22 @@ def test_gradient_of_the_head_is_summed_in_float32(normalize: str) -> None:
 
 
 @pytest.mark.parametrize("normalize", NORMALISERS)
-def test_autocast_does_not_round_the_products(normalize: str) -> None:
+def test_autocast_rounds_the_inputs_and_nothing_else(normalize: str) -> None:
+    """As for any output head; the products of the rounded numbers are exact, and so are sums."""
     case = make_head_case(2, 3, 16, seed=10, dtype=torch.float32)
     options = keywords(case, normalize)
-    plain = trajectory_logprobs(case.hidden, case.weight, case.tokens, **options)
+    rounded = [x.bfloat16() for x in (case.hidden, case.weight, case.bias)]
+    expected = trajectory_logprobs(*rounded[:2], case.tokens, **options | {"bias": rounded[2]})
+    weight = case.weight.clone().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(
-            plain, trajectory_logprobs(case.hidden, case.weight, case.tokens, **options)
-        )
+        log_pf = trajectory_logprobs(case.hidden, weight, case.tokens, **options)
         # The usual mixture under autocast: 16-bit states, float32 head.
-        mixed = trajectory_logprobs(case.hidden.bfloat16(), case.weight, case.tokens, **options)
-    assert mixed.dtype == torch.float32
-    torch.testing.assert_close(mixed, plain, rtol=0, atol=0.1)
+        mixed = trajectory_logprobs(case.hidden.bfloat16(), weight, case.tokens, **options)
+    assert log_pf.dtype == torch.float32
+    torch.testing.assert_close(log_pf, expected)
+    torch.testing.assert_close(mixed, expected)
+    log_pf.sum().backward()
+    assert weight.grad.dtype == torch.float32
 
 
 # ------------------------------------------------------------------ torch.compile

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gflowgr.ops import definitions, trajectory_logprobs
+from gflowgr.ops.head import backward_definition, probe_cpp
 from gflowgr.tree import PrefixTree
 
 
@@ -26,6 +30,27 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.numel = max(self.numel, x.numel())
         return result
+
+
+def largest_of_definition(rows: int, valid: int, vocabulary: int) -> int:
+    """Largest tensor of a forward and backward pass of the definition, `valid` rows of `rows`."""
+    hidden, weight = torch.zeros(rows, 2), torch.zeros(vocabulary, 2)
+    targets = torch.where(torch.arange(rows) < valid, 0, -1)
+    with LargestTensor() as count, torch.no_grad():
+        log_pf, lse = definitions.dense_logprobs(hidden, weight, None, targets, 1.0)
+        inputs = (torch.ones(rows), hidden, weight, None, targets, log_pf, lse, 1.0)
+        backward_definition(*inputs, True, True, False)
+    return count.numel
+
+
+def test_logits_of_masked_tokens_are_never_formed() -> None:
+    assert largest_of_definition(rows=400, valid=30, vocabulary=1000) == 30 * 1000
+
+
+def test_logits_are_formed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(definitions, "BLOCK_ELEMENTS", 20_000)
+    monkeypatch.setattr(definitions, "MIN_BLOCK_ROWS", 8)
+    assert largest_of_definition(rows=400, valid=400, vocabulary=1000) == 20 * 1000
 
 
 def largest(
@@ -46,18 +71,80 @@ def largest(
     return count.numel
 
 
-def test_logits_of_masked_tokens_are_never_formed() -> None:
-    assert largest(rows=400, valid=30, vocabulary=1000, token=0) == 30 * 1000
-
-
-def test_logits_are_formed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(definitions, "BLOCK_ELEMENTS", 20_000)
-    monkeypatch.setattr(definitions, "MIN_BLOCK_ROWS", 8)
-    assert largest(rows=400, valid=400, vocabulary=1000, token=0) == 20 * 1000
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tree_makes_the_cost_independent_of_the_vocabulary(dtype: torch.dtype) -> None:
     """Only the six children are multiplied: nothing of the vocabulary's size is made or widened."""
     tree = PrefixTree.from_identifiers([[i] for i in range(100, 106)])
     assert largest(50, 50, vocabulary=90_000, token=103, tree=tree, dtype=dtype) == 50 * 6
+
+
+# ------------------------------------------------------------------ C++
+
+PEAK_OF_JOINT_LOSS = """
+import sys, torch, gflowgr
+rows, width, size, frozen, kind = (eval(x) for x in sys.argv[1:])
+torch.set_num_threads(2)
+dtype = getattr(torch, kind)
+def run(rows, size):
+    hidden = torch.randn(rows // 4, 2, 2, width).to(dtype).requires_grad_()
+    weight = torch.randn(size, width).to(dtype).requires_grad_(not frozen)
+    tokens = torch.randint(0, size, hidden.shape[:3])
+    reward, log_z = torch.randn(rows // 4, 2), torch.randn(rows // 4)
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
+    before = resident("VmRSS")
+    gflowgr.fused_tb_loss(hidden, weight, tokens, reward, log_z, sft_weight=1.0).backward()
+    return resident("VmHWM") - before
+def resident(name):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(name)) * 1024
+run(64, 128)
+print(run(rows, size))
+"""
+
+
+def predicted_peak(rows: int, width: int, size: int, frozen: bool, element: int) -> int:
+    """Bytes, as the docstring of the fused losses states them."""
+    gradients = (rows * width + (0 if frozen else size * width)) * element
+    block = min(rows, 512)
+    scores = 0 if frozen or rows <= width else size * block * element
+    references = 0 if frozen else size // 64 * block * 4
+    sums = size * width * 4 if element == 2 and rows > block and not frozen else 0
+    states = block * width * (4 + element)
+    return gradients + scores + references + sums + states
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "size", "frozen"),
+    [
+        (2048, 64, 60_000, False),
+        (256, 256, 60_000, False),  # the scores lie in the memory of the head's gradient
+        (4096, 512, 20_000, True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_peak_of_the_joint_loss(rows: int, width: int, size: int, frozen: bool, kind: str) -> None:
+    """Resident memory, in its own process; 12 MiB stand for threads' tiles and the allocator."""
+    dtype = getattr(torch, kind)
+    reason = probe_cpp(torch.device("cpu"), dtype)
+    if reason is not None:
+        pytest.skip(f"cpp: {reason}")
+    if kind == "bfloat16" and not torch.ops.gflowgr_cpp.head_in_bfloat16():
+        pytest.skip("this CPU has no bfloat16 products: the formula is that of float32 then")
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("no /proc/self/clear_refs: the peak of a process cannot be reset")
+    element = dtype.itemsize
+    arguments = map(str, (rows, width, size, frozen))
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_JOINT_LOSS, *arguments, repr(kind)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak = int(done.stdout)
+    predicted = predicted_peak(rows, width, size, frozen, element)
+    assert peak <= 1.05 * predicted + 12 * 2**20
+    assert peak >= 0.6 * predicted, "the formula promises too little"
+    if not frozen:
+        logits = rows * size * element
+        assert rows <= 512 or peak < logits
