@@ -25,9 +25,9 @@ reduction "none" it is :func:`gflowgr.ops.trajectory_logprobs` and its backward 
 Memory besides inputs and gradients, in C++ with elements of s bytes (2 for bfloat16 inputs, else 4)
 and blocks of R = min(T, max(512, 256 * threads)) tokens: V R s for the block's scores, nothing for
 them where T <= d (they lie in the memory of the head's gradient) or where the head wants none;
-V R / 16 for their references; V d 4 to sum a bfloat16 gradient of the head where T > R; R d (4 + s)
-for the states. On a GPU: the block's scores, at most 256 MiB where one prompt's fit in that, and V d 4
-to sum a 16-bit gradient over blocks.
+V R / 16 for their references; V d 4 to sum a bfloat16 gradient of the head where T > R;
+R d (4 + s) for the states. On a GPU: the block's scores, at most 256 MiB where one prompt's fit in
+that, and V d 4 to sum a 16-bit gradient over blocks.
 
 Errors: those of :func:`gflowgr.ops.trajectory_logprobs` and of the loss; besides, ValueError for a
 valid token that the bias forbids (-inf), since its loss would be infinite.
