@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import gflowgr
 from gflowgr import backends
@@ -420,3 +421,45 @@ def test_why_a_backend_cannot_run_is_said() -> None:
             torch.randn(3, 2, dtype=torch.float64),
             torch.zeros(1, 1, 1, dtype=torch.long),
         )
+
+
+def test_under_activation_checkpointing() -> None:
+    inputs, keywords = joint_inputs("tb", torch.float32, seed=10)
+    results = []
+    for wrapped in (False, True):
+        leaves = {k: x.clone().requires_grad_() for k, x in inputs.items()}
+
+        def run(given: dict[str, Tensor] = leaves) -> Tensor:
+            return gflowgr.fused_tb_loss(**given, **keywords, sft_weight=1.0)
+
+        loss = checkpoint(run, use_reentrant=False) if wrapped else run()
+        loss.backward()
+        results.append([loss.detach(), *(x.grad for x in leaves.values())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_more_than_two_to_the_31_logits() -> None:
+    """The last rows and the last tokens come out as if they were alone."""
+    if "cpp" not in BACKENDS:
+        pytest.skip(f"cpp: {head_ops.probe_cpp(torch.device('cpu'), torch.float32)}")
+    rows, size = 66_000, 33_000
+    assert rows * size > 2**31
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 2, generator=g)
+    weight = torch.randn(size, 2, generator=g)
+    targets = torch.randint(0, size, (rows,), generator=g)
+    last = slice(rows - 64, rows)
+    targets[last] = torch.arange(size - 64, size)
+    grad = (torch.arange(rows) >= last.start).float()
+    with gflowgr.backend("cpp"):
+        log_pf, lse, _ = torch.ops.gflowgr.head_logprobs(hidden, weight, None, targets, 1.0, False)
+        d_hidden, d_weight, _ = torch.ops.gflowgr.head_backward(
+            grad, hidden, weight, None, targets, log_pf, lse, 1.0, True, True, False
+        )
+    alone = Case(hidden[last], weight, None, targets[last], 1.0)
+    expected, _, gradients = exact(alone, torch.ones(64))
+    assert_close(log_pf[last], expected, 1e-5)
+    assert_close(d_hidden[last], gradients[0], 2e-5)
+    assert_close(d_weight, gradients[1], 2e-5)
+    assert not d_hidden[: last.start].any()
