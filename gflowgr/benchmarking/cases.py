@@ -252,7 +252,7 @@ def _product_floor(shape: Shape, dtype: torch.dtype, trained: bool) -> Floor:
     states, head = shape.rows * shape.d, shape.V * shape.d
     # States and head are read, their gradients written.
     numbers = 2 * states + head * (2 if trained else 1)
-    return Floor(product * (3 if trained else 2), float(numbers * dtype.itemsize), FLOOR)
+    return Floor(product * (3 if trained else 2), float(numbers * dtype.itemsize), FLOOR, True)
 
 
 def _tree_floor(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gflowgr.backends import BackendError
 from gflowgr.benchmarking.cases import Case, Variant
 from gflowgr.benchmarking.inputs import Inputs
 from gflowgr.benchmarking.plain import Reference
@@ -37,7 +38,8 @@ class Check:
     """Errors of one variant.
 
     Attributes:
-        status: "ok", "wrong" or "failed".
+        status: "ok", "wrong", "failed" (raised), or "absent" (a forced backend that lacks one of
+            the ops involved).
         reason: why it is not ok, else "".
         result_error, gradient_error: relative errors, the worst of the gradients.
     """
@@ -53,6 +55,8 @@ def check(case: Case, variant: Variant, inputs: Inputs, reference: Reference) ->
     inputs.clear()
     try:
         result = variant.run(inputs)
+    except BackendError as error:
+        return Check("absent", str(error))
     except FAILURES as error:
         text = str(error).strip() or "no message"
         return Check("failed", f"{type(error).__name__}: {text.splitlines()[0]}")

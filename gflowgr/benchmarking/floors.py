@@ -28,13 +28,16 @@ class Floor:
 
     Attributes:
         flops, nbytes: arithmetic and memory traffic that cannot be avoided.
-        bare: name of the bare operation (a key of the case's ``bare``) whose time is the floor;
-            None: the prediction is.
+        bare: name of a bare operation (a key of the case's ``bare``) that is part of the work;
+            None: the prediction is the floor.
+        bare_is_all: the bare operation is the whole floor; otherwise the larger of its time and the
+            prediction is.
     """
 
     flops: float
     nbytes: float
     bare: str | None = None
+    bare_is_all: bool = False
 
     def predict(self, rates: Rates) -> float:
         """Seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -150,9 +151,7 @@ def catalogue(shape: Shape) -> Catalogue:
     given = os.environ.get("GFLOWGR_DATA")
     root = Path(given) if given else Path(__file__).resolve().parents[3] / "shared" / "data"
     if shape.L == 4 and (root / "Beauty" / "inter.json.gz").is_file():
-        from gflowgr.data import load_dataset
-
-        codes = load_dataset(root / "Beauty").identifiers("letter_official").codes
+        codes = _published_codes(root / "Beauty")
         source = "Beauty's published identifiers"
     else:
         codes = _random_codes(shape.L)
@@ -162,6 +161,14 @@ def catalogue(shape: Shape) -> Catalogue:
     return Catalogue(tokens, f"{source}: {len(tokens):,} of {shape.L} tokens")
 
 
+@functools.cache
+def _published_codes(folder: Path) -> np.ndarray:
+    from gflowgr.data import load_dataset
+
+    return load_dataset(folder).identifiers("letter_official").codes
+
+
+@functools.cache
 def _random_codes(length: int) -> np.ndarray:
     """Level by level, every prefix gets a child, and the rest go to random prefixes."""
     rng = np.random.default_rng(0)

@@ -80,7 +80,7 @@ def time_case(
         del inputs  # before the next ones are made: a large head is held once
         inputs = case.make_inputs(_FIRST_SEED + 1 + round_)
         times.canary.append(canary.seconds())
-        place = round_ % len(names)
+        place = round_ % max(len(names), 1)
         for name in names[place:] + names[:place]:
             taken = times.samples[name]
             if len(taken) >= 2 and sum(taken) * calls[name] > seconds:

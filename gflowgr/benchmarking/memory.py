@@ -85,7 +85,10 @@ def _count(request: dict[str, object]) -> int:
 
     def find(size: Shape) -> tuple[Case, Variant]:
         case = build_case(str(request["op"]), size, device, dtype, peers)
-        return case, next(v for v in case.variants if v.name == request["variant"])
+        named = {v.name: v for v in case.variants}
+        if request["variant"] not in named:
+            raise ValueError(f"no variant {request['variant']!r} in {case.title}")
+        return case, named[str(request["variant"])]
 
     case, variant = find(shape)
     if not variant.compiles:

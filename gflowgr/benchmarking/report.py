@@ -36,7 +36,8 @@ class Row:
     device: str
     variant: str
     family: str  # see cases.Variant
-    status: str  # ok, wrong, failed
+    floor: str  # which of the case's floors; "": none is known
+    status: str  # see checking.Check
     reason: str
     result_error: float | None
     gradient_error: float | None
@@ -115,6 +116,7 @@ def make_row(
         device=case.device.type,
         variant=variant.name,
         family=variant.family,
+        floor=variant.floor or "",
         status=check.status,
         reason=check.reason,
         result_error=check.result_error,
@@ -133,7 +135,8 @@ def make_row(
         row.predicted_floor_ms = floor.predict(rates) * 1e3
         row.floor_ms = row.predicted_floor_ms
         if floor.bare is not None:
-            row.floor_ms = quartiles(times.samples[floor.bare])[1] * 1e3
+            bare_ms = quartiles(times.samples[floor.bare])[1] * 1e3
+            row.floor_ms = bare_ms if floor.bare_is_all else max(bare_ms, row.floor_ms)
         if row.ms is not None:
             row.over_floor = row.ms / row.floor_ms
             row.tflops = floor.flops / row.ms / 1e9
@@ -142,14 +145,17 @@ def make_row(
 
 
 def fill_ratios(rows: list[Row]) -> None:
-    """Speed-up and memory of every row of a case over the fastest peer of each family."""
+    """Speed-up and memory of every row of a case over the fastest peer of each family.
+
+    A dense gradient of the head is compared with dense ones, a row-sparse one with row-sparse ones
+    where the family has any.
+    """
     for family in FAMILIES:
         timed = [row for row in rows if row.family == family and row.ms is not None]
-        if not timed:
-            continue
-        best = min(timed, key=lambda row: row.ms or 0.0)
         for row in rows:
-            if row.ms is None or not best.ms:
+            alike = [peer for peer in timed if peer.floor == row.floor] or timed
+            best = min(alike, key=lambda peer: peer.ms or 0.0, default=None)
+            if row.ms is None or best is None or not best.ms:
                 continue
             setattr(row, f"fastest_{family}_peer", best.variant)
             setattr(row, f"speedup_{family}", best.ms / row.ms)
@@ -243,7 +249,10 @@ def _cells(rows: list[Row]) -> list[list[str]]:
         if rates:
             line += [_number(row.tflops, 3), _number(row.gb_per_s, 3)]
         errors = [e for e in (row.result_error, row.gradient_error) if e is not None]
-        line += [_number(max(errors), 2) if errors else "-", row.status.upper().replace("OK", "ok")]
+        line += [
+            _number(max(errors), 2) if errors else "-",
+            row.status if row.status == "ok" else row.status.upper(),
+        ]
         cells.append(line)
     return cells
 
