@@ -25,4 +25,7 @@ else
     echo "== compute-sanitizer was not found: not run"
 fi
 step python benchmarks/tree.py --output "$results"
+# What is missing of these is left out of the comparison, with the reason printed.
+python -m pip install cut-cross-entropy liger-kernel trl || echo "== not all peers were installed"
+step python -m gflowgr bench --device cuda --dtype bfloat16 float32 --out "$results/bench_gpu"
 exit $status

@@ -137,7 +137,7 @@ def _tree_case(
     case.notes.append(f"tree: {items.source}; trajectories drawn uniformly")
     children = restricted.children(case.make_inputs(0)["tokens"])
     case.notes.append(f"{children:,} children to normalise over in one draw")
-    for sparse in (False, True):
+    for sparse in (False, True) if trained else (False,):
         case.floors["sparse" if sparse else "dense"] = _tree_floor(
             shape, dtype, children, trained=trained, sparse=sparse
         )

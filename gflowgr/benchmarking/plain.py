@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gflowgr.benchmarking.inputs import Catalogue, Inputs
 from gflowgr.benchmarking.shapes import CODES, Shape
-from gflowgr.ops import losses
+from gflowgr.ops import flow_definitions
 
 SFT_WEIGHT = 1.0
 LAM = 0.9
@@ -108,19 +108,19 @@ def reduction_definition(inputs: Inputs, kind: str) -> Tensor:
     """A pure reduction by its definition in plain PyTorch, without checks; reduction "prompt"."""
     log_pf, log_reward = inputs["log_pf"], inputs["log_reward"]
     mask = torch.ones(log_pf.shape, dtype=torch.bool, device=log_pf.device)
-    options = losses.RewardOptions(beta=1.0, floor=None, reduction="prompt")
-    batch = losses.prepare(
-        log_pf, log_reward, mask, options, losses.compute_dtype(log_pf, log_reward)
+    options = flow_definitions.RewardOptions(beta=1.0, floor=None, reduction="prompt")
+    batch = flow_definitions.prepare(
+        log_pf, log_reward, mask, options, flow_definitions.compute_dtype(log_pf, log_reward)
     )
     if kind == "tb":
-        values = losses.tb_definition(batch, inputs["log_z"])
+        values = flow_definitions.tb_definition(batch, inputs["log_z"])
     elif kind == "db":
-        values = losses.db_definition(batch, inputs["log_flow"])
+        values = flow_definitions.db_definition(batch, inputs["log_flow"])
     elif kind == "subtb":
-        values = losses.subtb_definition(batch, inputs["log_flow"], LAM)
+        values = flow_definitions.subtb_definition(batch, inputs["log_flow"], LAM)
     else:
-        values = losses.vargrad_definition(batch)
-    return losses.reduce_trajectories(values, batch.valid, "prompt")
+        values = flow_definitions.vargrad_definition(batch)
+    return flow_definitions.reduce_trajectories(values, batch.valid, "prompt")
 
 
 # ---- references ----

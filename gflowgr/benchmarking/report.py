@@ -283,7 +283,7 @@ def _markdown(cells: list[list[str]]) -> list[str]:
 def write_files(
     folder: Path, machine: dict[str, Any], summaries: list[dict[str, Any]], rows: list[Row]
 ) -> None:
-    """``bench.json``, ``bench.csv``, ``bench.md`` and the plots, each whole or not at all."""
+    """``bench.json``, ``bench.csv`` and ``bench.md``, each whole or not at all."""
     files.write_json(
         folder / "bench.json",
         {"machine": machine, "cases": summaries, "rows": [asdict(row) for row in rows]},
@@ -296,9 +296,6 @@ def write_files(
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
     files.write_text(folder / "bench.md", _summary_text(machine, summaries, rows))
-    from gflowgr.benchmarking.plots import write_plots
-
-    write_plots(folder, summaries, rows)
 
 
 def _summary_text(machine: dict[str, Any], summaries: list[dict[str, Any]], rows: list[Row]) -> str:

@@ -15,6 +15,7 @@ from gflowgr.benchmarking import checking, measuring, memory, report
 from gflowgr.benchmarking.cases import Case, Variant, build_case
 from gflowgr.benchmarking.floors import Rates
 from gflowgr.benchmarking.peers import read_peers
+from gflowgr.benchmarking.plots import write_plots
 from gflowgr.benchmarking.report import Row
 from gflowgr.benchmarking.shapes import (
     DTYPES,
@@ -129,6 +130,7 @@ def run_benchmarks(settings: Settings) -> list[Row]:
             # After every case, so that an interrupted run leaves what it has measured.
             report.write_files(settings.out, machine, summaries, rows)
     if settings.out is not None:
+        write_plots(settings.out, summaries, rows)
         print(f"\nwritten to {settings.out}")
     return rows
 
