@@ -6,7 +6,7 @@ peak extra memory is counted in a process of its own. ``benchmarks/README.md`` e
 
 Modules: ``shapes`` (what can be asked for), ``inputs`` and ``plain`` (data, plain PyTorch),
 ``peers`` and ``ours`` (what is compared), ``cases`` (put together), ``checking``, ``measuring``,
-``memory``, ``floors`` (how it is measured), ``running``, ``report``, ``plots``. Only ``shapes`` is
+``memory``, ``floors`` (how it is measured), ``running``, ``report``, ``plots``. Only ``command`` is
 imported with the command line; the rest when a benchmark runs.
 """
 
