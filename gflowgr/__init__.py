@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .ops import fused_subtb_loss as fused_subtb_loss
     from .ops import fused_tb_loss as fused_tb_loss
     from .ops import fused_vargrad_loss as fused_vargrad_loss
+    from .ops import logprobs_from_logits as logprobs_from_logits
     from .ops import subtb_loss as subtb_loss
     from .ops import tb_loss as tb_loss
     from .ops import trajectory_logprobs as trajectory_logprobs
@@ -45,6 +46,7 @@ _HOME = {
         "fused_subtb_loss",
         "fused_tb_loss",
         "fused_vargrad_loss",
+        "logprobs_from_logits",
         "subtb_loss",
         "tb_loss",
         "trajectory_logprobs",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from gflowgr.ops.checks import set_validation, validation_enabled
 from gflowgr.ops.fused import fused_db_loss, fused_subtb_loss, fused_tb_loss, fused_vargrad_loss
+from gflowgr.ops.logits import logprobs_from_logits
 from gflowgr.ops.logprobs import trajectory_logprobs
 from gflowgr.ops.losses import db_loss, subtb_loss, tb_loss, vargrad_log_z, vargrad_loss
 
@@ -17,6 +18,7 @@ __all__ = [
     "fused_subtb_loss",
     "fused_tb_loss",
     "fused_vargrad_loss",
+    "logprobs_from_logits",
     "set_validation",
     "subtb_loss",
     "tb_loss",

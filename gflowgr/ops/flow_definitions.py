@@ -241,7 +241,7 @@ def gradient_definition(
     if kind == "db":
         assert target is not None
         to_pf = scale[..., None] * _db_residual(t, target)
-        to_target = to_pf - _shift_right(to_pf)
+        to_target = (to_pf - _shift_right(to_pf)).masked_fill(~t.mask, 0.0)
         to_reward = -to_pf.masked_fill(~_last(t.mask), 0.0).sum(-1)
     elif kind == "subtb":
         assert target is not None
