@@ -105,8 +105,8 @@ def head_logprobs(
     weight = head.weight.to(head.block_dtype)
     for first, last in blocks:
         part, own = head.rows(first, last), scores[: last - first]
-        log_total = launch.score(part, own, lse[first:last], log_pf[first:last])
-        factors, _ = launch.factors(part, own, log_total, log_pf[first:last], None, False)
+        totals = launch.score(part, own, lse[first:last], log_pf[first:last])
+        factors, _ = launch.factors(part, own, totals, log_pf[first:last], None, False)
         launch.row_product(own, weight, factors, derivative[first:last])
     return log_pf, lse, derivative
 
@@ -230,9 +230,9 @@ def head_joint(
     bias_sum = torch.zeros(size if need_bias else 0, device=hidden.device)
     for first, last in blocks:
         part, scores, own = head.rows(first, last), block[: last - first], log_pf[first:last]
-        log_total = launch.score(part, scores, lse[first:last], own)
+        totals = launch.score(part, scores, lse[first:last], own)
         grad = upstream(first, own).float().contiguous()
-        factors, scaled = launch.factors(part, scores, log_total, own, grad, need_weight)
+        factors, scaled = launch.factors(part, scores, totals, own, grad, need_weight)
         if low_weight is not None:
             launch.row_product(scores, low_weight, factors, d_hidden[first:last])
         if scaled is not None:

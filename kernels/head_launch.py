@@ -85,8 +85,8 @@ class Blocks:
 
     def __init__(self, total: int, largest: int, unit: int) -> None:
         self.total = total
-        pieces = triton.cdiv(total, max(unit, largest // unit * unit))
-        self.size = min(total, triton.cdiv(triton.cdiv(total, pieces), unit) * unit)
+        pieces = max(1, triton.cdiv(total, max(unit, largest // unit * unit)))
+        self.size = max(1, min(total, triton.cdiv(triton.cdiv(total, pieces), unit) * unit))
 
     def __len__(self) -> int:
         return triton.cdiv(self.total, self.size)
@@ -199,13 +199,13 @@ def _combine(
     lse: Tensor,
     log_pf: Tensor,
     reference: Tensor | None = None,
-    log_total: Tensor | None = None,
+    totals: Tensor | None = None,
     missed: Tensor | None = None,
 ) -> None:
     rows, columns = head.hidden.shape[0], head.weight.shape[0]
     head_rows.head_combine_kernel[(triton.cdiv(rows, COMBINE["ROWS"]),)](
         *statistics,
-        *(head.targets, reference, lse, log_pf, log_total, missed),
+        *(head.targets, reference, lse, log_pf, totals, missed),
         *(rows, statistics.maxima.shape[0], columns, head.first_column),
         **COMBINE,
         num_warps=4,
@@ -235,7 +235,7 @@ def log_sums(head: Head, lse: Tensor, log_pf: Tensor) -> None:
 
 
 def score(head: Head, scores: Tensor, lse: Tensor, log_pf: Tensor) -> Tensor:
-    """Fill scores [R, V] = exp(x - reference), lse and log_pf [R]; return lse - reference [R]."""
+    """Fill scores [R, V] = exp(x - reference), lse and log_pf [R]; return the scores' sums [R]."""
     rows, device = head.hidden.shape[0], head.hidden.device
     reference = _reference(head)
 
@@ -257,12 +257,12 @@ def score(head: Head, scores: Tensor, lse: Tensor, log_pf: Tensor) -> Tensor:
 
     config = _choose(head, head_tiles.SCORES, run)
     statistics = run(config)
-    log_total = torch.empty(rows, device=device)
+    totals = torch.empty(rows, device=device)
     missed = torch.empty(rows, dtype=torch.int32, device=device)
-    _combine(head, statistics, lse, log_pf, reference, log_total, missed)
+    _combine(head, statistics, lse, log_pf, reference, totals, missed)
     again(config, statistics, missed.amax())
-    _combine(head, statistics, lse, log_pf, reference, log_total, missed)
-    return log_total
+    _combine(head, statistics, lse, log_pf, reference, totals, missed)
+    return totals
 
 
 def _reference(head: Head) -> Tensor:
@@ -285,7 +285,7 @@ def _reference(head: Head) -> Tensor:
 def factors(
     head: Head,
     scores: Tensor,
-    log_total: Tensor,
+    totals: Tensor,
     log_pf: Tensor,
     grad: Tensor | None,
     scale_hidden: bool,
@@ -302,7 +302,7 @@ def factors(
         else None
     )
     head_rows.head_factors_kernel[(triton.cdiv(rows, FACTORS["ROWS"]),)](
-        *(scores, head.hidden, head.targets, log_total, log_pf, grad, out, scaled),
+        *(scores, head.hidden, head.targets, totals, log_pf, grad, out, scaled),
         *(rows, scores.shape[1], width, scores.stride(0), head.hidden.stride(0), head.scale),
         **FACTORS,
         num_warps=4,

@@ -24,7 +24,7 @@ _HIGHEST = tl.constexpr(7.0e20)  # e^48
     do_not_specialize=["rows", "first_column"],
     do_not_specialize_on_alignment=[
         *("maxima", "sums", "picked", "targets", "reference"),
-        *("lse", "log_pf", "log_total", "missed"),
+        *("lse", "log_pf", "totals", "missed"),
     ],
 )
 def head_combine_kernel(
@@ -35,7 +35,7 @@ def head_combine_kernel(
     reference,
     lse,
     log_pf,
-    log_total,
+    totals,
     missed,
     rows,
     tiles,
@@ -48,9 +48,9 @@ def head_combine_kernel(
 
     ``log_pf`` = x at the target - log-sum-exp, at most 0; -log-sum-exp where the target is no
     column here; both are 0 in masked rows. ``reference`` None: ``sums`` are relative to ``maxima``
-    (STATS). Otherwise they are relative to it (SCORES): ``log_total`` [R] = log-sum-exp -
-    reference, and rows whose sum left the window are marked in ``missed`` [R], int32, and their
-    reference becomes their true maximum.
+    (STATS). Otherwise they are relative to it (SCORES): ``totals`` [R] are their sums over all
+    tiles; rows whose total left the window are marked in ``missed`` [R], int32, and their reference
+    becomes their true maximum.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -73,16 +73,17 @@ def head_combine_kernel(
         else:
             total += tl.sum(part, axis=0)
         maximum = highest
-    if reference is None:
-        base = tl.where(maximum == float("-inf"), 0.0, maximum)
-    else:
-        base = _finite(tl.load(reference + row, mask=live, other=0.0))
-        bad = live & ((total >= _LOWEST) & (total <= _HIGHEST) == 0)
-        tl.store(reference + row, tl.where(bad, _finite(maximum), base), mask=inside)
-        tl.store(missed + row, bad.to(tl.int32), mask=inside)
-    log_sum = tl.log(total)
+    base = tl.where(maximum == float("-inf"), 0.0, maximum)
     if reference is not None:
-        tl.store(log_total + row, log_sum, mask=inside)
+        start = _finite(tl.load(reference + row, mask=live, other=0.0))
+        bad = live & (((total >= _LOWEST) & (total <= _HIGHEST)) == 0)
+        tl.store(reference + row, tl.where(bad, _finite(maximum), start), mask=inside)
+        tl.store(missed + row, bad.to(tl.int32), mask=inside)
+        tl.store(totals + row, total, mask=inside)
+        # From the reference to the maximum, by the rounded difference that its own score was made
+        # from: a row that is sure of its target keeps the digits of 1 - p.
+        total *= tl.exp(start - base)
+    log_sum = tl.log(total)
     value = base + log_sum
     here = live & (local >= 0) & (local < columns)
     # The difference first: at logits of 1e4 the log-sum-exp itself is good to three decimals.
@@ -94,13 +95,13 @@ def head_combine_kernel(
 
 @triton.jit(
     do_not_specialize=["rows"],
-    do_not_specialize_on_alignment=["targets", "log_total", "log_pf", "grad", "factors"],
+    do_not_specialize_on_alignment=["targets", "totals", "log_pf", "grad", "factors"],
 )
 def head_factors_kernel(
     scores,
     hidden,
     targets,
-    log_total,
+    totals,
     log_pf,
     grad,
     factors,
@@ -116,21 +117,21 @@ def head_factors_kernel(
 ):
     """Split d loss / d logits [R, C] = factors[:, None] * scores, without touching most scores.
 
-    factors[r] = -grad[r] * scale / exp(log_total[r]), 0 in masked rows; the score at the target
-    becomes expm1(log_pf) * exp(log_total), so that the one-hot part is formed in float32 and
+    factors[r] = -grad[r] * scale / totals[r], 0 in masked rows; the score at the target becomes
+    expm1(log_pf) * totals[r], so that the one-hot part is formed in float32 and
     rounded once. ``grad`` None means 1. ``scaled`` (or None) [R, d] = factors[:, None] * hidden.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     target = tl.load(targets + row, mask=inside, other=-1)
     live = target >= 0
-    log_sum = tl.load(log_total + row, mask=live, other=0.0)
-    factor = -scale * tl.exp(-log_sum)
+    total = tl.load(totals + row, mask=live, other=1.0)
+    factor = -scale / total
     if grad is not None:
         factor *= tl.load(grad + row, mask=live, other=0.0)
     factor = tl.where(live, factor, 0.0)
     tl.store(factors + row, factor, mask=inside)
-    hit = _expm1(tl.load(log_pf + row, mask=live, other=0.0)) * tl.exp(log_sum)
+    hit = _expm1(tl.load(log_pf + row, mask=live, other=0.0)) * total
     at = scores + row.to(tl.int64) * scores_stride + target
     tl.store(at, hit.to(scores.dtype.element_ty), mask=live & (target < columns))
     if scaled is not None:
