@@ -138,6 +138,11 @@ def _loss_triton(
     losses = log_reward.new_zeros(prompts)
 
     def upstream(first_row: int, log_pf: Tensor) -> Tensor:
+        # The reductions have no Triton kernel: whatever is fastest serves this one.
+        with backends.backend(None):
+            return block_upstream(first_row, log_pf)
+
+    def block_upstream(first_row: int, log_pf: Tensor) -> Tensor:
         begin = first_row // (branches * steps)
         part = slice(begin, begin + log_pf.shape[0] // (branches * steps))
         block = log_pf.view(-1, branches, steps)

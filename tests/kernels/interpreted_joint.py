@@ -1,0 +1,63 @@
+"""The joint losses through the Triton head, in its interpreter (see test_interpreted.py)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gflowgr
+
+
+def make(kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Floating inputs and keywords; ragged trajectories, one prompt without any."""
+    g = torch.Generator().manual_seed(0)
+    shape = (5, 3, 2)
+    lengths = torch.randint(0, 3, shape[:2], generator=g)
+    lengths[1] = 0
+    mask = torch.arange(2) < lengths[..., None]
+    inputs = {
+        "hidden": torch.randn(*shape, 20, generator=g).masked_fill(~mask[..., None], math.nan),
+        "weight": torch.randn(70, 20, generator=g) / 4,
+        "bias": torch.randn(70, generator=g),
+        "log_reward": 3 * torch.randn(shape[:2], generator=g),
+    }
+    if kind != "vargrad":
+        target = torch.randn(shape[:1] if kind == "tb" else shape, generator=g)
+        inputs["log_z" if kind == "tb" else "log_flow"] = target
+    return inputs, {"tokens": torch.randint(0, 70, shape, generator=g), "mask": mask}
+
+
+@pytest.mark.parametrize("reduction", ["prompt", "mean", "sum"])
+@pytest.mark.parametrize("kind", ["tb", "db", "subtb", "vargrad"])
+def test_equals_the_definition(kind: str, reduction: str) -> None:
+    inputs, keywords = make(kind)
+    results = []
+    for backend in ("torch", "triton"):
+        wide = backend == "torch"
+        leaves = {
+            k: (x.double() if wide else x.clone()).requires_grad_() for k, x in inputs.items()
+        }
+        with gflowgr.backend(backend):
+            loss, log_pf = getattr(gflowgr, f"fused_{kind}_loss")(
+                **leaves, **keywords, reduction=reduction, sft_weight=0.6, return_log_pf=True
+            )
+            (3 * loss).backward()
+        results.append([loss.detach(), log_pf, *(x.grad for x in leaves.values())])
+    for wanted, actual in zip(*results, strict=True):
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=2e-5 * scale)
+
+
+def test_frozen_parts() -> None:
+    inputs, keywords = make("tb")
+    inputs["hidden"].requires_grad_()
+    with gflowgr.backend("triton"):
+        gflowgr.fused_tb_loss(**inputs, **keywords).backward()
+        frozen = gflowgr.fused_tb_loss(**{k: x.detach() for k, x in inputs.items()}, **keywords)
+    assert inputs["hidden"].grad is not None
+    assert inputs["weight"].grad is None
+    assert not frozen.requires_grad
