@@ -1,4 +1,4 @@
-// Sorts identifiers: packed keys and a radix sort. Used by tree_build.cpp alone.
+// Sorts identifiers: packed keys and a radix sort (which children_*_cpu.cpp use too).
 #pragma once
 
 #include <algorithm>

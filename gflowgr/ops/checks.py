@@ -66,8 +66,8 @@ def values_readable() -> bool:
 class DataChecks:
     """Conditions on values, evaluated together: one host synchronisation however many there are."""
 
-    def __init__(self) -> None:
-        self.enabled = _validate and values_readable()
+    def __init__(self, *, enabled: bool = True) -> None:
+        self.enabled = enabled and _validate and values_readable()
         self._checks: list[tuple[Callable[[], Tensor], Callable[[Index], str]]] = []
 
     def add(self, bad: Callable[[], Tensor], message: Callable[[Index], str]) -> None:

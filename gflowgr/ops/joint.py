@@ -60,12 +60,12 @@ class JointCall:
         self, kind: str, target: Tensor | None, *, lam: float = 1.0, return_log_pf: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of a kind, balanced against `target` (log_z, log_flow or None)."""
-        logprobs.run_data_checks(self.inputs, self.tree, self.data)
         options = self.options
         if self.inputs.normalize == "vocab" and options.reduction != "none":
+            logprobs.run_data_checks(self.inputs, self.tree, self.data)
             loss, log_pf = self._in_three_products(kind, target, lam)
         else:
-            log_pf = logprobs.compute_logprobs(self.inputs)
+            log_pf = logprobs.checked_logprobs(self.inputs, self.tree, self.data)
             loss = flow.flow_loss(
                 kind,
                 log_pf,

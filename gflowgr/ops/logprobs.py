@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from gflowgr.ops import checks, head
+from gflowgr.ops.children import children_logprobs
 from gflowgr.ops.definitions import (
     HeadInputs,
     as_autocast,
     level_logprobs,
-    logprobs_definition,
     vocab_logprobs,
 )
 
@@ -29,6 +29,7 @@ def trajectory_logprobs(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     normalize: str | None = None,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """Log-probability of every token of N trajectories per prompt, log P_F(t_{l+1} | U, s_l).
 
@@ -49,6 +50,8 @@ def trajectory_logprobs(
             head from the smallest to the largest token that the tree has there (both need `tree`).
             None means "children" with a tree and "vocab" without one. Where one identifier is the
             prefix of another, stopping there has no probability of its own.
+        sparse_grad: give the gradient of `weight` as a sparse tensor of the rows that competed, as
+            torch.gather and torch.nn.Embedding do; only for "children".
 
     Returns:
         log_pf [B, N, L] in nats, float32 (float64 if any floating input is). Exactly 0 under a
@@ -80,8 +83,25 @@ def trajectory_logprobs(
     inputs = check_head_inputs(
         hidden, weight, tokens, bias, tree, mask, temperature, normalize, data
     )
-    run_data_checks(inputs, tree, data)
-    return compute_logprobs(inputs)
+    return checked_logprobs(inputs, tree, data, sparse_grad)
+
+
+def checked_logprobs(
+    inputs: HeadInputs, tree: PrefixTree | None, data: checks.DataChecks, sparse_grad: bool = False
+) -> Tensor:
+    """log_pf [B, N, L] of inputs whose values are checked here."""
+    if inputs.normalize != "children" or inputs.tree is None:
+        run_data_checks(inputs, tree, data)
+        return compute_logprobs(inputs)
+    data.run()
+    log_pf, invalid = children_logprobs(inputs, inputs.tree, sparse_grad=sparse_grad)
+    if data.enabled and invalid.item() != 0:
+        again = checks.DataChecks()
+        shape, device = inputs.tokens.shape, inputs.tokens.device
+        checks.check_mask(inputs.mask, shape, device, "hidden", again)
+        checks.check_tokens(inputs.tokens, inputs.full_mask, inputs.weight.shape[0], again)
+        run_data_checks(inputs, inputs.tree, again)
+    return log_pf
 
 
 def compute_logprobs(inputs: HeadInputs) -> Tensor:
@@ -91,7 +111,7 @@ def compute_logprobs(inputs: HeadInputs) -> Tensor:
     assert inputs.tree is not None
     if inputs.normalize == "level":
         return level_logprobs(inputs, inputs.tree, head.head_logprobs)
-    return logprobs_definition(inputs)
+    return children_logprobs(inputs, inputs.tree)[0]
 
 
 def check_head_inputs(
@@ -138,6 +158,9 @@ def check_head_inputs(
             raise ValueError(f'normalize="{normalize}" needs a tree, got tree=None')
     else:
         checks.check_tree(tree, vocab_size, device, "hidden")
+    if normalize == "children":
+        # Walking the tree finds what is wrong with mask or tokens: checked_logprobs.
+        data = checks.DataChecks(enabled=False)
     full_mask = checks.check_mask(mask, batch, device, "hidden", data)
     checks.check_tokens(tokens, full_mask, vocab_size, data)
     return HeadInputs(
