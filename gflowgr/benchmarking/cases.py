@@ -145,11 +145,9 @@ def _tree_case(
         case.bare["zero-fill of the gradient"] = floors.zero_fill
     _add_ours(case, "tree", partial(ours.joint_loss, tree=tree), "children", "dense")
     plain_forward = partial(_restricted, restricted)
-    if trained and ours.takes_sparse_gradients():
+    if trained:
         forward = partial(ours.joint_loss, tree=tree, sparse=True)
         _add_ours(case, "tree", forward, "children", "sparse", suffix=", sparse")
-    elif trained:
-        case.missing.append(("gflowgr, sparse", "fused_tb_loss does not take sparse_grad"))
     name = "the same restriction, plain torch"
     case.variants.append(Variant(name, "restricted", plain_forward, "children", "dense"))
     if trained:

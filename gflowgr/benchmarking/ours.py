@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 from collections.abc import Iterator
 
@@ -66,15 +65,9 @@ def variant_name(backend: str | None) -> str:
     return "gflowgr" if backend is None else f"gflowgr/{backend}"
 
 
-def takes_sparse_gradients() -> bool:
-    """Whether the fused losses can return a row-sparse gradient of the head."""
-    return "sparse_grad" in inspect.signature(gflowgr.fused_tb_loss).parameters
-
-
 def joint_loss(inputs: Inputs, tree: PrefixTree | None = None, *, sparse: bool = False) -> Tensor:
     """The joint TB + SFT loss in one op."""
-    options = {"sparse_grad": True} if sparse else {}
-    loss = gflowgr.fused_tb_loss(
+    return gflowgr.fused_tb_loss(
         inputs["hidden"],
         inputs["weight"],
         inputs["tokens"],
@@ -82,10 +75,8 @@ def joint_loss(inputs: Inputs, tree: PrefixTree | None = None, *, sparse: bool =
         inputs["log_z"],
         tree=tree,
         sft_weight=SFT_WEIGHT,
-        **options,  # type: ignore[call-overload]
+        sparse_grad=sparse,
     )
-    assert isinstance(loss, Tensor)
-    return loss
 
 
 def logprobs(inputs: Inputs) -> Tensor:

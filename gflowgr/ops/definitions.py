@@ -47,6 +47,7 @@ class HeadInputs:
     tree: PrefixTree | None  # given only where it normalises
     temperature: float
     normalize: str  # "vocab", "level" or "children"
+    sparse_grad: bool = False  # a row-sparse gradient of the head, for "children"
 
     @property
     def full_mask(self) -> Tensor:

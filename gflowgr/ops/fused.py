@@ -60,6 +60,7 @@ class _Options(TypedDict, total=False):
     log_reward_floor: float | None
     reduction: str
     sft_weight: float
+    sparse_grad: bool
 
 
 class _SubTBOptions(_Options, total=False):
@@ -108,6 +109,7 @@ def fused_tb_loss(
     log_reward_floor: float | None = None,
     reduction: str = "prompt",
     sft_weight: float = 0.0,
+    sparse_grad: bool = False,
     return_log_pf: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Trajectory balance from hidden states: :func:`gflowgr.ops.tb_loss` with log_pf computed here.
@@ -119,7 +121,8 @@ def fused_tb_loss(
         log_reward: [B, N], nats, before shaping.
         log_z: [B] log partition function of each prompt, nats, or a zero-dimensional tensor for
             all.
-        bias, tree, mask, temperature, normalize: as in :func:`gflowgr.ops.trajectory_logprobs`.
+        bias, tree, mask, temperature, normalize, sparse_grad: as in
+            :func:`gflowgr.ops.trajectory_logprobs`.
         beta, log_reward_floor, reduction: as in :func:`gflowgr.ops.tb_loss`.
         sft_weight: weight >= 0 of the supervised term; see the module's docstring.
         return_log_pf: return ``(loss, log_pf)``, log_pf [B, N, L] detached, for logs.
@@ -143,6 +146,7 @@ def fused_tb_loss(
         log_reward_floor=log_reward_floor,
         reduction=reduction,
         sft_weight=sft_weight,
+        sparse_grad=sparse_grad,
     )
     log_z = checks.check_log_z(log_z, call.mask, "hidden")
     return call.run("tb", log_z, return_log_pf=return_log_pf)
@@ -190,6 +194,7 @@ def fused_db_loss(
     log_reward_floor: float | None = None,
     reduction: str = "prompt",
     sft_weight: float = 0.0,
+    sparse_grad: bool = False,
     return_log_pf: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Detailed balance from hidden states: :func:`gflowgr.ops.db_loss` with log_pf computed here.
@@ -213,6 +218,7 @@ def fused_db_loss(
         log_reward_floor=log_reward_floor,
         reduction=reduction,
         sft_weight=sft_weight,
+        sparse_grad=sparse_grad,
     )
     log_flow = checks.check_log_flow(log_flow, call.mask, "hidden")
     return call.run("db", log_flow, return_log_pf=return_log_pf)
@@ -261,6 +267,7 @@ def fused_subtb_loss(
     log_reward_floor: float | None = None,
     reduction: str = "prompt",
     sft_weight: float = 0.0,
+    sparse_grad: bool = False,
     return_log_pf: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """SubTB(lambda) from hidden states: :func:`gflowgr.ops.subtb_loss` with log_pf computed here.
@@ -283,6 +290,7 @@ def fused_subtb_loss(
         log_reward_floor=log_reward_floor,
         reduction=reduction,
         sft_weight=sft_weight,
+        sparse_grad=sparse_grad,
     )
     log_flow = checks.check_log_flow(log_flow, call.mask, "hidden")
     return call.run("subtb", log_flow, lam=lam, return_log_pf=return_log_pf)
@@ -327,6 +335,7 @@ def fused_vargrad_loss(
     log_reward_floor: float | None = None,
     reduction: str = "prompt",
     sft_weight: float = 0.0,
+    sparse_grad: bool = False,
     return_log_pf: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """VarGrad-TB from hidden states: :func:`gflowgr.ops.vargrad_loss` with log_pf computed here.
@@ -348,5 +357,6 @@ def fused_vargrad_loss(
         log_reward_floor=log_reward_floor,
         reduction=reduction,
         sft_weight=sft_weight,
+        sparse_grad=sparse_grad,
     )
     return call.run("vargrad", None, return_log_pf=return_log_pf)

@@ -32,13 +32,14 @@ class JointCall:
         log_reward_floor: float | None,
         reduction: str,
         sft_weight: float,
+        sparse_grad: bool,
     ) -> None:
         self.options = losses.check_options(beta, log_reward_floor, reduction)
         self.sft_weight = checks.check_number("sft_weight", sft_weight, least=0.0)
         self.tree = tree
         self.data = checks.DataChecks()
         self.inputs = logprobs.check_head_inputs(
-            hidden, weight, tokens, bias, tree, mask, temperature, normalize, self.data
+            hidden, weight, tokens, bias, tree, mask, temperature, normalize, sparse_grad, self.data
         )
         self.mask = self.inputs.full_mask
         self.log_reward = checks.check_log_reward(

@@ -62,13 +62,14 @@ def trajectory_logprobs(
     are accumulated in float32 and rounded once. Under autocast the inputs are rounded to its dtype
     first, as those of any output head are.
 
-    Memory besides inputs, outputs and gradients, with T the valid tokens: logits of masked tokens
-    are never formed, and those of valid ones in blocks of R = max(256, 2^24 // C) rows with C = V
-    columns, or, for "children", the distinct children of the nodes visited at one level (only those
-    rows of `weight` are gathered). About 3 R C accumulator numbers in a pass; where T fits one
-    block its logits are kept for the backward pass, otherwise each block is recomputed there. In
-    "children" mode the levels are separate blocks. 16-bit inputs add a float32 copy of the valid
-    states and of the rows of the head in use.
+    Cost, with T valid tokens, over the vocabulary: one matrix product of 2 T V d FLOPs forward and
+    three backward, two forward and none backward where only `hidden` wants a gradient. Memory: as
+    the module :mod:`gflowgr.ops.fused` states it; plain PyTorch forms the logits in blocks of
+    max(256, 2^24 // V) rows instead. "level" is the same on slices of the head.
+
+    "children": 2 d FLOPs forward and 4 backward per row of the head that competes for a token, and
+    nothing at nodes with one child. Memory: one number per candidate and the walk's 4 T + 8
+    integers; the head's dense gradient is the only thing of size V.
 
     Raises:
         TypeError: an argument is no tensor or number, or has the wrong dtype.
@@ -81,20 +82,22 @@ def trajectory_logprobs(
     """
     data = checks.DataChecks()
     inputs = check_head_inputs(
-        hidden, weight, tokens, bias, tree, mask, temperature, normalize, data
+        hidden, weight, tokens, bias, tree, mask, temperature, normalize, sparse_grad, data
     )
-    return checked_logprobs(inputs, tree, data, sparse_grad)
+    return checked_logprobs(inputs, tree, data)
 
 
 def checked_logprobs(
-    inputs: HeadInputs, tree: PrefixTree | None, data: checks.DataChecks, sparse_grad: bool = False
+    inputs: HeadInputs, tree: PrefixTree | None, data: checks.DataChecks
 ) -> Tensor:
-    """log_pf [B, N, L] of inputs whose values are checked here."""
-    if inputs.normalize != "children" or inputs.tree is None:
+    """log_pf [B, N, L] of inputs whose values are checked here, by the fastest backend that can."""
+    if inputs.tree is None or inputs.normalize != "children":
         run_data_checks(inputs, tree, data)
-        return compute_logprobs(inputs)
+        if inputs.tree is None:
+            return vocab_logprobs(inputs, head.head_logprobs)
+        return level_logprobs(inputs, inputs.tree, head.head_logprobs)
     data.run()
-    log_pf, invalid = children_logprobs(inputs, inputs.tree, sparse_grad=sparse_grad)
+    log_pf, invalid = children_logprobs(inputs, inputs.tree, sparse_grad=inputs.sparse_grad)
     if data.enabled and invalid.item() != 0:
         again = checks.DataChecks()
         shape, device = inputs.tokens.shape, inputs.tokens.device
@@ -102,16 +105,6 @@ def checked_logprobs(
         checks.check_tokens(inputs.tokens, inputs.full_mask, inputs.weight.shape[0], again)
         run_data_checks(inputs, inputs.tree, again)
     return log_pf
-
-
-def compute_logprobs(inputs: HeadInputs) -> Tensor:
-    """log_pf [B, N, L] of checked inputs, by the fastest backend that can."""
-    if inputs.normalize == "vocab":
-        return vocab_logprobs(inputs, head.head_logprobs)
-    assert inputs.tree is not None
-    if inputs.normalize == "level":
-        return level_logprobs(inputs, inputs.tree, head.head_logprobs)
-    return children_logprobs(inputs, inputs.tree)[0]
 
 
 def check_head_inputs(
@@ -123,6 +116,7 @@ def check_head_inputs(
     mask: object,
     temperature: object,
     normalize: object,
+    sparse_grad: object,
     data: checks.DataChecks,
 ) -> HeadInputs:
     """Check types, shapes, dtypes, devices and options; register the checks on values."""
@@ -158,6 +152,10 @@ def check_head_inputs(
             raise ValueError(f'normalize="{normalize}" needs a tree, got tree=None')
     else:
         checks.check_tree(tree, vocab_size, device, "hidden")
+    if not isinstance(sparse_grad, bool):
+        raise TypeError(f"sparse_grad must be a bool, got {type(sparse_grad).__name__}")
+    if sparse_grad and normalize != "children":
+        raise ValueError(f'sparse_grad=True needs normalize="children", got {normalize!r}')
     if normalize == "children":
         # Walking the tree finds what is wrong with mask or tokens: checked_logprobs.
         data = checks.DataChecks(enabled=False)
@@ -172,6 +170,7 @@ def check_head_inputs(
         tree=None if normalize == "vocab" else tree,
         temperature=temperature,
         normalize=normalize,
+        sparse_grad=sparse_grad,
     )
 
 

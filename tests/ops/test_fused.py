@@ -214,7 +214,7 @@ def test_signatures_are_the_published_ones(kind: str) -> None:
             {"bias": None, "tree": None, "mask": None, "temperature": 1.0, "normalize": None}
             | lam
             | reward
-            | {"sft_weight": 0.0, "return_log_pf": False},
+            | {"sft_weight": 0.0, "sparse_grad": False, "return_log_pf": False},
         ),
         loss: (["log_pf", "log_reward", *target], {"mask": None} | lam | reward),
     }
