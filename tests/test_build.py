@@ -64,7 +64,7 @@ TRITON_SIGNATURES: dict[str, list[tuple[dict[str, str], dict[str, object]]]] = {
             {
                 **({} if scores == "*fp32" else dict.fromkeys(("reference", "totals", "missed"))),
                 "ROWS": 32,
-"TILES": 32,
+                "TILES": 32,
             },
         )
         for scores in ("*fp32", "constexpr")
@@ -87,7 +87,7 @@ TRITON_SIGNATURES: dict[str, list[tuple[dict[str, str], dict[str, object]]]] = {
             {
                 **({} if full else {"grad": None, "scaled": None}),
                 "ROWS": 16,
-"DEPTH": 128,
+                "DEPTH": 128,
             },
         )
         for state in ("fp32", "bf16", "fp16")
@@ -190,9 +190,7 @@ def test_head_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
         config = head_configs.CONFIGURATIONS[name]
         even = other != "odd width"
         constants: dict[str, object] = {
-            **head_launch.tile_constants(
-                config, getattr(head_tiles, epilogue), 512 if even else 5
-            ),
+            **head_launch.tile_constants(config, getattr(head_tiles, epilogue), 512 if even else 5),
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "UPCAST": False,
             "bias_stride": 1,
