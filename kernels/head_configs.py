@@ -76,7 +76,7 @@ _BY_KIND = {
 
 def shared_limit(capability: int) -> int:
     """Shared memory that a block may have, in bytes (CUDA programming guide, technical data)."""
-    kilobytes = {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
+    kilobytes = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
     return 1024 * kilobytes.get(capability, 99)
 
 

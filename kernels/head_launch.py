@@ -154,17 +154,16 @@ def _launch_tiles(
         0 if out is None else out.stride(0),
         head.first_column,
         head.scale,
-        **tile_constants(config, epilogue, head.hidden.dtype, width),
+        **tile_constants(config, epilogue, width),
+        PRECISION=head_configs.matmul_precision(head.hidden.dtype),
         UPCAST=head.hidden.device.type == "cpu",
         num_warps=config.warps,
         num_stages=config.stages,
     )
 
 
-def tile_constants(
-    config: Configuration, epilogue: int, dtype: torch.dtype, width: int
-) -> dict[str, Any]:
-    """Compile-time arguments of ``head_tiles_kernel``, less UPCAST (for the interpreter)."""
+def tile_constants(config: Configuration, epilogue: int, width: int) -> dict[str, Any]:
+    """Compile-time arguments of ``head_tiles_kernel`` that follow from the configuration."""
     return {
         "EPILOGUE": epilogue,
         "ROWS": config.rows,
@@ -172,7 +171,6 @@ def tile_constants(
         "DEPTH": config.depth,
         "GROUP": config.group,
         "EVEN": width % config.depth == 0,
-        "PRECISION": head_configs.matmul_precision(dtype),
     }
 
 

@@ -47,7 +47,52 @@ def test_nvcc_compiles_without_torch(source: Path, tmp_path: Path) -> None:
 
 
 # Per kernel: the signatures that its launcher makes, with the constants that go with them.
+# head_tiles_kernel has a test of its own below.
 TRITON_SIGNATURES: dict[str, list[tuple[dict[str, str], dict[str, object]]]] = {
+    "head_rows.head_combine_kernel": [
+        (
+            {
+                **dict.fromkeys(("maxima", "sums", "picked"), "*fp32"),
+                "targets": "*i64",
+                "reference": scores,
+                **dict.fromkeys(("lse", "log_pf"), "*fp32"),
+                "totals": scores,
+                "missed": scores.replace("fp", "i"),
+                **dict.fromkeys(("rows", "tiles", "columns", "first_column"), "i32"),
+                **dict.fromkeys(("ROWS", "TILES"), "constexpr"),
+            },
+            {
+                **({} if scores == "*fp32" else dict.fromkeys(("reference", "totals", "missed"))),
+                "ROWS": 32,
+                "TILES": 32,
+            },
+        )
+        for scores in ("*fp32", "constexpr")
+    ],
+    "head_rows.head_factors_kernel": [
+        (
+            {
+                "scores": f"*{'bf16' if state == 'fp16' else state}",
+                "hidden": f"*{state}",
+                "targets": "*i64",
+                **dict.fromkeys(("totals", "log_pf"), "*fp32"),
+                "grad": "*fp32" if full else "constexpr",
+                "factors": "*fp32",
+                "scaled": f"*{'bf16' if state == 'fp16' else state}" if full else "constexpr",
+                **dict.fromkeys(("rows", "columns", "width"), "i32"),
+                **dict.fromkeys(("scores_stride", "hidden_stride"), "i32"),
+                "scale": "fp32",
+                **dict.fromkeys(("ROWS", "DEPTH"), "constexpr"),
+            },
+            {
+                **({} if full else {"grad": None, "scaled": None}),
+                "ROWS": 16,
+                "DEPTH": 128,
+            },
+        )
+        for state in ("fp32", "bf16", "fp16")
+        for full in (True, False)
+    ],
     "tree_walk.tree_walk_kernel": [
         (
             {
@@ -74,7 +119,7 @@ def test_every_triton_kernel_is_compiled_below() -> None:
     for file in (ROOT / "kernels").glob("[!_]*.py"):
         module = importlib.import_module(f"gflowgr.kernels.{file.stem}")
         names |= {f"{file.stem}.{name}" for name in vars(module) if name.endswith("_kernel")}
-    assert names == set(TRITON_SIGNATURES)
+    assert names == {*TRITON_SIGNATURES, "head_tiles.head_tiles_kernel"}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
@@ -95,6 +140,93 @@ def test_triton_compiles_without_a_gpu(kernel: str, capability: int) -> None:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= 99 * 1024, "shared memory of the smallest of these GPUs"
+
+
+# Shared memory that one block may have, in KiB (CUDA programming guide, compute capabilities).
+SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
+
+
+def head_tiles_calls(capability: int, dtype: str) -> list[tuple[str, int, str]]:
+    """(epilogue, rows, what else) of launches in kernels/head_launch.py; the odd ones once only."""
+    calls = [(epilogue, 4096, "") for epilogue in ("STATS", "SCORES", "GRAD")]
+    if dtype in ("fp32", "bf16"):
+        calls += [("SCORES", rows, "") for rows in (1, 33)]
+    if dtype == "bf16":
+        calls += [("SCORES", 4096, "redo")]
+    if (dtype, capability) == ("bf16", 90):
+        calls += [(e, 4096, other) for e in ("SCORES", "GRAD") for other in ("bias", "odd width")]
+    return calls
+
+
+@pytest.mark.parametrize("capability", SHARED_KIB)
+@pytest.mark.parametrize("dtype", ["fp32", "tf32", "bf16", "fp16"])
+def test_head_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
+    """In the configuration that such a GPU takes first, aligned as a launch would be."""
+    if backends.triton_missing() is not None:
+        pytest.skip(f"triton: {backends.triton_missing()}")
+    if backends.triton_interpreted():
+        pytest.skip("Triton interprets in this process (TRITON_INTERPRET)")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gflowgr.kernels import head_configs, head_launch, head_tiles
+
+    operand = "fp32" if dtype == "tf32" else dtype
+    pointers = {
+        **dict.fromkeys(("hidden", "weight", "bias"), f"*{operand}"),
+        "targets": "*i64",
+        **dict.fromkeys(("reference", "log_pf", "grad", "maxima", "sums", "picked"), "*fp32"),
+        "out": f"*{'bf16' if operand == 'fp16' else operand}",
+        "redo": "*i32",
+    }
+    unused = {
+        "STATS": ("reference", "log_pf", "grad", "out"),
+        "SCORES": ("log_pf", "grad"),
+        "GRAD": ("maxima", "sums", "picked"),
+    }
+    for epilogue, rows, other in head_tiles_calls(capability, dtype):
+        name = head_configs.candidates(capability, 4 if operand == "fp32" else 2, rows)[0]
+        config = head_configs.CONFIGURATIONS[name]
+        even = other != "odd width"
+        constants: dict[str, object] = {
+            **head_launch.tile_constants(config, getattr(head_tiles, epilogue), 512 if even else 5),
+            "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+            "UPCAST": False,
+            "bias_stride": 1,
+            **dict.fromkeys(unused[epilogue]),
+            **{argument: None for argument in ("bias", "redo") if argument != other},
+        }
+        signature = {
+            argument: "constexpr"
+            if argument in constants
+            else pointers.get(argument, "fp32" if argument == "scale" else "i32")
+            for argument in head_tiles.head_tiles_kernel.arg_names
+        }
+        aligned = {"hidden", "weight", "bias", "out", "out_stride"}
+        if even:
+            aligned |= {"columns", "width", "hidden_stride", "weight_stride"}
+        compiled = triton.compile(
+            ASTSource(
+                fn=head_tiles.head_tiles_kernel,
+                signature=signature,
+                constexprs=constants,
+                attrs={
+                    (place,): [["tt.divisibility", 16]]
+                    for place, argument in enumerate(signature)
+                    if argument in aligned and argument not in constants
+                },
+            ),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": config.warps, "num_stages": config.stages},
+        )
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 1024 * SHARED_KIB[capability], config
+        if even:
+            # Loads run ahead of the products only if they are wide enough to be asynchronous.
+            assert "cp.async" in compiled.asm["ptx"], config
+        if capability == 90 and operand != "fp32" and rows > 16:
+            assert "wgmma" in compiled.asm["ptx"], config
 
 
 def test_import_is_light() -> None:
