@@ -6,9 +6,8 @@
 // few 32-byte sectors. On a tree larger than L2 the gathers bound it: 2 sectors a level at least.
 #include "tree_walk.h"
 
-#include <cuda_runtime.h>
-
 #include "../tree_layout.h"
+#include "launch.h"
 
 namespace gflowgr {
 namespace {
@@ -76,12 +75,13 @@ extern "C" int gflowgr_tree_walk_cuda(const uint8_t* tree, const void* tokens, b
   const int64_t blocks = (rows + kThreads - 1) / kThreads;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto queue = static_cast<cudaStream_t>(stream);
+  const auto grid = static_cast<unsigned>(blocks);
   if (wide) {
-    gflowgr::walk<<<static_cast<unsigned>(blocks), kThreads, 0, queue>>>(
-        tree, static_cast<const int64_t*>(tokens), mask, nodes, rows, columns);
+    GFLOWGR_LAUNCH(gflowgr::walk<int64_t>, grid, kThreads, 0, queue, tree, static_cast<const int64_t*>(tokens), mask,
+                   nodes, rows, columns);
   } else {
-    gflowgr::walk<<<static_cast<unsigned>(blocks), kThreads, 0, queue>>>(
-        tree, static_cast<const int32_t*>(tokens), mask, nodes, rows, columns);
+    GFLOWGR_LAUNCH(gflowgr::walk<int32_t>, grid, kThreads, 0, queue, tree, static_cast<const int32_t*>(tokens), mask,
+                   nodes, rows, columns);
   }
   return cudaGetLastError();
 }
