@@ -1,0 +1,87 @@
+"""The CUDA kernels of the flow losses in the emulator (see test_emulated.py)."""
+
+from __future__ import annotations
+
+import emulation
+import pytest
+import torch
+from flow_cases import KINDS, REDUCTIONS, FlowCase, check_raw_op
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CUDA = torch.ops.gflowgr_cuda
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_float64(kind: str, reduction: str, masked: bool) -> None:
+    check_raw_op(CUDA, FlowCase.make(kind, (70, 3, 4), masked=masked, reduction=reduction))
+
+
+@settings(max_examples=30)
+@given(
+    kind=st.sampled_from(KINDS),
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 5), st.integers(1, 9)),
+    masked=st.booleans(),
+    reduction=st.sampled_from(REDUCTIONS),
+    lam=st.sampled_from([0.1, 0.9, 1.0, 3.0]),
+    floor=st.sampled_from([None, -0.5]),
+    sft_weight=st.sampled_from([0.0, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_random_shapes(
+    kind: str,
+    shape: tuple[int, int, int],
+    masked: bool,
+    reduction: str,
+    lam: float,
+    floor: float | None,
+    sft_weight: float,
+    dtype: torch.dtype,
+) -> None:
+    options = {"lam": lam, "floor": floor, "sft_weight": sft_weight, "reduction": reduction}
+    check_raw_op(CUDA, FlowCase.make(kind, shape, masked=masked, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_too_large_for_shared_memory(kind: str) -> None:
+    check_raw_op(CUDA, FlowCase.make(kind, (3, 40, 50), masked=True, dtype=torch.float64))
+
+
+def test_a_count_that_needs_a_launch_of_its_own() -> None:
+    for reduction in ("prompt", "mean"):
+        check_raw_op(CUDA, FlowCase.make("tb", (1500, 3, 2), masked=True, reduction=reduction))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nothing_valid(reduction: str) -> None:
+    case = FlowCase.make("db", (5, 2, 3), masked=False, reduction=reduction)
+    masked = FlowCase(
+        case.log_pf * torch.nan,
+        case.log_reward * torch.nan,
+        case.target,
+        torch.zeros(5, 2, 3, dtype=torch.bool),
+        "db",
+        reduction=reduction,
+        grad=case.grad,
+    )
+    check_raw_op(CUDA, masked)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (3, 0, 2), (3, 2, 0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty(kind: str, shape: tuple[int, int, int]) -> None:
+    check_raw_op(CUDA, FlowCase.make(kind, shape, masked=False, reduction="sum"))
+
+
+def test_the_order_of_threads_and_blocks_does_not_matter() -> None:
+    case = FlowCase.make("subtb", (200, 8, 4), masked=True)
+    results = []
+    for order in emulation.SCHEDULES:
+        with emulation.schedule(order):
+            loss = CUDA.flow_loss(*case.arguments())
+            grads = CUDA.flow_loss_backward(case.grad.float(), *case.arguments(), True, True, True)
+            results.append((loss, *grads))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
