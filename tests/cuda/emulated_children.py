@@ -1,4 +1,4 @@
-"""The CUDA kernels of the tree-restricted log-probabilities in the emulator (see test_emulated.py)."""
+"""The CUDA kernels of the tree-restricted log-probabilities in the emulator (test_emulated.py)."""
 
 from __future__ import annotations
 
@@ -142,8 +142,10 @@ def test_no_trajectories(shape: tuple[int, int], sparse: bool) -> None:
     case = ChildrenCase.make(shop(20, (5, 6)), (1, 1), 8, bias=True)
     empty = {name: getattr(case, name)[:0] for name in ("hidden", "tokens", "grad")}
     if shape[0] > 0:
-        empty = {name: getattr(case, name).expand(2, -1, *getattr(case, name).shape[2:])[:, :0]
-                 for name in empty}
+        empty = {
+            name: getattr(case, name).expand(2, -1, *getattr(case, name).shape[2:])[:, :0]
+            for name in empty
+        }
     outputs = replace(case, **empty).run(CUDA, sparse=sparse)
     assert outputs["hidden"].shape == (*shape, 2, 8) or outputs["hidden"].shape[0] == 0
     assert not bool(outputs["weight"].any())

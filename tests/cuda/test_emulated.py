@@ -19,7 +19,7 @@ import pytest
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("emulated_*.py"))
 # Fresh memory is NaN; a leak report would be about Python's own allocations.
-ASAN = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824:detect_stack_use_after_return=0"
+ASAN = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824"
 
 
 @pytest.fixture(scope="module")

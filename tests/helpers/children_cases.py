@@ -1,4 +1,4 @@
-"""Cases of the tree-restricted log-probabilities for a raw backend, and what float64 says about them."""
+"""Cases of the tree-restricted log-probabilities for a raw backend, and their float64 values."""
 
 from __future__ import annotations
 

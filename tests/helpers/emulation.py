@@ -76,7 +76,11 @@ def build_library(gxx: str, folder: Path) -> Path:
     torch_folder = Path(torch.__file__).parent
     sources = [*sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp")), HERE / "emulate.cpp"]
     # As in setup.py: the stable ABI as of torch 2.10. Torch's headers are not held to our warnings.
-    options = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_folder / "include")]
+    options = [
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-isystem",
+        str(torch_folder / "include"),
+    ]
     objects = compile_all(gxx, sources, folder, options)
     library = folder / "libemulated.so"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Cases of the flow losses for a raw backend (``gflowgr_cuda``), and what float64 says about them."""
+"""Cases of the flow losses for a raw backend (``gflowgr_cuda``), and their float64 values."""
 
 from __future__ import annotations
 
