@@ -23,6 +23,7 @@ using torch::stable::Tensor;
 #endif
 
 namespace gflowgr::binding {
+namespace {
 
 #if defined(GFLOWGR_EMULATE)
 
@@ -58,4 +59,5 @@ inline void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, "gflowgr::", op, ": CUDA error ", error, " at the launch");
 }
 
+}  // namespace
 }  // namespace gflowgr::binding

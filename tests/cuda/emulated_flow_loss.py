@@ -9,6 +9,8 @@ from flow_cases import KINDS, REDUCTIONS, FlowCase, check_raw_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gflowgr
+
 CUDA = torch.ops.gflowgr_cuda
 
 
@@ -85,3 +87,18 @@ def test_the_order_of_threads_and_blocks_does_not_matter() -> None:
             results.append((loss, *grads))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_through_the_public_functions(kind: str) -> None:
+    case = FlowCase.make(kind, (6, 3, 4), masked=True)
+    loss = getattr(gflowgr, f"{kind}_loss")
+    targets = [] if case.target is None else [case.target]
+    results = []
+    for name in ("torch", "cuda"):
+        leaves = [t.clone().requires_grad_() for t in (case.log_pf, case.log_reward, *targets)]
+        with gflowgr.backend(name):
+            value = loss(*leaves, mask=case.mask)
+            results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
