@@ -43,13 +43,10 @@ __global__ void plan_kernel(ChildrenCall call) {
   int64_t pitch = 0;
   for (int64_t level = 0; level < min(depth, call.L); ++level) pitch += level_word(tree, level, kMaxChildren);
   int64_t node = 0, last = 0, slopes = trajectory * pitch;
-  bool ended = false, wrong = false;
   for (int64_t level = 0; level < call.L; ++level) {
     const int64_t t = trajectory * call.L + level;
     int64_t* const words = call.plan + kPlanWords * t;
     const bool masked = call.mask != nullptr && !call.mask[t];
-    wrong = wrong || (ended && !masked);
-    ended = ended || masked;
     int64_t begin = 0, children = 0, target = -1;
     // A node at the last depth has no entry in child_begin.
     if (!masked && node >= 0 && level < depth) {
@@ -73,8 +70,8 @@ __global__ void plan_kernel(ChildrenCall call) {
     node = target < 0 ? -1 : begin + target;
     last = node;
   }
-  // `last` is where the unmasked part ended; 0, the root, if all of it is masked.
-  wrong = wrong || last < 0 || (last > 0 && !is_leaf(tree, last));
+  // `last` is where the unmasked part ended; 0, the root, if all of it is masked; -1 after a hole in the mask.
+  const bool wrong = last < 0 || (last > 0 && !is_leaf(tree, last));
   // All that write it write the same.
   if (wrong) *call.invalid = 1;
 }

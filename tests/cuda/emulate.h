@@ -232,8 +232,24 @@ inline void put_in_order(std::vector<uint64_t>& order) {
   }
 }
 
+// Runs the ready threads of a warp; in the ascending and descending orders as far as the warp gets without the
+// others, else to the next warp-wide operation.
+inline void run_warp(unsigned warp) {
+  const unsigned first = warp * kWarp, count = std::min(kWarp, block.threads - first);
+  std::vector<uint64_t> order(count);
+  for (bool again = true; again;) {
+    put_in_order(order);
+    for (const uint64_t lane : order) {
+      if (block.fibers[first + lane]->state == State::ready) resume(first + static_cast<unsigned>(lane));
+    }
+    again = false;
+    for (unsigned i = first; i < first + count; ++i) {
+      if (block.fibers[i]->state == State::in_warp && release_warp(i)) again = schedule < 2;
+    }
+  }
+}
+
 inline void run_block() {
-  std::vector<uint64_t> order(block.threads);
   for (unsigned i = 0; i < block.threads; ++i) {
     Fiber& fiber = *block.fibers[i];
     fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
@@ -244,14 +260,12 @@ inline void run_block() {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
   }
+  std::vector<uint64_t> warps((block.threads + kWarp - 1) / kWarp);
   for (;;) {
+    put_in_order(warps);
+    for (const uint64_t warp : warps) run_warp(static_cast<unsigned>(warp));
     bool all_done = true, any_ready = false;
-    put_in_order(order);
-    for (const uint64_t i : order) {
-      if (block.fibers[i]->state == State::ready) resume(static_cast<unsigned>(i));
-    }
     for (unsigned i = 0; i < block.threads; ++i) {
-      if (block.fibers[i]->state == State::in_warp) release_warp(i);
       all_done = all_done && block.fibers[i]->state == State::done;
       any_ready = any_ready || block.fibers[i]->state == State::ready;
     }

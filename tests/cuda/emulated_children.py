@@ -91,8 +91,8 @@ def test_several_shares_of_the_rows() -> None:
 
 
 def test_more_used_tokens_than_a_row_has_bits() -> None:
-    """Past 64 buckets of 64 tokens, two buckets share a bit."""
-    identifiers = np.stack([np.arange(4200), 4200 + np.arange(4200) % 7], 1)
+    """Past 64 buckets of 64 tokens two buckets share a bit; past 16384 tokens the scan loops."""
+    identifiers = np.stack([9 * np.arange(4200), 40_000 + np.arange(4200) % 7], 1)
     identifiers = np.concatenate([identifiers, np.add(identifiers[::2], [0, 1])])
     check_raw_op(CUDA, ChildrenCase.make(identifiers, (2, 2), 8))
 

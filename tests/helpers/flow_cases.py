@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gflowgr
+from gflowgr.ops.flow_definitions import loss_definition
 
 KINDS = ("tb", "db", "subtb", "vargrad")
 REDUCTIONS = ("prompt", "mean", "sum", "none")
@@ -86,29 +86,9 @@ class FlowCase:
             None if t is None else t.double().detach().requires_grad_()
             for t in (self.log_pf, self.log_reward, self.target)
         ]
-        log_pf, log_reward, target = leaves
-        assert log_pf is not None
-        options: dict[str, Any] = {
-            "mask": self.mask,
-            "beta": self.beta,
-            "log_reward_floor": self.floor,
-            "reduction": self.reduction,
-        }
-        if self.kind == "subtb":
-            options["lam"] = self.lam
-        function = getattr(gflowgr, f"{self.kind}_loss")
-        targets = [] if target is None else [target]
-        with gflowgr.backend("torch"):
-            loss = function(log_pf, log_reward, *targets, **options)
-        mask = torch.ones_like(log_pf, dtype=torch.bool) if self.mask is None else self.mask
-        nll = -log_pf.masked_fill(~mask, 0.0)[:, :1].sum(-1)
-        if self.reduction == "none":
-            nll = torch.cat([nll, log_pf.new_zeros(len(nll), log_pf.shape[1] - 1)], 1)
-        elif self.reduction == "sum":
-            nll = nll.sum()
-        else:
-            nll = nll.sum() / mask.any(-1).any(-1).sum().clamp(min=1)
-        loss = loss + self.sft_weight * nll
+        # Differentiated by autograd: the op would answer with its own gradient.
+        options = (self.lam, self.beta, self.floor, self.reduction, self.sft_weight)
+        loss = loss_definition(*leaves, self.mask, self.kind, *options)
         wanted = [leaf for leaf in leaves if leaf is not None]
         return loss.detach(), torch.autograd.grad(loss, wanted, self.grad.double())
 
