@@ -249,17 +249,19 @@ inline void run_warp(unsigned warp) {
   }
 }
 
+inline void start(unsigned i) {
+  Fiber& fiber = *block.fibers[i];
+  fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+  fiber.state = State::ready;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+}
+
 inline void run_block() {
-  for (unsigned i = 0; i < block.threads; ++i) {
-    Fiber& fiber = *block.fibers[i];
-    fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-    fiber.state = State::ready;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
-  }
+  for (unsigned i = 0; i < block.threads; ++i) start(i);
   std::vector<uint64_t> warps((block.threads + kWarp - 1) / kWarp);
   for (;;) {
     put_in_order(warps);
