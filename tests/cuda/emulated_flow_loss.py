@@ -5,9 +5,9 @@ from __future__ import annotations
 import emulation
 import pytest
 import torch
-from flow_cases import KINDS, REDUCTIONS, FlowCase, check_raw_op
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_flow import KINDS, REDUCTIONS, FlowCase, check_raw_op
 
 import gflowgr
 

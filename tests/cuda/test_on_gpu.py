@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from children_cases import ChildrenCase
-from children_cases import check_raw_op as check_children
-from flow_cases import KINDS, REDUCTIONS, FlowCase
-from flow_cases import check_raw_op as check_flow
+from raw_children import ChildrenCase
+from raw_children import check_raw_op as check_children
+from raw_flow import KINDS, REDUCTIONS, FlowCase
+from raw_flow import check_raw_op as check_flow
 from torch import Tensor
 
 from gflowgr import backends
