@@ -178,3 +178,13 @@ def test_the_order_of_threads_and_blocks_does_not_matter(recompute: bool) -> Non
             results.append(case.run(CUDA, recompute=recompute))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_wrong_arguments_are_named() -> None:
+    case = ChildrenCase.make(shop(20, (5, 6)), (2, 3), 8)
+    with pytest.raises(RuntimeError, match="hidden: expected float32, bfloat16 or float16"):
+        replace(case, hidden=case.hidden.double()).run(CUDA)
+    with pytest.raises(RuntimeError, match="tokens: expected int64"):
+        replace(case, tokens=case.tokens.int()).run(CUDA)
+    with pytest.raises(RuntimeError, match="temperature: expected a number above 0, got -1"):
+        replace(case, temperature=-1.0).run(CUDA)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import emulation
 import pytest
 import torch
@@ -103,3 +105,13 @@ def test_through_the_public_functions(kind: str) -> None:
     torch.testing.assert_close(loss.detach().double(), expected_loss, rtol=2e-5, atol=2e-5)
     for grad, wanted in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad.double(), wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_wrong_arguments_are_named() -> None:
+    case = FlowCase.make("tb", (3, 2, 4), masked=False)
+    with pytest.raises(RuntimeError, match="log_reward: expected 6 elements, got 4"):
+        CUDA.flow_loss(*replace(case, log_reward=case.log_reward[:2]).arguments())
+    with pytest.raises(RuntimeError, match="log_pf: expected float32 or float64"):
+        CUDA.flow_loss(*replace(case, log_pf=case.log_pf.half()).arguments())
+    with pytest.raises(RuntimeError, match="kind: expected tb, db, subtb or vargrad, got ab"):
+        CUDA.flow_loss(*replace(case, kind="ab").arguments())

@@ -43,7 +43,7 @@ def test_in_the_emulator(file: Path, gxx: str, library: Path) -> None:
         cwd=HERE.parents[1],
         env={
             **os.environ,
-            "LD_PRELOAD": emulation.sanitizer_library(gxx),
+            "LD_PRELOAD": emulation.preload(gxx),
             "ASAN_OPTIONS": ASAN,
             emulation.LIBRARY_VARIABLE: str(library),
             "OMP_NUM_THREADS": "1",

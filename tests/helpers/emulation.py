@@ -42,10 +42,14 @@ def compiler() -> str:
     return found
 
 
-def sanitizer_library(gxx: str) -> str:
-    """The AddressSanitizer library that must be loaded before all others."""
-    done = subprocess.run([gxx, "-print-file-name=libasan.so"], capture_output=True, text=True)
-    return str(Path(done.stdout.strip()).resolve())
+def preload(gxx: str) -> str:
+    """What must be loaded before all else: AddressSanitizer, and what throws exceptions for it."""
+    names = ("libasan.so", "libstdc++.so.6")
+    found = [
+        subprocess.run([gxx, f"-print-file-name={name}"], capture_output=True, text=True).stdout
+        for name in names
+    ]
+    return " ".join(str(Path(path.strip()).resolve()) for path in found)
 
 
 def compile_all(gxx: str, sources: list[Path], folder: Path, options: list[str]) -> list[Path]:
@@ -99,9 +103,13 @@ def build_library(gxx: str, folder: Path) -> Path:
 def load_library(path: str) -> None:
     """Register ``gflowgr_cuda`` for CPU tensors, and the backend "cuda" of all ops with it."""
     torch.ops.load_library(path)
-    for op, reasons in backends.available_backends("cpu").items():
-        if reasons["cuda"] != "the op has no such backend":
-            backends.register(op, "cuda", lambda device, dtype: None)
+    backends.cuda_missing = lambda: None  # type: ignore[assignment]
+    backends.available_backends("cpu")  # imports all ops
+    gpu = torch.device("cuda")
+    for op, probes in backends._registry.items():
+        if "cuda" in probes:
+            probe = probes["cuda"]
+            backends.register(op, "cuda", lambda device, dtype, probe=probe: probe(gpu, dtype))
     global _set_schedule
     _set_schedule = ctypes.CDLL(path).gflowgr_emulate_schedule
 
