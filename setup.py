@@ -201,7 +201,7 @@ def torch_extensions(torch: ModuleType | None) -> list[Extension]:
                     "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr"],
                 }
                 sources = [
-                    "csrc/cuda/ops_cuda.cpp",
+                    *sorted(map(str, Path("csrc/cuda").glob("*.cpp"))),
                     *sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
                 ]
                 extensions.append(

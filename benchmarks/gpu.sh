@@ -18,8 +18,11 @@ step python -m gflowgr info
 python -m gflowgr info --json >"$results/gpu_info.json" || status=1
 step python -m pytest -m "gpu or not gpu" --durations=20
 if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck initcheck; do
-        step compute-sanitizer --tool "$tool" --error-exitcode 9 python -m pytest -q -m gpu tests
+    # Children too: some tests run in processes of their own. Without torch's cache of memory, so that a
+    # tensor's end is the end of its memory.
+    for tool in memcheck racecheck initcheck synccheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step compute-sanitizer --tool "$tool" --target-processes all \
+            --error-exitcode 9 python -m pytest -q -m gpu --timeout 3600 tests
     done
 else
     echo "== compute-sanitizer was not found: not run"

@@ -1,0 +1,190 @@
+"""The CUDA kernels of the tree-restricted log-probabilities in the emulator (test_emulated.py)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import emulation
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from raw_children import ChildrenCase, check_raw_op
+
+CUDA = torch.ops.gflowgr_cuda
+FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def shop(items: int, codes: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
+    """Identifiers [items, L] at random; each level has tokens of its own."""
+    random = np.random.default_rng(seed)
+    offsets = np.cumsum([0, *codes[:-1]])
+    return np.stack([random.integers(0, n, items) for n in codes], 1) + offsets
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_equals_float64(sparse: bool, recompute: bool) -> None:
+    """A root of more than one tile of children and rows, nodes of all sizes, padding, a bias."""
+    items = shop(300, (90, 20, 4, 3))
+    items[::7, 3] = -1
+    case = ChildrenCase.make(items, (23, 3), 40, bias=True, padded=True, temperature=0.7)
+    check_raw_op(CUDA, case, sparse=sparse, recompute=recompute)
+
+
+@pytest.mark.parametrize("weight", FLOAT_DTYPES)
+@pytest.mark.parametrize("hidden", FLOAT_DTYPES)
+def test_dtypes(hidden: torch.dtype, weight: torch.dtype) -> None:
+    for width in (24, 13):  # with and without 16-byte loads
+        case = ChildrenCase.make(shop(60, (12, 9)), (5, 3), width, dtypes=(hidden, weight))
+        check_raw_op(CUDA, case)
+
+
+def test_unaligned_tensors() -> None:
+    case = ChildrenCase.make(shop(60, (12, 9)), (5, 3), 8)
+    hidden = torch.empty(case.hidden.numel() + 1)[1:].view(case.hidden.shape)
+    weight = torch.empty(case.weight.numel() + 1)[1:].view(case.weight.shape)
+    check_raw_op(
+        CUDA, replace(case, hidden=hidden.copy_(case.hidden), weight=weight.copy_(case.weight))
+    )
+
+
+@settings(max_examples=20)
+@given(
+    items=st.integers(1, 80),
+    codes=st.lists(st.sampled_from([1, 2, 7, 30, 300]), min_size=1, max_size=4),
+    batch=st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    width=st.integers(1, 70),
+    bias=st.booleans(),
+    padded=st.booleans(),
+    sparse=st.booleans(),
+    recompute=st.booleans(),
+    shared_tokens=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_random_trees(
+    items: int,
+    codes: list[int],
+    batch: tuple[int, int],
+    width: int,
+    bias: bool,
+    padded: bool,
+    sparse: bool,
+    recompute: bool,
+    shared_tokens: bool,
+    seed: int,
+) -> None:
+    identifiers = shop(items, tuple(codes), seed)
+    if shared_tokens:  # levels have tokens in common
+        identifiers %= max(codes)
+    case = ChildrenCase.make(
+        identifiers, batch, width, bias=bias, padded=padded, seed=seed, vocabulary=1300
+    )
+    check_raw_op(CUDA, case, sparse=sparse, recompute=recompute)
+
+
+def test_several_shares_of_the_rows() -> None:
+    """Enough rows that the head's gradient is the sum of shares; few of them have a given token."""
+    first = np.arange(500)
+    identifiers = np.stack([first.repeat(2), 500 + np.arange(1000)], 1)
+    check_raw_op(CUDA, ChildrenCase.make(identifiers, (130, 4), 8, bias=True))
+
+
+def test_more_used_tokens_than_a_row_has_bits() -> None:
+    """Past 64 buckets of 64 tokens two buckets share a bit; past 16384 tokens the scan loops."""
+    identifiers = np.stack([9 * np.arange(4200), 40_000 + np.arange(4200) % 7], 1)
+    identifiers = np.concatenate([identifiers, np.add(identifiers[::2], [0, 1])])
+    check_raw_op(CUDA, ChildrenCase.make(identifiers, (2, 2), 8))
+
+
+def test_forbidden_tokens_and_what_is_outside_the_tree() -> None:
+    case = ChildrenCase.make(shop(200, (10, 12, 3)), (6, 4), 16, bias=True)
+    assert case.bias is not None
+    bias = case.bias.clone()
+    bias[::3] = -torch.inf
+    check_raw_op(CUDA, replace(case, bias=bias))
+    tokens = case.tokens.clone()
+    tokens[1, 2, 0] = 2**62
+    tokens[3, 1, 1] = -(2**62)
+    tokens[4, 0, 2] = 0
+    grad = case.grad.clone()
+    grad[1, 2], grad[3, 1, 1:], grad[4, 0, 2] = torch.nan, torch.inf, torch.nan
+    for recompute in (False, True):
+        check_raw_op(
+            CUDA, replace(case, tokens=tokens, grad=grad), recompute=recompute, valid=False
+        )
+
+
+@pytest.mark.parametrize("change", ["too short", "hole", "none"])
+def test_invalid_says_whether_all_trajectories_are_identifiers(change: str) -> None:
+    identifiers = shop(50, (5, 6, 4))
+    identifiers[::2, 2] = -1
+    case = ChildrenCase.make(identifiers[1::2], (3, 2), 8)
+    case = replace(case, tree=ChildrenCase.make(identifiers, (1, 1), 1).tree)
+    mask = torch.ones_like(case.tokens, dtype=torch.bool)
+    mask[1, 0] = False
+    if change == "too short":
+        mask[2, 1, 1:] = False
+    elif change == "hole":
+        mask[2, 1, 1] = False
+    outputs = replace(case, mask=mask).run(CUDA)
+    assert bool(outputs["invalid"] == 0) == (change == "none")
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+def test_extreme_logits(scale: float) -> None:
+    case = ChildrenCase.make(shop(200, (80, 10)), (8, 3), 16, seed=3)
+    # Powers of two: the scaled logits are as exact as the others.
+    factor = 2.0 ** round(np.log2(scale))
+    got = replace(case, hidden=case.hidden * factor).run(CUDA)
+    expected = replace(case, hidden=case.hidden * factor).expected()
+    torch.testing.assert_close(got["log_pf"].double(), expected[0], rtol=2e-6, atol=1e-6 * factor)
+    assert bool(torch.isfinite(got["hidden"]).all())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("empty", [(slice(0),), (slice(None), slice(0))])
+def test_no_trajectories(empty: tuple[slice, ...], sparse: bool) -> None:
+    case = ChildrenCase.make(shop(20, (5, 6)), (2, 3), 8, bias=True)
+    nothing = {name: getattr(case, name)[empty] for name in ("hidden", "tokens", "grad")}
+    outputs = replace(case, **nothing).run(CUDA, sparse=sparse)
+    assert outputs["hidden"].shape == nothing["hidden"].shape
+    assert outputs["log_pf"].shape == nothing["tokens"].shape
+    assert not bool(outputs["weight"].any())
+    assert not bool(outputs["bias"].any())
+
+
+def test_all_masked() -> None:
+    case = ChildrenCase.make(shop(20, (5, 6)), (2, 3), 8, bias=True)
+    nothing = replace(
+        case,
+        hidden=torch.full_like(case.hidden, torch.nan),
+        mask=torch.zeros_like(case.tokens, dtype=torch.bool),
+        grad=torch.full_like(case.grad, torch.nan),
+    )
+    check_raw_op(CUDA, nothing, sparse=True)
+    check_raw_op(CUDA, nothing)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_order_of_threads_and_blocks_does_not_matter(recompute: bool) -> None:
+    batch = (10, 2) if recompute else (60, 3)  # more than 64 trajectories, and 256 rows
+    case = ChildrenCase.make(shop(300, (90, 40, 4)), batch, 20, bias=True, padded=True)
+    results = []
+    for order in emulation.SCHEDULES:
+        with emulation.schedule(order):
+            results.append(case.run(CUDA, recompute=recompute))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_wrong_arguments_are_named() -> None:
+    case = ChildrenCase.make(shop(20, (5, 6)), (2, 3), 8)
+    with pytest.raises(RuntimeError, match="hidden: expected float32, bfloat16 or float16"):
+        replace(case, hidden=case.hidden.double()).run(CUDA)
+    with pytest.raises(RuntimeError, match="tokens: expected int64"):
+        replace(case, tokens=case.tokens.int()).run(CUDA)
+    with pytest.raises(RuntimeError, match="temperature: expected a number above 0, got -1"):
+        replace(case, temperature=-1.0).run(CUDA)

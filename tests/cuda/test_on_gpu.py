@@ -1,0 +1,159 @@
+"""The CUDA kernels on a GPU: cases like the emulator's, large inputs, graphs, no waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from raw_children import ChildrenCase
+from raw_children import check_raw_op as check_children
+from raw_flow import KINDS, REDUCTIONS, FlowCase
+from raw_flow import check_raw_op as check_flow
+from torch import Tensor
+
+from gflowgr import backends
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def cuda() -> Any:
+    """The namespace of the raw ops; skips with the reason where they cannot run."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    if backends.cuda_missing() is not None:
+        pytest.skip(f"cuda: {backends.cuda_missing()}")
+    return torch.ops.gflowgr_cuda
+
+
+def shop(items: int, codes: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
+    """Identifiers [items, L] at random; each level has tokens of its own."""
+    random = np.random.default_rng(seed)
+    offsets = np.cumsum([0, *codes[:-1]])
+    return np.stack([random.integers(0, n, items) for n in codes], 1) + offsets
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flow_loss(kind: str, reduction: str, masked: bool, dtype: torch.dtype, cuda: Any) -> None:
+    for shape in ((70, 3, 4), (1, 1, 1), (3, 40, 50), (20_000, 2, 3)):
+        case = FlowCase.make(kind, shape, masked=masked, reduction=reduction, dtype=dtype)
+        check_flow(cuda, case, "cuda")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_children(dtype: torch.dtype, sparse: bool, recompute: bool, cuda: Any) -> None:
+    items = shop(300, (90, 20, 4, 3))
+    items[::7, 3] = -1
+    for width in (40, 13):
+        case = ChildrenCase.make(
+            items, (30, 3), width, bias=True, padded=True, dtypes=(dtype, dtype)
+        )
+        check_children(cuda, case, "cuda", sparse=sparse, recompute=recompute)
+
+
+def large_case(dtype: torch.dtype) -> ChildrenCase:
+    """Thousands of trajectories over Beauty-sized levels."""
+    identifiers = shop(12_000, (256, 256, 256, 256))
+    return ChildrenCase.make(identifiers, (1024, 4), 256, dtypes=(dtype, dtype))
+
+
+def test_children_of_many_trajectories(cuda: Any) -> None:
+    """Against the same kernels on a part of the trajectories, which float64 has checked above."""
+    case = large_case(torch.float32)
+    whole = case.run(cuda, "cuda")
+    again = case.run(cuda, "cuda")
+    assert all(torch.equal(whole[name], again[name]) for name in whole), "not deterministic"
+    totals = {"weight": torch.zeros_like(whole["weight"], dtype=torch.float64)}
+    for begin in range(0, 1024, 128):
+        part = slice(begin, begin + 128)
+        piece = ChildrenCase(
+            *(case.hidden[part], case.weight, None, case.tokens[part], None, case.tree),
+            case.grad[part],
+        ).run(cuda, "cuda")
+        torch.testing.assert_close(piece["log_pf"], whole["log_pf"][part])
+        torch.testing.assert_close(piece["hidden"], whole["hidden"][part])
+        totals["weight"] += piece["weight"].double()
+    torch.testing.assert_close(whole["weight"].double(), totals["weight"], rtol=1e-4, atol=1e-4)
+
+
+def captured(work: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of the work, and where its results appear."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = work()
+    return graph, outputs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flow_loss_in_a_graph(kind: str, cuda: Any) -> None:
+    """Replayed on other data it computes what a call on them does: nothing was read by the host."""
+    case = FlowCase.make(kind, (9000, 3, 4), masked=True).on("cuda")
+    other = FlowCase.make(kind, (9000, 3, 4), masked=True, seed=1).on("cuda")
+    needs = (True, True, case.target is not None)
+    grad = case.grad.float()
+
+    def work(arguments: tuple[Any, ...]) -> list[Tensor]:
+        return [
+            cuda.flow_loss(*arguments),
+            *cuda.flow_loss_backward(grad, *arguments, *needs),
+        ]
+
+    graph, outputs = captured(lambda: work(case.arguments()))
+    expected = work(other.arguments())
+    for to, new in zip(case.arguments(), other.arguments(), strict=True):
+        if isinstance(to, Tensor):
+            to.copy_(new)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+def test_children_in_a_graph(cuda: Any) -> None:
+    identifiers = shop(300, (90, 20, 4))
+    case = ChildrenCase.make(identifiers, (200, 3), 32, bias=True)
+    other = ChildrenCase.make(identifiers, (200, 3), 32, bias=True, seed=1)
+    changing = [tensor.cuda() for tensor in (case.hidden, case.tokens, case.grad)]
+    weight, bias, tree = case.weight.cuda(), case.bias.cuda(), case.tree.buffer.cuda()  # type: ignore[union-attr]
+
+    def work() -> list[Tensor]:
+        hidden, tokens, grad = changing
+        inputs = (hidden, weight, bias, tokens, None, tree, 1.0)
+        log_pf, slopes, plan, _ = cuda.children_logprobs(*inputs, case.saved())
+        dense = torch.zeros_like(weight)
+        d_hidden, _, _, d_bias = cuda.children_backward(
+            grad, *inputs, log_pf, slopes, plan, True, dense, True, False
+        )
+        return [log_pf, d_hidden, dense, d_bias]
+
+    graph, outputs = captured(work)
+    for to, new in zip(changing, (other.hidden, other.tokens, other.grad), strict=True):
+        to.copy_(new)
+    graph.replay()
+    replayed = [output.clone() for output in outputs]
+    assert all(torch.equal(a, b) for a, b in zip(replayed, work(), strict=True))
+
+
+def test_nothing_waits_for_the_gpu(cuda: Any) -> None:
+    case = ChildrenCase.make(shop(300, (90, 20, 4)), (50, 3), 32)
+    inputs = tuple(
+        value.cuda() if isinstance(value, Tensor) else value
+        for value in (case.hidden, case.weight, None, case.tokens, None, case.tree.buffer, 1.0)
+    )
+    grad, dense = case.grad.cuda(), torch.zeros_like(case.weight, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        log_pf, slopes, plan, _ = cuda.children_logprobs(*inputs, case.saved())
+        cuda.children_backward(grad, *inputs, log_pf, slopes, plan, True, dense, False, False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
