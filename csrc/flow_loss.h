@@ -71,14 +71,15 @@ struct FlowRow {
   const T* flow;    // [L], DB and SubTB
   T* grad_log_pf;   // [L] or null
   T* grad_flow;     // [L] or null, DB and SubTB
-  int64_t length;   // valid tokens, at least 1
+  int64_t length;   // valid tokens, at least 1 for DB and SubTB
   int64_t L;
   T reward;         // shaped
   T scale;          // upstream * flow_scale
   T nll;            // upstream * nll_scale for the first trajectory, 0 for others
 };
 
-// The loss of a trajectory without its scale, and its gradients with it.
+// The loss of a trajectory without its scale, and its gradients with it; anything for one without a
+// token.
 template <typename T>
 struct FlowResult {
   T loss, grad_reward, grad_log_z;
@@ -260,11 +261,12 @@ GFLOWGR_HD inline VarGradPrompt<T> vargrad_prompt(const FlowParams& params, cons
   }
   if (count == 0) return {T(0), T(0)};
   const T log_z = total / static_cast<T>(count);
-  if (arrays.grad_log_pf == nullptr && arrays.grad_log_reward == nullptr) return {log_z, T(0)};
+  // Residuals sum to zero, and so do their gradients where all losses weigh the same.
+  if (arrays.upstream == nullptr) return {log_z, T(0)};
   for (int64_t n = 0; n < arrays.N; ++n) {
     const int64_t index = b * arrays.N + n, length = flow_length(arrays, index);
-    const T upstream = arrays.upstream != nullptr ? arrays.upstream[index] : T(1);
-    const T slope = 2 * (upstream * static_cast<T>(params.flow_scale)) * (log_z - gap(n, length));
+    const T scale = arrays.upstream[index] * static_cast<T>(params.flow_scale);
+    const T slope = 2 * scale * (log_z - gap(n, length));
     slopes += flow_keep(length > 0, slope);
   }
   return {log_z, slopes / static_cast<T>(count)};
@@ -282,8 +284,9 @@ GFLOWGR_HD inline void flow_prompt(const FlowParams& params, const FlowArrays<T>
   for (int64_t n = 0; n < arrays.N; ++n) {
     const int64_t index = b * arrays.N + n, length = flow_length(arrays, index);
     FlowRow<T> row = flow_row(params, arrays, b, n, length);
+    const bool valid = length > 0;
     T loss = 0, grad_reward = 0;
-    if (length > 0) {
+    if (valid || !states) {
       const ShapedReward<T> reward = shape_reward(params, arrays.log_reward[index]);
       row.reward = reward.value;
       FlowResult<T> result;
@@ -301,13 +304,14 @@ GFLOWGR_HD inline void flow_prompt(const FlowParams& params, const FlowArrays<T>
       if (n == 0 && params.nll_scale != 0) {
         loss -= static_cast<T>(params.nll_scale) * flow_sum(row.log_pf, length, L);
       }
+      loss = flow_keep(valid, loss);
       // A floored reward has no gradient, whatever the residual.
-      grad_reward = reward.slope == 0 ? T(0) : reward.slope * result.grad_reward;
-      grad_log_z += result.grad_log_z;
+      grad_reward = flow_keep(valid && reward.slope != 0, reward.slope * result.grad_reward);
+      grad_log_z += flow_keep(valid, result.grad_log_z);
     }
     if (arrays.losses != nullptr) arrays.losses[index] = loss;
     if (arrays.grad_log_reward != nullptr) arrays.grad_log_reward[index] = grad_reward;
-    for (int64_t l = states || length == 0 ? length : L; l < L; ++l) {
+    for (int64_t l = length; states && l < L; ++l) {
       if (row.grad_log_pf != nullptr) row.grad_log_pf[l] = 0;
       if (row.grad_flow != nullptr) row.grad_flow[l] = 0;
     }
