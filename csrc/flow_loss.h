@@ -1,12 +1,14 @@
 // The flow-matching losses of one prompt and their gradients, for the CPU and for CUDA.
 //
-// The definitions are gflowgr/ops/losses.py. No allocation, no torch, any N and L. A row (one
-// trajectory) is valid up to the first false of its mask; nothing after that is read, so padding may
-// hold anything. All arithmetic is in T.
+// The definitions are gflowgr/ops/flow_definitions.py. No allocation, no torch, any N and L. The mask is
+// a prefix of each row (one trajectory); what is under it takes no part in the arithmetic, so padding
+// may hold anything. All arithmetic is in T. Rows of ragged length are common: where that is cheap they
+// are run to L with selections instead of branches, which nobody could predict.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define GFLOWGR_HD __host__ __device__
@@ -69,13 +71,15 @@ struct FlowRow {
   const T* flow;    // [L], DB and SubTB
   T* grad_log_pf;   // [L] or null
   T* grad_flow;     // [L] or null, DB and SubTB
-  int64_t length;   // valid tokens, at least 1
+  int64_t length;   // valid tokens, at least 1 for DB and SubTB
+  int64_t L;
   T reward;         // shaped
   T scale;          // upstream * flow_scale
   T nll;            // upstream * nll_scale for the first trajectory, 0 for others
 };
 
-// The loss of a trajectory without its scale, and its gradients with it.
+// The loss of a trajectory without its scale, and its gradients with it; anything for one without a
+// token.
 template <typename T>
 struct FlowResult {
   T loss, grad_reward, grad_log_z;
@@ -102,14 +106,31 @@ GFLOWGR_HD inline int64_t flow_length(const FlowArrays<T>& arrays, int64_t row) 
   if (arrays.mask == nullptr) return arrays.L;
   const bool* const mask = arrays.mask + row * arrays.L;
   int64_t length = 0;
-  while (length < arrays.L && mask[length]) ++length;
+  for (int64_t l = 0; l < arrays.L; ++l) length += mask[l];
   return length;
 }
 
+// The value, or 0 where it is not to be used, be it NaN. Compilers make no branch of it.
+GFLOWGR_HD inline float flow_keep(bool used, float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  bits &= 0u - static_cast<uint32_t>(used);
+  memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+GFLOWGR_HD inline double flow_keep(bool used, double value) {
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  bits &= uint64_t{0} - static_cast<uint64_t>(used);
+  memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+// The sum of the first `length` of L values.
 template <typename T>
-GFLOWGR_HD inline T flow_sum(const T* values, int64_t count) {
+GFLOWGR_HD inline T flow_sum(const T* values, int64_t length, int64_t L) {
   T total = 0;
-  for (int64_t l = 0; l < count; ++l) total += values[l];
+  for (int64_t l = 0; l < L; ++l) total += flow_keep(l < length, values[l]);
   return total;
 }
 
@@ -117,10 +138,11 @@ GFLOWGR_HD inline T flow_sum(const T* values, int64_t count) {
 template <typename T>
 GFLOWGR_HD inline FlowResult<T> tb_row(const FlowRow<T>& row, T log_z, T shift) {
   // In this order the residual of a VarGrad prompt's only trajectory is exactly 0.
-  const T residual = log_z - (row.reward - flow_sum(row.log_pf, row.length));
+  const T residual = log_z - (row.reward - flow_sum(row.log_pf, row.length, row.L));
   const T slope = 2 * row.scale * residual;
   if (row.grad_log_pf != nullptr) {
-    for (int64_t l = 0; l < row.length; ++l) row.grad_log_pf[l] = (slope - shift) - row.nll;
+    const T gradient = (slope - shift) - row.nll;
+    for (int64_t l = 0; l < row.L; ++l) row.grad_log_pf[l] = flow_keep(l < row.length, gradient);
   }
   return {residual * residual, shift - slope, slope};
 }
@@ -208,6 +230,7 @@ GFLOWGR_HD inline FlowRow<T> flow_row(const FlowParams& params, const FlowArrays
   row.grad_log_pf = arrays.grad_log_pf != nullptr ? arrays.grad_log_pf + first : nullptr;
   row.grad_flow = states && arrays.grad_target != nullptr ? arrays.grad_target + first : nullptr;
   row.length = length;
+  row.L = arrays.L;
   row.reward = 0;
   row.scale = upstream * static_cast<T>(params.flow_scale);
   row.nll = n == 0 && params.nll_scale != 0 ? upstream * static_cast<T>(params.nll_scale) : T(0);
@@ -227,24 +250,24 @@ GFLOWGR_HD inline VarGradPrompt<T> vargrad_prompt(const FlowParams& params, cons
   const auto gap = [&](int64_t n, int64_t length) {
     const int64_t index = b * arrays.N + n;
     const T reward = shape_reward(params, arrays.log_reward[index]).value;
-    return reward - flow_sum(arrays.log_pf + index * arrays.L, length);
+    return reward - flow_sum(arrays.log_pf + index * arrays.L, length, arrays.L);
   };
   T total = 0, slopes = 0;
   int64_t count = 0;
   for (int64_t n = 0; n < arrays.N; ++n) {
     const int64_t length = flow_length(arrays, b * arrays.N + n);
-    if (length == 0) continue;
-    total += gap(n, length);
-    ++count;
+    total += flow_keep(length > 0, gap(n, length));
+    count += length > 0;
   }
   if (count == 0) return {T(0), T(0)};
   const T log_z = total / static_cast<T>(count);
-  if (arrays.grad_log_pf == nullptr && arrays.grad_log_reward == nullptr) return {log_z, T(0)};
+  // Residuals sum to zero, and so do their gradients where all losses weigh the same.
+  if (arrays.upstream == nullptr) return {log_z, T(0)};
   for (int64_t n = 0; n < arrays.N; ++n) {
     const int64_t index = b * arrays.N + n, length = flow_length(arrays, index);
-    if (length == 0) continue;
-    const T upstream = arrays.upstream != nullptr ? arrays.upstream[index] : T(1);
-    slopes += 2 * (upstream * static_cast<T>(params.flow_scale)) * (log_z - gap(n, length));
+    const T scale = arrays.upstream[index] * static_cast<T>(params.flow_scale);
+    const T slope = 2 * scale * (log_z - gap(n, length));
+    slopes += flow_keep(length > 0, slope);
   }
   return {log_z, slopes / static_cast<T>(count)};
 }
@@ -261,8 +284,9 @@ GFLOWGR_HD inline void flow_prompt(const FlowParams& params, const FlowArrays<T>
   for (int64_t n = 0; n < arrays.N; ++n) {
     const int64_t index = b * arrays.N + n, length = flow_length(arrays, index);
     FlowRow<T> row = flow_row(params, arrays, b, n, length);
+    const bool valid = length > 0;
     T loss = 0, grad_reward = 0;
-    if (length > 0) {
+    if (valid || !states) {
       const ShapedReward<T> reward = shape_reward(params, arrays.log_reward[index]);
       row.reward = reward.value;
       FlowResult<T> result;
@@ -278,15 +302,16 @@ GFLOWGR_HD inline void flow_prompt(const FlowParams& params, const FlowArrays<T>
       }
       loss = static_cast<T>(params.flow_scale) * result.loss;
       if (n == 0 && params.nll_scale != 0) {
-        loss -= static_cast<T>(params.nll_scale) * flow_sum(row.log_pf, length);
+        loss -= static_cast<T>(params.nll_scale) * flow_sum(row.log_pf, length, L);
       }
+      loss = flow_keep(valid, loss);
       // A floored reward has no gradient, whatever the residual.
-      grad_reward = reward.slope == 0 ? T(0) : reward.slope * result.grad_reward;
-      grad_log_z += result.grad_log_z;
+      grad_reward = flow_keep(valid && reward.slope != 0, reward.slope * result.grad_reward);
+      grad_log_z += flow_keep(valid, result.grad_log_z);
     }
     if (arrays.losses != nullptr) arrays.losses[index] = loss;
     if (arrays.grad_log_reward != nullptr) arrays.grad_log_reward[index] = grad_reward;
-    for (int64_t l = length; l < L; ++l) {
+    for (int64_t l = length; states && l < L; ++l) {
       if (row.grad_log_pf != nullptr) row.grad_log_pf[l] = 0;
       if (row.grad_flow != nullptr) row.grad_flow[l] = 0;
     }

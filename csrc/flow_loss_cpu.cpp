@@ -15,6 +15,12 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__GNUC__) || defined(__clang__)
+#define GFLOWGR_FLATTEN __attribute__((flatten))
+#else
+#define GFLOWGR_FLATTEN
+#endif
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -115,35 +121,35 @@ FlowArrays<T> read_arrays(const Call& call, const Tensor& log_pf, const Tensor& 
   return arrays;
 }
 
-// The kind, and the usual lengths, as constants: the compiler unrolls what depends on them.
-template <typename T, FlowKind kind, int64_t L>
-void run_constant(FlowParams params, FlowArrays<T> arrays, int64_t begin, int64_t end) {
+// What the loop over prompts need not ask, as constants: the kind, the usual number of tokens (0: any),
+// whether there is a mask, and which of losses and gradients are wanted. All calls are inlined.
+template <typename T, FlowKind kind, int64_t L, bool backward, bool masked>
+GFLOWGR_FLATTEN void run_constant(FlowParams params, FlowArrays<T> arrays, int64_t begin, int64_t end) {
   params.kind = kind;
   if (L > 0) arrays.L = L;
-  if (arrays.losses != nullptr) {  // forward
-    arrays.grad_log_pf = arrays.grad_log_reward = arrays.grad_target = nullptr;
-    arrays.upstream = nullptr;
-    if (arrays.mask == nullptr) {
-      arrays.mask = nullptr;
-      for (int64_t b = begin; b < end; ++b) gflowgr::flow_prompt(params, arrays, b);
-    } else {
-      for (int64_t b = begin; b < end; ++b) gflowgr::flow_prompt(params, arrays, b);
-    }
-  } else {
+  if (!masked) arrays.mask = nullptr;
+  if (backward) {
     arrays.losses = nullptr;
-    if (arrays.mask == nullptr) {
-      arrays.mask = nullptr;
-      for (int64_t b = begin; b < end; ++b) gflowgr::flow_prompt(params, arrays, b);
-    } else {
-      for (int64_t b = begin; b < end; ++b) gflowgr::flow_prompt(params, arrays, b);
-    }
+  } else {
+    arrays.upstream = nullptr;
+    arrays.grad_log_pf = arrays.grad_log_reward = arrays.grad_target = nullptr;
   }
+  for (int64_t b = begin; b < end; ++b) gflowgr::flow_prompt(params, arrays, b);
+}
+
+template <typename T, FlowKind kind, int64_t L>
+void run_tokens(const FlowParams& params, const FlowArrays<T>& arrays, int64_t begin, int64_t end) {
+  const bool masked = arrays.mask != nullptr, backward = arrays.losses == nullptr;
+  const auto run = backward ? masked ? &run_constant<T, kind, L, true, true> : &run_constant<T, kind, L, true, false>
+                   : masked ? &run_constant<T, kind, L, false, true>
+                            : &run_constant<T, kind, L, false, false>;
+  run(params, arrays, begin, end);
 }
 
 template <typename T, FlowKind kind>
 void run_kind(const FlowParams& params, const FlowArrays<T>& arrays, int64_t begin, int64_t end) {
-  if (arrays.L == 4) return run_constant<T, kind, 4>(params, arrays, begin, end);
-  run_constant<T, kind, 0>(params, arrays, begin, end);
+  if (arrays.L == 4) return run_tokens<T, kind, 4>(params, arrays, begin, end);
+  run_tokens<T, kind, 0>(params, arrays, begin, end);
 }
 
 template <typename T>
@@ -161,47 +167,47 @@ void run_prompts(const FlowParams& params, const FlowArrays<T>& arrays, int64_t 
 }
 
 template <typename T>
-void forward(const Call& call, const FlowArrays<T>& inputs, T* out) {
+double sum_of(const T* values, int64_t count) {
+  double parts[4] = {0, 0, 0, 0};  // four chains of additions at a time
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    for (int64_t j = 0; j < 4; ++j) parts[j] += values[i + j];
+  }
+  for (; i < count; ++i) parts[0] += values[i];
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+template <typename T>
+void forward(const Call& call, FlowArrays<T> arrays, T* losses, T* sum) {
   const int64_t step = call.prompts_per_block(), blocks = (call.B + step - 1) / step;
-  std::vector<double> sums(static_cast<size_t>(call.sums ? blocks : 0));
+  std::vector<double> sums(static_cast<size_t>(blocks));
+  arrays.losses = losses;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-    std::vector<T> buffer(static_cast<size_t>(call.sums ? call.N : 0));
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * step, end = std::min(begin + step, call.B);
-      FlowArrays<T> arrays = inputs;
-      if (!call.sums) {
-        arrays.losses = out;
-        run_prompts(call.params, arrays, begin, end);
-        continue;
-      }
-      double sum = 0;
-      for (int64_t b = begin; b < end; ++b) {
-        arrays.losses = buffer.data() - b * call.N;
-        run_prompts(call.params, arrays, b, b + 1);
-        for (const T loss : buffer) sum += loss;
-      }
-      sums[block] = sum;
+      run_prompts(call.params, arrays, begin, end);
+      if (sum != nullptr) sums[block] = sum_of(losses + begin * call.N, (end - begin) * call.N);
     }
   });
-  if (!call.sums) return;
+  if (sum == nullptr) return;
   double total = 0;
-  for (const double sum : sums) total += sum;
-  *out = static_cast<T>(total);
+  for (const double part : sums) total += part;
+  *sum = static_cast<T>(total);
 }
 
 Tensor flow_loss(const Tensor& log_pf, const Tensor& log_reward, const std::optional<Tensor>& target,
                  const std::optional<Tensor>& mask, const std::string& kind, double lam, double beta,
                  std::optional<double> floor, const std::string& reduction, double sft_weight) {
   const Call call = read_call(log_pf, log_reward, target, mask, kind, lam, beta, floor, reduction, sft_weight);
-  std::vector<int64_t> shape;
-  if (!call.sums) shape = {call.B, call.N};
-  Tensor loss = torch::stable::new_empty(log_pf, shape);
-  if (call.wide) {
-    forward(call, read_arrays<double>(call, log_pf, log_reward, target), static_cast<double*>(loss.data_ptr()));
-  } else {
-    forward(call, read_arrays<float>(call, log_pf, log_reward, target), static_cast<float*>(loss.data_ptr()));
-  }
-  return loss;
+  Tensor losses = torch::stable::new_empty(log_pf, std::vector<int64_t>{call.B, call.N});
+  Tensor sum = call.sums ? torch::stable::new_empty(log_pf, std::vector<int64_t>{}) : losses;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    forward(call, read_arrays<T>(call, log_pf, log_reward, target), static_cast<T*>(losses.data_ptr()),
+            call.sums ? static_cast<T*>(sum.data_ptr()) : nullptr);
+  };
+  call.wide ? run(0.0) : run(0.0f);
+  return sum;
 }
 
 template <typename T>
@@ -239,13 +245,11 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss_backward(
   };
   Tensor grad_log_pf = result(need_log_pf, log_pf), grad_log_reward = result(need_log_reward, log_reward);
   Tensor grad_target = result(need_target && target.has_value(), target.value_or(log_pf));
-  if (call.wide) {
-    backward(call, read_arrays<double>(call, log_pf, log_reward, target), grad, grad_log_pf, grad_log_reward,
-             grad_target);
-  } else {
-    backward(call, read_arrays<float>(call, log_pf, log_reward, target), grad, grad_log_pf, grad_log_reward,
-             grad_target);
-  }
+  const auto run = [&](auto zero) {
+    backward(call, read_arrays<decltype(zero)>(call, log_pf, log_reward, target), grad, grad_log_pf,
+             grad_log_reward, grad_target);
+  };
+  call.wide ? run(0.0) : run(0.0f);
   return {grad_log_pf, grad_log_reward, grad_target};
 }
 

@@ -175,19 +175,22 @@ def check_mask(
 
 def check_log_reward(
     log_reward: object,
-    mask: Tensor,
+    like: Tensor,
     floor: float | None,
     source: str,
     data: DataChecks,
 ) -> Tensor:
-    """Check log_reward [B, N]: finite at valid trajectories; with a floor only +inf is an error."""
+    """Check log_reward [B, N]: finite at valid trajectories; with a floor only +inf is an error.
+
+    `like` [B, N, L] fixes sizes and device; where it is a mask it says what is valid.
+    """
     checked = check_tensor(
         "log_reward",
         log_reward,
-        mask.shape[:2],
+        like.shape[:2],
         "BN",
         dtypes=FLOAT_DTYPES,
-        device=mask.device,
+        device=like.device,
         source=source,
     )
     if floor is None:
@@ -200,7 +203,8 @@ def check_log_reward(
 
     def bad() -> Tensor:
         wrong = ~torch.isfinite(checked) if floor is None else checked == math.inf
-        return wrong & mask.any(-1)
+        valid = like if like.dtype == torch.bool else torch.ones_like(like, dtype=torch.bool)
+        return wrong & valid.any(-1)
 
     data.add(bad, lambda i: f"{at('log_reward', i)} = {checked[i].item():g}: {hint}")
     return checked
@@ -219,25 +223,25 @@ def flow_inputs_ok(log_reward: Tensor, mask: Tensor | None, floor: float | None)
     return ok
 
 
-def check_log_z(log_z: object, mask: Tensor, source: str) -> Tensor:
+def check_log_z(log_z: object, like: Tensor, source: str) -> Tensor:
     """Check log_z: [B], or a zero-dimensional tensor shared by all prompts; returns it as [B]."""
-    prompts = mask.shape[0]
+    prompts = like.shape[0]
     if isinstance(log_z, Tensor) and log_z.dim() == 0:
         log_z = log_z.expand(prompts)
     return check_tensor(
-        "log_z", log_z, (prompts,), "B", dtypes=FLOAT_DTYPES, device=mask.device, source=source
+        "log_z", log_z, (prompts,), "B", dtypes=FLOAT_DTYPES, device=like.device, source=source
     )
 
 
-def check_log_flow(log_flow: object, mask: Tensor, source: str) -> Tensor:
+def check_log_flow(log_flow: object, like: Tensor, source: str) -> Tensor:
     """Check log_flow [B, N, L], the log-flow of the state before each token."""
     return check_tensor(
         "log_flow",
         log_flow,
-        mask.shape,
+        like.shape,
         "BNL",
         dtypes=FLOAT_DTYPES,
-        device=mask.device,
+        device=like.device,
         source=source,
     )
 

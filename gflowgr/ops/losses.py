@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from gflowgr.ops import checks
@@ -155,7 +154,7 @@ def subtb_loss(
     within the trajectory. ``lam`` > 0: towards 0 it is DB divided by the length, towards infinity
     TB with ``log_flow_0`` for log Z. Other arguments, reductions and errors as in :func:`db_loss`.
 
-    Extra memory: none; 2 B N (L+1)^2 numbers where the PyTorch definition runs.
+    Extra memory: B N numbers; 2 B N (L+1)^2 of them where the PyTorch definition runs.
 
     Source: Madan et al. 2023, SubTB(lambda) (arXiv 2209.12782), with weights normalised per
         trajectory.
@@ -223,11 +222,10 @@ def _check_inputs(
         "log_pf", log_pf, (None, None, None), "BNL", dtypes=checks.FLOAT_DTYPES
     )
     data = checks.DataChecks()
-    # Not read where it is not given: it costs no memory.
-    checked = log_pf.new_ones((), dtype=torch.bool).expand(log_pf.shape)
     if mask is not None:
-        checked = mask = checks.check_mask(mask, log_pf.shape, log_pf.device, "log_pf", data)
-    log_reward = checks.check_log_reward(log_reward, checked, options.floor, "log_pf", data)
+        mask = checks.check_mask(mask, log_pf.shape, log_pf.device, "log_pf", data)
+    like = log_pf if mask is None else mask
+    log_reward = checks.check_log_reward(log_reward, like, options.floor, "log_pf", data)
     if not (data.enabled and checks.flow_inputs_ok(log_reward, mask, options.floor)):
         data.run()
 
