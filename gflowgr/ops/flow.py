@@ -55,10 +55,11 @@ def flow_loss(
     """
     floating = [log_pf, log_reward] if target is None else [log_pf, log_reward, target]
     dtype = compute_dtype(*floating)
+    tensors = [
+        t if t is None or t.dtype == dtype else t.to(dtype) for t in (log_pf, log_reward, target)
+    ]
     loss: Tensor = torch.ops.gflowgr.flow_loss.default(
-        log_pf.to(dtype),
-        log_reward.to(dtype),
-        None if target is None else target.to(dtype),
+        *tensors,
         mask,
         kind,
         lam,
@@ -148,24 +149,28 @@ class _FlowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        ctx.save_for_backward(*arguments[:4])
-        ctx.options = arguments[4:]
-        return _below_autograd(torch.ops.gflowgr.flow_loss.default, arguments)
+        *tensors, ctx.options = arguments
+        ctx.save_for_backward(*tensors)
+        loss: Tensor = _below_autograd("flow_loss", _flow_loss, (*tensors, *ctx.options))
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
-        gradients = torch.ops.gflowgr.flow_loss_backward.default(
-            grad, *ctx.saved_tensors, *ctx.options, *need
-        )
-        wanted = (g if needed else None for g, needed in zip(gradients, need, strict=True))
-        return (*wanted, *[None] * (len(ctx.options) + 1))
+        arguments = (grad, *ctx.saved_tensors, *ctx.options, *need)
+        if torch.is_grad_enabled():  # so that a second derivative is refused
+            gradients = torch.ops.gflowgr.flow_loss_backward.default(*arguments)
+        else:
+            gradients = _below_autograd("flow_loss_backward", _flow_loss_backward, arguments)
+        first, second, third = (g if n else None for g, n in zip(gradients, need, strict=True))
+        return first, second, third, None, None
 
 
 class _FlowLossBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Gradients:
-        return _below_autograd(torch.ops.gflowgr.flow_loss_backward.default, arguments)
+        gradients: Gradients = _below_autograd("flow_loss_backward", _flow_loss_backward, arguments)
+        return gradients
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -175,9 +180,20 @@ class _FlowLossBackward(torch.autograd.Function):
         )
 
 
-def _below_autograd(op: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _below_autograd(op: str, implementation: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Call an op without its autograd.
+
+    Where nothing watches the dispatcher, and nothing but plain tensors is given, its implementation
+    is called itself: each way through the dispatcher and back into Python costs 10 us.
+    """
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+        if torch._C._len_torch_dispatch_stack() == 0 and all(map(_plain, arguments)):
+            return implementation(*arguments)
+        return getattr(torch.ops.gflowgr, op).default(*arguments)
+
+
+def _plain(argument: object) -> bool:
+    return not isinstance(argument, Tensor) or type(argument) in (Tensor, torch.nn.Parameter)
 
 
 def _tracked(tensors: tuple[Any, ...]) -> bool:
@@ -186,16 +202,18 @@ def _tracked(tensors: tuple[Any, ...]) -> bool:
 
 def _flow_loss_autograd(*arguments: Any) -> Tensor:
     if _tracked(arguments[:3]):
-        loss: Tensor = _FlowLoss.apply(*arguments)
-        return loss
-    return _below_autograd(torch.ops.gflowgr.flow_loss.default, arguments)
+        loss: Tensor = _FlowLoss.apply(*arguments[:4], arguments[4:])
+    else:
+        loss = _below_autograd("flow_loss", _flow_loss, arguments)
+    return loss
 
 
 def _flow_loss_backward_autograd(*arguments: Any) -> Gradients:
     if _tracked(arguments[:4]):
         gradients: Gradients = _FlowLossBackward.apply(*arguments)
-        return gradients
-    return _below_autograd(torch.ops.gflowgr.flow_loss_backward.default, arguments)
+    else:
+        gradients = _below_autograd("flow_loss_backward", _flow_loss_backward, arguments)
+    return gradients
 
 
 _library = torch.library.Library("gflowgr", "FRAGMENT")
