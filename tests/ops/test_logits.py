@@ -56,7 +56,8 @@ def assert_value_and_gradient(
         actual.detach().cpu().double(), expected.detach(), rtol=rtol, atol=rtol * max(1.0, scale)
     )
     assert leaf.grad.dtype == logits.dtype
-    tolerance = GRADIENT_RTOL[logits.dtype] * exact.grad.abs().max().item()
+    # A row that is all but certain has a gradient of exponentials that are all but 0 or 1.
+    tolerance = GRADIENT_RTOL[logits.dtype] * exact.grad.abs().max().item() + 1e-7
     torch.testing.assert_close(leaf.grad.cpu().double(), exact.grad, rtol=0, atol=tolerance)
 
 
