@@ -397,6 +397,26 @@ class PrefixTree:
             leaf_live = any_in_ranges(leaf_live, self._item_begin)
         return live_nodes(self._layout, self._begins, self._leaf_rank, leaf_live)
 
+    # ------------------------------------------------------------------ for transformers, updates
+
+    def as_prefix_allowed_tokens_fn(
+        self,
+        *,
+        prompt_length: int | None = None,
+        end_token: int | None = None,
+        available: Tensor | None = None,
+    ) -> Callable[[int, Tensor], list[int]]:
+        """For ``generate(prefix_allowed_tokens_fn=...)``: (batch id, tokens [length]) -> tokens.
+
+        The list is never empty. For the arguments, and faster ways, see
+        :class:`gflowgr.decoding.adapters.PrefixTreeLogitsProcessor`.
+        """
+        from gflowgr.decoding.adapters import AllowedTokens
+
+        return AllowedTokens(
+            self, prompt_length=prompt_length, end_token=end_token, available=available
+        )
+
     # ------------------------------------------------------------------ within
 
     def _at_depth(self, nodes: Tensor, depth: int) -> Tensor:
