@@ -35,8 +35,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (None, 0),
     "encoder_no_repeat_ngram_size": (None, 0),
     "exponential_decay_length_penalty": (None,),
-    "min_length": (None, 0),
     "min_new_tokens": (None, 0),
+    "min_length": (None, 0),
     "bad_words_ids": (None,),
     "sequence_bias": (None,),
     "suppress_tokens": (None,),
@@ -246,7 +246,7 @@ def _sequences(prompt: Tensor, tokens: Tensor, config: GenerationConfig, room: i
     if ends:
         last = tokens.gather(1, (length - 1).clamp_min(0))
         carries = torch.isin(last, torch.tensor(ends, device=tokens.device))
-        add = ~carries & (length < room)
+        add = ~carries & (length > 0) & (length < room)
         tokens = torch.where(
             add & (torch.arange(tokens.shape[1], device=tokens.device) == length), ends[0], tokens
         )
