@@ -4,9 +4,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "tree_layout.h"
+#include "tree_merge.h"
 #include "tree_sort.h"
 
 namespace gflowgr {
@@ -201,35 +203,49 @@ void fill(SortedRows& rows, const Counts& counts, const std::vector<int64_t>& wo
   }
 }
 
-template <typename Token>
-TreeBuffer build(const TreeInput& input, TreeError* error) {
-  const Token* const tokens = static_cast<const Token*>(input.tokens);
+// Rows in sorted order, and what they are read from.
+struct Sorted {
   Levels levels;
-  *error = measure(tokens, input.rows, input.columns, levels);
-  if (error->fault != TreeFault::none) return {};
+  std::vector<KeyRow> order;  // by item; empty for items 0, 1, 2, ...
+  std::unique_ptr<SortedRows> rows;
+};
 
-  std::vector<KeyRow> order;
-  if (input.items) order = rows_by_item(input.items, input.rows);
-  const int64_t num_items = input.items ? static_cast<int64_t>(order.back().key) + 1 : input.rows;
-
+template <typename Token>
+void sort_rows(const TreeInput& input, Sorted& sorted, TreeError* error) {
+  const Token* const tokens = static_cast<const Token*>(input.tokens);
+  *error = measure(tokens, input.rows, input.columns, sorted.levels);
+  if (error->fault != TreeFault::none) return;
+  if (input.items) sorted.order = rows_by_item(input.items, input.rows);
   int bits = bit_width(static_cast<uint64_t>(input.rows - 1));
   const int row_bits = bits;
-  for (int width : levels.bits) bits += width;
-  std::unique_ptr<SortedRows> rows;
+  for (int width : sorted.levels.bits) bits += width;
   if (bits <= 64) {
-    rows = std::make_unique<PackedRows<Token>>(tokens, input.columns, levels, input.rows, order, row_bits);
+    sorted.rows = std::make_unique<PackedRows<Token>>(tokens, input.columns, sorted.levels, input.rows,
+                                                      sorted.order, row_bits);
   } else {
-    rows = std::make_unique<WideRows<Token>>(tokens, input.columns, levels, input.rows, order);
+    sorted.rows = std::make_unique<WideRows<Token>>(tokens, input.columns, sorted.levels, input.rows,
+                                                    sorted.order);
   }
-  const Counts counts = count(*rows, levels.count);
-  rows->rewind();
-  const std::vector<int64_t> words = plan(levels, counts, num_items, input.index_bytes);
+}
+
+void sort_rows(const TreeInput& input, Sorted& sorted, TreeError* error) {
+  if (input.token_bytes == 4) {
+    sort_rows<int32_t>(input, sorted, error);
+  } else {
+    sort_rows<int64_t>(input, sorted, error);
+  }
+}
+
+TreeBuffer emit(SortedRows& rows, const Levels& levels, const Counts& counts, int64_t num_items,
+                int index_bytes) {
+  const std::vector<int64_t> words = plan(levels, counts, num_items, index_bytes);
   TreeBuffer buffer(static_cast<size_t>(words[kTotalBytes]));
   std::memcpy(buffer.data(), words.data(), words.size() * sizeof(int64_t));
+  rows.rewind();
   if (words[kIndexBytes] == 4) {
-    fill<int32_t>(*rows, counts, words, buffer.data());
+    fill<int32_t>(rows, counts, words, buffer.data());
   } else {
-    fill<int64_t>(*rows, counts, words, buffer.data());
+    fill<int64_t>(rows, counts, words, buffer.data());
   }
   return buffer;
 }
@@ -237,7 +253,66 @@ TreeBuffer build(const TreeInput& input, TreeError* error) {
 }  // namespace
 
 TreeBuffer build_tree(const TreeInput& input, TreeError* error) {
-  return input.token_bytes == 4 ? build<int32_t>(input, error) : build<int64_t>(input, error);
+  Sorted sorted;
+  sort_rows(input, sorted, error);
+  if (error->fault != TreeFault::none) return {};
+  const int64_t num_items =
+      input.items ? static_cast<int64_t>(sorted.order.back().key) + 1 : input.rows;
+  const Counts counts = count(*sorted.rows, sorted.levels.count);
+  return emit(*sorted.rows, sorted.levels, counts, num_items, input.index_bytes);
+}
+
+TreeBuffer update_tree(const uint8_t* tree, const TreeInput& added, const int64_t* removed,
+                       int64_t num_removed, TreeError* error) {
+  const int64_t* const header = reinterpret_cast<const int64_t*>(tree);
+  const int32_t* const items = reinterpret_cast<const int32_t*>(tree + header[kItemIds]);
+  const int64_t entries = header[kNumEntries];
+  const ItemSet gone(removed, num_removed), come(added.items, added.rows);
+  int64_t removals = 0, present = -1;
+  for (int64_t entry = 0; entry < entries; ++entry) {
+    const int64_t item = items[entry];
+    if (item < 0 || item >= header[kNumItems]) {
+      throw std::invalid_argument("damaged prefix tree: item ids are out of range");
+    }
+    if (gone.has(item)) {
+      ++removals;
+    } else if (come.has(item)) {
+      present = present < 0 ? item : std::min(present, item);
+    }
+  }
+  if (removals < num_removed) {
+    const ItemSet here(items, entries);
+    int64_t absent = kMaxToken;
+    for (int64_t i = 0; i < num_removed; ++i) {
+      if (!here.has(removed[i])) absent = std::min(absent, removed[i]);
+    }
+    *error = {TreeFault::absent, absent, 0};
+    return {};
+  }
+  if (present >= 0) {
+    *error = {TreeFault::present, present, 0};
+    return {};
+  }
+  Sorted sorted;
+  if (added.rows > 0) sort_rows(added, sorted, error);
+  if (entries - removals + added.rows == 0) *error = {TreeFault::nothing, 0, 0};
+  if (error->fault != TreeFault::none) return {};
+
+  const int most = std::max(static_cast<int>(header[kMaxLength]), sorted.levels.count);
+  MergedRows rows(tree, gone, sorted.rows.get(), sorted.levels.base, most);
+  Counts counts = count(rows, most);
+  Levels levels;
+  levels.count = rows.longest;
+  levels.ragged = rows.shortest < rows.longest;
+  levels.base.assign(rows.low.begin(), rows.low.begin() + levels.count);
+  levels.high.assign(rows.high.begin(), rows.high.begin() + levels.count);
+  for (auto* list : {&counts.nodes, &counts.children, &counts.leaves, &counts.entries}) {
+    list->resize(levels.count);
+  }
+  const int64_t num_items = rows.top_item + 1;
+  rows.base = levels.base;
+  rows.base.resize(most, 0);
+  return emit(rows, levels, counts, num_items, 0);
 }
 
 }  // namespace gflowgr

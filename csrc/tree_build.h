@@ -1,4 +1,4 @@
-// Builds a prefix tree by sorting. Bare C++17: no torch, no Python.
+// Builds a prefix tree by sorting, or from another by merging. Bare C++17: no torch, no Python.
 #pragma once
 
 #include <cstddef>
@@ -34,11 +34,12 @@ struct TreeInput {
   int index_bytes = 0;           // of child_begin: 4, 8, or 0 to choose by the number of nodes
 };
 
-enum class TreeFault { none, empty, hole, token };
+// Faults of an identifier; then of an update: an item that is there already, one that is not, no item left.
+enum class TreeFault { none, empty, hole, token, present, absent, nothing };
 
 struct TreeError {
   TreeFault fault = TreeFault::none;
-  int64_t row = 0;
+  int64_t row = 0;  // for present and absent: the item
   int64_t column = 0;
 };
 
@@ -46,5 +47,12 @@ struct TreeError {
 // Time: one radix sort of packed keys, O(rows * L). Memory beside the result: 16 bytes a row when the
 // packed codes and the row number fit 64 bits, 32 otherwise; with `items`, 16 more.
 TreeBuffer build_tree(const TreeInput& input, TreeError* error);
+
+// The buffer of the tree without `removed` (distinct ids), with the rows of `added` (`items` given; rows
+// may be 0) merged in: the same bits as a build of those rows, in one pass over the old tree to count and
+// one to write, O(nodes) beside sorting what is added. The old buffer, of at least its header's size, is
+// only read. An item may be removed and added at once. Throws std::invalid_argument for a damaged tree.
+TreeBuffer update_tree(const uint8_t* tree, const TreeInput& added, const int64_t* removed,
+                       int64_t num_removed, TreeError* error);
 
 }  // namespace gflowgr

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from .backends import backend as backend
     from .decoding import GenerativeRecommender as GenerativeRecommender
     from .decoding import constrained_beam_search as constrained_beam_search
+    from .decoding.adapters import PrefixTreeLogitsProcessor as PrefixTreeLogitsProcessor
+    from .decoding.adapters import constrained_generate as constrained_generate
     from .errors import DataError as DataError
     from .errors import GFlowGRError as GFlowGRError
+    from .live_tree import LiveTree as LiveTree
     from .models import FlowSettings as FlowSettings
     from .models import GFlowModel as GFlowModel
     from .ops import db_loss as db_loss
@@ -38,7 +41,9 @@ if TYPE_CHECKING:
 _HOME = {
     "backends": ("available_backends", "backend"),
     "decoding": ("GenerativeRecommender", "constrained_beam_search"),
+    "decoding.adapters": ("PrefixTreeLogitsProcessor", "constrained_generate"),
     "errors": ("DataError", "GFlowGRError"),
+    "live_tree": ("LiveTree",),
     "models": ("FlowSettings", "GFlowModel"),
     "ops": (
         "db_loss",

@@ -17,6 +17,9 @@ _MESSAGES = {
     "empty": "tokens[{row}] is empty: an identifier needs at least one token",
     "hole": "tokens[{row}, {column}] = -1 stands before other tokens; padding belongs on the right",
     "token": "tokens[{row}, {column}] = {value} is no token: expected 0..2**31 - 1 or -1 (padding)",
+    "present": "items: item {row} is in the tree already",
+    "absent": "removed: item {row} is not in the tree",
+    "nothing": "removed: no item would be left; a tree needs at least one",
 }
 
 
@@ -71,27 +74,27 @@ def _padded(rows: Sequence[Sequence[int]]) -> npt.NDArray[Any]:
     return out
 
 
-def item_array(items: Any, rows: int) -> npt.NDArray[np.int64]:
+def item_array(items: Any, rows: int, *, name: str = "items") -> npt.NDArray[np.int64]:
     """``items`` as int64 [rows]: distinct ids from 0 on. Raises TypeError or ValueError."""
     if isinstance(items, torch.Tensor):
         items = items.detach().cpu().numpy()
     array = np.asarray(items)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"items: expected integers, got {array.dtype}")
+        raise TypeError(f"{name}: expected integers, got {array.dtype}")
     if array.shape != (rows,):
         raise ValueError(
-            f"items: expected shape ({rows},) like the rows of tokens, got {array.shape}"
+            f"{name}: expected shape ({rows},) like the rows of tokens, got {array.shape}"
         )
     wrong = (array < 0) | (array >= MAX_ITEMS)
     if wrong.any():
         row = int(wrong.argmax())
-        raise ValueError(f"items[{row}] = {array[row]}, expected 0..{MAX_ITEMS - 1}")
+        raise ValueError(f"{name}[{row}] = {array[row]}, expected 0..{MAX_ITEMS - 1}")
     array = array.astype(np.int64)
     ordered = np.sort(array)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
         raise ValueError(
-            f"items: item {ordered[twice[0]]} is given twice; an item has one identifier"
+            f"{name}: item {ordered[twice[0]]} is given twice; an item has one identifier"
         )
     return array
 
@@ -109,9 +112,14 @@ def build(tokens: Any, items: Any | None) -> Buffer:
             raise IdentifierError(*error)
         return np.asarray(buffer)
     except IdentifierError as error:
-        value = array[error.row, error.column]
-        message = _MESSAGES[error.kind].format(row=error.row, column=error.column, value=value)
-        raise ValueError(message) from None
+        raise ValueError(explain(error, array)) from None
+
+
+def explain(error: IdentifierError, tokens: npt.NDArray[Any]) -> str:
+    """What is wrong, in words."""
+    row, column = error.row, error.column
+    value = tokens[row, column] if error.kind == "token" else None
+    return _MESSAGES[error.kind].format(row=row, column=column, value=value)
 
 
 def integer_tensor(values: Any, name: str, device: torch.device) -> Tensor:

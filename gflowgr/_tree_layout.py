@@ -249,7 +249,7 @@ class IdentifierError(ValueError):
         self.kind, self.row, self.column = kind, row, column
 
 
-def _check_tokens(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def check_tokens(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Lengths of the identifiers, or IdentifierError for the first bad row (row-major order)."""
     real = tokens >= 0
     lengths: npt.NDArray[np.int64] = real.sum(1, dtype=np.int64)
@@ -287,7 +287,7 @@ def build_numpy(
     Padding is -1. O(rows * L) memory beside the input; one sort of packed keys. ``index_bytes`` is
     chosen by the number of nodes unless given (tests of the 64-bit form). Raises IdentifierError.
     """
-    lengths = _check_tokens(tokens)
+    lengths = check_tokens(tokens)
     length = int(lengths.max())
     rows = tokens.shape[0]
     if items is not None:
@@ -299,8 +299,35 @@ def build_numpy(
     # 0 stands for "ended", so that an identifier sorts before its extensions.
     codes = np.where(real, tokens[:, :length] - base + 1, 0).astype(np.uint64)
     order = _sort_order(codes, [int(span + 1).bit_length() for span in high - base])
-    codes, lengths, real = codes[order], lengths[order], real[order]
+    num_items = rows if items is None else int(items[-1]) + 1
+    return assemble(
+        codes[order],
+        order if items is None else items[order],
+        base=base,
+        high=high,
+        num_items=num_items,
+        index_bytes=index_bytes,
+    )
 
+
+def assemble(
+    codes: npt.NDArray[np.uint64],
+    items: npt.NDArray[Any],
+    *,
+    base: npt.NDArray[np.int64],
+    high: npt.NDArray[np.int64],
+    num_items: int,
+    index_bytes: int | None = None,
+) -> Buffer:
+    """The buffer of identifiers in sorted order.
+
+    ``codes`` [rows, L] are token - base + 1, or 0 where the identifier has ended; rows with equal
+    codes have ascending ``items`` [rows]. ``base`` and ``high`` [L] bound each level's tokens.
+    """
+    rows, length = codes.shape
+    real = codes > 0
+    lengths = real.sum(1, dtype=np.int64)
+    order = np.arange(rows)
     differs = np.ones((rows, length), dtype=bool)
     differs[1:] = np.logical_or.accumulate(codes[1:] != codes[:-1], axis=1)
     created = differs & real
@@ -328,7 +355,6 @@ def build_numpy(
     first[1:] = node[1:] != node[:-1]
     num_leaves = int(first.sum())
 
-    num_items = rows if items is None else int(items[-1]) + 1
     layout = plan_layout(
         level_sizes=level_sizes,
         token_base=base.tolist(),
@@ -355,7 +381,7 @@ def build_numpy(
             buffer, layout.token_offset[level], len(values), f"u{layout.token_bytes[level]}"
         )
         stored[:] = values
-    section(buffer, layout.item_ids, rows, np.int32)[:] = order if items is None else items[order]
+    section(buffer, layout.item_ids, rows, np.int32)[:] = items[order]
     if layout.item_begin:
         starts = section(buffer, layout.item_begin, num_leaves + 1, np.int32)
         starts[:] = np.append(np.flatnonzero(first), rows)

@@ -16,7 +16,8 @@ from torch import Tensor
 from gflowgr._tree_available import any_in_ranges, live_nodes
 from gflowgr._tree_build import build, check_range, integer_tensor
 from gflowgr._tree_io import read_buffer, write_buffer
-from gflowgr._tree_layout import TreeLayout
+from gflowgr._tree_layout import Buffer, TreeLayout
+from gflowgr._tree_update import updated
 from gflowgr.errors import DataError
 from gflowgr.ops.walk import (
     index_dtype,
@@ -397,7 +398,35 @@ class PrefixTree:
             leaf_live = any_in_ranges(leaf_live, self._item_begin)
         return live_nodes(self._layout, self._begins, self._leaf_rank, leaf_live)
 
-    # ------------------------------------------------------------------ for transformers, updates
+    # ------------------------------------------------------------------ changed, for transformers
+
+    def with_items(self, tokens: Any, items: Any) -> PrefixTree:
+        """A tree with more items; this one stays as it is. One pass over it, no new sort.
+
+        Args:
+            tokens: their identifiers, as for :meth:`from_identifiers`.
+            items: their ids [rows], distinct and not in the tree.
+
+        Raises TypeError or ValueError; the message names the row, or the id that is there already.
+        """
+        return self._changed(updated(self._buffer.cpu(), tokens, items))
+
+    def without_items(self, items: Any) -> PrefixTree:
+        """A tree without some items (distinct ids); this one stays as it is.
+
+        Raises TypeError, or ValueError for an id that is not there or when none would be left.
+        """
+        return self._changed(updated(self._buffer.cpu(), removed=items))
+
+    def with_identifiers(self, tokens: Any, items: Any) -> PrefixTree:
+        """A tree in which ``items``, all of this one, have other identifiers ``tokens``.
+
+        Raises as :meth:`with_items`, and ValueError for an id that is not there.
+        """
+        return self._changed(updated(self._buffer.cpu(), tokens, items, removed=items))
+
+    def _changed(self, buffer: Buffer | None) -> PrefixTree:
+        return self if buffer is None else PrefixTree(torch.from_numpy(buffer)).to(self.device)
 
     def as_prefix_allowed_tokens_fn(
         self,
