@@ -47,8 +47,8 @@ def updated(
 
     Raises:
         TypeError: tokens or items are not integers.
-        ValueError: a damaged tree; a bad identifier; an id given twice, added though it is there, or removed though
-            it is not (the lowest such id is named); no item would be left.
+        ValueError: a damaged tree; a bad identifier; an id given twice, added though it is there,
+            or removed though it is not (the lowest such id is named); no item would be left.
     """
     gone = _ids(removed, "removed")
     if tokens is None or len(tokens) == 0:
