@@ -30,8 +30,10 @@ def generate(family: str = "t5", **options: object) -> GenerateBeamEncoderDecode
     return make_model(family).generate(**prompts(family), **{**CALL, **options})
 
 
-def ours(tree: PrefixTree = TREE, **options: object) -> GenerateBeamEncoderDecoderOutput:
-    return generate(custom_generate=constrained_generate, tree=tree, **options)
+def ours(
+    tree: PrefixTree = TREE, *, family: str = "t5", **options: object
+) -> GenerateBeamEncoderDecoderOutput:
+    return generate(family, custom_generate=constrained_generate, tree=tree, **options)
 
 
 def assert_same(
@@ -101,6 +103,42 @@ class TestUnchangedCalls:
         assert_same(ours(available=available), generate(logits_processor=[constraint]))
         everything = torch.arange(len(FIXED)).expand(3, -1)
         assert (ours(exclude=everything[:, :-1]).sequences_scores[1:5] == -torch.inf).all()
+
+
+class TestDecoderOnly:
+    """Prompts padded on the left stand in front of the identifiers."""
+
+    @pytest.fixture(autouse=True)
+    def _stepwise_decoders(self) -> None:
+        pytest.importorskip("gflowgr.models.decoders", reason="the search runs T5 alone")
+
+    @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+    @pytest.mark.parametrize("beams", [6, 12])
+    def test_identifiers_of_one_length(self, family: str, beams: int) -> None:
+        options = {"num_beams": beams, "num_return_sequences": 6}
+        expected = generate(family, prefix_allowed_tokens_fn=from_dictionary(FIXED, 4), **options)
+        found = ours(family=family, **options)
+        assert_same(found, expected)
+        prompt = prompts(family)["input_ids"].repeat_interleave(6, dim=0)
+        assert torch.equal(found.sequences[:, :4], prompt)
+
+    @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+    def test_prompts_without_padding(self, family: str) -> None:
+        ids = prompts(family)["input_ids"][:1]
+        model, options = make_model(family), dict(CALL)
+        found = model.generate(ids, custom_generate=constrained_generate, tree=TREE, **options)
+        expected = model.generate(
+            ids, prefix_allowed_tokens_fn=from_dictionary(FIXED, 4), **options
+        )
+        assert_same(found, expected)
+
+    def test_unsupported_inputs_are_named(self) -> None:
+        model = make_model("gpt2")
+        embeds = model.get_input_embeddings()(prompts("gpt2")["input_ids"])
+        with pytest.raises(ValueError, match="inputs_embeds is not supported"):
+            model.generate(
+                inputs_embeds=embeds, custom_generate=constrained_generate, tree=TREE, **CALL
+            )
 
 
 class TestLayout:
