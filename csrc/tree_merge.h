@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <climits>
 #include <cstdint>
 #include <stdexcept>
 #include <vector>
@@ -35,117 +36,128 @@ class ItemSet {
 // back. Throws std::invalid_argument for a buffer whose child ranges do not follow each other.
 class TreeRows {
  public:
-  explicit TreeRows(const uint8_t* tree) : tree_(tree), header_(reinterpret_cast<const int64_t*>(tree)) {
-    length_ = static_cast<int>(header_[kMaxLength]);
+  explicit TreeRows(const uint8_t* tree)
+      : header_(reinterpret_cast<const int64_t*>(tree)),
+        length_(static_cast<int>(header_[kMaxLength])),
+        inner_(header_[kNumInner]),
+        wide_(header_[kIndexBytes] == 8),
+        begins_(tree + header_[kChildBegin]),
+        rank_(header_[kLeafRank] ? reinterpret_cast<const int32_t*>(tree + header_[kLeafRank]) : nullptr),
+        items_(reinterpret_cast<const int32_t*>(tree + header_[kItemIds])),
+        item_begin_(header_[kItemBegin] ? reinterpret_cast<const int32_t*>(tree + header_[kItemBegin])
+                                        : nullptr) {
+    levels_.resize(length_ + 1);
+    for (int level = 0; level < length_; ++level) {
+      const int64_t* const word = header_ + kTreeWords + kLevelWords * level;
+      const int64_t end = level + 1 < length_ ? word[kLevelWords + kNodeBegin] : header_[kNumNodes];
+      levels_[level + 1] = {tree + word[kTokenOffset], word[kNodeBegin], end, word[kTokenBase],
+                            static_cast<int>(word[kTokenBytes])};
+    }
     rewind();
   }
 
   void rewind() {
-    next_.assign(length_ + 1, 0);
-    node_.assign(length_ + 1, 0);
-    end_.assign(length_ + 1, 0);
+    path_.assign(length_ + 1, {});
     tokens.assign(length_, 0);
-    for (int level = 0; level < length_; ++level) next_[level + 1] = level_word(level, kNodeBegin);
+    for (int depth = 1; depth <= length_; ++depth) path_[depth].next = levels_[depth].begin;
     depth_ = 0;
     entry_ = entries_end_ = 0;
   }
 
   // Moves to the next row; false after the last.
   bool next() {
-    if (entry_ + 1 < entries_end_) {
-      item = items()[++entry_];
+    shared = depth_;
+    if (++entry_ < entries_end_) {
+      item = items_[entry_];
       return true;
     }
     do {
       if (!descend() && !move_on()) return false;
-    } while (!open_leaf(node_[depth_]));
-    item = items()[entry_];
+    } while (!open_leaf(path_[depth_].node));
+    item = items_[entry_];
     return true;
   }
 
   int length() const { return depth_; }
   std::vector<int64_t> tokens;  // the first length() are the row's
   int64_t item = 0;
+  int shared = 0;  // leading tokens that are those of the row before
 
  private:
-  int64_t level_word(int level, LevelWord word) const {
-    return header_[kTreeWords + kLevelWords * level + word];
-  }
+  struct Level {
+    const uint8_t* stored = nullptr;
+    int64_t begin = 0, end = 0, base = 0;  // first node, last + 1, smallest token
+    int width = 1;
+  };
+  struct Place {
+    int64_t node = 0, end = 0;  // a node of the path, its last sibling + 1
+    int64_t next = 0;           // the next node of this depth
+  };
+
   int64_t child_begin(int64_t node) const {
-    const uint8_t* const begins = tree_ + header_[kChildBegin];
-    return header_[kIndexBytes] == 4 ? reinterpret_cast<const int32_t*>(begins)[node]
-                                     : reinterpret_cast<const int64_t*>(begins)[node];
+    return wide_ ? reinterpret_cast<const int64_t*>(begins_)[node]
+                 : reinterpret_cast<const int32_t*>(begins_)[node];
   }
-  const int32_t* items() const { return reinterpret_cast<const int32_t*>(tree_ + header_[kItemIds]); }
 
   bool descend() {
-    const int64_t node = node_[depth_];
-    if (depth_ == length_ || node >= header_[kNumInner]) return false;
+    const int64_t node = path_[depth_].node;
+    if (node >= inner_) return false;
     const int64_t begin = child_begin(node), end = child_begin(node + 1);
-    if (begin != next_[depth_ + 1] || end < begin || end > level_end(depth_)) damaged();
+    if (begin != path_[depth_ + 1].next || end < begin || end > levels_[depth_ + 1].end) damaged();
     if (begin == end) return false;
-    end_[++depth_] = end;
+    path_[++depth_].end = end;
     enter(begin);
     return true;
   }
 
   bool move_on() {
-    while (depth_ > 0 && node_[depth_] + 1 == end_[depth_]) --depth_;
+    while (depth_ > 0 && path_[depth_].node + 1 == path_[depth_].end) --depth_;
     if (depth_ == 0) return false;
-    enter(node_[depth_] + 1);
+    shared = std::min(shared, depth_ - 1);
+    enter(path_[depth_].node + 1);
     return true;
   }
 
   void enter(int64_t node) {
-    const int level = depth_ - 1;
-    node_[depth_] = node;
-    next_[depth_] = node + 1;
-    const uint8_t* const stored = tree_ + level_word(level, kTokenOffset);
-    const int64_t at = node - level_word(level, kNodeBegin);
-    const int64_t width = level_word(level, kTokenBytes);
-    const int64_t token = width == 1   ? stored[at]
-                          : width == 2 ? reinterpret_cast<const uint16_t*>(stored)[at]
-                                       : reinterpret_cast<const uint32_t*>(stored)[at];
-    tokens[level] = token + level_word(level, kTokenBase);
+    path_[depth_].node = node;
+    path_[depth_].next = node + 1;
+    const Level& level = levels_[depth_];
+    const int64_t at = node - level.begin;
+    const int64_t token = level.width == 1   ? level.stored[at]
+                          : level.width == 2 ? reinterpret_cast<const uint16_t*>(level.stored)[at]
+                                             : reinterpret_cast<const uint32_t*>(level.stored)[at];
+    tokens[depth_ - 1] = token + level.base;
   }
 
   // Opens the entries of the leaf at `node`; false when no identifier ends there.
   bool open_leaf(int64_t node) {
-    const int64_t inner = header_[kNumInner];
-    const int32_t* const rank = reinterpret_cast<const int32_t*>(tree_ + header_[kLeafRank]);
-    int64_t leaf = node - inner;
-    if (node < inner) {
-      if (header_[kLeafRank] == 0 || rank[node + 1] == rank[node]) return false;
-      leaf = rank[node];
-    } else if (header_[kLeafRank] != 0) {
-      leaf += rank[inner];
+    int64_t leaf = node - inner_;
+    if (node < inner_) {
+      if (rank_ == nullptr || rank_[node + 1] == rank_[node]) return false;
+      leaf = rank_[node];
+    } else if (rank_ != nullptr) {
+      leaf += rank_[inner_];
     }
-    entry_ = leaf;
-    entries_end_ = leaf + 1;
-    if (header_[kItemBegin] != 0) {
-      const int32_t* const begin = reinterpret_cast<const int32_t*>(tree_ + header_[kItemBegin]);
-      entry_ = begin[leaf];
-      entries_end_ = begin[leaf + 1];
-    }
-    if (leaf < 0 || leaf >= header_[kNumLeaves] || entry_ < 0 || entries_end_ <= entry_ ||
-        entries_end_ > header_[kNumEntries]) {
-      damaged();
-    }
+    if (leaf < 0 || leaf >= header_[kNumLeaves]) damaged();
+    entry_ = item_begin_ == nullptr ? leaf : item_begin_[leaf];
+    entries_end_ = item_begin_ == nullptr ? leaf + 1 : item_begin_[leaf + 1];
+    if (entry_ < 0 || entries_end_ <= entry_ || entries_end_ > header_[kNumEntries]) damaged();
     return true;
   }
 
-  // One past the last node at depth `level` + 1.
-  int64_t level_end(int level) const {
-    return level + 1 < length_ ? level_word(level + 1, kNodeBegin) : header_[kNumNodes];
+  [[noreturn]] static void damaged() {
+    throw std::invalid_argument("damaged prefix tree: ranges are not in order");
   }
 
-  [[noreturn]] static void damaged() { throw std::invalid_argument("damaged prefix tree: ranges are not in order"); }
-
-  const uint8_t* tree_;
   const int64_t* header_;
-  int length_ = 0;
+  int length_;
+  int64_t inner_;
+  bool wide_;
+  const uint8_t* begins_;
+  const int32_t *rank_, *items_, *item_begin_;
+  std::vector<Level> levels_;  // by depth
+  std::vector<Place> path_;    // by depth
   int depth_ = 0;
-  std::vector<int64_t> next_, node_, end_;  // by depth: the next node, the node of the path, the last + 1
   int64_t entry_ = 0, entries_end_ = 0;
 };
 
@@ -171,11 +183,13 @@ class MergedRows final : public SortedRows {
     if (!has_tree_ && !has_added_) return false;
     const int order = !has_tree_ ? 1 : !has_added_ ? -1 : compare();
     const bool from_tree = order < 0 || (order == 0 && tree_.item < added_->item);
+    const int before = length;
     length = from_tree ? tree_.length() : added_->length;
     item = from_tree ? tree_.item : added_->item;
-    shared = 0;
-    bool same = !first_;
-    for (int level = 0; level < length; ++level) {
+    // Of a tree's row after a tree's row it is known what they share.
+    shared = from_tree && last_from_tree_ ? std::min(tree_shared_, length) : 0;
+    bool same = !first_ && !(from_tree && last_from_tree_);
+    for (int level = shared; level < length; ++level) {
       const int64_t token = from_tree ? tree_.tokens[level] : added_token(level);
       const uint64_t code = static_cast<uint64_t>(token - base[level] + 1);
       same = same && code == codes[level];
@@ -184,11 +198,12 @@ class MergedRows final : public SortedRows {
       low[level] = std::min(low[level], token);
       high[level] = std::max(high[level], token);
     }
+    for (int level = length; level < before; ++level) codes[level] = 0;
     longest = std::max(longest, length);
     shortest = std::min(shortest, length);
     top_item = std::max(top_item, item);
-    std::fill(codes.begin() + length, codes.end(), 0);
     first_ = false;
+    last_from_tree_ = from_tree;
     if (from_tree) {
       next_of_tree();
     } else {
@@ -199,6 +214,9 @@ class MergedRows final : public SortedRows {
 
   void rewind() override {
     first_ = true;
+    last_from_tree_ = false;
+    length = 0;
+    std::fill(codes.begin(), codes.end(), 0);
     tree_.rewind();
     next_of_tree();
     if (added_ != nullptr) added_->rewind();
@@ -217,8 +235,10 @@ class MergedRows final : public SortedRows {
   }
 
   void next_of_tree() {
+    tree_shared_ = INT_MAX;
     do {
       has_tree_ = tree_.next();
+      tree_shared_ = std::min(tree_shared_, tree_.shared);
     } while (has_tree_ && removed_.has(tree_.item));
   }
 
@@ -236,7 +256,8 @@ class MergedRows final : public SortedRows {
   const ItemSet& removed_;
   SortedRows* added_;
   const std::vector<int64_t>& added_base_;
-  bool has_tree_ = false, has_added_ = false, first_ = true;
+  bool has_tree_ = false, has_added_ = false, first_ = true, last_from_tree_ = false;
+  int tree_shared_ = 0;  // leading tokens of the tree's row that its last kept row has
 };
 
 }  // namespace gflowgr
