@@ -61,6 +61,9 @@ class PrefixTreeLogitsProcessor(LogitsProcessor):
             come (in beam search: over the vocabulary), ``"level"`` normalises over the codebook of
             the position, ``"children"`` over the tokens that continue the row (available or not);
             the end token counts among both where an identifier ends.
+        in_place: overwrite the scores instead of allocating [rows, V] at each step, which is most
+            of the time where V is large. Not with sampling or greedy search and
+            ``output_logits``, where ``generate`` still holds them.
 
     Raises:
         TypeError: ``available`` is not bool.
@@ -76,6 +79,7 @@ class PrefixTreeLogitsProcessor(LogitsProcessor):
         end_token: int | None = None,
         available: Tensor | None = None,
         normalize: Normalize = "vocab",
+        in_place: bool = False,
     ) -> None:
         if normalize not in get_args(Normalize):
             raise ValueError(f"normalize must be 'vocab', 'level' or 'children'; got {normalize!r}")
@@ -84,6 +88,7 @@ class PrefixTreeLogitsProcessor(LogitsProcessor):
         self._rules = _Rules(tree, end_token, available)
         self._prompt = _Prompt(self._rules, prompt_length)
         self._normalize = normalize
+        self._in_place = in_place
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Mask one step.
@@ -105,19 +110,20 @@ class PrefixTreeLogitsProcessor(LogitsProcessor):
         node = rules.node(tokens)
         leaf = tree.terminal(node)
         ends = rules.ends(leaf)
-        out = torch.full_like(scores, -torch.inf)
         normaliser = self._normaliser(scores, step, node, leaf >= 0)
+        own = (scores[:, rules.end] - normaliser.squeeze(1)).to(scores.dtype)
         has_child = torch.zeros_like(ends)
         if step < tree.max_length:
             child = _child_slots(tree, node, step)
             # Slots beyond the last child repeat it, so equal columns always get equal values.
             column = tree.node_tokens(child, level=step).clamp_min(0)
             value = scores.gather(1, column) - normaliser
-            value = value.masked_fill(~rules.live(child), -torch.inf)
+            value = value.masked_fill(~rules.live(child), -torch.inf).to(scores.dtype)
             has_child = (value != -torch.inf).any(1)
-            out.scatter_(1, column, value.to(out.dtype))
-
-        own = (scores[:, rules.end] - normaliser.squeeze(1)).to(out.dtype)
+        # All that is kept was read: the scores may be overwritten from here.
+        out = scores.fill_(-torch.inf) if self._in_place else torch.full_like(scores, -torch.inf)
+        if step < tree.max_length:
+            out.scatter_(1, column, value)
         if not rules.has_end:  # nothing scores a token that only fills the row
             own = torch.zeros_like(own)
             ends = ends & ~has_child

@@ -140,6 +140,17 @@ class TestScores:
         expected = scores[1, [5, 6, 7, EOS]].log_softmax(0)
         torch.testing.assert_close(out[1, [5, EOS]], expected[[0, 3]])
 
+    @pytest.mark.parametrize("normalize", ["vocab", "level", "children"])
+    def test_in_place_gives_the_same_scores_in_the_given_tensor(self, normalize: str) -> None:
+        rows, scores = torch.tensor([[2], [3], [8], [4]]), self.scores(4)
+        options = {"prompt_length": 0, "normalize": normalize}
+        before = scores.clone()
+        expected = processor(BRANCHES, **options)(rows, scores)
+        assert torch.equal(scores, before)
+        found = processor(BRANCHES, in_place=True, **options)(rows, scores)
+        assert found is scores
+        assert torch.equal(found, expected)
+
     def test_unavailable_children_count_in_the_normaliser_and_are_not_kept(self) -> None:
         available = torch.tensor([True, False, True, True, True])
         constraint = processor(BRANCHES, prompt_length=0, normalize="children", available=available)
