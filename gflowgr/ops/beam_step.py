@@ -319,3 +319,4 @@ torch.library.register_fake("gflowgr::beam_step_hidden", _beam_step_hidden_fake,
 
 for _op in ("beam_step", "beam_step_hidden"):
     backends.register(_op, "torch", backends.probe_torch)
+    backends.register(_op, "cpp", backends.probe_cpp)
