@@ -1,6 +1,7 @@
 // The logits that a step needs, from hidden states: beams of all prompts at the same node (for a codebook:
 // at the same depth) need the same rows of the head and share them. At the root that is one dense product,
-// deeper down many small ones. How the work is cut does not depend on the number of threads.
+// deeper down many small ones; where the children are many, a dense product with the part of the codebook
+// that holds them all is faster. How the work is cut does not depend on the number of threads.
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -17,11 +18,12 @@ namespace {
 
 constexpr int64_t kTaskBeams = 32, kTaskTokens = 64;
 constexpr int64_t kDenseBeams = 8;  // fewer are multiplied one by one: packing would cost more
+constexpr int64_t kFewCost = 3;     // of such a product, in dense ones
 
 // Beams that need the logits of the same tokens.
 struct Group {
   int64_t begin, end;    // into the sorted beams
-  int64_t depth, node;   // children of `node`, or the codebook of `depth` where node is -1
+  int64_t depth, node;   // children of `node`, or the first of the codebook of `depth` where node is -1
   int64_t tokens;        // how many
   int64_t at;            // logits [end - begin, tokens]
 };
@@ -53,7 +55,7 @@ class NeededLogits {
     p_.logits = logits_.get();
     p_.logits_type = Float::f32;
     p_.offsets = offsets_.data();
-    p_.layout = p_.normalize == Normalize::children ? LogitLayout::children : LogitLayout::codebook;
+    p_.layout = by_node_ ? LogitLayout::children : LogitLayout::codebook;
   }
 
  private:
@@ -64,36 +66,66 @@ class NeededLogits {
     std::vector<const float*> head_rows, state_rows;
   };
 
+  using Keyed = std::vector<std::pair<int64_t, int64_t>>;  // node or depth, beam
+
   void make_groups() {
     const int64_t count = p_.prompts * p_.beams;
     offsets_.assign(count, 0);
-    std::vector<std::pair<int64_t, int64_t>> keyed;  // what is needed, beam
+    Keyed keyed;
     for (int64_t row = 0; row < count; ++row) {
       const int64_t node = p_.nodes[row];
       if (p_.scores[row] == -std::numeric_limits<float>::infinity() || tree_.children(node).size() == 0) continue;
       keyed.emplace_back(p_.normalize == Normalize::children ? node : tree_.depth(node), row);
     }
     std::sort(keyed.begin(), keyed.end());
+    std::vector<int64_t> codes(tree_.levels(), 0);  // of each codebook, how many from the first on
+    by_node_ = p_.normalize == Normalize::children && !dense_is_faster(keyed, codes);
+    if (p_.normalize == Normalize::level) {
+      for (int64_t depth = 0; depth < tree_.levels(); ++depth) {
+        codes[depth] = p_.codebook_ends[depth] - tree_.level(depth)[kTokenBase];
+      }
+    }
     const auto used = static_cast<int64_t>(keyed.size());
     beams_.resize(used);
     for (int64_t begin = 0, end = 0; begin < used; begin = end) {
-      const int64_t key = keyed[begin].first;
-      while (end < used && keyed[end].first == key) ++end;
-      Group group{begin, end, key, -1, 0, size_};
-      if (p_.normalize == Normalize::children) {
-        group.node = key;
-        group.depth = tree_.depth(key);
-        group.tokens = tree_.children(key).size();
-      } else {
-        group.tokens = p_.codebook_ends[key] - tree_.level(key)[kTokenBase];
+      const int64_t node = by_node_ ? keyed[begin].first : -1;
+      const int64_t depth = tree_.depth(p_.nodes[keyed[begin].second]);
+      const int64_t tokens = by_node_ ? tree_.children(node).size() : codes[depth];
+      Group group{begin, begin, depth, node, tokens, size_};
+      for (; end < used && same_group(group, keyed[end]); ++end) {
+        beams_[end] = keyed[end].second;
+        offsets_[beams_[end]] = size_;
+        size_ += tokens;
       }
-      for (int64_t i = begin; i < end; ++i) {
-        beams_[i] = keyed[i].second;
-        offsets_[beams_[i]] = size_;
-        size_ += group.tokens;
-      }
+      group.end = end;
       groups_.push_back(group);
     }
+  }
+
+  bool same_group(const Group& group, const std::pair<int64_t, int64_t>& beam) const {
+    return by_node_ ? beam.first == group.node : tree_.depth(p_.nodes[beam.second]) == group.depth;
+  }
+
+  // Whether to multiply, instead of the children of each node, the codebooks up to the last one in use.
+  bool dense_is_faster(const Keyed& keyed, std::vector<int64_t>& codes) const {
+    int64_t sparse = 0, dense = 0;
+    const auto used = static_cast<int64_t>(keyed.size());
+    std::vector<int64_t> beams(codes.size(), 0);
+    for (int64_t begin = 0, end = 0; begin < used; begin = end) {
+      const int64_t node = keyed[begin].first, depth = tree_.depth(node);
+      while (end < used && keyed[end].first == node) ++end;
+      const NodeRange range = tree_.children(node);
+      sparse += (end - begin) * range.size() * (end - begin < kDenseBeams ? kFewCost : 1);
+      beams[depth] += end - begin;
+      const int64_t last = tree_.token(depth, range.end - 1) - tree_.level(depth)[kTokenBase];
+      codes[depth] = std::max(codes[depth], last + 1);
+    }
+    bool enough = true;
+    for (size_t depth = 0; depth < codes.size(); ++depth) {
+      dense += beams[depth] * codes[depth];
+      enough = enough && (beams[depth] == 0 || beams[depth] >= kDenseBeams);
+    }
+    return enough && dense < sparse && gemm_float_available();
   }
 
   void make_tasks() {
@@ -189,6 +221,7 @@ class NeededLogits {
   std::vector<Group> groups_;
   std::vector<Task> tasks_;
   int64_t size_ = 0;
+  bool by_node_ = false;
   Buffer<float> logits_;
 };
 

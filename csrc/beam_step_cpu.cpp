@@ -1,6 +1,6 @@
 // Per prompt, beam after beam: the normaliser (a log-sum-exp over a row of logits), the children's scores,
 // and a comparison of them, a register at a time, with the worst score that is still kept. What is above
-// goes through the masks and into a heap of at most `width` keys. A key is score and number of the
+// goes through the masks and into a list that is cut to the best `width` now and then. A key is score and number of the
 // candidate in one integer; candidates are numbered by beam, then by child, so equal scores keep that order.
 #include "beam_step_cpu.h"
 
@@ -43,13 +43,15 @@ float score_of(uint32_t rank) {
   return score;
 }
 
-// The best candidates so far.
+// The best candidates so far: some more are kept than wanted, and cut when there is no room left.
 class Best {
  public:
-  explicit Best(int64_t width) : width_(static_cast<size_t>(width)) { heap_.reserve(width_); }
+  explicit Best(int64_t width) : width_(static_cast<size_t>(width)), room_(std::max<size_t>(64, 4 * width_)) {
+    keys_.reserve(room_);
+  }
 
   void clear() {
-    heap_.clear();
+    keys_.clear();
     threshold_ = -kInfinity;
   }
 
@@ -58,26 +60,26 @@ class Best {
 
   void offer(float score, uint32_t number) {
     if (score <= threshold_) return;
-    const uint64_t key = static_cast<uint64_t>(rank_of(score)) << 32 | ~number;
-    if (heap_.size() == width_) {
-      if (key < heap_.front()) return;
-      std::pop_heap(heap_.begin(), heap_.end(), std::greater<uint64_t>());
-      heap_.back() = key;
-    } else {
-      heap_.push_back(key);
-    }
-    std::push_heap(heap_.begin(), heap_.end(), std::greater<uint64_t>());
-    if (heap_.size() == width_) threshold_ = score_of(static_cast<uint32_t>(heap_.front() >> 32));
+    keys_.push_back(static_cast<uint64_t>(rank_of(score)) << 32 | ~number);
+    if (keys_.size() == room_) cut();
   }
 
   const std::vector<uint64_t>& sorted() {
-    std::sort(heap_.begin(), heap_.end(), std::greater<uint64_t>());
-    return heap_;
+    if (keys_.size() > width_) cut();
+    std::sort(keys_.begin(), keys_.end(), std::greater<uint64_t>());
+    return keys_;
   }
 
  private:
-  size_t width_;
-  std::vector<uint64_t> heap_;
+  void cut() {
+    const auto last = keys_.begin() + static_cast<ptrdiff_t>(width_) - 1;
+    std::nth_element(keys_.begin(), last, keys_.end(), std::greater<uint64_t>());
+    threshold_ = score_of(static_cast<uint32_t>(*last >> 32));
+    keys_.resize(width_);
+  }
+
+  size_t width_, room_;
+  std::vector<uint64_t> keys_;
   float threshold_ = -kInfinity;
 };
 
@@ -131,6 +133,7 @@ class Step {
 
  private:
   static constexpr int64_t kSharedWork = 1 << 16;  // logits; about 20 us
+  static constexpr int64_t kPrefetched = 8;        // children of a beam
 
   // Of one thread.
   struct Scratch {
@@ -199,6 +202,14 @@ class Step {
       s.depth[beam] = tree_.depth(nodes[beam]);
       GFLOWGR_PREFETCH(tree_.codes(s.depth[beam], s.ranges[beam].begin));
       if (p_.live != nullptr) GFLOWGR_PREFETCH(p_.live + s.ranges[beam].begin);
+    }
+    // A few logits in each of many long rows are misses too; a whole row would be read anyway.
+    if (p_.normalize != Normalize::children || p_.layout != LogitLayout::vocabulary) return;
+    for (int64_t beam = 0; beam < p_.beams; ++beam) {
+      const NodeRange range = s.ranges[beam];
+      for (int64_t node = range.begin; node < std::min(range.end, range.begin + kPrefetched); ++node) {
+        GFLOWGR_PREFETCH(logits(prompt * p_.beams + beam, tree_.token(s.depth[beam], node)));
+      }
     }
   }
 
