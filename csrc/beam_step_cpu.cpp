@@ -134,6 +134,7 @@ class Step {
  private:
   static constexpr int64_t kSharedWork = 1 << 16;  // logits; about 20 us
   static constexpr int64_t kPrefetched = 8;        // children of a beam
+  static constexpr int64_t kLine = 64;             // bytes
 
   // Of one thread.
   struct Scratch {
@@ -200,7 +201,11 @@ class Step {
       s.first[beam + 1] = s.first[beam] + static_cast<uint32_t>(s.ranges[beam].size());
       if (s.ranges[beam].size() == 0) continue;
       s.depth[beam] = tree_.depth(nodes[beam]);
-      GFLOWGR_PREFETCH(tree_.codes(s.depth[beam], s.ranges[beam].begin));
+      const uint8_t* const codes = tree_.codes(s.depth[beam], s.ranges[beam].begin);
+      const int64_t bytes = s.ranges[beam].size() * tree_.level(s.depth[beam])[kTokenBytes];
+      for (int64_t at = 0; at < std::min(bytes + kLine, 8 * kLine); at += kLine) {
+        GFLOWGR_PREFETCH(codes + std::min(at, bytes - 1));
+      }
       if (p_.live != nullptr) GFLOWGR_PREFETCH(p_.live + s.ranges[beam].begin);
     }
     // A few logits in each of many long rows are misses too; a whole row would be read anyway.

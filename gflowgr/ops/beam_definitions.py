@@ -27,10 +27,11 @@ def codebook_ends(tree: Tensor) -> Tensor:
     ends: Tensor | None = _ends.get(tree)
     if ends is None:
         layout = read_header(tree)
-        last = [
-            unsigned(level_tokens(tree, layout, level), layout.token_bytes[level]).max()
-            for level in range(layout.max_length)
-        ]
+        last = []
+        for level in range(layout.max_length):
+            stored = level_tokens(tree, layout, level)
+            low = torch.iinfo(stored.dtype).min  # 0 for uint8; flips the order of signed views
+            last.append(unsigned((stored ^ low).max() ^ low, layout.token_bytes[level]))
         ends = torch.stack(last).cpu() + torch.tensor(layout.token_base) + 1
         _ends[tree] = ends
     return ends
@@ -106,7 +107,7 @@ class _Children:
         valid = children < end.unsqueeze(-1)
         children = torch.where(valid, children, -1)
         bounds = torch.tensor(tree.layout.node_begin[1:-1], device=nodes.device)
-        depth = torch.searchsorted(bounds, nodes.clamp_min(0), right=True)
+        depth = torch.searchsorted(bounds, nodes.clamp_min(0).contiguous(), right=True)
         return cls(tree, children, tree.node_tokens(children).clamp_min(0), valid, depth)
 
     def choose(
