@@ -4,72 +4,14 @@
 #include <cstring>
 #include <limits>
 
+#include "lanes_cpu.h"
+
 namespace gflowgr {
 namespace {
 
-#if defined(__GNUC__) || defined(__clang__)
-#define GFLOWGR_INLINE inline __attribute__((always_inline))
-#else
-#define GFLOWGR_INLINE inline
-#endif
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define GFLOWGR_X86 1
-#define GFLOWGR_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
-#define GFLOWGR_AVX2 __attribute__((target("avx2,fma")))
-#endif
-
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-GFLOWGR_INLINE float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-GFLOWGR_INLINE uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-// Tokens handled together: as many as one register of AVX-512 holds (two of AVX2).
-#if defined(__GNUC__) || defined(__clang__)
-typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t LaneBits __attribute__((vector_size(64), aligned(4), may_alias));
-#else
-using Lanes = float;
-using LaneBits = uint32_t;
-#endif
-constexpr int64_t kWidth = sizeof(Lanes) / sizeof(float);
 static_assert(kLanes % kWidth == 0, "a tile's tokens are whole registers");
-
-GFLOWGR_INLINE Lanes load(const float* from) {
-  Lanes value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-GFLOWGR_INLINE void store(float* to, Lanes value) { std::memcpy(to, &value, sizeof value); }
-
-// 2^x, relative error below 1e-6 (2e-7 but for the rounding of x); 0 below 2^-126, -inf included. x <= 127.
-GFLOWGR_INLINE Lanes exp2_approx(Lanes x) {
-  const Lanes least = Lanes{} - 127.0f;
-  x = x > least ? x : least;
-  const Lanes shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, in the low bits
-  const Lanes r = x - (shifted - 12582912.0f);
-  Lanes p = r * 1.54035304e-4f + 1.33335581e-3f;  // ln(2)^k / k!
-  p = p * r + 9.61812911e-3f;
-  p = p * r + 5.55041087e-2f;
-  p = p * r + 2.40226507e-1f;
-  p = p * r + 6.93147181e-1f;
-  p = p * r + 1.0f;
-  LaneBits exponent;
-  std::memcpy(&exponent, &shifted, sizeof exponent);
-  exponent = (exponent + 127u) << 23;
-  Lanes power;
-  std::memcpy(&power, &exponent, sizeof power);
-  return p * power;
-}
 
 GFLOWGR_INLINE bool raise_body(const TileScores& t, float* factor) {
   bool any = false;
@@ -254,11 +196,8 @@ GFLOWGR_KERNELS(avx512, GFLOWGR_AVX512)
 const TileKernels& tile_kernels() {
 #ifdef GFLOWGR_X86
   static const TileKernels& best = [] () -> const TileKernels& {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      return avx512;
-    }
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2 : baseline;
+    if (has_avx512()) return avx512;
+    return has_avx2() ? avx2 : baseline;
   }();
   return best;
 #else

@@ -105,6 +105,7 @@ def available_backends(
 
 def _import_ops() -> None:
     import gflowgr.ops
+    import gflowgr.ops.beam_step
     import gflowgr.ops.walk  # noqa: F401
 
 
