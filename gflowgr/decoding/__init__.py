@@ -2,5 +2,11 @@
 
 from .beam import BeamSearchOutput, constrained_beam_search
 from .recommender import GenerativeRecommender
+from .scoring import item_logprobs
 
-__all__ = ["BeamSearchOutput", "GenerativeRecommender", "constrained_beam_search"]
+__all__ = [
+    "BeamSearchOutput",
+    "GenerativeRecommender",
+    "constrained_beam_search",
+    "item_logprobs",
+]
