@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..models.backbone import output_head
 from ..tree import PrefixTree
+from ._rows import distinct, parents_of
 from .tree_decoder import PrefixDecoder, evaluating, prefix_decoder
 from .tree_head import EdgeNormalize, TreeHead, check_normalize
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["item_logprobs"]
 
-_LAST = torch.iinfo(torch.int64).max
+_PROMPTS = 8
 
 
 @torch.no_grad()
@@ -58,7 +59,7 @@ def item_logprobs(
             sum to 1 when none is a prefix of another.
         temperature: divides the logits.
         batch_bytes: memory for what a step holds, about, beside the result and the prompts' keys
-            and values (default 64 MiB on a CPU, 1 GiB elsewhere). More makes fewer, larger steps.
+            and values (default 16 MiB on a CPU, 1 GiB elsewhere). More makes fewer, larger steps.
 
     Returns:
         [B, items] in nats, float32 (float64 for a float64 model). Items that share an identifier
@@ -73,7 +74,7 @@ def item_logprobs(
     _check(input_ids, attention_mask, tree, items, normalize, batch_bytes)
     batch, device = input_ids.shape[0], input_ids.device
     if batch_bytes is None:
-        batch_bytes = 2**26 if device.type == "cpu" else 2**30
+        batch_bytes = 2**24 if device.type == "cpu" else 2**30
     weight, bias = output_head(model)
     head = TreeHead(
         weight, bias, tree, normalize=normalize, temperature=temperature, block_bytes=batch_bytes
@@ -82,7 +83,7 @@ def item_logprobs(
         leaves = torch.arange(tree.num_leaves, device=device).unsqueeze(0)
         place = tree.leaf_of(torch.arange(tree.num_items, device=device)).unsqueeze(0)
     else:
-        leaves, place = _distinct(tree.leaf_of(items if items.dim() == 2 else items.unsqueeze(0)))
+        leaves, place = distinct(tree.leaf_of(items if items.dim() == 2 else items.unsqueeze(0)))
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if batch == 0 or place.shape[1] == 0:
         return torch.empty(batch, place.shape[1], dtype=dtype, device=device)
@@ -90,7 +91,9 @@ def item_logprobs(
     with evaluating(model):
         decoder = prefix_decoder(model, input_ids, attention_mask)
         rows = max(1, batch_bytes // (4 * decoder.floats_per_node))
-        together = min(batch, max(1, rows // leaves.shape[1]))
+        # Some prompts at a time even if memory asks for narrow blocks: they share the work that
+        # does not depend on the prompt.
+        together = min(batch, max(_PROMPTS, rows // leaves.shape[1]))
         for begin in range(0, batch, together):
             end = min(begin + together, batch)
             part = leaves if leaves.shape[0] == 1 else leaves[begin:end]
@@ -162,14 +165,9 @@ def _levels(head: TreeHead, leaves: Tensor) -> list[_Level]:
     for depth, scored, needed in reversed(plans):
         if not bool(needed.any()):
             break
-        nodes, place = _distinct(path[depth].masked_fill(~needed, -1))
-        parents = torch.zeros_like(nodes)
-        if levels:
-            # Leaves below one node agree on its parent's place; the rest write to a spare column.
-            spare = torch.where(place < 0, nodes.shape[1], place)
-            above = levels[-1].place.clamp_min(0)
-            wide = torch.nn.functional.pad(parents, (0, 1))
-            parents = wide.scatter(1, spare, above)[:, :-1]
+        nodes, place = distinct(path[depth].masked_fill(~needed, -1))
+        above = levels[-1].place if levels else torch.zeros_like(place)
+        parents = parents_of(nodes.shape[1], place, above)
         tokens = tree.node_tokens(path[depth + 1], level=depth)
         tokens = torch.where(scored, tokens, tree.codebooks[depth].start)
         levels.append(_Level(nodes, parents, place, tokens, scored))
@@ -186,23 +184,6 @@ def _path(tree: PrefixTree, leaves: Tensor) -> list[Tensor]:
         node = torch.where(here, tree.parents(node), node)
     path.append(node)
     return path[::-1]
-
-
-def _distinct(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct values of each row, ascending then -1, and each entry's place among them.
-
-    ``values`` [R, W] hold -1 for nothing, whose place is -1; at least one column is returned.
-    """
-    ordered, order = values.masked_fill(values < 0, _LAST).sort(dim=1)
-    new = torch.ones_like(ordered, dtype=torch.bool)
-    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    new &= ordered != _LAST
-    rank = new.cumsum(1) - 1
-    width = max(1, int(rank.max()) + 1) if rank.numel() else 1
-    out = values.new_full((values.shape[0], width + 1), -1)
-    out.scatter_(1, torch.where(new, rank, width), ordered)
-    place = torch.empty_like(values).scatter_(1, order, rank)
-    return out[:, :width].contiguous(), place.masked_fill(values < 0, -1)
 
 
 def _check(
@@ -227,6 +208,4 @@ def _check(
     if items is not None and not (
         items.dim() == 1 or (items.dim() == 2 and items.shape[0] == batch)
     ):
-        raise ValueError(
-            f"items must be [M], or [B, M] with B = {batch}; got {tuple(items.shape)}"
-        )
+        raise ValueError(f"items must be [M], or [B, M] with B = {batch}; got {tuple(items.shape)}")

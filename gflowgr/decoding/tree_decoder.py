@@ -107,9 +107,7 @@ class _PackedDecoder:
         return self._hidden(prefixes), prefixes
 
     def narrow(self, begin: int, end: int) -> _PackedDecoder:
-        prompt = PromptState(
-            self.prompt.hidden[begin:end], self.prompt.attention_mask[begin:end]
-        )
+        prompt = PromptState(self.prompt.hidden[begin:end], self.prompt.attention_mask[begin:end])
         return _PackedDecoder(self.model, prompt)
 
     def _hidden(self, prefixes: Tensor) -> Tensor:
@@ -182,9 +180,7 @@ class _T5Decoder:
         self.floats_per_node = wide + 2 * int(config.d_ff) + 4 * int(config.d_model)
 
     def narrow(self, begin: int, end: int) -> _T5Decoder:
-        prompt = PromptState(
-            self.prompt.hidden[begin:end], self.prompt.attention_mask[begin:end]
-        )
+        prompt = PromptState(self.prompt.hidden[begin:end], self.prompt.attention_mask[begin:end])
         layers = [_Prompt(p.keys[begin:end], p.values[begin:end], p.folded) for p in self._prompt]
         return _T5Decoder(self.model, prompt, self.weights, layers)
 
@@ -205,14 +201,21 @@ class _T5Decoder:
         steps: tuple[tuple[Tensor, ...], ...],
         places: tuple[Tensor, ...],
     ) -> tuple[Tensor, _Nodes]:
-        hidden = self.stack.embed_tokens(tokens)
+        # Nodes outnumber tokens: the first layer's projections are had per distinct token.
+        distinct, which = tokens.unique(return_inverse=True)
+        embedded = self.stack.embed_tokens(distinct)
+        hidden = embedded[which]
         first: Any = self.stack.block[0].layer[0].SelfAttention
         bias = first.compute_bias(len(steps) + 1, len(steps) + 1)[0, :, -1]  # [H, steps + 1]
         own = []
         for number, block in enumerate(self.stack.block):
             attend, cross, feed = block.layer
-            qkv = functional.linear(attend.layer_norm(hidden), self.weights[number].qkv)
-            query, own_pair = qkv.split([self.heads * self.d_head, 2 * self.heads * self.d_head], -1)
+            normed = attend.layer_norm(hidden if number else embedded)
+            qkv = functional.linear(normed, self.weights[number].qkv)
+            qkv = qkv if number else qkv[which]
+            query, own_pair = qkv.split(
+                [self.heads * self.d_head, 2 * self.heads * self.d_head], -1
+            )
             own.append(own_pair.contiguous())
             pairs = [
                 _take(layers[number], place) for layers, place in zip(steps, places, strict=True)
