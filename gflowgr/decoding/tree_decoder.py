@@ -173,7 +173,8 @@ class _T5Decoder:
         self.stack: Any = model.get_decoder()
         self.batch = prompt.hidden.shape[0]
         self.heads, self.d_head = int(config.num_heads), int(config.d_kv)
-        self.scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+        scaled = getattr(config, "scale_decoder_outputs", False)  # mT5 has no such setting
+        self.scale = config.d_model**-0.5 if scaled else 1.0
         self._barred = None if bool(prompt.attention_mask.all()) else prompt.attention_mask == 0
         self._prompt = layers or self._read_prompt()
         wide = self.heads * max(8 * self.d_head, 2 * prompt.hidden.shape[1])
