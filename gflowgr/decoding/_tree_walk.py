@@ -47,6 +47,12 @@ class Draws:
         return Draws(ids, log_q, log_model, noise)
 
 
+def nothing(batch: int, count: int, device: torch.device) -> Draws:
+    """Draws [batch, count], all empty."""
+    empty = torch.full((batch, count), -torch.inf, dtype=torch.float64, device=device)
+    return Draws(torch.full_like(empty, -1, dtype=torch.int64), empty, empty, empty)
+
+
 class TreeWalk:
     """What all walks of one call share.
 
@@ -69,18 +75,9 @@ class TreeWalk:
         temperature: float,
         top_p: float,
     ) -> None:
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and > 0; got {temperature}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1]; got {top_p}")
         self.head, self.tree, self.admissible = head, head.tree, admissible
         self.seed, self.keys = seed, keys.unsqueeze(1)
         self.temperature, self.top_p = temperature, top_p
-
-    def nothing(self, count: int) -> Draws:
-        """Draws of ``count`` for each prompt, all empty."""
-        empty = torch.full((len(self.keys), count), -torch.inf, device=self.keys.device).double()
-        return Draws(torch.full_like(empty, -1, dtype=torch.int64), empty, empty, empty)
 
     # ------------------------------------------------------------------ with replacement
 
@@ -159,7 +156,7 @@ class TreeWalk:
         drawn, _ = _best(items_drawn, count)
         missing = count - drawn.ids.shape[1]
         if missing > 0:
-            drawn = _joined(drawn, self.nothing(missing))
+            drawn = _joined(drawn, nothing(decoder.batch, missing, beams.ids.device))
         return drawn
 
     @staticmethod

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..models.backbone import output_head
 from ..tree import PrefixTree
-from ._tree_walk import TreeWalk, log1mexp
+from ._tree_walk import TreeWalk, log1mexp, nothing
 from .admissible import admissible_for
 from .keyed_noise import prompt_keys
 from .tree_decoder import evaluating, prefix_decoder
-from .tree_head import EdgeNormalize, TreeHead, check_normalize
+from .tree_head import EdgeNormalize, TreeHead, check_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,34 +129,32 @@ def sample_items(
             a prefix of another.
         FloatingPointError: the model's scores are NaN.
     """
-    _check(input_ids, attention_mask, tree, num_samples, normalize, keys)
+    _check(input_ids, attention_mask, tree, num_samples, normalize, temperature, top_p, keys)
     batch, device = input_ids.shape[0], input_ids.device
     admissible = admissible_for(tree, batch, available, exclude)
     if isinstance(seed, torch.Generator):
         seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
     rows = prompt_keys(input_ids, attention_mask) if keys is None else keys.to(device).long()
-    weight, bias = output_head(model)
-    head = TreeHead(
-        weight, bias, tree, normalize=normalize, temperature=1.0, block_bytes=batch_bytes
-    )
-    walk = TreeWalk(head, admissible, seed, rows, temperature=temperature, top_p=top_p)
-    with evaluating(model):
-        # One sample more than asked for: the first that is not drawn sets the threshold.
-        if batch == 0:
-            drawn = walk.nothing(num_samples if replacement else num_samples + 1)
-        elif replacement:
+    # One more than asked for: the first that is not drawn sets the threshold.
+    count = num_samples if replacement else num_samples + 1
+    if batch == 0:
+        drawn = nothing(0, count, device)
+    else:
+        with evaluating(model):
             decoder = prefix_decoder(model, input_ids, attention_mask)
-            drawn = walk.with_replacement(decoder, num_samples)
-        else:
-            decoder = prefix_decoder(model, input_ids, attention_mask)
-            drawn = walk.without_replacement(decoder, num_samples + 1)
+            head = TreeHead(
+                decoder.head, tree, normalize=normalize, temperature=1.0, block_bytes=batch_bytes
+            )
+            walk = TreeWalk(head, admissible, seed, rows, temperature=temperature, top_p=top_p)
+            draw = walk.with_replacement if replacement else walk.without_replacement
+            drawn = draw(decoder, count)
     if bool(drawn.log_q.isnan().any()):
         row = int(drawn.log_q.isnan().any(1).nonzero()[0])
         raise FloatingPointError(f"the model's scores are NaN (first in prompt {row})")
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     items = drawn.ids[:, :num_samples]
     tokens = tree.identifiers(items.clamp_min(0)).masked_fill((items < 0).unsqueeze(-1), -1)
-    noise = None if drawn.noise is None or replacement else drawn.noise.to(dtype)
+    noise = None if replacement or drawn.noise is None else drawn.noise.to(dtype)
     return SampledItems(
         items,
         drawn.log_q[:, :num_samples].to(dtype),
@@ -174,9 +171,13 @@ def _check(
     tree: PrefixTree,
     num_samples: int,
     normalize: str,
+    temperature: float,
+    top_p: float,
     keys: Tensor | None,
 ) -> None:
-    check_normalize(normalize)
+    check_options(normalize, temperature)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1]; got {top_p}")
     if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
         raise ValueError(
             "input_ids and attention_mask must both be [B, S]; got "

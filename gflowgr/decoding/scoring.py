@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..models.backbone import output_head
 from ..tree import PrefixTree
 from ._rows import distinct, parents_of
-from .tree_decoder import PrefixDecoder, evaluating, prefix_decoder
-from .tree_head import EdgeNormalize, TreeHead, check_normalize
+from .tree_decoder import PrefixDecoder, evaluating, floats_per_node, prefix_decoder
+from .tree_head import EdgeNormalize, TreeHead, check_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,34 +70,36 @@ def item_logprobs(
         ValueError: an argument is out of range or of a wrong shape.
         FloatingPointError: a result is NaN, which the model's weights or states must be.
     """
-    _check(input_ids, attention_mask, tree, items, normalize, batch_bytes)
+    _check(input_ids, attention_mask, tree, items, normalize, temperature, batch_bytes)
     batch, device = input_ids.shape[0], input_ids.device
     if batch_bytes is None:
         batch_bytes = 2**24 if device.type == "cpu" else 2**30
-    weight, bias = output_head(model)
-    head = TreeHead(
-        weight, bias, tree, normalize=normalize, temperature=temperature, block_bytes=batch_bytes
-    )
     if items is None:
         leaves = torch.arange(tree.num_leaves, device=device).unsqueeze(0)
         place = tree.leaf_of(torch.arange(tree.num_items, device=device)).unsqueeze(0)
     else:
         leaves, place = distinct(tree.leaf_of(items if items.dim() == 2 else items.unsqueeze(0)))
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     if batch == 0 or place.shape[1] == 0:
         return torch.empty(batch, place.shape[1], dtype=dtype, device=device)
     scores = torch.empty(batch, leaves.shape[1], dtype=dtype, device=device)
+    rows = max(1, batch_bytes // (4 * floats_per_node(model, input_ids.shape[1])))
+    # Some prompts at a time even if memory asks for narrow blocks: they share the work that does
+    # not depend on the prompt.
+    together = min(batch, max(_PROMPTS, rows // leaves.shape[1]))
     with evaluating(model):
-        decoder = prefix_decoder(model, input_ids, attention_mask)
-        rows = max(1, batch_bytes // (4 * decoder.floats_per_node))
-        # Some prompts at a time even if memory asks for narrow blocks: they share the work that
-        # does not depend on the prompt.
-        together = min(batch, max(_PROMPTS, rows // leaves.shape[1]))
         for begin in range(0, batch, together):
             end = min(begin + together, batch)
+            decoder = prefix_decoder(model, input_ids[begin:end], attention_mask[begin:end])
+            head = TreeHead(
+                decoder.head,
+                tree,
+                normalize=normalize,
+                temperature=temperature,
+                block_bytes=batch_bytes,
+            )
             part = leaves if leaves.shape[0] == 1 else leaves[begin:end]
-            width = max(1, rows // (end - begin))
-            _score_leaves(decoder.narrow(begin, end), head, part, width, scores[begin:end])
+            _score_leaves(decoder, head, part, max(1, rows // (end - begin)), scores[begin:end])
     if bool(scores.isnan().any()):
         row = int(scores.isnan().any(1).nonzero()[0])
         raise FloatingPointError(f"the model's scores are NaN (first in prompt {row})")
@@ -192,9 +193,10 @@ def _check(
     tree: PrefixTree,
     items: Tensor | None,
     normalize: str,
+    temperature: float,
     batch_bytes: int | None,
 ) -> None:
-    check_normalize(normalize)
+    check_options(normalize, temperature)
     if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
         raise ValueError(
             "input_ids and attention_mask must both be [B, S]; got "

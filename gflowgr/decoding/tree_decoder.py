@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..models.backbone import PromptState, branch_hidden_states, encode_prompt
+from ..models.backbone import PromptState, branch_hidden_states, encode_prompt, output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PrefixDecoder", "evaluating", "prefix_decoder"]
+__all__ = ["PrefixDecoder", "evaluating", "floats_per_node", "prefix_decoder"]
 
 _BRANCHES = 64  # packed in one sequence by the general decoder, whose mask is quadratic in them
 
@@ -32,11 +32,12 @@ class PrefixDecoder(Protocol):
 
     Attributes:
         batch: number of prompts B.
-        floats_per_node: numbers that one step holds for each prompt and node, about.
+        head: the output head's weight [V, d] and bias [V] or None; None where hidden states already
+            are the logits.
     """
 
     batch: int
-    floats_per_node: int
+    head: tuple[Tensor, Tensor | None] | None
 
     def first(self, steps: int) -> tuple[Tensor, Any]:
         """Hidden states [B, 1, d] that predict the first token, and the state to go on from.
@@ -55,10 +56,6 @@ class PrefixDecoder(Protocol):
         """
         ...
 
-    def narrow(self, begin: int, end: int) -> PrefixDecoder:
-        """The same for prompts ``begin`` to ``end - 1``."""
-        ...
-
 
 def prefix_decoder(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> PrefixDecoder:
     """Encode prompts [B, S] and return what decodes prefixes for them.
@@ -71,6 +68,16 @@ def prefix_decoder(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> P
     if weights is None or prompt.hidden.dtype not in (torch.float32, torch.float64):
         return _PackedDecoder(model, prompt)
     return _T5Decoder(model, prompt, weights)
+
+
+def floats_per_node(model: PreTrainedModel, prompt_length: int) -> int:
+    """Numbers that a decoding step holds for each prompt and node, about."""
+    config: Any = model.config
+    heads = int(config.num_attention_heads)
+    width = int(config.hidden_size)
+    inner = heads * int(getattr(config, "d_kv", width // heads))
+    feed = getattr(config, "d_ff", None) or 4 * width
+    return max(8 * inner, 2 * heads * prompt_length) + 2 * int(feed) + 4 * width
 
 
 @contextmanager
@@ -89,10 +96,9 @@ class _PackedDecoder:
     """Any model of the T5 family: whole prefixes as branches of one packed sequence."""
 
     def __init__(self, model: PreTrainedModel, prompt: PromptState) -> None:
-        config: Any = model.config
         self.model, self.prompt = model, prompt
         self.batch = prompt.hidden.shape[0]
-        self.floats_per_node = 64 * int(config.d_model)
+        self.head: tuple[Tensor, Tensor | None] | None = output_head(model)
 
     def first(self, steps: int) -> tuple[Tensor, Tensor]:
         start = int(self.model.config.decoder_start_token_id)
@@ -105,10 +111,6 @@ class _PackedDecoder:
         history = state.gather(1, parents.unsqueeze(-1).expand(-1, -1, state.shape[2]))
         prefixes = torch.cat([history, tokens.unsqueeze(-1)], dim=2)
         return self._hidden(prefixes), prefixes
-
-    def narrow(self, begin: int, end: int) -> _PackedDecoder:
-        prompt = PromptState(self.prompt.hidden[begin:end], self.prompt.attention_mask[begin:end])
-        return _PackedDecoder(self.model, prompt)
 
     def _hidden(self, prefixes: Tensor) -> Tensor:
         parts = [
@@ -166,7 +168,6 @@ class _T5Decoder:
         model: PreTrainedModel,
         prompt: PromptState,
         weights: list[_SelfWeights],
-        layers: list[_Prompt] | None = None,
     ) -> None:
         config: Any = model.config
         self.model, self.prompt, self.weights = model, prompt, weights
@@ -176,14 +177,8 @@ class _T5Decoder:
         scaled = getattr(config, "scale_decoder_outputs", False)  # mT5 has no such setting
         self.scale = config.d_model**-0.5 if scaled else 1.0
         self._barred = None if bool(prompt.attention_mask.all()) else prompt.attention_mask == 0
-        self._prompt = layers or self._read_prompt()
-        wide = self.heads * max(8 * self.d_head, 2 * prompt.hidden.shape[1])
-        self.floats_per_node = wide + 2 * int(config.d_ff) + 4 * int(config.d_model)
-
-    def narrow(self, begin: int, end: int) -> _T5Decoder:
-        prompt = PromptState(self.prompt.hidden[begin:end], self.prompt.attention_mask[begin:end])
-        layers = [_Prompt(p.keys[begin:end], p.values[begin:end], p.folded) for p in self._prompt]
-        return _T5Decoder(self.model, prompt, self.weights, layers)
+        self._prompt = self._read_prompt()
+        self.head: tuple[Tensor, Tensor | None] | None = output_head(model)
 
     def first(self, steps: int) -> tuple[Tensor, _Nodes]:
         device = self.prompt.hidden.device

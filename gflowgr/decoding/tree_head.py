@@ -10,23 +10,26 @@ from torch.nn import functional
 
 from ..tree import PrefixTree
 
-__all__ = ["EdgeNormalize", "TreeHead", "check_normalize"]
+__all__ = ["EdgeNormalize", "TreeHead", "check_options"]
 
 EdgeNormalize = Literal["vocab", "level", "children"]
 
 
-def check_normalize(normalize: str) -> None:
-    """Raise ValueError unless ``normalize`` is one of :data:`EdgeNormalize`."""
+def check_options(normalize: str, temperature: float) -> None:
+    """Raise ValueError for a ``normalize`` that is no :data:`EdgeNormalize`, or a temperature that
+    is not finite and positive."""
     if normalize not in get_args(EdgeNormalize):
         raise ValueError(f"normalize must be 'vocab', 'level' or 'children'; got {normalize!r}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and > 0; got {temperature}")
 
 
 class TreeHead:
     """The output head over a tree's nodes, a block of them at a time.
 
     Args:
-        weight: output head [V, d].
-        bias: [V] or None.
+        head: the output head's weight [V, d] and bias [V] or None; None where hidden states already
+            are the logits.
         tree: prefix tree in the head's tokens, on its device.
         normalize: over what a token's probability is normalised: all V tokens, the codebook of its
             depth (``PrefixTree.codebooks``) or the node's children.
@@ -34,28 +37,21 @@ class TreeHead:
         block_bytes: logits held at a time.
 
     Raises:
-        ValueError: the tree has tokens that the head has not, or an option is out of range.
+        ValueError: an option is out of range; from :meth:`edges`, the tree has tokens that the head
+            has not.
     """
 
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor | None,
+        head: tuple[Tensor, Tensor | None] | None,
         tree: PrefixTree,
         *,
         normalize: EdgeNormalize,
         temperature: float,
         block_bytes: int,
     ) -> None:
-        check_normalize(normalize)
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and > 0; got {temperature}")
-        if tree.vocab_size > weight.shape[0]:
-            raise ValueError(
-                f"the tree has token {tree.vocab_size - 1}, the model's head only "
-                f"{weight.shape[0]} tokens"
-            )
-        self.weight, self.bias, self.tree = weight, bias, tree
+        check_options(normalize, temperature)
+        self.head, self.tree = head, tree
         self.normalize, self.temperature = normalize, temperature
         self.block_bytes = block_bytes
 
@@ -85,9 +81,7 @@ class TreeHead:
             (float64 for a float64 model). A padding node's normaliser means nothing.
         """
         batch, count = hidden.shape[:2]
-        low, high = self._columns(depth)
-        weight = self.weight[low:high]
-        bias = None if self.bias is None else self.bias[low:high]
+        low, high = self._columns(depth, hidden)
         block = max(1, self.block_bytes // (4 * batch * (high - low)))
         logits_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         normaliser = hidden.new_empty(batch, count, dtype=logits_dtype)
@@ -95,7 +89,7 @@ class TreeHead:
         tokens = (tokens - low).expand(batch, -1)
         for begin in range(0, count, block):
             end = min(begin + block, count)
-            logits = functional.linear(hidden[:, begin:end], weight, bias).to(logits_dtype)
+            logits = self._logits(hidden[:, begin:end], low, high).to(logits_dtype)
             if self.temperature != 1.0:
                 logits = logits / self.temperature
             if self.normalize == "children":
@@ -109,11 +103,22 @@ class TreeHead:
             chosen = found if end - begin == count else torch.where(here, found, chosen)
         return chosen, normaliser
 
-    def _columns(self, depth: int) -> tuple[int, int]:
-        if self.normalize == "vocab":
-            return 0, self.weight.shape[0]
+    def _columns(self, depth: int, hidden: Tensor) -> tuple[int, int]:
+        size = hidden.shape[-1] if self.head is None else self.head[0].shape[0]
+        if self.tree.vocab_size > size:
+            raise ValueError(
+                f"the tree has token {self.tree.vocab_size - 1}, the model's head only {size} "
+                "tokens"
+            )
         codebook = self.tree.codebooks[depth]
-        return codebook.start, codebook.stop
+        return (0, size) if self.normalize == "vocab" else (codebook.start, codebook.stop)
+
+    def _logits(self, hidden: Tensor, low: int, high: int) -> Tensor:
+        if self.head is None:
+            return hidden[..., low:high]
+        weight, bias = self.head
+        bias = None if bias is None else bias[low:high]
+        return functional.linear(hidden, weight[low:high], bias)
 
     def _over_children(self, logits: Tensor, nodes: Tensor, low: int) -> Tensor:
         """Log of the sum of exponentials over each node's children [B, K], from [B, K, columns]."""

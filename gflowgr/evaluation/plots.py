@@ -192,7 +192,7 @@ def plot_calibration(
     """log P against log R, a panel per model: items as points, binned median and 10% to 90% band.
 
     Each prompt's values are shown relative to their means over its items, so that neither its log Z
-    nor its sum of rewards matters: a calibrated generator lies on the diagonal. At most 20,000
+    nor its sum of rewards matters: a calibrated generator lies on the diagonal. At most 6,000
     points are drawn (evenly spaced through the data); bins hold equal numbers of all of them.
 
     Args:
@@ -208,15 +208,16 @@ def plot_calibration(
     figure = _figure(4.6 * len(found), 4.0)
     for place, (name, (log_p, log_r)) in enumerate(found.items()):
         axes = figure.add_subplot(1, len(found), place + 1)
-        shown = slice(None, None, -(-len(log_r) // 20_000))
-        axes.plot(log_r[shown], log_p[shown], ".", color=_GREY, markersize=1.5, alpha=0.5)
+        shown = slice(None, None, -(-len(log_r) // 6_000))
+        points: dict[str, Any] = {"color": _GREY, "markersize": 1.5, "alpha": 0.5, "zorder": 0.9}
+        axes.plot(log_r[shown], log_p[shown], ".", **points)
         groups = np.array_split(np.argsort(log_r, kind="stable"), min(bins, len(log_r)))
         middle = [np.median(log_r[group]) for group in groups]
         low, median, high = np.array(
             [np.quantile(log_p[group], (0.1, 0.5, 0.9)) for group in groups]
         ).T
         colour = _colour(place)
-        axes.fill_between(middle, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(middle, low, high, color=colour, alpha=0.3, linewidth=0)
         axes.plot(middle, median, color=colour, linewidth=1.5, label="median, 10% to 90%")
         axes.axline((0.0, 0.0), slope=1, color="black", linewidth=1, linestyle="--", label="P ∝ R")
         axes.set_xlabel("log R, less the prompt's mean (nats)")
