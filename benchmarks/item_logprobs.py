@@ -3,8 +3,8 @@
     python benchmarks/item_logprobs.py [--data DIR] [--prompts 4] [--source 60] [--sample 512]
 
 Beauty's 12,101 items with LETTER's published identifiers; a random T5, 128 wide, 4 + 4 layers. The
-plain ways are timed on ``--sample`` items and scaled up (they are linear in the items): *rows* puts
-every (prompt, item) pair through the model, *encoded* repeats the encoder's states instead and
+plain ways are timed on ``--sample`` items and scaled up (they are linear in the items): *plain* puts
+every (prompt, item) pair through the model, *plain_encoded_once* repeats the encoder's states instead and
 leaves only the decoder per pair.
 
 Prediction, in multiply-adds per prompt (S = 60 source tokens): a decoder token costs
@@ -97,7 +97,7 @@ def main() -> None:
         ours /= options.prompts
         report: dict[str, Any] = {"items": len(tokens)} | vars(options)
         report["tree"] = {"seconds": ours[0], "cpu_seconds": ours[1]}
-        for name, encoded in (("rows", False), ("encoded", True)):
+        for name, encoded in (("plain", False), ("plain_encoded_once", True)):
             took, expected = seconds(
                 lambda encoded=encoded: plain(
                     model, source[:1], tokens[chosen], encoded, options.rows
