@@ -3,9 +3,9 @@
     python benchmarks/item_logprobs.py [--data DIR] [--prompts 4] [--source 60] [--sample 512]
 
 Beauty's 12,101 items with LETTER's published identifiers; a random T5, 128 wide, 4 + 4 layers. The
-plain ways are timed on ``--sample`` items and scaled up (they are linear in the items): *plain* puts
-every (prompt, item) pair through the model, *plain_encoded_once* repeats the encoder's states instead and
-leaves only the decoder per pair.
+plain ways are timed on ``--sample`` items and scaled up (they are linear in the items): *plain*
+puts every (prompt, item) pair through the model, *plain_encoded_once* repeats the encoder's states
+instead, which leaves only the decoder per pair.
 
 Prediction, in multiply-adds per prompt (S = 60 source tokens): a decoder token costs
 4 x (4 x 128 x 384 + 2 x 128 x 360 + 2 x 128 x 1024 + 128 x 1027 / 4), 2.3 million, for each of the
