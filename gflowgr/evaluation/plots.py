@@ -186,6 +186,57 @@ def plot_difficulty(stages: Mapping[str, Logs], path: Path) -> bool:
     return _write(figure, path)
 
 
+def plot_calibration(
+    flows: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path, *, bins: int = 20
+) -> bool:
+    """log P against log R, a panel per model: items as points, binned median and 10% to 90% band.
+
+    Each prompt's values are shown relative to their means over its items, so that neither its log Z
+    nor its sum of rewards matters: a calibrated generator lies on the diagonal. At most 6,000
+    points are drawn (evenly spaced through the data); bins hold equal numbers of all of them.
+
+    Args:
+        flows: per model log P and log R (times beta), both [B, items]; pairs that are not both
+            finite are left out.
+        path: where the PNG goes.
+        bins: quantile bins of log R.
+    """
+    found = {name: _centred_pairs(*pair) for name, pair in flows.items()}
+    found = {name: pairs for name, pairs in found.items() if pairs.shape[1]}
+    if not found:
+        return False
+    figure = _figure(4.6 * len(found), 4.0)
+    for place, (name, (log_p, log_r)) in enumerate(found.items()):
+        axes = figure.add_subplot(1, len(found), place + 1)
+        shown = slice(None, None, -(-len(log_r) // 6_000))
+        points: dict[str, Any] = {"color": _GREY, "markersize": 1.5, "alpha": 0.5, "zorder": 0.9}
+        axes.plot(log_r[shown], log_p[shown], ".", **points)
+        groups = np.array_split(np.argsort(log_r, kind="stable"), min(bins, len(log_r)))
+        middle = [np.median(log_r[group]) for group in groups]
+        low, median, high = np.array(
+            [np.quantile(log_p[group], (0.1, 0.5, 0.9)) for group in groups]
+        ).T
+        colour = _colour(place)
+        axes.fill_between(middle, low, high, color=colour, alpha=0.3, linewidth=0)
+        axes.plot(middle, median, color=colour, linewidth=1.5, label="median, 10% to 90%")
+        axes.axline((0.0, 0.0), slope=1, color="black", linewidth=1, linestyle="--", label="P ∝ R")
+        axes.set_xlabel("log R, less the prompt's mean (nats)")
+        if place == 0:
+            axes.set_ylabel("log P, less the prompt's mean (nats)")
+        axes.set_title(name, fontsize=9, loc="left", pad=26)
+        _legend_above(axes, columns=2)
+    return _write(figure, path)
+
+
+def _centred_pairs(log_p: np.ndarray, log_r: np.ndarray) -> np.ndarray:
+    """(log P, log R) [2, n] of all prompts' items, less each prompt's means."""
+    pairs = np.stack([np.asarray(log_p, np.float64), np.asarray(log_r, np.float64)])
+    good = np.isfinite(pairs).all(0)
+    count = np.maximum(good.sum(-1), 1)
+    mean = np.where(good, pairs, 0.0).sum(-1) / count
+    return (pairs - mean[..., None])[:, good]
+
+
 def _series(logs: Logs, key: str) -> tuple[np.ndarray, np.ndarray]:
     pairs = [(entry["step"], entry[key]) for entry in logs if key in entry and "step" in entry]
     table = np.asarray(pairs, np.float64).reshape(-1, 2)
