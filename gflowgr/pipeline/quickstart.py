@@ -35,8 +35,8 @@ def quickstart_config(
         "It shows that everything works together; its numbers say little about the method.",
         "lambda 0.1 and beta 4 were chosen on this simulated dataset, by validation N@10. With "
         "lambda 1 and beta 1 (the paper's; beta: the reward's exponent) TB is below continued SFT "
-        "here: rewards of a positive and a random item differ by a factor of about 10, their "
-        "probabilities under SFT by more, and TB then flattens the model.",
+        "here (examples/simulated_paper.yaml): the rewards of a positive and a random item lie "
+        "closer together than their probabilities under SFT, and TB then flattens the model.",
         "One seed. Differences of a few per cent are within the spread between seeds.",
     ]
     return RunConfig(
