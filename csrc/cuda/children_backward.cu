@@ -248,7 +248,7 @@ struct WeightShared {
 
 // Adds `rows` of the list (at most kDepth, from its place `at` on) to the sums of ranks first.. and columns
 // column...
-__device__ void add_rows(const ChildrenCall& call, const ChildrenGradients& out, const ChildrenWorkspace& workspace,
+__device__ __forceinline__ void add_rows(const ChildrenCall& call, const ChildrenGradients& out, const ChildrenWorkspace& workspace,
                          const Rows& hidden, const Rows& weight, WeightShared& shared, int at, int rows,
                          int64_t first, int64_t last, int64_t column, float (&acc)[4][4]) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -287,8 +287,9 @@ __device__ void add_rows(const ChildrenCall& call, const ChildrenGradients& out,
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads) weight_kernel(ChildrenCall call, ChildrenGradients out,
-                                                          ChildrenWorkspace workspace, Rows hidden, Rows weight) {
+__global__ void __launch_bounds__(kThreads, 2) weight_kernel(ChildrenCall call, ChildrenGradients out,
+                                                             ChildrenWorkspace workspace, Rows hidden,
+                                                             Rows weight) {
   GFLOWGR_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<WeightShared*>(memory);
   const Cut cut = make_cut(call, out, workspace);
@@ -331,6 +332,7 @@ __global__ void __launch_bounds__(kThreads) weight_kernel(ChildrenCall call, Chi
     if (waiting > 0) {
       add_rows(call, out, workspace, hidden, weight, shared, 0, waiting, first, last, column, acc);
     }
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t rank = first + thread / 16 * 4 + i;
       if (rank >= last) continue;
@@ -339,6 +341,7 @@ __global__ void __launch_bounds__(kThreads) weight_kernel(ChildrenCall call, Chi
         auto* const to = reinterpret_cast<float4*>(workspace.partial + (share * cut.used + rank) * cut.row_pitch + at);
         *to = float4{acc[i][0], acc[i][1], acc[i][2], acc[i][3]};
       } else {
+#pragma unroll
         for (int j = 0; j < 4; ++j) write_weight(call, out, rank, workspace.used[rank], at + j, acc[i][j]);
       }
     }

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads) root_kernel(ChildrenCall call, Rows 
 
 constexpr int kTogether = 4;  // children per pass over a hidden state
 
-__global__ void __launch_bounds__(kThreads) deeper_kernel(ChildrenCall call, Rows hidden, Rows weight) {
+__global__ void __launch_bounds__(kThreads, 3) deeper_kernel(ChildrenCall call, Rows hidden, Rows weight) {
   const int lane = threadIdx.x % 32;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (index >= call.trajectories * (call.L - 1)) return;
