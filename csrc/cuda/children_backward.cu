@@ -317,9 +317,12 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(ChildrenCall call, 
       }
       if (mine) shared.list[place] = t;
       __syncthreads();
+      const bool all = base + kThreads >= row_end;
       int done = 0;
-      for (; waiting - done >= kDepth; done += kDepth) {
-        add_rows(call, out, workspace, hidden, weight, shared, done, kDepth, first, last, column, acc);
+      while (waiting - done >= kDepth || (all && waiting > done)) {
+        const int now = min(kDepth, waiting - done);
+        add_rows(call, out, workspace, hidden, weight, shared, done, now, first, last, column, acc);
+        done += now;
       }
       if (done == 0) continue;
       waiting -= done;
@@ -328,9 +331,6 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(ChildrenCall call, 
       __syncthreads();
       if (thread < waiting) shared.list[thread] = kept;
       __syncthreads();
-    }
-    if (waiting > 0) {
-      add_rows(call, out, workspace, hidden, weight, shared, 0, waiting, first, last, column, acc);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
