@@ -8,6 +8,7 @@ q over the admissible items is 1.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ class SampledItems:
         """
         target = self.log_probs if target is None else target
         if self.threshold is None:
-            chance = self.log_probs + torch.tensor(float(self.items.shape[1])).log()
+            chance = self.log_probs + math.log(max(1, self.items.shape[1]))
         else:
             chance = log1mexp(-(self.log_probs - self.threshold.unsqueeze(1)).exp())
         return torch.where(self.items >= 0, target - chance, -torch.inf)

@@ -127,6 +127,14 @@ def test_short_and_long_prompts_padded_at_either_end(length: int, left: bool) ->
     close(score(shop), shop.exact())
 
 
+def test_prompts_are_scored_in_groups() -> None:
+    shop = IdentifierShop(MIXED, lengths=[1 + n % 5 for n in range(19)])
+    exact = shop.exact()
+    close(score(shop, batch_bytes=1), exact)
+    items = torch.arange(19)[:, None].add(torch.arange(3)) % len(MIXED)
+    close(score(shop, items, batch_bytes=1), exact.gather(1, items))
+
+
 class Adapted(nn.Linear):
     """A linear layer whose weight alone is not what it computes, as adapters make them."""
 
