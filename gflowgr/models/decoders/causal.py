@@ -78,7 +78,8 @@ class CausalDecoder(StepDecoder):
         ).last_hidden_state
         last = (mask * torch.arange(mask.shape[1], device=self.device)).argmax(1)
         self._first = states[torch.arange(self.batch, device=self.device), last].unsqueeze(1)
-        self._prompt = [(layer.keys, layer.values) for layer in cache.layers]
+        layers: list[Any] = cache.layers
+        self._prompt: list[tuple[Tensor, Tensor]] = [(part.keys, part.values) for part in layers]
         self._pads = torch.zeros_like(mask, dtype=torch.float32)
         self._pads = self._pads.masked_fill_(mask == 0, -torch.inf)[:, None, None, :]
         self._next = mask.sum(1, keepdim=True)  # position of the next token [B, 1]
@@ -176,8 +177,7 @@ def _view(model: Any) -> Any:
     def share(module: nn.Module) -> nn.Module:
         twin = copy.copy(module)
         twin._modules = {
-            name: None if child is None else share(child)
-            for name, child in module._modules.items()
+            name: None if child is None else share(child) for name, child in module._modules.items()
         }
         if getattr(module, "config", None) is model.config:
             twin.config = config

@@ -142,7 +142,7 @@ class T5Decoder(StepDecoder):
         return layer.cross_attention.o(mixed.transpose(1, 2).reshape(batch, width, -1))
 
     def _position_bias(self, steps: int) -> Tensor:
-        """Relative position bias of the newest token towards all ``steps`` ones [1, H, 1, steps]."""
+        """Relative position bias of the newest of ``steps`` tokens [1, H, 1, steps]."""
         known = self._biases.shape[-1]
         if steps > known:
             length = max(8, 2 * known)
