@@ -57,7 +57,8 @@ class T5Decoder(StepDecoder):
         self.head = output_head(model)
         self._heads, self._size = int(config.num_heads), int(config.d_kv)
         self._start = int(config.decoder_start_token_id)
-        self._scale = config.d_model**-0.5 if config.scale_decoder_outputs else None
+        scaled = getattr(config, "scale_decoder_outputs", False)  # mT5 has no such setting
+        self._scale = config.d_model**-0.5 if scaled else None
         self._embed, self._final_norm = stack.embed_tokens, stack.final_layer_norm
         self._layers = [self._layer(block.layer, encoded) for block in stack.block]
         self._cache = IdentifierCache(len(self._layers))
