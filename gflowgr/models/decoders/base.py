@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-__all__ = ["IdentifierCache", "StepDecoder"]
+__all__ = ["IdentifierCache", "StepDecoder", "dot_products", "mix"]
 
 Head = tuple[Tensor, "Tensor | None"]
 
@@ -59,40 +59,63 @@ class StepDecoder(ABC):
 
 
 class IdentifierCache:
-    """Keys and values of the identifier tokens of each beam: [steps, layers, 2, B * K, width].
+    """Keys and values of the identifier tokens of each beam.
 
-    Steps come first, so that re-ordering the beams is one gather that leaves room for the new
-    token, and what attention reads of a layer are plain views.
+    Every step's are kept as they came, [B * K, width] per layer; re-ordering the beams re-orders
+    row numbers only. A layer gathers the few that it reads when it reads them.
     """
 
     def __init__(self, layers: int) -> None:
-        self.layers = layers
         self.steps = 0
-        self._past: Tensor | None = None
-        self._rows: Tensor | None = None
+        self._kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
+        self._ancestors: list[Tensor] = []
 
     def begin_step(self, rows: Tensor | None) -> None:
         """Open a step, in which beam i continues beam ``rows[i]`` of the step before."""
-        self._rows = rows
+        if rows is not None:
+            self._ancestors = [*(past[rows] for past in self._ancestors), rows]
         self.steps += 1
 
-    def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Store this step's keys and values of a layer, each [B * K, width].
 
         Returns:
-            Keys and values of all steps of that layer, each [steps, B * K, width].
+            Keys and values of each beam's tokens, oldest first: ``steps`` times [B * K, width].
         """
-        if layer == 0:
-            self._grow(key)
-        assert self._past is not None  # layer 0 comes first
-        own = self._past[:, layer]
-        own[-1, 0] = key
-        own[-1, 1] = value
-        return own[:, 0], own[:, 1]
+        kept = self._kept[layer]
+        past = list(zip(kept, self._ancestors, strict=True))
+        keys = [pair[0].index_select(0, rows) for pair, rows in past]
+        values = [pair[1].index_select(0, rows) for pair, rows in past]
+        kept.append((key, value))
+        return [*keys, key], [*values, value]
 
-    def _grow(self, like: Tensor) -> None:
-        """Make room for a step, its beams' past re-ordered."""
-        grown = like.new_empty(self.steps, self.layers, 2, *like.shape)
-        if self._past is not None and self._rows is not None:
-            torch.index_select(self._past, 3, self._rows, out=grown[:-1])
-        self._past = grown
+
+def dot_products(query: Tensor, keys: list[Tensor]) -> Tensor:
+    """Products of each beam's query with its own keys.
+
+    Args:
+        query: [..., G, d_head]: G query heads per key head.
+        keys: T times [..., d_head].
+
+    Returns:
+        [T, ..., G] in the query's dtype.
+    """
+    products = [torch.linalg.vecdot(query, key.unsqueeze(-2)) for key in keys]
+    return torch.stack(products)
+
+
+def mix(weights: Tensor, values: list[Tensor]) -> Tensor:
+    """Weighted sum of each beam's own values.
+
+    Args:
+        weights: [T, ..., G].
+        values: T times [..., d_head].
+
+    Returns:
+        [..., G, d_head].
+    """
+    weights = weights.unsqueeze(-1)
+    mixed = weights[0] * values[0].unsqueeze(-2)
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        mixed.addcmul_(weight, value.unsqueeze(-2))
+    return mixed

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import output_head
-from .base import IdentifierCache, StepDecoder
+from .base import IdentifierCache, StepDecoder, dot_products, mix
 
 __all__ = ["CausalDecoder", "causal_refusal"]
 
@@ -118,7 +118,7 @@ class CausalDecoder(StepDecoder):
         Returns:
             [B, K, H, d_head].
         """
-        batch, heads, width, size = query.shape
+        batch, _, width, size = query.shape
         kv_heads = key.shape[1]
         keys, values = self._cache.put(
             layer,
@@ -130,19 +130,17 @@ class CausalDecoder(StepDecoder):
         grouped = query.reshape(batch, kv_heads, -1, size)
         prompt_keys, prompt_values = self._prompt[layer]
         to_prompt = (grouped @ prompt_keys.transpose(2, 3)).float() + self._pads
-        # Own tokens, a few per beam: [steps, B, H_kv, G, K, d_head] element by element.
-        shape = (keys.shape[0], batch, width, kv_heads, 1, size)
-        own_keys = keys.view(shape).permute(0, 1, 3, 4, 2, 5)
-        own_values = values.view(shape).permute(0, 1, 3, 4, 2, 5)
-        own_query = query.view(batch, kv_heads, heads // kv_heads, width, size)
-        to_own = (own_query * own_keys).sum(-1, dtype=torch.float32)
-        to_own = to_own.flatten(3).permute(1, 2, 3, 0)  # [B, H_kv, G * K, steps]
+        rows = (batch, width, kv_heads, size)
+        own_query = query.view(batch, kv_heads, -1, width, size).permute(0, 3, 1, 2, 4)
+        to_own = dot_products(own_query, [key.view(rows) for key in keys]).float()
+        # [steps, B, K, H_kv, G] to [B, H_kv, G * K, steps]
+        to_own = to_own.permute(1, 3, 4, 2, 0).flatten(2, 3)
         weights = torch.cat([to_prompt, to_own], dim=-1).softmax(-1).to(query.dtype)
         length = prompt_keys.shape[2]
-        mixed = weights[..., :length] @ prompt_values
-        of_own = weights[..., length:].permute(3, 0, 1, 2).unflatten(3, (-1, width))
-        mixed = mixed.view_as(own_query) + (of_own.unsqueeze(-1) * own_values).sum(0)
-        return mixed.view(batch, heads, width, size).transpose(1, 2)
+        of_own = weights[..., length:].unflatten(2, (-1, width)).permute(4, 0, 3, 1, 2)
+        mixed = (weights[..., :length] @ prompt_values).unflatten(2, (-1, width))
+        mixed = mixed.permute(0, 3, 1, 2, 4) + mix(of_own, [value.view(rows) for value in values])
+        return mixed.flatten(2, 3)
 
 
 def _attention(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from ..backbone import encode_prompt, output_head
-from .base import IdentifierCache, StepDecoder
+from .base import IdentifierCache, StepDecoder, dot_products, mix
 
 __all__ = ["T5Decoder", "t5_refusal"]
 
@@ -73,8 +73,7 @@ class T5Decoder(StepDecoder):
         cross = parts[1].EncDecAttention
         shape = (*encoded.shape[:2], self._heads, self._size)
         keys, values = (
-            project(encoded).view(shape).transpose(1, 2).contiguous()
-            for project in (cross.k, cross.v)
+            project(encoded).view(shape).transpose(1, 2) for project in (cross.k, cross.v)
         )
         return _Layer(
             parts[0].layer_norm,
@@ -115,18 +114,14 @@ class T5Decoder(StepDecoder):
         rows, heads, size = hidden.shape[0] * hidden.shape[1], self._heads, self._size
         value = own.v(hidden)
         keys, values = self._cache.put(number, own.k(hidden).flatten(0, 1), value.flatten(0, 1))
-        steps = self._cache.steps
-        if steps == 1:  # one token: attention returns its value
+        if len(keys) == 1:  # one token: attention returns its value
             return own.o(value)
+        shape = (rows, heads, size)
         query = own.q(hidden).view(rows, heads, 1, size)
-        mixed = scaled_dot_product_attention(
-            query,
-            keys.view(steps, rows, heads, size).permute(1, 2, 0, 3),
-            values.view(steps, rows, heads, size).permute(1, 2, 0, 3),
-            attn_mask=bias.to(query.dtype).expand(rows, heads, 1, steps),
-            scale=1.0,
-        )
-        return own.o(mixed.view(*hidden.shape[:2], heads * size))
+        scores = dot_products(query, [key.view(shape) for key in keys]) + bias
+        weights = scores.softmax(0, dtype=torch.float32).to(query.dtype)
+        mixed = mix(weights, [value.view(shape) for value in values])
+        return own.o(mixed.view(hidden.shape[0], hidden.shape[1], heads * size))
 
     def _cross_attend(self, layer: _Layer, hidden: Tensor) -> Tensor:
         """Attention of all beams of a prompt to its encoder states."""
@@ -143,12 +138,12 @@ class T5Decoder(StepDecoder):
         return layer.cross_attention.o(mixed.transpose(1, 2).reshape(batch, width, -1))
 
     def _position_bias(self, steps: int) -> Tensor:
-        """Relative position bias of the newest of ``steps`` tokens [1, H, 1, steps]."""
+        """Relative position bias of the newest of ``steps`` tokens [steps, 1, H, 1]."""
         known = self._biases.shape[-1]
         if steps > known:
             length = max(8, 2 * known)
             self._biases = self._bias.compute_bias(length, length, device=self.device)
-        return self._biases[:, :, steps - 1 : steps, :steps]
+        return self._biases[0, :, steps - 1, :steps].T[:, None, :, None]
 
 
 def _norm(module: Any, hidden: Tensor) -> Tensor:
