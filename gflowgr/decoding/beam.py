@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..models.backbone import PromptState, branch_hidden_states, encode_prompt, output_head
+from ..models.decoders import StepDecoder, decoder_for
+
+# Also registers torch.ops.gflowgr.beam_step and beam_step_hidden.
+from ..ops.beam_step import BeamStep
 from ..ops.topk import stable_topk
 from ..tree import PrefixTree
 from .admissible import Admissible, admissible_for
@@ -16,9 +19,9 @@ from .admissible import Admissible, admissible_for
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BeamSearchOutput", "constrained_beam_search"]
+__all__ = ["BeamSearchOutput", "Normalize", "constrained_beam_search"]
 
-Normalize = Literal["vocab", "children"]
+Normalize = Literal["vocab", "level", "children"]
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,10 @@ class BeamSearchOutput:
     scores: Tensor
     tokens: Tensor
 
-
-@dataclass
-class _Beams:
-    """Live prefixes [B, K] and finished identifiers [B, F]; an empty slot has score -inf."""
-
-    nodes: Tensor
-    scores: Tensor
-    tokens: Tensor
-    leaves: Tensor
-    leaf_scores: Tensor
+    @property
+    def valid(self) -> Tensor:
+        """Where there is an item, bool [B, K]."""
+        return self.items >= 0
 
 
 @torch.no_grad()
@@ -57,38 +54,43 @@ def constrained_beam_search(
     num_beams: int = 20,
     num_return: int | None = None,
     normalize: Normalize = "vocab",
+    temperature: float = 1.0,
     available: Tensor | None = None,
     exclude: Tensor | None = None,
 ) -> BeamSearchOutput:
     """Find each prompt's most probable items.
 
-    The prompt is encoded once. At every step all beams of a prompt run as branches of one packed
-    decoder sequence, so that cross-attention keys and values are held once per prompt and nothing
-    is re-ordered. Only children of the beams' tree nodes are candidates, so every result is a valid
-    identifier. Equal scores keep the order of the tree (ascending tokens).
+    The prompt is processed once, and its keys and values are kept once for all of its beams; a beam
+    keeps those of its few identifier tokens. Only children of the beams' tree nodes are candidates,
+    so every result is a valid identifier.
 
     Args:
-        model: a T5-family model.
+        model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode; which
+            ones run fast is said by :func:`gflowgr.models.decoders.decoder_for`.
         input_ids: prompts [B, S].
-        attention_mask: 1 for real tokens [B, S].
+        attention_mask: 1 for real tokens [B, S]; padding may be on either side.
         tree: prefix tree in the model's token ids, on the model's device.
         num_beams: beams K kept at each step.
         num_return: items returned per prompt (default ``num_beams``).
-        normalize: ``"vocab"``: token log-probabilities under the softmax over the vocabulary (what
-            ``generate`` does); ``"children"``: over the children of the node.
+        normalize: token log-probabilities under the softmax over ``"vocab"``: the vocabulary (what
+            ``generate`` does); ``"level"``: the codebook of the token's position
+            (:attr:`PrefixTree.codebooks`); ``"children"``: the children of the node.
+        temperature: divides the logits.
         available: true for items that may be returned [items]; others are pruned up to the root.
         exclude: items [B, E] that a prompt may not get (its seen items), -1 for padding. Prefixes
             that lead to nothing else are pruned for that prompt, just as with ``available``.
 
     Returns:
-        Items sharing one identifier follow each other by ascending id, with the same score.
+        The best items. Equal scores keep the order of the tree (ascending tokens), shorter
+        identifiers first. Items sharing one identifier follow each other by ascending id, with the
+        same score.
 
     Raises:
         TypeError: ``available`` is not bool, or ``exclude`` not of integers.
         ValueError: an argument is out of range or of a wrong shape.
         FloatingPointError: the model's scores are NaN.
     """
-    _check(input_ids, attention_mask, tree, num_beams, num_return, normalize)
+    _check(input_ids, attention_mask, tree, num_beams, num_return, normalize, temperature)
     count = num_beams if num_return is None else num_return
     batch, device = input_ids.shape[0], input_ids.device
     admissible = admissible_for(tree, batch, available, exclude)
@@ -96,130 +98,120 @@ def constrained_beam_search(
         items = torch.empty(0, count, dtype=torch.long, device=device)
         tokens = torch.empty(0, count, tree.max_length, dtype=torch.long, device=device)
         return BeamSearchOutput(items, torch.empty(0, count, device=device), tokens)
-    prompt = encode_prompt(model, input_ids, attention_mask)
-    beams = _Beams(
-        nodes=torch.zeros(batch, 1, dtype=torch.long, device=device),
-        scores=torch.zeros(batch, 1, device=device),
-        tokens=torch.empty(batch, 1, 0, dtype=torch.long, device=device),
-        leaves=torch.empty(batch, 0, dtype=torch.long, device=device),
-        leaf_scores=torch.empty(batch, 0, device=device),
-    )
-    for _ in range(tree.max_length):
-        candidates = _expand(model, prompt, beams, tree, normalize, admissible)
-        _finish(beams, candidates, tree, admissible, num_beams)
-        if not _keep_best(beams, candidates, tree, num_beams):
-            break
-    # NaN sorts before every number, so a look at what was kept is enough.
-    if bool(beams.leaf_scores.isnan().any()) or bool(beams.scores.isnan().any()):
-        row = int((beams.leaf_scores.isnan().any(1) | beams.scores.isnan().any(1)).nonzero()[0])
+    decoder = decoder_for(model, input_ids, attention_mask)
+    search = _Search(decoder, tree, admissible, num_beams, normalize, temperature)
+    nodes, scores = search.run(wanted=min(count, num_beams))
+    nan = scores.isnan().any(1)
+    if bool(nan.any()):  # NaN sorts before every number, so a look at what was kept is enough
+        row = int(nan.nonzero()[0])
         raise FloatingPointError(f"the model's scores are NaN (first in prompt {row})")
-    return _to_items(beams, tree, count, admissible)
+    return _to_items(nodes, scores, tree, count, admissible)
 
 
-@dataclass(frozen=True)
-class _Candidates:
-    """Children of the live beams [B, C]; invalid ones have node -1 and score -inf."""
+class _Search:
+    """One search; beams are [B, K], an empty slot has score -inf and node -1."""
 
-    nodes: Tensor
-    scores: Tensor
-    parents: Tensor
+    def __init__(
+        self,
+        decoder: StepDecoder,
+        tree: PrefixTree,
+        admissible: Admissible,
+        num_beams: int,
+        normalize: str,
+        temperature: float,
+    ) -> None:
+        self.decoder, self.tree = decoder, tree
+        self.num_beams = num_beams
+        barred, leaves = admissible.barred_nodes, admissible.barred_leaves
+        self.options = (
+            normalize,
+            temperature,
+            admissible.nodes,
+            None if barred is None else barred.keys,
+        )
+        self.leaf_options = (admissible.leaves, None if leaves is None else leaves.keys)
+
+    def run(self, wanted: int) -> tuple[Tensor, Tensor]:
+        """Nodes and scores of the best identifiers [B, F]; only the first ``wanted`` count."""
+        tree, decoder = self.tree, self.decoder
+        scores = torch.zeros(decoder.batch, 1, device=decoder.device)
+        nodes = torch.zeros(decoder.batch, 1, dtype=torch.long, device=decoder.device)
+        ends: tuple[Tensor, Tensor] | None = None
+        hidden = decoder.first()
+        for depth, size in enumerate(tree.level_sizes, start=1):
+            # No more beams than the level has nodes: the rest would be empty.
+            step = self._step(hidden, scores, nodes, min(self.num_beams, size))
+            last = depth == tree.max_length
+            if last or self._ends_at(depth):
+                ends = _best(ends, step, self.num_beams)
+            if last or self._settled(ends, step.scores, wanted):
+                break
+            scores, nodes = step.scores, step.nodes
+            hidden = decoder.advance(step.tokens, step.parents)
+        assert ends is not None  # the last level only has ends
+        return ends
+
+    def _step(self, hidden: Tensor, scores: Tensor, nodes: Tensor, width: int) -> BeamStep:
+        head = self.decoder.head
+        beams = (scores, nodes, self.tree.buffer, *self.options, width, *self.leaf_options)
+        if head is None:
+            return BeamStep(*torch.ops.gflowgr.beam_step(hidden, *beams))
+        return BeamStep(*torch.ops.gflowgr.beam_step_hidden(hidden, *head, *beams))
+
+    def _ends_at(self, depth: int) -> bool:
+        """Whether identifiers may end above the last level."""
+        return self.tree.layout.leaf_rank > 0
+
+    def _settled(self, ends: tuple[Tensor, Tensor] | None, scores: Tensor, wanted: int) -> bool:
+        """Whether no live prefix can come among the ``wanted`` best any more: scores only fall.
+
+        Looked at (it waits for the device) only where identifiers differ in length. A prefix as
+        good as the last wanted identifier is behind it, being longer.
+        """
+        if ends is None or ends[1].shape[1] < wanted:
+            return False
+        return bool((scores[:, 0] <= ends[1][:, wanted - 1]).all())
 
 
-def _expand(
-    model: PreTrainedModel,
-    prompt: PromptState,
-    beams: _Beams,
-    tree: PrefixTree,
-    normalize: Normalize,
-    admissible: Admissible,
-) -> _Candidates:
-    """Score every child of every beam."""
-    batch, width = beams.nodes.shape
-    start = int(model.config.decoder_start_token_id)
-    first = torch.full((batch, width, 1), start, dtype=torch.long, device=beams.nodes.device)
-    # Tokens of empty slots are -1: any real token does, their scores stay -inf.
-    prefixes = torch.cat([first, beams.tokens.clamp_min(0)], dim=2)
-    hidden = branch_hidden_states(model, prompt, prefixes)[:, :, -1]
-    weight, bias = output_head(model)
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-
-    begin, end = tree.child_ranges(beams.nodes)
-    fanout = max(1, int((end - begin).max()))
-    nodes = begin.unsqueeze(-1) + torch.arange(fanout, device=begin.device)
-    valid = nodes < end.unsqueeze(-1)
-    valid &= admissible.filter("nodes", nodes)
-    nodes = nodes.masked_fill(~valid, -1)
-    tokens = tree.node_tokens(nodes).clamp_min(0)
-    chosen = logits.gather(-1, tokens)
-    if normalize == "vocab":
-        normaliser = logits.logsumexp(-1, keepdim=True)
-    else:
-        in_range = torch.arange(fanout, device=begin.device) < (end - begin).unsqueeze(-1)
-        normaliser = chosen.masked_fill(~in_range, -torch.inf).logsumexp(-1, keepdim=True)
-    scores = beams.scores.unsqueeze(-1) + (chosen - normaliser)
-    scores = torch.where(valid, scores, -torch.inf)
-    parents = torch.arange(width, device=begin.device)[:, None].expand(width, fanout).reshape(1, -1)
-    return _Candidates(nodes.flatten(1), scores.flatten(1), parents.expand(batch, -1))
-
-
-def _finish(
-    beams: _Beams,
-    candidates: _Candidates,
-    tree: PrefixTree,
-    admissible: Admissible,
-    num_beams: int,
-) -> None:
-    """Move candidates that complete an identifier to the finished ones; keep the best K."""
-    leaves = tree.terminal(candidates.nodes)
-    if not bool((leaves >= 0).any()):
-        return  # no identifier ends at this depth
-    ends = (leaves >= 0) & admissible.filter("leaves", leaves)
-    scores = candidates.scores.masked_fill(~ends, -torch.inf)
-    all_leaves = torch.cat([beams.leaves, leaves], dim=1)
-    all_scores = torch.cat([beams.leaf_scores, scores], dim=1)
-    keep = min(num_beams, all_scores.shape[1])
-    beams.leaf_scores, index = stable_topk(all_scores, keep)
-    beams.leaves = all_leaves.gather(1, index)
-
-
-def _keep_best(beams: _Beams, candidates: _Candidates, tree: PrefixTree, num_beams: int) -> bool:
-    """Keep the best K unfinished prefixes; false when none is left."""
-    begin, end = tree.child_ranges(candidates.nodes)
-    if not bool((end > begin).any()):
-        return False  # the last level
-    scores = candidates.scores.masked_fill(end <= begin, -torch.inf)
-    keep = min(num_beams, scores.shape[1])
-    beams.scores, index = stable_topk(scores, keep)
-    beams.nodes = candidates.nodes.gather(1, index).masked_fill(beams.scores == -torch.inf, -1)
-    parents = candidates.parents.gather(1, index)
-    history = beams.tokens.gather(1, parents.unsqueeze(-1).expand(-1, -1, beams.tokens.shape[2]))
-    beams.tokens = torch.cat([history, tree.node_tokens(beams.nodes).unsqueeze(-1)], dim=2)
-    return bool((beams.nodes >= 0).any())
+def _best(
+    ends: tuple[Tensor, Tensor] | None, step: BeamStep, num_beams: int
+) -> tuple[Tensor, Tensor]:
+    """The best identifiers so far and of this step, earlier ones first where scores are equal."""
+    if ends is None:
+        return step.end_nodes, step.end_scores
+    scores = torch.cat([ends[1], step.end_scores], dim=1)
+    nodes = torch.cat([ends[0], step.end_nodes], dim=1)
+    scores, index = stable_topk(scores, min(num_beams, scores.shape[1]))
+    return nodes.gather(1, index), scores
 
 
 def _to_items(
-    beams: _Beams, tree: PrefixTree, count: int, admissible: Admissible
+    nodes: Tensor, scores: Tensor, tree: PrefixTree, count: int, admissible: Admissible
 ) -> BeamSearchOutput:
-    """Expand leaves to their items and keep the first ``count``."""
-    leaves = beams.leaves.masked_fill(beams.leaf_scores == -torch.inf, -1)
+    """Turn final nodes [B, F] into their items and keep the first ``count``."""
+    leaves = tree.terminal(nodes)
     begin, end = tree.leaf_items(leaves)
-    group = max(1, int((end - begin).max())) if leaves.numel() else 1
-    slot = begin.unsqueeze(-1) + torch.arange(group, device=leaves.device)
-    valid = slot < end.unsqueeze(-1)
-    items = tree.item_ids[slot.clamp(0, tree.item_ids.numel() - 1)].long()
-    valid &= admissible.filter("items", items)
-    items = items.masked_fill(~valid, -1).flatten(1)
-    scores = beams.leaf_scores.unsqueeze(-1).expand_as(slot).flatten(1)
-    # Valid entries first, in their order; then cut or pad to the asked number.
-    order = (items < 0).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
-    items = items.gather(1, order)
-    scores = scores.gather(1, order).masked_fill(items < 0, -torch.inf)
+    if tree.layout.item_begin:  # some identifiers are shared
+        group = max(1, int((end - begin).max()))
+        slot = begin.unsqueeze(-1) + torch.arange(group, device=leaves.device)
+        found = slot < end.unsqueeze(-1)
+        items = tree.item_ids[slot.clamp_max(tree.item_ids.numel() - 1)].long()
+        found &= admissible.filter("items", items)
+        items = items.masked_fill(~found, -1).flatten(1)
+        scores = scores.unsqueeze(-1).expand_as(slot).flatten(1)
+        # Real items first, in their order.
+        order = (items < 0).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+        items, scores = items.gather(1, order), scores.gather(1, order)
+    else:
+        items = tree.item_ids[begin].long().masked_fill(leaves < 0, -1)[:, :count]
+        scores = scores[:, :count]
     missing = count - items.shape[1]
     if missing > 0:
         items = torch.nn.functional.pad(items, (0, missing), value=-1)
         scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
-    tokens = tree.identifiers(items.clamp_min(0)).masked_fill((items < 0).unsqueeze(-1), -1)
-    return BeamSearchOutput(items, scores, tokens)
+    empty = items < 0
+    tokens = tree.identifiers(items.clamp_min(0)).masked_fill(empty.unsqueeze(-1), -1)
+    return BeamSearchOutput(items, scores.masked_fill(empty, -torch.inf), tokens)
 
 
 def _check(
@@ -229,6 +221,7 @@ def _check(
     num_beams: int,
     num_return: int | None,
     normalize: str,
+    temperature: float,
 ) -> None:
     if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
         raise ValueError(
@@ -239,7 +232,10 @@ def _check(
         raise ValueError(f"num_beams must be >= 1; got {num_beams}")
     if num_return is not None and num_return < 1:
         raise ValueError(f"num_return must be >= 1; got {num_return}")
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be above 0 and finite; got {temperature}")
     if tree.device != input_ids.device:
         raise ValueError(f"tree is on {tree.device}, input_ids on {input_ids.device}")
     if normalize not in get_args(Normalize):
-        raise ValueError(f"normalize must be 'vocab' or 'children'; got {normalize!r}")
+        names = ", ".join(map(repr, get_args(Normalize)))
+        raise ValueError(f"normalize must be one of {names}; got {normalize!r}")

@@ -253,7 +253,11 @@ def test_nan_scores_are_reported() -> None:
     [
         ({"num_beams": 0}, ValueError, "num_beams must be >= 1; got 0"),
         ({"num_return": 0}, ValueError, "num_return"),
-        ({"normalize": "none"}, ValueError, "normalize must be 'vocab' or 'children'; got 'none'"),
+        (
+            {"normalize": "none"},
+            ValueError,
+            "normalize must be one of 'vocab', 'level', 'children'; got 'none'",
+        ),
         ({"available": torch.ones(3)}, TypeError, "available must be bool"),
         ({"available": torch.ones(3).bool()}, ValueError, r"available must be \[items\]"),
         ({"exclude": torch.ones(2, 3)}, TypeError, "exclude must hold integer item ids"),

@@ -1,0 +1,52 @@
+"""Stepwise decoders: prompts processed once, then one token of all beams at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .base import IdentifierCache, StepDecoder
+from .causal import CausalDecoder, causal_refusal
+from .generic import GenericDecoder
+from .t5 import T5Decoder, t5_refusal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "CausalDecoder",
+    "GenericDecoder",
+    "IdentifierCache",
+    "StepDecoder",
+    "T5Decoder",
+    "decoder_for",
+    "decoder_kind",
+]
+
+
+def decoder_kind(model: PreTrainedModel | Any) -> tuple[type[StepDecoder], str | None]:
+    """Which decoder runs ``model``; for the generic one, also why no fast one can."""
+    refusal = t5_refusal(model)
+    if refusal is None:
+        return T5Decoder, None
+    other = causal_refusal(model)
+    if other is None:
+        return CausalDecoder, None
+    return GenericDecoder, f"{refusal}; {other}"
+
+
+def decoder_for(
+    model: PreTrainedModel | Any, input_ids: Tensor, attention_mask: Tensor
+) -> StepDecoder:
+    """Process prompts, and return what continues them step by step.
+
+    Args:
+        model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode.
+            T5, GPT-2, Llama, Mistral, Qwen2 and Qwen3 run fast, any other by whole sequences.
+        input_ids: prompts [B, S], at least one.
+        attention_mask: 1 for real tokens [B, S].
+    """
+    decoder: Any = decoder_kind(model)[0]
+    made: StepDecoder = decoder(model, input_ids, attention_mask)
+    return made

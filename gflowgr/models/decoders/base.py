@@ -1,0 +1,121 @@
+"""What a stepwise decoder is, and the cache of the few identifier tokens of each beam."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+__all__ = ["IdentifierCache", "StepDecoder", "dot_products", "mix"]
+
+Head = tuple[Tensor, "Tensor | None"]
+
+
+class StepDecoder(ABC):
+    """Continues B prompts by identifiers, one token of all beams at a time.
+
+    The prompts were processed when the decoder was made, and are kept once for all their beams::
+
+        hidden = decoder.first()                          # [B, 1, d]: predicts the first token
+        hidden = decoder.advance(tokens, parents)         # [B, K, d]: predicts the one after
+
+    Attributes:
+        batch: number of prompts B.
+        device: where tokens are expected, and hidden states are returned.
+        head: the output head's weight [V, d] and bias [V] or None, so that the model's logits are
+            ``hidden @ weight.T + bias``; None where ``hidden`` already is the logits [B, K, V].
+    """
+
+    batch: int
+    device: torch.device
+    head: Head | None
+
+    @abstractmethod
+    def first(self) -> Tensor:
+        """Hidden states that predict the first identifier token [B, 1, d]; call it once."""
+
+    @abstractmethod
+    def advance(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Continue beams by one token.
+
+        Args:
+            tokens: the new beams' last tokens [B, K], int64; any number for an empty beam.
+            parents: the previous beam (0 after :meth:`first`) that each continues [B, K], int64; a
+                negative one, of an empty beam, stands for 0.
+
+        Returns:
+            Hidden states that predict the next token [B, K, d]; meaningless for empty beams.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits [B, K, V] of ``hidden`` [B, K, d]."""
+        return hidden if self.head is None else torch.nn.functional.linear(hidden, *self.head)
+
+    def _rows(self, parents: Tensor, width: int) -> Tensor:
+        """Where each beam's parent is among B x ``width`` beams, int64 [B * K]."""
+        start = torch.arange(0, self.batch * width, width, device=parents.device)
+        return (parents.clamp_min(0) + start.unsqueeze(1)).flatten()
+
+
+class IdentifierCache:
+    """Keys and values of the identifier tokens of each beam.
+
+    Every step's are kept as they came, [B * K, width] per layer; re-ordering the beams re-orders
+    row numbers only. A layer gathers the few that it reads when it reads them.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.steps = 0
+        self._kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
+        self._ancestors: list[Tensor] = []
+
+    def begin_step(self, rows: Tensor | None) -> None:
+        """Open a step, in which beam i continues beam ``rows[i]`` of the step before."""
+        if rows is not None:
+            self._ancestors = [*(past[rows] for past in self._ancestors), rows]
+        self.steps += 1
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Store this step's keys and values of a layer, each [B * K, width].
+
+        Returns:
+            Keys and values of each beam's tokens, oldest first: ``steps`` times [B * K, width].
+        """
+        kept = self._kept[layer]
+        past = list(zip(kept, self._ancestors, strict=True))
+        keys = [pair[0].index_select(0, rows) for pair, rows in past]
+        values = [pair[1].index_select(0, rows) for pair, rows in past]
+        kept.append((key, value))
+        return [*keys, key], [*values, value]
+
+
+def dot_products(query: Tensor, keys: list[Tensor]) -> Tensor:
+    """Products of each beam's query with its own keys.
+
+    Args:
+        query: [..., G, d_head]: G query heads per key head.
+        keys: T times [..., d_head].
+
+    Returns:
+        [T, ..., G] in the query's dtype.
+    """
+    products = [torch.linalg.vecdot(query, key.unsqueeze(-2)) for key in keys]
+    return torch.stack(products)
+
+
+def mix(weights: Tensor, values: list[Tensor]) -> Tensor:
+    """Weighted sum of each beam's own values.
+
+    Args:
+        weights: [T, ..., G].
+        values: T times [..., d_head].
+
+    Returns:
+        [..., G, d_head].
+    """
+    weights = weights.unsqueeze(-1)
+    mixed = weights[0] * values[0].unsqueeze(-2)
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        mixed.addcmul_(weight, value.unsqueeze(-2))
+    return mixed
