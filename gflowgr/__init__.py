@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .backends import backend as backend
     from .decoding import GenerativeRecommender as GenerativeRecommender
     from .decoding import constrained_beam_search as constrained_beam_search
+    from .decoding import flow_calibration as flow_calibration
+    from .decoding import item_logprobs as item_logprobs
+    from .decoding import sample_items as sample_items
     from .decoding.adapters import PrefixTreeLogitsProcessor as PrefixTreeLogitsProcessor
     from .decoding.adapters import constrained_generate as constrained_generate
     from .errors import DataError as DataError
@@ -40,7 +43,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "backends": ("available_backends", "backend"),
-    "decoding": ("GenerativeRecommender", "constrained_beam_search"),
+    "decoding": (
+        "GenerativeRecommender",
+        "constrained_beam_search",
+        "flow_calibration",
+        "item_logprobs",
+        "sample_items",
+    ),
     "decoding.adapters": ("PrefixTreeLogitsProcessor", "constrained_generate"),
     "errors": ("DataError", "GFlowGRError"),
     "live_tree": ("LiveTree",),

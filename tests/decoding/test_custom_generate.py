@@ -108,10 +108,6 @@ class TestUnchangedCalls:
 class TestDecoderOnly:
     """Prompts padded on the left stand in front of the identifiers."""
 
-    @pytest.fixture(autouse=True)
-    def _stepwise_decoders(self) -> None:
-        pytest.importorskip("gflowgr.models.decoders", reason="the search runs T5 alone")
-
     @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
     @pytest.mark.parametrize("beams", [6, 12])
     def test_identifiers_of_one_length(self, family: str, beams: int) -> None:
