@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ def test_bad_overrides_are_named(override: str, message: str, tmp_path: Path) ->
 def test_examples_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GFLOWGR_DATA", "/data")
     config = RunConfig.load(path)
-    assert config.data.path == "/data/Beauty"
+    built_in = path.stem.startswith("simulated")
+    assert config.data.path == (None if built_in else "/data/Beauty")
 
 
 def test_there_are_examples() -> None:
@@ -172,3 +174,11 @@ def test_quickstart_is_valid() -> None:
     config = quickstart_config("x", data="folder", identifiers="letter", seed=5)
     assert (config.data.path, config.data.identifiers, config.seed) == ("folder", "letter", 5)
     assert RunConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_simulated_paper_run_is_the_quickstart_but_for_lambda_and_beta() -> None:
+    paper = RunConfig.load(next(p for p in EXAMPLES if p.name == "simulated_paper.yaml"))
+    quick = quickstart_config(paper.output_dir)
+    assert (paper.flow.gfn_weight, paper.flow.beta) == (1.0, 1.0)
+    flow = replace(paper.flow, gfn_weight=quick.flow.gfn_weight, beta=quick.flow.beta)
+    assert replace(paper, flow=flow, caveats=quick.caveats) == quick
