@@ -198,7 +198,8 @@ class Head {
     } else if (target_logit == -kInfinity) {  // also where all are forbidden, and the difference NaN
       p_.log_pf[row] = -kInfinity;
     } else {
-      p_.log_pf[row] = std::min(0.0f, static_cast<float>((target_logit - lse) * kLn2));
+      const auto value = static_cast<float>((target_logit - lse) * kLn2);
+      p_.log_pf[row] = value > 0.0f ? 0.0f : value;  // in this order a NaN stays one
     }
   }
 
@@ -206,7 +207,7 @@ class Head {
   void hidden_gradient(int64_t at, const float* head_sum) const {
     const int64_t row = row_of(at), target = p_.targets[row];
     const float g = upstream(row) / p_.temperature;
-    const float others = sum_[at] > 0.0f ? -g / sum_[at] : 0.0f;
+    const float others = sum_[at] == 0.0f ? 0.0f : -g / sum_[at];
     std::vector<float> result(d_, 0.0f);
     float own = 0.0f;
     if (target < p_.vocabulary) {
@@ -220,7 +221,7 @@ class Head {
   // Product 3 of a block.
   void weight_gradient(int64_t index) {
     for (int64_t i = 0; i < stride_; ++i) {
-      const bool real = i < count_ && sum_[i] > 0.0f;
+      const bool real = i < count_ && sum_[i] != 0.0f;
       coefficient_[i] = real ? -upstream(row_of(i)) / (p_.temperature * sum_[i]) : 0.0f;
     }
     p_.parallel(stride_ / 2, [&](int64_t begin, int64_t end) {

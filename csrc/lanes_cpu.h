@@ -71,7 +71,7 @@ GFLOWGR_INLINE Lanes exp2_in_range(Lanes x) {
 // The same for all x <= 127: 0 below 2^-126, -inf included; 0 for NaN.
 GFLOWGR_INLINE Lanes exp2_approx(Lanes x) {
   const Lanes least = Lanes{} - 127.0f;
-  return exp2_in_range(x > least ? x : least);
+  return exp2_in_range(x < least ? least : x);  // in this order a NaN stays one
 }
 
 }  // namespace

@@ -228,6 +228,24 @@ def test_a_confident_row_keeps_its_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("what", ["state", "a row of the head", "a bias"])
+def test_a_nan_in_what_counts_comes_out(backend: str, what: str) -> None:
+    """Also where it is not the target's: otherwise a model that broke would look fine."""
+    case = make_case(20, 8, 90, masked=False)
+    assert case.bias is not None
+    case.targets = case.targets % 64
+    if what == "state":
+        case.hidden[3] = math.nan
+    else:
+        (case.weight if what == "a row of the head" else case.bias)[80] = math.nan
+    with gflowgr.backend(backend):
+        log_pf, lse, _ = torch.ops.gflowgr.head_logprobs(*case.arguments, False)
+    broken = torch.arange(20) == 3 if what == "state" else torch.ones(20, dtype=torch.bool)
+    assert torch.equal(log_pf.isnan(), broken)
+    assert torch.equal(lse.isnan(), broken)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_token_elsewhere(backend: str) -> None:
     """A target of V or more: the row counts, its token is in another shard."""
     case = make_case(50, 12, 40, masked=False)
