@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gflowgr: error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"gflowgr: training failed: {error}", file=sys.stderr)
+        print(f"gflowgr: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ngflowgr: interrupted; the same command goes on from here", file=sys.stderr)
