@@ -166,7 +166,7 @@ def test_progress_shows_on_a_terminal_and_users_per_second_at_the_end(
     assert re.fullmatch(summary, shop(*asked)[2])
     assert shop(*asked, "--no-progress")[2] == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert re.search(r"6user .*user/s", shop(*asked)[2])
+    assert re.search(r"\duser .*user/s", shop(*asked)[2])
 
 
 # ---- options ----

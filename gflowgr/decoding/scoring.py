@@ -87,8 +87,8 @@ def item_logprobs(
         return torch.empty(batch, place.shape[1], dtype=dtype, device=device)
     scores = torch.empty(batch, leaves.shape[1], dtype=dtype, device=device)
     rows = max(1, batch_bytes // (4 * _floats_per_leaf(model, input_ids.shape[1], tree.max_length)))
-    # Some prompts at a time even if memory asks for narrow blocks: they share the work that does
-    # not depend on the prompt.
+    # Some prompts at a time even if memory asks for narrow blocks: what to decode is found out once
+    # for all of them.
     together = min(batch, max(_PROMPTS, rows // leaves.shape[1]))
     with evaluating(model):
         for begin in range(0, batch, together):
