@@ -124,7 +124,8 @@ def sample_items(
         exclude: items [B, E] that a prompt may not get, -1 for padding.
         keys: what makes prompts' draws differ [B] int64, such as example numbers; by default a hash
             of the prompt's tokens, so that equal prompts get equal items.
-        batch_bytes: logits held at a time.
+        batch_bytes: logits held at a time; a model that runs by whole sequences holds those of all
+            samples [B, S, V].
 
     Raises:
         TypeError: an argument is of a wrong type.
