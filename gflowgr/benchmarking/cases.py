@@ -1,94 +1,56 @@
-"""One table of the benchmark: an op at a shape, its variants, references and floors."""
+"""The cases: every op's variants at a shape; those of the losses are put together here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from gflowgr.benchmarking import floors, ours, plain
-from gflowgr.benchmarking.floors import Bare, Floor
-from gflowgr.benchmarking.inputs import Inputs, MakeInputs, catalogue, head_inputs, loss_inputs
+from gflowgr.benchmarking.case import Case, Variant
+from gflowgr.benchmarking.floors import Floor
+from gflowgr.benchmarking.inputs import Inputs, catalogue, head_inputs, loss_inputs
+from gflowgr.benchmarking.model_cases import score_case, search_case
 from gflowgr.benchmarking.peers import KEYS, PEERS, Peer, Unusable
-from gflowgr.benchmarking.shapes import GROUPS, Shape
+from gflowgr.benchmarking.shapes import (
+    GROUPS,
+    AnyShape,
+    ScoreShape,
+    SearchShape,
+    Shape,
+    StepShape,
+    TreeShape,
+)
+from gflowgr.benchmarking.step_cases import step_case
+from gflowgr.benchmarking.tree_cases import tree_case
 from gflowgr.tree import PrefixTree
 
 Forward = Callable[[Inputs], Tensor]
 FLOOR = "bare products"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One implementation of a case.
-
-    Attributes:
-        name: unique in the case.
-        family: what a peer competes in: "vocabulary" (the whole softmax), "restricted" (the same
-            tree restriction) or "reduction"; "" for ours, which compete with every family.
-        forward: the forward pass.
-        reference: key of the case's references.
-        floor: key of the case's floors; None: no floor is known for what it computes.
-        backend: ours only: the backend that is forced.
-        compiles: a run of full size must come before its memory is counted.
-    """
-
-    name: str
-    family: str
-    forward: Forward
-    reference: str
-    floor: str | None = None
-    backend: str | None = None
-    compiles: bool = False
-
-    def run(self, inputs: Inputs) -> Tensor:
-        """Forward and backward pass; the gradients are in ``inputs.leaves``."""
-        with ours.forced(self.backend):
-            result = self.forward(inputs)
-            result.backward(inputs.upstream)
-        return result.detach()
-
-
-@dataclass
-class Case:
-    """An op at a shape, on a device, in a dtype."""
-
-    op: str
-    shape: Shape
-    device: torch.device
-    dtype: torch.dtype
-    make_inputs: MakeInputs
-    references: dict[str, Callable[[Inputs], plain.Reference]]
-    variants: list[Variant] = field(default_factory=list)
-    missing: list[tuple[str, str]] = field(default_factory=list)  # (variant, why it is left out)
-    floors: dict[str, Floor] = field(default_factory=dict)
-    bare: dict[str, Bare] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        """What the tables are headed with."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        sizes = f"B {self.shape.B}, N {self.shape.N}, L {self.shape.L}"
-        if self.op not in GROUPS["reductions"]:
-            sizes = f"T {self.shape.rows} = {sizes}; d {self.shape.d}, V {self.shape.V}"
-        return f"{self.op}, {self.shape.name}, {dtype} ({sizes})"
-
-
 def build_case(
     op: str,
-    shape: Shape,
+    shape: AnyShape,
     device: torch.device,
     dtype: torch.dtype,
     peers: tuple[str, ...] = KEYS,
 ) -> Case:
     """The case with every variant that is installed; the others in ``missing``, with reasons."""
+    if isinstance(shape, StepShape):
+        return step_case(op, shape, device, peers)
+    if isinstance(shape, SearchShape):
+        return search_case(op, shape, device, peers)
+    if isinstance(shape, ScoreShape):
+        return score_case(op, shape, device, peers)
+    if isinstance(shape, TreeShape):
+        return tree_case(op, shape, peers)
     if op in GROUPS["reductions"]:
         return _reduction_case(op, shape, device, dtype, peers)
-    if op in GROUPS["tree"]:
-        return _tree_case(op, shape, device, dtype, peers)
+    if op in GROUPS["children"]:
+        return _children_case(op, shape, device, dtype, peers)
     return _head_case(op, shape, device, dtype, peers)
 
 
@@ -109,15 +71,16 @@ def _head_case(
         FLOOR: floors.BareProducts(trained, fresh=False),
         f"{FLOOR}, allocating": floors.BareProducts(trained, fresh=True),
     }
-    _add_ours(case, "head", ours.joint_loss if joint else ours.logprobs, "vocabulary", "products")
+    forward = ours.joint_loss if joint else ours.logprobs
+    case.add_ours("head", forward, "vocabulary", floor="products")
     _add_peers(case, peers, joint=joint, floor="products")
     return case
 
 
-def _tree_case(
+def _children_case(
     op: str, shape: Shape, device: torch.device, dtype: torch.dtype, peers: tuple[str, ...]
 ) -> Case:
-    trained = op == "tree"
+    trained = op == "children"
     items = catalogue(shape)
     tree = PrefixTree.from_identifiers(items.tokens).to(device)
     restricted = plain.PlainRestriction(items, shape, device)
@@ -138,16 +101,16 @@ def _tree_case(
     children = restricted.children(case.make_inputs(0)["tokens"])
     case.notes.append(f"{children:,} children to normalise over in one draw")
     for sparse in (False, True) if trained else (False,):
-        case.floors["sparse" if sparse else "dense"] = _tree_floor(
+        case.floors["sparse" if sparse else "dense"] = _children_floor(
             shape, dtype, children, trained=trained, sparse=sparse
         )
     if trained:
         case.bare["zero-fill of the gradient"] = floors.zero_fill
-    _add_ours(case, "tree", partial(ours.joint_loss, tree=tree), "children", "dense")
+    case.add_ours("children", partial(ours.joint_loss, tree=tree), "children", floor="dense")
     plain_forward = partial(_restricted, restricted)
     if trained:
         forward = partial(ours.joint_loss, tree=tree, sparse=True)
-        _add_ours(case, "tree", forward, "children", "sparse", suffix=", sparse")
+        case.add_ours("children", forward, "children", floor="sparse", suffix=", sparse")
     name = "the same restriction, plain torch"
     case.variants.append(Variant(name, "restricted", plain_forward, "children", "dense"))
     if trained:
@@ -177,7 +140,7 @@ def _reduction_case(
     numbers = 2 * tokens + trajectories
     numbers += {"tb": 2 * shape.B, "vargrad": 0}.get(op, 2 * tokens)
     case.floors["bytes"] = Floor(0.0, float(numbers * size))
-    _add_ours(case, "reductions", partial(ours.reduction, kind=op), "definition", "bytes")
+    case.add_ours("reductions", partial(ours.reduction, kind=op), "definition", floor="bytes")
     if "torch" in peers:
         case.variants.append(
             Variant("plain torch definition", "reduction", definition, "definition", "bytes")
@@ -195,17 +158,6 @@ def _reduction_case(
             )
         )
     return case
-
-
-def _add_ours(
-    case: Case, group: str, forward: Forward, reference: str, floor: str, suffix: str = ""
-) -> None:
-    found, missing = ours.usable_backends(group, case.device, case.dtype)
-    for backend in found:
-        name = ours.variant_name(backend) + suffix
-        case.variants.append(Variant(name, "", forward, reference, floor, backend))
-    if not suffix:
-        case.missing += missing
 
 
 def _add_peers(case: Case, peers: tuple[str, ...], *, joint: bool, floor: str | None) -> None:
@@ -253,7 +205,7 @@ def _product_floor(shape: Shape, dtype: torch.dtype, trained: bool) -> Floor:
     return Floor(product * (3 if trained else 2), float(numbers * dtype.itemsize), FLOOR, True)
 
 
-def _tree_floor(
+def _children_floor(
     shape: Shape, dtype: torch.dtype, children: int, *, trained: bool, sparse: bool
 ) -> Floor:
     codebooks = (shape.V - shape.first_code) * shape.d

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gflowgr.backends import BackendError
-from gflowgr.benchmarking.cases import Case, Variant
+from gflowgr.benchmarking.case import Case, Variant
 from gflowgr.benchmarking.inputs import Inputs
-from gflowgr.benchmarking.plain import Reference
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Largest relative error, in norm: |x - reference| / |reference| for the result and each gradient.
@@ -41,25 +41,31 @@ class Check:
         status: "ok", "wrong", "failed" (raised), or "absent" (a forced backend that lacks one of
             the ops involved).
         reason: why it is not ok, else "".
-        result_error, gradient_error: relative errors, the worst of the gradients.
+        result_error, gradient_error: relative errors, the worst of the gradients; of scores the
+            largest error in nats.
+        bytes_per_item: size of a tree's structure, where one is the result.
     """
 
     status: str
     reason: str = ""
     result_error: float | None = None
     gradient_error: float | None = None
+    bytes_per_item: float | None = None
 
 
-def check(case: Case, variant: Variant, inputs: Inputs, reference: Reference) -> Check:
+def check(case: Case, variant: Variant, inputs: Inputs, reference: Any) -> Check:
     """Run a variant once and compare it."""
     inputs.clear()
     try:
+        variant.get_ready(inputs)
         result = variant.run(inputs)
     except BackendError as error:
         return Check("absent", str(error))
     except FAILURES as error:
         text = str(error).strip() or "no message"
         return Check("failed", f"{type(error).__name__}: {text.splitlines()[0]}")
+    if case.judge is not None:
+        return case.judge(result, reference)
     tolerance = TOLERANCES[case.dtype]
     wanted, wanted_gradients = reference
     result_error = relative_error(result, wanted)

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import argparse
 
-SUMMARY = "time the ops against plain PyTorch and the other projects that are installed"
+SUMMARY = "time losses, decoding and the tree against plain PyTorch and other projects"
 
 EPILOG = (
-    "ops:\n"
+    "ops, by group:\n"
     "  head, logprobs     the joint loss, or log-probabilities, from hidden states; each also\n"
     "                     with a frozen head (head-frozen, logprobs-frozen)\n"
-    "  tree               the joint loss over a tree's children (tree, tree-frozen)\n"
-    "  reductions         the losses from log-probabilities (tb, db, subtb, vargrad)\n\n"
-    "named shapes: letter, llm, tiger and losses (the reductions'), each with -gpu appended\n"
-    "for a GPU's; others as BxNxLxdxV.\n\n"
+    "  children           the joint loss over a tree's children (children, children-frozen)\n"
+    "  reductions         the losses from log-probabilities (tb, db, subtb, vargrad)\n"
+    "  decode             step, step-hidden: one step of a beam search, from logits or from\n"
+    "                     hidden states, against a CSR mask and transformers' constraint;\n"
+    "                     search: a whole beam search against model.generate;\n"
+    "                     score: log P of every item against a row per item\n"
+    "  tree               the prefix tree: tree-build (bytes per item too), tree-walk,\n"
+    "                     tree-available, tree-files (save, load, memory-map); CPU only\n\n"
+    "shapes of the losses: letter, llm, tiger and losses (the reductions'), each with -gpu\n"
+    "appended for a GPU's; others as BxNxLxdxV. Of the others:\n"
+    "  step:PROMPTSxBEAMSxVxITEMS            step, step-hidden\n"
+    "  t5:PROMPTSxSOURCExBEAMSxITEMS         search; also gpt2: and qwen3:\n"
+    "  score:PROMPTSxSOURCExITEMS            score\n"
+    "  tree:ITEMS                            the ops of tree\n"
+    "Numbers may end in k or m. Of the ops asked for, those run that a given shape fits.\n\n"
     "examples:\n"
     "  gflowgr bench --threads 2 --out results\n"
-    "  gflowgr bench head tree --shapes letter 64x4x4x256x50000 --dtype bfloat16\n"
-    "  gflowgr bench reductions --peers none --no-memory\n\n"
-    "Every variant is compared with float64 first; one that is wrong is not timed, and the\n"
-    "exit code is 1 if it is ours. benchmarks/README.md says how to read the tables."
+    "  gflowgr bench head children --shapes letter 64x4x4x256x50000 --dtype bfloat16\n"
+    "  gflowgr bench reductions --peers none --no-memory\n"
+    "  gflowgr bench decode --shapes step:64x20x33124x12101 t5:8x60x20x12101\n"
+    "  gflowgr bench tree --shapes tree:10m tree:100m\n\n"
+    "Every variant is compared with a reference first (float64 where it computes); one that is\n"
+    "wrong is not timed, and the exit code is 1 if it is ours. benchmarks/README.md says how to\n"
+    "read the tables."
 )
 
 
@@ -32,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["float32", "bfloat16"],
         metavar="NAME",
-        help="float32, bfloat16, float16 (default: float32 bfloat16; reductions: float32)",
+        help="float32, bfloat16, float16 (default: float32 bfloat16); of the losses from hidden "
+        "states, the rest is float32",
     )
     parser.add_argument(
         "--shapes", nargs="+", default=[], metavar="SHAPE", help="default: each op's named ones"
@@ -41,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         nargs="+",
         metavar="NAME",
-        help="torch, compile, linear_cross_entropy, cut-cross-entropy, liger, trl, or none "
-        "(default: all that are installed)",
+        help="torch, compile, linear_cross_entropy, cut-cross-entropy, liger, trl, csr, "
+        "transformers, or none (default: all that are installed)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     parser.add_argument(

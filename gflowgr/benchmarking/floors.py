@@ -124,3 +124,8 @@ class BareProducts:
 def zero_fill(inputs: Inputs) -> None:
     """A new dense gradient of the head, all zeros."""
     torch.zeros_like(inputs["weight"])
+
+
+def one_launch(inputs: Inputs) -> None:
+    """A kernel that does next to nothing."""
+    inputs["scores"].neg()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gflowgr.benchmarking.cases import Case, Variant
+from gflowgr.benchmarking.case import Case, Variant
 from gflowgr.benchmarking.inputs import Inputs
 
 CANARY_LIMIT = 0.2
@@ -27,6 +27,7 @@ class Times:
     """Seconds per call of every variant and bare operation, one number a round."""
 
     samples: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)  # CPU time of all threads; on a CPU
     canary: list[float] = field(default_factory=list)
 
     @property
@@ -67,13 +68,16 @@ def time_case(
     """
     runs: dict[str, Callable[[Inputs], object]] = {v.name: v.run for v in variants}
     runs.update(case.bare)
-    times = Times({name: [] for name in runs})
+    scale = {v.name: v.scale for v in variants}
+    ready = {v.name: v.get_ready for v in variants}
+    times = Times({name: [] for name in runs}, {name: [] for name in runs})
     calls = {}
     inputs = case.make_inputs(_FIRST_SEED)
     canary = _Canary(case.device)
     for name, run in runs.items():
         progress(f"{case.title}: warming up {name}")
-        once = _sample(run, inputs, 1, case.device)
+        ready.get(name, _nothing)(inputs)
+        once, _ = _sample(run, inputs, 1, case.device)
         calls[name] = max(1, min(_MOST_CALLS, int(_SAMPLE_SECONDS / max(once, 1e-9))))
     names = list(runs)
     for round_ in range(repeats):
@@ -82,29 +86,41 @@ def time_case(
         times.canary.append(canary.seconds())
         place = round_ % max(len(names), 1)
         for name in names[place:] + names[:place]:
-            taken = times.samples[name]
-            if len(taken) >= 2 and sum(taken) * calls[name] > seconds:
+            taken, factor = times.samples[name], scale.get(name, 1.0)
+            if len(taken) >= 2 and sum(taken) / factor * calls[name] > seconds:
                 continue
             progress(f"{case.title}: round {round_ + 1} of {repeats}, {name}")
-            taken.append(_sample(runs[name], inputs, calls[name], case.device))
+            ready.get(name, _nothing)(inputs)
+            wall, cpu = _sample(runs[name], inputs, calls[name], case.device)
+            taken.append(wall * factor)
+            times.cpu[name].append(cpu * factor)
     times.canary.append(canary.seconds())
     return times
 
 
 def _sample(
     run: Callable[[Inputs], object], inputs: Inputs, calls: int, device: torch.device
-) -> float:
-    """Seconds per call; gradients are dropped between calls, outside the clock."""
+) -> tuple[float, float]:
+    """Wall and CPU seconds per call; gradients are dropped between calls, outside the clock.
+
+    CPU seconds are the process's, all threads together; NaN on a GPU.
+    """
     if device.type == "cuda":
-        return _cuda_sample(run, inputs, calls)
-    total = 0.0
+        return _cuda_sample(run, inputs, calls), float("nan")
+    wall = cpu = 0.0
     for _ in range(calls):
         inputs.clear()
-        begin = time.perf_counter()
-        run(inputs)
-        total += time.perf_counter() - begin
+        begin_cpu, begin = time.process_time(), time.perf_counter()
+        result = run(inputs)
+        wall += time.perf_counter() - begin
+        cpu += time.process_time() - begin_cpu
+        del result  # what is held is given back outside the clock
     inputs.clear()
-    return total / calls
+    return wall / calls, cpu / calls
+
+
+def _nothing(inputs: Inputs) -> None:
+    """What bare operations do with new inputs."""
 
 
 def _cuda_sample(run: Callable[[Inputs], object], inputs: Inputs, calls: int) -> float:

@@ -15,7 +15,6 @@ full-size warm-up are part of its cost; only what compiles for the very shape ru
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import gc
 import json
 import os
@@ -25,9 +24,10 @@ from pathlib import Path
 
 import torch
 
-from gflowgr.benchmarking.cases import Case, Variant, build_case
+from gflowgr.benchmarking.case import Case, Variant
+from gflowgr.benchmarking.cases import build_case
 from gflowgr.benchmarking.checking import FAILURES
-from gflowgr.benchmarking.shapes import Shape
+from gflowgr.benchmarking.shapes import AnyShape, read_shape
 
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -36,7 +36,6 @@ _ENVIRONMENT = {
     "MKL_DISABLE_FAST_MM": "1",
 }
 _SEED = 999
-_WARM_PROMPTS = 2
 
 
 def peak_extra_bytes(
@@ -49,7 +48,7 @@ def peak_extra_bytes(
         return None, "counting on a CPU needs Linux (/proc/self/clear_refs)"
     request = {
         "op": case.op,
-        "shape": dataclasses.asdict(case.shape),
+        "shape": case.shape.text,
         "dtype": str(case.dtype).removeprefix("torch."),
         "variant": variant.name,
         "peers": peers,
@@ -79,11 +78,11 @@ def _cuda_peak(case: Case, variant: Variant) -> int:
 def _count(request: dict[str, object]) -> int:
     """In the process of its own."""
     torch.set_num_threads(int(str(request["threads"])))
-    shape = Shape(**request["shape"])  # type: ignore[arg-type]
+    shape = read_shape(str(request["shape"]))
     device, dtype = torch.device("cpu"), getattr(torch, str(request["dtype"]))
     peers: tuple[str, ...] = tuple(request["peers"])  # type: ignore[arg-type]
 
-    def find(size: Shape) -> tuple[Case, Variant]:
+    def find(size: AnyShape) -> tuple[Case, Variant]:
         case = build_case(str(request["op"]), size, device, dtype, peers)
         named = {v.name: v for v in case.variants}
         if request["variant"] not in named:
@@ -93,8 +92,7 @@ def _count(request: dict[str, object]) -> int:
     case, variant = find(shape)
     if not variant.compiles:
         # One thread pool, code generation and import later than now would be counted.
-        small = dataclasses.replace(shape, B=min(shape.B, _WARM_PROMPTS))
-        warm_case, warm_variant = find(small)
+        warm_case, warm_variant = find(shape.small())
         warm_variant.run(warm_case.make_inputs(_SEED))
         del warm_case, warm_variant
     inputs = case.make_inputs(_SEED)

@@ -15,7 +15,13 @@ from gflowgr.benchmarking.inputs import Inputs
 from gflowgr.benchmarking.plain import LAM, SFT_WEIGHT
 from gflowgr.tree import PrefixTree
 
-_OPS = {"head": ("head_",), "tree": ("children_",), "reductions": ("flow_loss",)}
+_OPS = {
+    "head": ("head_",),
+    "children": ("children_",),
+    "reductions": ("flow_loss",),
+    "step": ("beam_step",),
+    "walk": ("tree_walk",),
+}
 """First letters of the registered ops that do the work of a group."""
 
 

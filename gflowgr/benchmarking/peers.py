@@ -131,7 +131,8 @@ PEERS = (
     Peer("trl", "trl selective_log_softmax", _trl),
 )
 
-KEYS = tuple(dict.fromkeys(peer.key for peer in PEERS))
+KEYS = (*dict.fromkeys(peer.key for peer in PEERS), "csr", "transformers")
+"""What ``--peers`` knows: those above, and the constraints of others in the decode benchmarks."""
 
 
 def read_peers(names: list[str] | None) -> tuple[str, ...]:

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from gflowgr import __version__, files
-from gflowgr.benchmarking.cases import Case, Variant
+from gflowgr.benchmarking.bars import judge_bars
+from gflowgr.benchmarking.case import Case, Variant
 from gflowgr.benchmarking.checking import TOLERANCES, Check
 from gflowgr.benchmarking.floors import Rates
 from gflowgr.benchmarking.measuring import Times, quartiles
+from gflowgr.benchmarking.shapes import GROUPS
 
 _PACKAGES = ("triton", "cut-cross-entropy", "liger-kernel", "trl", "transformers", "numpy")
 _MIB = 2**20
@@ -45,11 +47,13 @@ class Row:
     ms: float | None = None  # median
     ms_q1: float | None = None
     ms_q3: float | None = None
+    cpu_ms: float | None = None  # median, all threads together; not on a GPU
     floor_ms: float | None = None
     predicted_floor_ms: float | None = None
     over_floor: float | None = None  # ms / floor_ms
     extra_mib: float | None = None
     extra_note: str = ""
+    bytes_per_item: float | None = None
     tflops: float | None = None
     gb_per_s: float | None = None
     contended: bool = False
@@ -63,9 +67,37 @@ class Row:
     fastest_reduction_peer: str = ""
     speedup_reduction: float | None = None
     memory_reduction: float | None = None
+    fastest_csr_peer: str = ""
+    speedup_csr: float | None = None
+    memory_csr: float | None = None
+    fastest_transformers_peer: str = ""
+    speedup_transformers: float | None = None
+    memory_transformers: float | None = None
+    fastest_dicts_peer: str = ""
+    speedup_dicts: float | None = None
+    memory_dicts: float | None = None
+    fastest_logits_peer: str = ""
+    speedup_logits: float | None = None
+    memory_logits: float | None = None
+    fastest_pairs_peer: str = ""
+    speedup_pairs: float | None = None
+    memory_pairs: float | None = None
+    fastest_decoder_pairs_peer: str = ""
+    speedup_decoder_pairs: float | None = None
+    memory_decoder_pairs: float | None = None
 
 
-FAMILIES = ("vocabulary", "restricted", "reduction")
+FAMILIES = (
+    "vocabulary",  # the whole softmax
+    "restricted",  # the same restriction to the tree, in plain PyTorch
+    "reduction",  # the same loss
+    "csr",  # a sparse matrix of transitions
+    "transformers",  # its generate or its constraint, with a trie of dicts
+    "dicts",  # a trie of dicts
+    "logits",  # all logits first
+    "pairs",  # every prompt and item through the model
+    "decoder_pairs",  # every prompt once through the encoder, every pair through the decoder
+)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -123,6 +155,7 @@ def make_row(
         gradient_error=check.gradient_error,
         extra_mib=None if extra_bytes is None else extra_bytes / _MIB,
         extra_note=extra_note,
+        bytes_per_item=check.bytes_per_item,
         contended=times.contended,
     )
     samples = times.samples.get(variant.name, [])
@@ -130,6 +163,8 @@ def make_row(
         first, median, third = quartiles(samples)
         row.repeats = len(samples)
         row.ms_q1, row.ms, row.ms_q3 = first * 1e3, median * 1e3, third * 1e3
+        if case.device.type == "cpu":
+            row.cpu_ms = quartiles(times.cpu[variant.name])[1] * 1e3
     if variant.floor is not None:
         floor = case.floors[variant.floor]
         row.predicted_floor_ms = floor.predict(rates) * 1e3
@@ -174,13 +209,19 @@ def make_summary(case: Case, times: Times, rates: Rates) -> dict[str, Any]:
         predicted = floor.predict(rates) * 1e3
         entry = {"flops": floor.flops, "bytes": floor.nbytes, "predicted_ms": predicted}
         floors[name] = {**entry, "bandwidth_used_gb_per_s": rates.bandwidth_at(floor.nbytes) / 1e9}
+    notes = list(case.notes)
+    if case.uncounted:
+        notes.append(f"memory is not counted: {case.uncounted}")
     return {
         "title": case.title,
         "op": case.op,
         "shape": case.shape.name,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "tolerance": TOLERANCES[case.dtype],
-        "notes": case.notes,
+        "tolerance": TOLERANCES[case.dtype] if case.tolerance is None else case.tolerance,
+        "notes": [
+            *case.notes,
+            *([f"memory is not counted: {case.uncounted}"] * bool(case.uncounted)),
+        ],
         "missing": [{"variant": name, "reason": reason} for name, reason in case.missing],
         "bare": bare,
         "floors": floors,
@@ -230,9 +271,14 @@ def case_text(summary: dict[str, Any], rows: list[Row], *, markdown: bool = Fals
 def _cells(rows: list[Row]) -> list[list[str]]:
     families = [f for f in FAMILIES if any(getattr(r, f"speedup_{f}") is not None for r in rows)]
     rates = any(row.device == "cuda" for row in rows)
-    header = ["variant", "ms", "quartiles", "x floor", "extra MiB"]
+    sized = any(row.bytes_per_item is not None for row in rows)
+    by_cpu = any(row.op in GROUPS["tree"] for row in rows)
+    memory = ["memory"] * any(row.extra_mib is not None for row in rows)
+    header = ["variant", "ms", "quartiles", "x floor", *(["extra MiB"] if memory else [])]
+    header += ["CPU ms"] if by_cpu else []
+    header += ["bytes per item"] if sized else []
     for family in families:
-        header += [f"faster, {family}", f"memory, {family}"]
+        header += [f"{what}, {family.replace('_', ' ')}" for what in ("faster", *memory)]
     header += ["TFLOP/s", "GB/s"] if rates else []
     cells = [[*header, "error", "state"]]
     for row in rows:
@@ -241,11 +287,13 @@ def _cells(rows: list[Row]) -> list[list[str]]:
             _number(row.ms, 4),
             "-" if row.ms is None else f"{row.ms_q1:.4g} to {row.ms_q3:.4g}",
             _number(row.over_floor, 3),
-            _number(row.extra_mib, 4),
         ]
+        line += [_number(row.extra_mib, 4)] if memory else []
+        line += [_number(row.cpu_ms, 4)] if by_cpu else []
+        line += [_number(row.bytes_per_item, 3)] if sized else []
         for family in families:
             line.append(_number(getattr(row, f"speedup_{family}"), 3))
-            line.append(_number(getattr(row, f"memory_{family}"), 3))
+            line += [_number(getattr(row, f"memory_{family}"), 3)] if memory else []
         if rates:
             line += [_number(row.tflops, 3), _number(row.gb_per_s, 3)]
         errors = [e for e in (row.result_error, row.gradient_error) if e is not None]
@@ -286,7 +334,12 @@ def write_files(
     """``bench.json``, ``bench.csv`` and ``bench.md``, each whole or not at all."""
     files.write_json(
         folder / "bench.json",
-        {"machine": machine, "cases": summaries, "rows": [asdict(row) for row in rows]},
+        {
+            "machine": machine,
+            "bars": [asdict(bar) for bar in judge_bars(rows)],
+            "cases": summaries,
+            "rows": [asdict(row) for row in rows],
+        },
     )
     with (
         files.atomic_path(folder / "bench.csv") as temporary,
@@ -302,6 +355,9 @@ def _summary_text(machine: dict[str, Any], summaries: list[dict[str, Any]], rows
     lines = ["# Benchmark of the ops", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items() if value != ""]
     lines += ["", "How to read it: [benchmarks/README.md](../README.md) of the repository.", ""]
+    bars = judge_bars(rows)
+    if bars:
+        lines += ["## Bars", "", *(f"- {bar.text}" for bar in bars), ""]
     for summary in summaries:
         mine = [row for row in rows if _same_case(row, summary)]
         lines += [case_text(summary, mine, markdown=True), ""]

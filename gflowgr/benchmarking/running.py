@@ -12,16 +12,20 @@ import torch
 
 from gflowgr import files
 from gflowgr.benchmarking import checking, measuring, memory, report
-from gflowgr.benchmarking.cases import Case, Variant, build_case
+from gflowgr.benchmarking.bars import judge_bars
+from gflowgr.benchmarking.case import Case, Variant
+from gflowgr.benchmarking.cases import build_case
 from gflowgr.benchmarking.floors import Rates
 from gflowgr.benchmarking.peers import read_peers
 from gflowgr.benchmarking.plots import write_plots
 from gflowgr.benchmarking.report import Row
 from gflowgr.benchmarking.shapes import (
     DTYPES,
+    FLOAT32_OPS,
     GROUPS,
-    Shape,
+    AnyShape,
     default_shapes,
+    fits,
     read_ops,
     read_shape,
     shape_problem,
@@ -37,7 +41,7 @@ class Settings:
     ops: tuple[str, ...]
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
-    shapes: tuple[Shape, ...]  # empty: each op's own
+    shapes: tuple[AnyShape, ...]  # empty: each op's own
     peers: tuple[str, ...]
     repeats: int = 7
     seconds: float = 60.0
@@ -76,9 +80,16 @@ class Settings:
         if threads is not None and threads < 1:
             raise ValueError(f"--threads must be at least 1, got {threads}")
         wanted = read_ops(list(ops))
+        if device == "cuda":
+            if ops and set(wanted) <= set(GROUPS["tree"]):
+                raise ValueError("the ops of group tree run on the CPU: leave --device out")
+            wanted = [op for op in wanted if op not in GROUPS["tree"]]
         sizes = tuple(read_shape(text) for text in shapes)
-        for op in wanted:
-            for shape in sizes:
+        for shape in sizes:
+            able = [op for op in wanted if fits(op, shape)]
+            if not able:
+                raise ValueError(f"shape {shape.text} is of none of the ops {', '.join(wanted)}")
+            for op in able:
                 problem = shape_problem(op, shape)
                 if problem is not None:
                     raise ValueError(f"op {op} at shape {shape.text}: {problem}")
@@ -100,15 +111,14 @@ class Settings:
             progress=progress,
         )
 
-    def cases(self) -> list[tuple[str, Shape, torch.dtype]]:
-        """What is measured, in order. Pure reductions compute in float32: only that is measured."""
+    def cases(self) -> list[tuple[str, AnyShape, torch.dtype]]:
+        """What is measured, in order; an op that none of the given shapes fits is left out."""
         found = []
         for op in self.ops:
-            dtypes = self.dtypes
-            if op in GROUPS["reductions"]:
-                dtypes = (torch.float32,)
+            dtypes = (torch.float32,) if op in FLOAT32_OPS else self.dtypes
             for shape in self.shapes or default_shapes(op, str(self.device)):
-                found += [(op, shape, dtype) for dtype in dtypes]
+                if fits(op, shape):
+                    found += [(op, shape, dtype) for dtype in dtypes]
         return found
 
 
@@ -129,6 +139,9 @@ def run_benchmarks(settings: Settings) -> list[Row]:
         if settings.out is not None:
             # After every case, so that an interrupted run leaves what it has measured.
             report.write_files(settings.out, machine, summaries, rows)
+    bars = judge_bars(rows)
+    if bars:
+        print("\n".join(["", "bars", "----", *(bar.text for bar in bars)]))
     if settings.out is not None:
         write_plots(settings.out, summaries, rows)
         print(f"\nwritten to {settings.out}")
@@ -147,7 +160,7 @@ def _measure(case: Case, settings: Settings) -> tuple[list[Row], dict[str, Any]]
     rows = []
     for variant in case.variants:
         extra, note = None, ""
-        if variant in right and settings.count_memory:
+        if variant in right and settings.count_memory and not case.uncounted:
             say(f"{case.title}: memory of {variant.name}")
             extra, note = memory.peak_extra_bytes(case, variant, settings.peers)
         rows.append(report.make_row(case, variant, checks[variant.name], times, rates, extra, note))

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from gflowgr.benchmarking import cases, checking, measuring, memory, peers, report
+from gflowgr.benchmarking.case import Variant
 from gflowgr.benchmarking.floors import Floor, Rates
-from gflowgr.benchmarking.shapes import OPS, read_shape
+from gflowgr.benchmarking.shapes import GROUPS, OPS, read_shape
 from gflowgr.cli import main
 
 Capture = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")
+LOSSES = [op for op in OPS if op not in (*GROUPS["decode"], *GROUPS["tree"])]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +47,7 @@ def wrong_by(factor: float) -> peers.Peer:
 # ---- from end to end ----
 
 
-def test_all_ops_and_their_files(tmp_path: Path, capsys: Capture) -> None:
+def test_all_losses_and_their_files(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "results"
     sizes = ("--shapes", "3x2x4x8x1030", "--repeats", 2)
     peer = ("--peers", "torch", "--no-memory")
@@ -58,7 +60,7 @@ def test_all_ops_and_their_files(tmp_path: Path, capsys: Capture) -> None:
     rows = written["rows"]
     assert {(row["op"], row["dtype"]) for row in rows} == {
         (op, dtype)
-        for op in OPS
+        for op in LOSSES
         for dtype in ("float32", "bfloat16")
         if dtype == "float32" or op not in ("tb", "db", "subtb", "vargrad")
     }
@@ -68,10 +70,10 @@ def test_all_ops_and_their_files(tmp_path: Path, capsys: Capture) -> None:
         assert row["repeats"] == 2
         tolerance = checking.TOLERANCES[getattr(torch, row["dtype"])]
         assert max(row["result_error"], row["gradient_error"]) <= tolerance
-    for op in OPS:
+    for op in LOSSES:
         assert any(row["variant"] == "gflowgr/torch" for row in rows if row["op"] == op)
         assert any(row["family"] for row in rows if row["op"] == op)
-    assert {row["variant"] for row in rows if row["op"] == "tree"} >= {
+    assert {row["variant"] for row in rows if row["op"] == "children"} >= {
         "gflowgr/torch",
         "the same restriction, plain torch",
         "the same restriction, plain torch, sparse",
@@ -159,9 +161,13 @@ def test_why_a_peer_is_missing_is_printed(monkeypatch: pytest.MonkeyPatch, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fly",), "op 'fly' is unknown; groups: head, logprobs, tree, reductions"),
+        (
+            ("fly",),
+            "op 'fly' is unknown; groups: head, logprobs, children, reductions, decode, tree",
+        ),
         (("--shapes", "1x2"), "shape '1x2' is neither a name"),
-        (("tree", "--shapes", "1x1x4x8x50"), "op tree at shape 1x1x4x8x50: the tree needs V"),
+        (("children", "--shapes", "1x1x4x8x50"), "op children at shape 1x1x4x8x50: the tree needs"),
+        (("head", "--shapes", "tree:9"), "shape tree:9 is of none of the ops head, head-frozen"),
         (("--dtype", "int8"), "dtype 'int8' is unknown; expected any of float32, bfloat16"),
         (("--peers", "jax"), "peer 'jax' is unknown"),
         (("--repeats", "0"), "--repeats must be at least 1, got 0"),
@@ -182,7 +188,13 @@ def test_help_teaches(capsys: Capture) -> None:
         main(["bench", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for explained in ("BxNxLxdxV", "letter, llm, tiger", "gflowgr bench head tree", "exit code"):
+    for explained in (
+        "BxNxLxdxV",
+        "letter, llm, tiger",
+        "gflowgr bench head children",
+        "exit code",
+        "step:PROMPTS",
+    ):
         assert explained in " ".join(text.split())
 
 
@@ -255,12 +267,12 @@ def test_variants_take_turns_on_fresh_data() -> None:
     case = cases.build_case("tb", read_shape("2x2x2x1x1"), CPU, torch.float32, ("torch",))
     seen: list[tuple[str, float]] = []
 
-    def watched(name: str) -> cases.Variant:
+    def watched(name: str) -> Variant:
         def forward(inputs: Any) -> Tensor:
             seen.append((name, float(inputs["log_pf"].detach().sum())))
             return inputs["log_pf"].sum()
 
-        return cases.Variant(name, "", forward, "definition")
+        return Variant(name, "", forward, "definition")
 
     times = measuring.time_case(case, [watched("a"), watched("b")], repeats=3, seconds=60.0)
     assert {name: len(samples) for name, samples in times.samples.items()} == {"a": 3, "b": 3}
@@ -287,7 +299,7 @@ def test_an_unsteady_canary_flags_the_run() -> None:
 
 def row(variant: str, family: str, floor: str, ms: float | None, mib: float | None) -> report.Row:
     return report.Row(
-        *("tree", "s", "s", "float32", "cpu", variant, family, floor, "ok", ""),
+        *("children", "s", "s", "float32", "cpu", variant, family, floor, "ok", ""),
         result_error=0.0,
         gradient_error=0.0,
         ms=ms,
@@ -347,7 +359,7 @@ def test_memory_is_what_a_known_variant_holds() -> None:
 
 def test_memory_that_cannot_be_counted_has_a_reason() -> None:
     case = cases.build_case("tb", read_shape("2x2x2x1x1"), CPU, torch.float32, ("torch",))
-    unknown = cases.Variant("unknown", "", lambda inputs: inputs["log_pf"].sum(), "definition")
+    unknown = Variant("unknown", "", lambda inputs: inputs["log_pf"].sum(), "definition")
     found, note = memory.peak_extra_bytes(case, unknown, ("torch",))
     assert found is None
     assert "unknown" in note

@@ -8,10 +8,14 @@ from gflowgr.benchmarking.peers import KEYS, read_peers
 from gflowgr.benchmarking.shapes import (
     CODES,
     GROUPS,
-    NAMED,
     OPS,
+    ScoreShape,
+    SearchShape,
     Shape,
+    StepShape,
+    TreeShape,
     default_shapes,
+    fits,
     read_ops,
     read_shape,
     shape_problem,
@@ -35,9 +39,31 @@ def test_numbers_are_a_shape() -> None:
     assert shape.rows == 2 * 3 * 4
 
 
+def test_a_kind_and_its_numbers_are_a_shape() -> None:
+    assert read_shape("step:64x20x33124x10m") == StepShape(64, 20, 33124, 10_000_000)
+    assert read_shape("T5:8x60x20x12k") == SearchShape("t5", 8, 60, 20, 12_000)
+    assert read_shape("qwen3:1x512x20x12101") == SearchShape("qwen3", 1, 512, 20, 12101)
+    assert read_shape("score:4x60x12101") == ScoreShape(4, 60, 12101)
+    assert read_shape("tree:100m") == TreeShape(100_000_000)
+    assert read_shape("tree:100m").text == "tree:100m"
+
+
+def test_a_shape_fits_the_ops_of_its_kind() -> None:
+    kinds = ("2x2x2x2x2", "step:1x1x1024x1", "t5:1x1x1x1", "score:1x1x1", "tree:1")
+    fitting = {text: [op for op in OPS if fits(op, read_shape(text))] for text in kinds}
+    assert sorted(op for ops in fitting.values() for op in ops) == sorted(OPS)
+    assert fitting["step:1x1x1024x1"] == ["step", "step-hidden"]
+    assert fitting["score:1x1x1"] == ["score"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("step:1x2x3", "expected step:PROMPTSxBEAMSxVxITEMS, such as step:64x20x33124x10m"),
+        ("step:1x2x1023x9", "V must be at least 1024"),
+        ("tree:10g", "expected tree:ITEMS, such as tree:10m"),
+        ("t5:0x1x1x1", "every size must be at least 1"),
+        ("bart:1x1x1x1", "'bart' is none of step, score, tree, t5, gpt2, qwen3"),
         ("big", "shape 'big' is neither a name \\(letter, llm, tiger"),
         ("1x2x3x4", "five whole numbers such as 256x4x4x512x33024"),
         ("1x2x3x4x-5", "nor BxNxLxdxV"),
@@ -59,7 +85,8 @@ def test_groups_stand_for_their_ops() -> None:
         "subtb",
         "vargrad",
     ]
-    assert read_ops(["tree", "tree"]) == ["tree", "tree-frozen"]
+    assert read_ops(["children", "children"]) == ["children", "children-frozen"]
+    assert read_ops(["decode"]) == ["step", "step-hidden", "search", "score"]
     with pytest.raises(ValueError, match="op 'beam' is unknown; groups: head, logprobs"):
         read_ops(["beam"])
 
@@ -69,16 +96,18 @@ def test_every_op_has_shapes_on_both_devices() -> None:
         for device in ("cpu", "cuda"):
             shapes = default_shapes(op, device)
             assert shapes
+            assert all(fits(op, shape) for shape in shapes)
             assert all(shape_problem(op, shape) is None for shape in shapes)
-            assert all(NAMED[shape.name] == shape for shape in shapes)
+            assert all(read_shape(shape.name) == shape for shape in shapes)
+            assert all(read_shape(shape.text).text == shape.text for shape in shapes)
 
 
 def test_a_tree_needs_room_for_its_codes() -> None:
     """Codebooks are the last rows of the head, one of 256 per level."""
     least = Shape("least", 1, 1, 3, 8, 3 * CODES)
     assert least.first_code == 0
-    assert shape_problem("tree", least) is None
-    assert shape_problem("tree", Shape("less", 1, 1, 3, 8, 3 * CODES - 1)) == (
+    assert shape_problem("children", least) is None
+    assert shape_problem("children", Shape("less", 1, 1, 3, 8, 3 * CODES - 1)) == (
         "the tree needs V of at least L * 256 = 768, got 767"
     )
     assert shape_problem("head", Shape("less", 1, 1, 3, 8, 5)) is None
