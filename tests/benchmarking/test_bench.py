@@ -137,13 +137,13 @@ def test_our_own_mistake_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_why_a_peer_is_missing_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     load = importlib.import_module
 
-    def missing(name: str) -> Any:
+    def missing(name: str, *anchor: str) -> Any:
         package = name.split(".")[0]
         if package in ("cut_cross_entropy", "liger_kernel"):
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         if package == "trl":
             raise RuntimeError("Failed to import trl.trainer: something it needs")
-        return load(name)
+        return load(name, *anchor)
 
     monkeypatch.setattr(peers.importlib, "import_module", missing)
     monkeypatch.delattr(peers.F, "linear_cross_entropy", raising=False)
