@@ -49,8 +49,8 @@ class SignalContext:
         tokens: [B, N, L]; n = 0 is the observed positive.
         mask: true for real tokens [B, N, L].
         items: item of each trajectory [B, N], -1 for padding.
-        behaviours: behaviour code of each trajectory [B, N]; -1 for augmented items, and for a
-            positive whose behaviour is not recorded.
+        behaviours: behaviour code of each trajectory [B, N]; -1: observed, but the data does not
+            say with which behaviour; -2: augmented, never observed.
         scores: the collaborative model's scores of the whole catalogue [B, items], or None.
         log_probs: gives log P(trajectory | prompt) [B, N] of the backbone, without gradients;
             calling it costs a forward pass.
@@ -106,7 +106,7 @@ class InteractionLevel:
         behaviour_values: behaviour name -> value, such as ``{"purchase": 10, "click": 1}``; None:
             :func:`default_behaviour_values`.
         behaviour_names: names by behaviour code, as the dataset has them.
-        default_value: value of a positive whose behaviour is not recorded.
+        default_value: value of an observed item whose behaviour is not recorded.
 
     Raises:
         ValueError: a value is negative or not finite, or a behaviour has none.
@@ -133,16 +133,12 @@ class InteractionLevel:
                 f"behaviour_values has no value for {missing}; the data has {list(behaviour_names)}"
             )
         table = [behaviour_values[name] for name in behaviour_names]
-        # What -1 stands for comes last, where an index of -1 finds it.
-        self._of_positive = torch.tensor([*table, default_value], dtype=torch.float32)
-        self._of_others = torch.tensor([*table, 0.0], dtype=torch.float32)
+        # Augmented (-2) and not recorded (-1) come last, where negative indices find them.
+        self._table = torch.tensor([*table, 0.0, default_value], dtype=torch.float32)
 
     def __call__(self, context: SignalContext) -> Tensor:
-        codes = context.behaviours
-        if self._of_positive.device != codes.device:
-            self._of_positive = self._of_positive.to(codes.device)
-            self._of_others = self._of_others.to(codes.device)
-        return torch.cat([self._of_positive[codes[:, :1]], self._of_others[codes[:, 1:]]], dim=1)
+        self._table = self._table.to(context.behaviours.device)
+        return self._table[context.behaviours]
 
 
 class EstimatedScore:

@@ -97,7 +97,7 @@ def _catalogue_log_reward(
     items = torch.cat([targets[:, None], everything], dim=1)
     tokens = item_tokens[items]
     mask = tokens >= 0
-    codes = torch.full_like(items, -1)
+    codes = torch.full_like(items, -2)
     codes[:, 0] = behaviours
     of_identifier = torch.cat([log_probs.gather(1, targets[:, None]), log_probs], dim=1)
     context = SignalContext(

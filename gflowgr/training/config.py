@@ -61,7 +61,7 @@ class GFlowGRConfig(TrainingArguments):
         },
     )
     default_behaviour_value: float = field(
-        default=10.0, metadata={"help": "r_a of a positive whose behaviour is not recorded."}
+        default=10.0, metadata={"help": "r_a of an observed item whose behaviour is not recorded."}
     )
     partition_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of log Z, and of log F."}

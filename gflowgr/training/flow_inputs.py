@@ -169,8 +169,8 @@ def _request(
 
 
 def _behaviours(chosen: TrajectorySet, of_positive: Tensor) -> Tensor:
-    """Behaviour codes [B, N]: the positive's, and -1 for augmented items."""
-    behaviours = of_positive.new_full(chosen.items.shape, -1)
+    """Behaviour codes [B, N]: the positive's, and -2 for augmented items."""
+    behaviours = of_positive.new_full(chosen.items.shape, -2)
     behaviours[:, 0] = of_positive
     return behaviours
 

@@ -142,6 +142,20 @@ def flow_losses(
     return losses
 
 
+def fused_reward(model: GFlowModel, signals: Tensor) -> Tensor:
+    """R of one trajectory's signals [3]."""
+    fusion = model.fusion
+    assert fusion is not None
+    if fusion.raw is not None:
+        positive = torch.log(1 + torch.exp(fusion.raw))
+        return (signals * positive).sum() / positive.mean()
+    total = signals.sum()
+    if fusion.net is None:
+        return total
+    change = fusion.net(torch.log(1 + signals)).squeeze(-1)
+    return torch.log(1 + torch.expm1(total) * torch.exp(change)) + 1e-6
+
+
 def definition(model: GFlowModel, inputs: dict[str, Tensor]) -> Tensor:
     settings = model.settings
     nlls, flows, counted = [], [], 0
@@ -152,12 +166,15 @@ def definition(model: GFlowModel, inputs: dict[str, Tensor]) -> Tensor:
         nlls.append(-sum(made[0][0], torch.tensor(0.0).double()))
         if settings.objective == "sft":
             continue
-        assert model.fusion is not None
-        log_reward = [model.fusion(inputs["signals"][b, n].double()) for n in valid]
+        log_reward = [fused_reward(model, inputs["signals"][b, n].double()).log() for n in valid]
         shaped = [settings.beta * r for r in log_reward]
         if settings.log_reward_floor is not None:
             shaped = [r.clamp_min(settings.log_reward_floor) for r in shaped]
-        log_z = None if model.partition is None else model.partition(made[0][2][None])[0]
+        log_z = None
+        if model.partition is not None:
+            log_z = model.partition.constant
+            if model.partition.mlp is not None:
+                log_z = log_z + model.partition.mlp(made[0][2]).squeeze(-1)
         losses = flow_losses(
             settings, [made[n][0] for n in valid], [made[n][1] for n in valid], shaped, log_z
         )

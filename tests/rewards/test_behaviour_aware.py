@@ -21,7 +21,7 @@ CONTEXT = SignalContext(
     tokens=torch.tensor([[[2, 5, 9], [2, 5, 8], [3, 6, 9], [0, 0, 0]]]),
     mask=torch.tensor([[[True] * 3, [True] * 3, [True] * 3, [False] * 3]]),
     items=ITEMS,
-    behaviours=torch.tensor([[1, -1, -1, -1]]),
+    behaviours=torch.tensor([[1, -2, -2, -2]]),
     scores=torch.tensor([[2.0, 0.0, -2.0, 0.0]]),
     log_probs=lambda: torch.tensor([[-3.0, -6.0, -9.0, 0.0]]),
 )
@@ -55,9 +55,9 @@ def test_components_and_their_sum() -> None:
 @pytest.mark.parametrize(
     ("behaviours", "values"),
     [
-        ([0, -1, -1, -1], [1.0, 0.0, 0.0, 0.0]),
-        ([1, 0, 1, -1], [10.0, 1.0, 10.0, 0.0]),  # others of the user's log have theirs
-        ([-1, -1, -1, -1], [7.0, 0.0, 0.0, 0.0]),  # not recorded: the default value
+        ([0, -2, -2, -2], [1.0, 0.0, 0.0, 0.0]),  # augmented items are worth nothing
+        ([1, 0, 1, -2], [10.0, 1.0, 10.0, 0.0]),  # others of the user's log have theirs
+        ([-1, -2, -1, -2], [7.0, 0.0, 7.0, 0.0]),  # not recorded: the default value
     ],
 )
 def test_behaviours_decide_r_a(behaviours: list[int], values: list[float]) -> None:
