@@ -80,25 +80,29 @@ def competitors(prefix: list[int], settings: FlowSettings) -> list[int]:
     return sorted({t[level] for t in IDENTIFIERS if t[:level] == prefix and len(t) > level})
 
 
+def forward_once(backbone: Any, prompt: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and states that predict each token of one sequence, and the pooled prompt."""
+    out = backbone(
+        input_ids=prompt.unsqueeze(0), labels=tokens.unsqueeze(0), output_hidden_states=True
+    )
+    states = out.decoder_hidden_states[-1][0]
+    if backbone.config.tie_word_embeddings:
+        states = states * backbone.config.d_model**-0.5
+    return out.logits[0], states, out.encoder_last_hidden_state[0].mean(0)
+
+
 def one_trajectory(
     model: GFlowModel, inputs: dict[str, Tensor], b: int, n: int
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """log P_F of each token, log F of each prefix, and the pooled prompt."""
     length = int(inputs["mask"][b, n].sum())
     tokens = inputs["tokens"][b, n, :length]
-    real = inputs["attention_mask"][b].bool()
-    out = model.backbone(
-        input_ids=inputs["input_ids"][b, real].unsqueeze(0),
-        labels=tokens.unsqueeze(0),
-        output_hidden_states=True,
-    )
-    states = out.decoder_hidden_states[-1][0]
-    if model.backbone.config.tie_word_embeddings:
-        states = states * model.backbone.config.d_model**-0.5
+    prompt = inputs["input_ids"][b, inputs["attention_mask"][b].bool()]
+    logits, states, pooled = forward_once(model.backbone, prompt, tokens)
     log_pf, log_flow = [], []
     for at in range(length):
         others = competitors(tokens[:at].tolist(), model.settings)
-        scores = out.logits[0, at, others].log_softmax(-1)
+        scores = logits[at, others].log_softmax(-1)
         log_pf.append(scores[others.index(int(tokens[at]))])
         if model.state_flow is not None:
             flow = model.state_flow.mlp(states[at]).squeeze(-1) + model.state_flow.constant[at]
@@ -107,7 +111,7 @@ def one_trajectory(
                 agree = sum(x == y for x, y in zip(tokens[:at].tolist(), positive, strict=False))
                 flow = flow + model.settings.beta * math.log(1 + agree)
             log_flow.append(flow)
-    return log_pf, log_flow, out.encoder_last_hidden_state[0].mean(0)
+    return log_pf, log_flow, pooled
 
 
 def flow_losses(
