@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,15 @@ from ..ops import (
     fused_tb_loss,
     fused_vargrad_loss,
     trajectory_logprobs,
-    vargrad_log_z,
 )
 from ..ops.flow import flow_loss
-from ..ops.flow_definitions import reduce_trajectories
+from ..ops.flow_definitions import (
+    RewardOptions,
+    compute_dtype,
+    prepare,
+    reduce_trajectories,
+    valid_mean,
+)
 from .flow_settings import FlowSettings
 from .state_flow import partial_log_reward
 
@@ -131,14 +137,15 @@ def flow_logs(
 
 
 def group_log_z(settings: FlowSettings, log_pf: Tensor, log_reward: Tensor, mask: Tensor) -> Tensor:
-    """Each prompt's estimate of log Z from its own trajectories [B]; NaN without one."""
-    return vargrad_log_z(
-        log_pf,
-        log_reward,
-        mask=mask,
-        beta=settings.beta,
-        log_reward_floor=settings.log_reward_floor,
-    )
+    """Each prompt's estimate of log Z from its own trajectories [B]; NaN without one.
+
+    :func:`gflowgr.vargrad_log_z`, without checking again what the loss has checked.
+    """
+    options = RewardOptions(settings.beta, settings.log_reward_floor, "none")
+    dtype = compute_dtype(log_pf, log_reward)
+    batch = prepare(log_pf, log_reward, mask, options, dtype)
+    estimate = valid_mean(batch.log_reward - batch.log_pf.sum(-1), batch.valid)
+    return estimate.masked_fill(~batch.valid.any(-1), math.nan)
 
 
 @torch.no_grad()

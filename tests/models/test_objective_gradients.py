@@ -17,6 +17,7 @@ from small_models import VOCAB, padded_prompts, small_model
 from tiny_shop import shop_catalogue
 from torch import Tensor
 
+import gflowgr
 from gflowgr import PrefixTree
 from gflowgr.models import FlowSettings, GFlowModel
 
@@ -269,9 +270,16 @@ def test_padding_tokens_reach_neither_loss_nor_gradient(case: str) -> None:
 @pytest.mark.parametrize("objective", ["tb", "db", "subtb"])
 def test_terms_of_the_loss_are_logged(objective: str) -> None:
     model = make_model(objective=objective, gfn_weight=0.01)
-    out = model(**make_inputs(model.settings))
+    inputs = make_inputs(model.settings)
+    out = model(**inputs)
     joint = out["loss_gr"] + 0.01 * out["loss_gfn"]
     torch.testing.assert_close(out["loss"].detach(), joint)
+    _, log_pf = model.log_pf(
+        *(inputs[n] for n in ("input_ids", "attention_mask", "tokens", "mask"))
+    )
+    log_reward = inputs["signals"].sum(-1).log()
+    group = gflowgr.vargrad_log_z(log_pf, log_reward, mask=inputs["mask"]).mean()
+    torch.testing.assert_close(out["log_z_group"], group.detach())
     assert out["log_z_gap_rms"] >= (out["log_z"] - out["log_z_group"]).abs() - 1e-5
 
 
