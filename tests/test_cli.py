@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_line import Capture, call, without_bars
 
 from gflowgr import __version__
 from gflowgr.cli import main
 from gflowgr.data import load_dataset
-
-Capture = pytest.CaptureFixture[str]
-
-
-def call(capsys: Capture, *arguments: Any) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error)."""
-    capsys.readouterr()
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as end:  # argparse ends so
-        code = int(end.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def without_bars(text: str) -> str:
-    """What is on standard error beside the progress bars of model files."""
-    return "".join(
-        f"{line}\n" for line in text.replace("\r", "\n").splitlines() if "it/s]" not in line
-    ).strip()
 
 
 @pytest.fixture(scope="module")
@@ -273,125 +252,6 @@ def test_model_of_another_catalogue_is_refused(
     assert code == 2
     assert "was trained on 200 items, but" in error
     assert "has 210" in error
-
-
-# ---- recommend ----
-
-
-def test_recommend_to_users_and_histories(model: Path, data: Path, capsys: Capture) -> None:
-    code, out, error = call(
-        capsys,
-        "recommend",
-        model,
-        "--data",
-        data,
-        "--user",
-        17,
-        "--user",
-        3,
-        "--history",
-        "3,14,15",
-        "-k",
-        4,
-    )
-    assert code == 0
-    assert without_bars(error) == ""
-    for label in ("user 17", "user 3", "history 3,14,15"):
-        assert f"\n{label}\n" in out
-    assert out.count("log P") == 3 * 4
-    dataset = load_dataset(data)
-    assert dataset.title(int(dataset.sequences.row(17)[-1])) in out
-    assert dataset.title(15) in out
-
-
-def test_recommendations_leave_the_history_out(model: Path, data: Path, capsys: Capture) -> None:
-    def items(*options: str) -> list[int]:
-        code, out, _ = call(
-            capsys,
-            "recommend",
-            model,
-            "--data",
-            data,
-            "--history",
-            "3,14,15",
-            "--json",
-            "-k",
-            "200",
-            *options,
-        )
-        assert code == 0
-        return [entry["item"] for entry in json.loads(out)["items"]]
-
-    assert sorted(items("--with-seen")) == list(range(200))
-    assert sorted(items()) == sorted(set(range(200)) - {3, 14, 15})
-
-
-def test_recommend_from_json_lines(
-    model: Path, data: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A bad line is reported and skipped; the others are answered, in their order."""
-    lines = [
-        '{"user": "17"}',
-        '{"user": 3}',
-        "not json",
-        "",
-        '{"history": [3, 14, 15]}',
-        '{"history": [3, 900]}',
-        '{"history": [1.5]}',
-        '{"history": [1e999]}',
-        '{"history": ["x"]}',
-        '{"user": "nobody"}',
-        '{"items": [1]}',
-        "[1, 2]",
-        '{"history": []}',
-    ]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    code, out, error = call(capsys, "recommend", model, "--data", data, "-k", 3)
-    assert code == 0
-    answers = [json.loads(line) for line in out.splitlines()]
-    assert [answer["query"] for answer in answers] == ["user 17", "user 3", "line 5", "line 13"]
-    for answer in answers:
-        assert len(answer["items"]) == 3
-        assert {"item", "log_prob", "title"} == set(answer["items"][0])
-        scores = [entry["log_prob"] for entry in answer["items"]]
-        assert scores == sorted(scores, reverse=True)
-    skipped = without_bars(error).splitlines()
-    expected = [
-        ("line 3", "not JSON"),
-        ("line 6", "item 900 is not in 0..199"),
-        ("line 7", "1.5 is not an item number"),
-        ("line 8", "inf is not an item number"),
-        ("line 9", "'x' is not an item number"),
-        ("'nobody'", "is not in"),
-        ("line 11", 'expected {"user": ...} or {"history": [...]}'),
-        ("line 12", "expected"),
-    ]
-    assert len(skipped) == len(expected)
-    for line, (where, what) in zip(skipped, expected, strict=True):
-        assert line.startswith("gflowgr: skipped: ")
-        assert where in line
-        assert what in line
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--user", "nobody"), "user 'nobody' is not in"),
-        (("--history", "3,200"), "--history 3,200: item 200 is not in 0..199"),
-        (("--history", "3,-1"), "item -1 is not in 0..199"),
-        (("--history", "a,b"), "'a' is not an item number"),
-        (("--user", "3", "-k", "0"), "-k must be at least 1, got 0"),
-        (("--user", "3", "--beams", "-2"), "--beams must be at least 1, got -2"),
-    ],
-)
-def test_bad_queries_are_refused(
-    options: tuple[str, ...], message: str, model: Path, data: Path, capsys: Capture
-) -> None:
-    code, out, error = call(capsys, "recommend", model, "--data", data, *options)
-    assert (code, out) == (2, "")
-    assert without_bars(error).startswith("gflowgr: error: ")
-    assert message in error
-    assert len(without_bars(error).splitlines()) == 1
 
 
 # ---- info ----

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..models.decoders import StepDecoder
 from ._rows import distinct, parents_of
 from .admissible import Admissible
 from .keyed_noise import keyed_gumbel, keyed_uniform
-from .tree_decoder import PrefixDecoder
 from .tree_head import TreeHead
 
 
@@ -81,13 +81,13 @@ class TreeWalk:
 
     # ------------------------------------------------------------------ with replacement
 
-    def with_replacement(self, decoder: PrefixDecoder, count: int) -> Draws:
+    def with_replacement(self, decoder: StepDecoder, count: int) -> Draws:
         """``count`` independent items for each prompt."""
         tree, device = self.tree, self.keys.device
         sample = torch.arange(count, device=device)
         zeros = torch.zeros(decoder.batch, count, dtype=torch.float64, device=device)
         drawn = Draws(zeros.long(), zeros, zeros)
-        hidden, state = decoder.first(tree.max_length - 1)
+        hidden = decoder.first()
         above = torch.zeros_like(drawn.ids)
         for depth in range(tree.max_length):
             open_ = self._open(drawn.ids)
@@ -98,7 +98,7 @@ class TreeWalk:
             if depth:
                 tokens = tree.node_tokens(nodes, level=depth - 1).clamp_min(0)
                 parents = parents_of(nodes.shape[1], place, above)
-                hidden, state = decoder.advance(state, tokens, parents)
+                hidden = decoder.advance(tokens, parents)
             above = place
             below = self._children(hidden, depth, nodes)
             number = keyed_uniform(self.seed, self.keys, sample, torch.tensor(depth, device=device))
@@ -121,7 +121,7 @@ class TreeWalk:
 
     # ------------------------------------------------------------------ without replacement
 
-    def without_replacement(self, decoder: PrefixDecoder, count: int) -> Draws:
+    def without_replacement(self, decoder: StepDecoder, count: int) -> Draws:
         """The ``count`` items with the largest perturbed log-probabilities, largest first.
 
         A node's perturbed log-probability is the largest among the items below it: its children's
@@ -132,7 +132,7 @@ class TreeWalk:
         zeros = torch.zeros(decoder.batch, 1, dtype=torch.float64, device=self.keys.device)
         root = zeros.long()
         beams = Draws(root, zeros, zeros, keyed_gumbel(self.seed, self.keys, root))
-        hidden, state = decoder.first(tree.max_length - 1)
+        hidden = decoder.first()
         parents = root
         for depth in range(tree.max_length):
             open_ = self._open(beams.ids)
@@ -142,7 +142,7 @@ class TreeWalk:
             if depth:
                 # Empty and finished beams run along with any token; nothing is read from them.
                 tokens = tree.node_tokens(nodes, level=depth - 1).clamp_min(0)
-                hidden, state = decoder.advance(state, tokens, parents)
+                hidden = decoder.advance(tokens, parents)
             grown = self._grow(beams, self._children(hidden, depth, nodes), self._noise_keys)
             finished = beams.cleared(open_)
             width, fanout = nodes.shape[1], grown.ids.shape[1] // nodes.shape[1]

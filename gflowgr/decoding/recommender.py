@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from ..data import pad_histories
 from ..models.gflow_model import GFlowModel
 from ..models.prompts import prompt_tokens
-from .beam import constrained_beam_search
+from ._evaluating import evaluating
+from .beam import Normalize, constrained_beam_search
 
 __all__ = ["GenerativeRecommender"]
 
@@ -23,12 +25,26 @@ class GenerativeRecommender:
         model: the trained model; evaluated in ``eval`` mode and left as it was.
         num_beams: beams per prompt.
         name: how tables call it.
+        normalize: see :func:`constrained_beam_search`; by default the model's own setting.
+        temperature: divides the logits.
+        available: true for items that may be recommended [items]; by default all may.
     """
 
-    def __init__(self, model: GFlowModel, *, num_beams: int = 20, name: str = "generator") -> None:
+    def __init__(
+        self,
+        model: GFlowModel,
+        *,
+        num_beams: int = 20,
+        name: str = "generator",
+        normalize: Normalize | None = None,
+        temperature: float = 1.0,
+        available: Tensor | None = None,
+    ) -> None:
         self.model = model
         self.num_beams = num_beams
         self.name = name
+        self.normalize: Normalize = model.settings.normalize if normalize is None else normalize
+        self.temperature, self.available = temperature, available
         self._item_tokens = model.item_tokens()
 
     def recommend(
@@ -53,19 +69,19 @@ class GenerativeRecommender:
         barred = None
         if exclude is not None:
             barred = pad_histories(exclude).to(model.device)
-        was_training = model.training
-        model.eval()
-        output = constrained_beam_search(
-            model.backbone,
-            input_ids,
-            attention_mask,
-            model.tree,
-            num_beams=max(self.num_beams, k),
-            num_return=k,
-            normalize=model.settings.normalize,
-            exclude=barred,
-        )
-        model.train(was_training)
+        with evaluating(model):
+            output = constrained_beam_search(
+                model.backbone,
+                input_ids,
+                attention_mask,
+                model.tree,
+                num_beams=max(self.num_beams, k),
+                num_return=k,
+                normalize=self.normalize,
+                temperature=self.temperature,
+                available=self.available,
+                exclude=barred,
+            )
         return output.items.cpu().numpy(), output.scores.float().cpu().numpy()
 
     def leaf_of(self) -> npt.NDArray[np.int64]:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..models.decoders import decoder_for
 from ..tree import PrefixTree
+from ._evaluating import evaluating
 from ._tree_walk import TreeWalk, log1mexp, nothing
 from .admissible import admissible_for
 from .keyed_noise import prompt_keys
-from .tree_decoder import evaluating, prefix_decoder
 from .tree_head import EdgeNormalize, TreeHead, check_options
 
 if TYPE_CHECKING:
@@ -104,9 +105,10 @@ def sample_items(
     for the whole catalogue.
 
     Args:
-        model: a T5-family model; runs in evaluation mode and is left as it was.
+        model: any that :func:`constrained_beam_search` takes; runs in evaluation mode and is left
+            as it was.
         input_ids: prompts [B, S'].
-        attention_mask: 1 for real tokens [B, S'].
+        attention_mask: 1 for real tokens [B, S']; padding may be on either side.
         tree: prefix tree in the model's token ids, on the model's device, without an identifier
             that is a prefix of another (a model gives no probability to stop).
         num_samples: items S per prompt.
@@ -122,10 +124,11 @@ def sample_items(
         exclude: items [B, E] that a prompt may not get, -1 for padding.
         keys: what makes prompts' draws differ [B] int64, such as example numbers; by default a hash
             of the prompt's tokens, so that equal prompts get equal items.
-        batch_bytes: logits held at a time.
+        batch_bytes: logits held at a time; a model that runs by whole sequences holds those of all
+            samples [B, S, V].
 
     Raises:
-        TypeError: an argument is of a wrong type, or the model is not supported.
+        TypeError: an argument is of a wrong type.
         ValueError: an argument is out of range or of a wrong shape, or an identifier of the tree is
             a prefix of another.
         FloatingPointError: the model's scores are NaN.
@@ -142,7 +145,7 @@ def sample_items(
         drawn = nothing(0, count, device)
     else:
         with evaluating(model):
-            decoder = prefix_decoder(model, input_ids, attention_mask)
+            decoder = decoder_for(model, input_ids, attention_mask)
             head = TreeHead(
                 decoder.head, tree, normalize=normalize, temperature=1.0, block_bytes=batch_bytes
             )

@@ -9,14 +9,15 @@ scored from its one hidden state.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..models.decoders import GenericDecoder, StepDecoder, decoder_for, decoder_kind
 from ..tree import PrefixTree
+from ._evaluating import evaluating
 from ._rows import distinct, parents_of
-from .tree_decoder import PrefixDecoder, evaluating, floats_per_node, prefix_decoder
 from .tree_head import EdgeNormalize, TreeHead, check_options
 
 if TYPE_CHECKING:
@@ -46,9 +47,10 @@ def item_logprobs(
     it is.
 
     Args:
-        model: a T5-family model; runs in evaluation mode and is left as it was.
+        model: any that :func:`constrained_beam_search` takes; runs in evaluation mode and is left
+            as it was.
         input_ids: prompts [B, S].
-        attention_mask: 1 for real tokens [B, S].
+        attention_mask: 1 for real tokens [B, S]; padding may be on either side.
         tree: prefix tree in the model's token ids, on the model's device.
         items: item ids [M], the same for all prompts, or [B, M], -1 for padding; None for the whole
             catalogue in the order of item ids.
@@ -57,8 +59,9 @@ def item_logprobs(
             the children of its prefix's node. With ``"children"`` the identifiers' probabilities
             sum to 1 when none is a prefix of another.
         temperature: divides the logits.
-        batch_bytes: memory for what a step holds, about, beside the result and the prompts' keys
-            and values (default 16 MiB on a CPU, 1 GiB elsewhere). More makes fewer, larger steps.
+        batch_bytes: memory for a block of leaves, about: its activations and its nodes' keys and
+            values, beside the result and the prompts' own keys and values, of at least 8 prompts
+            (default 32 MiB on a CPU, 1 GiB elsewhere). More makes fewer, larger steps.
 
     Returns:
         [B, items] in nats, float32 (float64 for a float64 model). Items that share an identifier
@@ -66,14 +69,14 @@ def item_logprobs(
         -inf.
 
     Raises:
-        TypeError: ``items`` holds other than integers, or the model is not supported.
+        TypeError: ``items`` holds other than integers.
         ValueError: an argument is out of range or of a wrong shape.
         FloatingPointError: a result is NaN, which the model's weights or states must be.
     """
     _check(input_ids, attention_mask, tree, items, normalize, temperature, batch_bytes)
     batch, device = input_ids.shape[0], input_ids.device
     if batch_bytes is None:
-        batch_bytes = 2**24 if device.type == "cpu" else 2**30
+        batch_bytes = 2**25 if device.type == "cpu" else 2**30
     if items is None:
         leaves = torch.arange(tree.num_leaves, device=device).unsqueeze(0)
         place = tree.leaf_of(torch.arange(tree.num_items, device=device)).unsqueeze(0)
@@ -83,14 +86,14 @@ def item_logprobs(
     if batch == 0 or place.shape[1] == 0:
         return torch.empty(batch, place.shape[1], dtype=dtype, device=device)
     scores = torch.empty(batch, leaves.shape[1], dtype=dtype, device=device)
-    rows = max(1, batch_bytes // (4 * floats_per_node(model, input_ids.shape[1])))
-    # Some prompts at a time even if memory asks for narrow blocks: they share the work that does
-    # not depend on the prompt.
+    rows = max(1, batch_bytes // (4 * _floats_per_leaf(model, input_ids.shape[1], tree.max_length)))
+    # Some prompts at a time even if memory asks for narrow blocks: what to decode is found out once
+    # for all of them.
     together = min(batch, max(_PROMPTS, rows // leaves.shape[1]))
     with evaluating(model):
         for begin in range(0, batch, together):
             end = min(begin + together, batch)
-            decoder = prefix_decoder(model, input_ids[begin:end], attention_mask[begin:end])
+            decoder = decoder_for(model, input_ids[begin:end], attention_mask[begin:end])
             head = TreeHead(
                 decoder.head,
                 tree,
@@ -108,23 +111,24 @@ def item_logprobs(
 
 
 def _score_leaves(
-    decoder: PrefixDecoder, head: TreeHead, leaves: Tensor, width: int, scores: Tensor
+    decoder: StepDecoder, head: TreeHead, leaves: Tensor, width: int, scores: Tensor
 ) -> None:
     """Fill ``scores`` [B, W] of ``leaves`` [B or 1, W], ``width`` leaves at a time.
 
     Leaves next to each other share ancestors, so a block decodes few nodes that another block
     decodes too: those on the path to its first leaf.
     """
-    first = decoder.first(head.tree.max_length - 1)
+    first = decoder.first()
     for begin in range(0, leaves.shape[1], width):
         part = leaves[:, begin : begin + width]
         levels = _levels(head, part)
         total = torch.zeros(decoder.batch, part.shape[1], dtype=torch.float64, device=part.device)
-        hidden, state = first
+        hidden, branch = first, decoder.fork()
         for depth, level in enumerate(levels):
             if depth:
                 tokens = head.tree.node_tokens(level.nodes, level=depth - 1).clamp_min(0)
-                hidden, state = decoder.advance(state, tokens, level.parents)
+                shape = (decoder.batch, tokens.shape[1])
+                hidden = branch.advance(tokens.expand(shape), level.parents.expand(shape))
             if not bool(level.scored.any()):
                 continue
             place = level.place.clamp_min(0)
@@ -132,6 +136,21 @@ def _score_leaves(
             edge = logits - normaliser.gather(1, place.expand(decoder.batch, -1))
             total += torch.where(level.scored, edge.double(), 0.0)
         scores[:, begin : begin + width] = total
+
+
+def _floats_per_leaf(model: PreTrainedModel, prompt_length: int, depth: int) -> int:
+    """Numbers that a walk to ``depth`` holds for each prompt and leaf, about."""
+    config: Any = model.config
+    config = config.get_text_config(decoder=True)
+    if issubclass(decoder_kind(model)[0], GenericDecoder):
+        return 3 * int(config.vocab_size) + depth
+    heads, width = int(config.num_attention_heads), int(config.hidden_size)
+    size = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or width // heads
+    feed = getattr(config, "d_ff", None) or getattr(config, "intermediate_size", None) or 4 * width
+    inner, layers = heads * int(size), int(config.num_hidden_layers)
+    own = 2 * inner * int(getattr(config, "num_key_value_heads", None) or heads) // heads
+    step = max(8 * inner, 2 * heads * prompt_length) + 2 * int(feed) + 4 * width
+    return step + own * layers * (depth - 1)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from identifier_shop import IdentifierShop
+from small_models import small_model
 
 from gflowgr.decoding import flow_calibration, item_logprobs
 from gflowgr.evaluation.plots import _centred_pairs, plot_calibration
@@ -76,9 +77,10 @@ def test_items_of_one_identifier_share_its_probability() -> None:
     assert report.pearson.item() == pytest.approx(1)
 
 
-def test_the_invalid_mass_of_a_model_is_what_leaves_the_tree() -> None:
+@pytest.mark.parametrize("family", ["t5", "gpt2", "qwen3", "gemma2"])
+def test_the_invalid_mass_of_a_model_is_what_leaves_the_tree(family: str) -> None:
     # Items 1 and 3 share an identifier; leaving happens at the first token or at the second.
-    shop = IdentifierShop([(2, 3), (2, 4), (5, 6), (2, 4)])
+    shop = IdentifierShop([(2, 3), (2, 4), (5, 6), (2, 4)], model=small_model(family))
     log_probs = item_logprobs(shop.model, shop.ids, shop.mask, shop.tree)
     first, after_2, after_5 = (shop.logits(p).softmax(-1) for p in [(), (2,), (5,)])
     valid = first[:, 2] * after_2[:, [3, 4]].sum(1) + first[:, 5] * after_5[:, 6]

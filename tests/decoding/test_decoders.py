@@ -37,6 +37,31 @@ def test_fast_decoders_equal_whole_sequences(name: str, side: str) -> None:
         torch.testing.assert_close(quick, whole, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["t5", "gpt2", "qwen3", "gemma2"])
+def test_forks_go_on_from_one_prefix_without_each_other(name: str) -> None:
+    model = small_model(name)
+    start, last = torch.tensor([[7, 8, 9]] * 4), torch.tensor([[3, 4]] * 4)
+    below = [
+        (torch.tensor([[10, 11, 12, 13]] * 4), torch.tensor([[2, 0, 1, 1]] * 4)),
+        (torch.tensor([[11, 30]] * 4), torch.tensor([[1, 1]] * 4)),
+    ]
+
+    def begun() -> StepDecoder:
+        decoder = decoder_for(model, *padded_prompts("left"))
+        decoder.first()
+        decoder.advance(start, torch.zeros_like(start))
+        return decoder
+
+    with torch.no_grad():
+        root, apart = begun(), [begun() for _ in below]
+        forks = [root.fork() for _ in below]
+        # In turns, so that what one fork does would be seen by the other.
+        for steps in (below, [(last, torch.ones_like(last))] * 2):
+            for fork, alone, step in zip(forks, apart, steps, strict=True):
+                torch.testing.assert_close(fork.advance(*step), alone.advance(*step))
+        torch.testing.assert_close(root.advance(*below[1]), begun().advance(*below[1]))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_padding_does_not_matter(name: str) -> None:
     model = small_model(name)

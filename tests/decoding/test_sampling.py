@@ -6,6 +6,7 @@ Seeds are fixed, so nothing here passes by luck: a test of a distribution asks f
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from identifier_shop import IdentifierShop, tiny_t5
-from torch import Tensor
+from small_models import small_model
+from torch import Tensor, nn
 
 from gflowgr.decoding import SampledItems, item_logprobs, sample_items
 from gflowgr.decoding.keyed_noise import keyed_gumbel, keyed_uniform, prompt_keys
 from gflowgr.trajectories import keyed_random
 
 LEVEL = 1e-3
+FAMILIES = ["t5", "gpt2", "qwen3", "gemma2"]  # the last by whole sequences
 MODEL = tiny_t5(seed=2)
 # Different lengths; items 1 and 8 share an identifier; under 2 there is but one way on.
 ITEMS = [(2, 3, 4), (3, 2), (4, 5, 6), (4, 5, 7), (4, 6, 6), (5,), (4, 5, 9), (6, 6, 6), (3, 2)]
@@ -29,9 +32,11 @@ def draw(shop: IdentifierShop, count: int, *, seed: object = 0, **options: objec
     return sample_items(shop.model, shop.ids, shop.mask, shop.tree, count, seed=seed, **options)
 
 
-def repeated(rows: int, identifiers: list[tuple[int, ...]] = ITEMS) -> IdentifierShop:
+def repeated(
+    rows: int, identifiers: list[tuple[int, ...]] = ITEMS, model: nn.Module = MODEL
+) -> IdentifierShop:
     """The same prompt many times: with ``keys``, independent repetitions of one experiment."""
-    shop = IdentifierShop(identifiers, model=MODEL, seed=2, lengths=(4,))
+    shop = IdentifierShop(identifiers, model=model, seed=2, lengths=(4,))
     shop.ids, shop.mask = shop.ids.expand(rows, -1), shop.mask.expand(rows, -1)
     return shop
 
@@ -102,6 +107,22 @@ def test_ordered_draws_without_replacement_follow_the_distribution(
     torch.testing.assert_close(
         drawn.log_probs.double(), exact.log()[drawn.items], rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_sampled_by_its_own_distribution(family: str, left: bool) -> None:
+    model, count = small_model(family), 5_000
+    shop = IdentifierShop(ITEMS, model=model, seed=2, lengths=(3, 6))
+    if left:
+        shop.pad_left()
+    drawn = draw(shop, count, temperature=4.0)
+    first = draw(repeated(1000, model=model), 1, replacement=False, keys=torch.arange(1000))
+    for row in range(2):
+        exact = shop.sampling(row, temperature=4.0)
+        assert p_value(drawn.items[row].bincount(minlength=len(ITEMS)), exact * count) > LEVEL
+    exact = repeated(1, model=model).sampling(0)
+    assert p_value(first.items[:, 0].bincount(minlength=len(ITEMS)), exact * 1000) > LEVEL
 
 
 def test_inclusion_probabilities_are_those_of_gumbel_top_k() -> None:
@@ -182,8 +203,11 @@ def test_more_draws_without_replacement_continue_fewer() -> None:
 
 @pytest.mark.parametrize("replacement", [True, False])
 @pytest.mark.parametrize("normalize", ["vocab", "level", "children"])
-def test_model_log_probs_are_those_of_the_items(replacement: bool, normalize: str) -> None:
-    shop = IdentifierShop(ITEMS, model=MODEL, seed=2)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_log_probs_are_those_of_the_items(
+    replacement: bool, normalize: str, family: str
+) -> None:
+    shop = IdentifierShop(ITEMS, model=small_model(family), seed=2)
     drawn = draw(shop, 5, replacement=replacement, normalize=normalize, temperature=0.7, top_p=0.9)
     scores = item_logprobs(shop.model, shop.ids, shop.mask, shop.tree, normalize=normalize)
     expected = scores.gather(1, drawn.items.clamp_min(0)).masked_fill(drawn.items < 0, -torch.inf)
@@ -194,15 +218,23 @@ def test_model_log_probs_are_those_of_the_items(replacement: bool, normalize: st
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_draws_do_not_depend_on_the_batch(replacement: bool) -> None:
-    shop = IdentifierShop(ITEMS, model=MODEL, seed=2, lengths=(3, 6, 5))
-    together = draw(shop, 6, replacement=replacement, seed=3)
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draws_do_not_depend_on_the_batch(family: str, left: bool, replacement: bool) -> None:
+    model = small_model(family)
+    shop = IdentifierShop(ITEMS, model=model, seed=2, lengths=(3, 6, 5))
+    padded = copy.copy(shop)
+    if left:
+        padded.pad_left()
+    together = draw(padded, 6, replacement=replacement, seed=3)
     for row, length in enumerate((3, 6, 5)):
-        alone = IdentifierShop(ITEMS, model=MODEL, seed=2, lengths=(1,))
+        alone = IdentifierShop(ITEMS, model=model, seed=2, lengths=(1,))
         alone.ids, alone.mask = shop.ids[row : row + 1, :length], shop.mask[row : row + 1, :length]
         single = draw(alone, 6, replacement=replacement, seed=3)
         assert torch.equal(single.items[0], together.items[row])
-        torch.testing.assert_close(single.log_probs[0], together.log_probs[row])
+        torch.testing.assert_close(
+            single.log_probs[0], together.log_probs[row], rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("replacement", [True, False])

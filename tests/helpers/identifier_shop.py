@@ -1,4 +1,4 @@
-"""Items with any identifiers, a small random T5, and what it gives each item by definition."""
+"""Items with any identifiers, a small random model, and what it gives each item by definition."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class IdentifierShop:
         self.identifiers = [tuple(identifier) for identifier in identifiers]
         self.tree = PrefixTree.from_identifiers([list(row) for row in self.identifiers])
         self.model = tiny_t5(seed=seed) if model is None else model
+        self._known: dict[tuple[int, ...], Tensor] = {}
         generator = torch.Generator().manual_seed(seed)
         shape = (len(lengths), max(lengths, default=1))
         real = torch.arange(shape[1]) < torch.tensor(lengths, dtype=torch.long)[:, None]
@@ -49,17 +50,35 @@ class IdentifierShop:
         self.mask = real.long()
 
     def logits(self, prefix: Sequence[int]) -> Tensor:
-        """What the model predicts after ``prefix`` [B, V], by its own forward."""
-        start = torch.tensor([[0, *prefix]]).expand(len(self.ids), -1)
-        with torch.no_grad():
-            out = self.model(input_ids=self.ids, attention_mask=self.mask, decoder_input_ids=start)
-        return out.logits[:, -1].double()
+        """What the model predicts after ``prefix`` [B, V], by forwards without any padding."""
+        real = [ids[mask.bool()].tolist() for ids, mask in zip(self.ids, self.mask, strict=True)]
+        return torch.stack([self._predict(prompt, list(prefix)) for prompt in real])
+
+    def _predict(self, prompt: list[int], prefix: list[int]) -> Tensor:
+        key = (*prompt, -1, *prefix)
+        if key not in self._known:
+            config = self.model.config
+            if config.is_encoder_decoder:
+                start = torch.tensor([[config.decoder_start_token_id, *prefix]])
+                given = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": start}
+            else:
+                given = {"input_ids": torch.tensor([prompt + prefix])}
+            with torch.no_grad():
+                self._known[key] = self.model(**given).logits[0, -1].double()
+        return self._known[key]
+
+    def pad_left(self) -> None:
+        """Move the padding of the prompts to the left."""
+        self.mask = self.mask.flip(1)
+        shifts = self.mask.shape[1] - self.mask.sum(1)
+        rows = zip(self.ids, shifts.tolist(), strict=True)
+        self.ids = torch.stack([row.roll(shift) for row, shift in rows])
 
     def choices(self, prefix: tuple[int, ...], normalize: str) -> list[int]:
         """The tokens over which the one after ``prefix`` is normalised."""
         depth = len(prefix)
         if normalize == "vocab":
-            return list(range(VOCABULARY))
+            return list(range(self.model.config.vocab_size))
         longer = [row for row in self.identifiers if len(row) > depth]
         if normalize == "level":
             here = [row[depth] for row in longer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 
 import torch
@@ -48,6 +49,14 @@ class StepDecoder(ABC):
             Hidden states that predict the next token [B, K, d]; meaningless for empty beams.
         """
 
+    def fork(self) -> StepDecoder:
+        """A second decoder at the same beams; each goes on without the other.
+
+        The prompts' state and the steps so far are shared, not copied, so that parts of a tree can
+        be walked one after the other from the prefix that they have in common.
+        """
+        return copy.copy(self)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits [B, K, V] of ``hidden`` [B, K, d]."""
         return hidden if self.head is None else torch.nn.functional.linear(hidden, *self.head)
@@ -69,6 +78,12 @@ class IdentifierCache:
         self.steps = 0
         self._kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
         self._ancestors: list[Tensor] = []
+
+    def fork(self) -> IdentifierCache:
+        """A cache of the same steps, whose later steps are its own."""
+        twin = copy.copy(self)
+        twin._kept = [list(kept) for kept in self._kept]
+        return twin
 
     def begin_step(self, rows: Tensor | None) -> None:
         """Open a step, in which beam i continues beam ``rows[i]`` of the step before."""

@@ -87,6 +87,11 @@ class CausalDecoder(StepDecoder):
         self._view = _view(model.base_model)
         self._width = 1
 
+    def fork(self) -> CausalDecoder:
+        twin = copy.copy(self)
+        twin._cache = self._cache.fork()
+        return twin
+
     def first(self) -> Tensor:
         return self._first
 

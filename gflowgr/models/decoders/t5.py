@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,11 @@ class T5Decoder(StepDecoder):
             keys,
             values,
         )
+
+    def fork(self) -> T5Decoder:
+        twin = copy.copy(self)
+        twin._cache = self._cache.fork()
+        return twin
 
     def first(self) -> Tensor:
         start = torch.full((self.batch, 1), self._start, device=self.device)

@@ -1,0 +1,33 @@
+"""What the commands' parsers share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TypeAlias
+
+__all__ = ["Commands", "add_model_and_data", "command"]
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def command(
+    commands: Commands,
+    name: str,
+    text: str,
+    epilog: str = "",
+) -> argparse.ArgumentParser:
+    """A parser for ``name``; ``text``, in lower case, is its line in the list of commands."""
+    return commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    """Declare the saved model, its dataset and the beams."""
+    parser.add_argument("model", metavar="MODEL", help="a saved model, such as RUN/gflowgr/model")
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="the dataset")
+    parser.add_argument("--beams", type=int, default=20, help="beams (default: %(default)s)")

@@ -1,0 +1,167 @@
+"""Where recommendations go: a table, JSON lines or a Parquet file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+import numpy.typing as npt
+
+from ..data import Dataset
+from ..files import atomic_path
+from .queries import Query
+
+__all__ = ["Answer", "AnswerFields", "AnswerWriter", "check_output", "open_answers"]
+
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+_GROUP = 8192
+"""Rows of a Parquet row group: what is held before it is written."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The items for a query, best first, and log P of their identifiers."""
+
+    query: Query
+    items: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class AnswerFields:
+    """What a record holds besides ``row``, ``user`` and ``items``."""
+
+    scores: bool = False
+    titles: bool = False
+
+    def record(self, answer: Answer, dataset: Dataset) -> dict[str, Any]:
+        """An answer as JSON has it."""
+        record = {
+            "row": answer.query.row,
+            "user": answer.query.user,
+            "items": answer.items.tolist(),
+        }
+        if self.scores:
+            record["scores"] = [round(score, 6) for score in answer.scores.tolist()]
+        if self.titles:
+            record["titles"] = [dataset.title(int(item)) for item in answer.items]
+        return record
+
+
+class AnswerWriter(Protocol):
+    """Takes the answers of a batch, in the order of the queries."""
+
+    def __call__(self, answers: Sequence[Answer]) -> None:
+        """Write ``answers``."""
+
+
+def check_output(output: str) -> None:
+    """Raise ValueError for a file whose name does not say its format."""
+    if not output.endswith(_SUFFIXES):
+        raise ValueError(f"--output {output}: the name must end in {', '.join(_SUFFIXES)}")
+
+
+@contextmanager
+def open_answers(
+    output: str | None, dataset: Dataset, fields: AnswerFields, *, table: bool
+) -> Iterator[AnswerWriter]:
+    """A writer to ``output``, or to standard output.
+
+    A file is there only when the block has ended without an exception; standard output gets whole
+    lines, batch by batch.
+
+    Args:
+        output: a file, whose ending chooses the format; None for standard output.
+        dataset: names the items.
+        fields: what a record holds.
+        table: on standard output, write a table for people instead of JSON lines.
+    """
+    if output is None:
+        lines = _Lines(sys.stdout, dataset, fields)
+        yield _Table(sys.stdout, dataset) if table else lines
+        return
+    with atomic_path(Path(output)) as temporary:
+        if output.endswith(".parquet"):
+            with _Parquet(temporary, dataset, fields) as rows:
+                yield rows
+        else:
+            with open(temporary, "w", encoding="utf-8") as handle:
+                yield _Lines(handle, dataset, fields)
+
+
+class _Lines:
+    def __init__(self, handle: TextIO, dataset: Dataset, fields: AnswerFields) -> None:
+        self.handle, self.dataset, self.fields = handle, dataset, fields
+
+    def __call__(self, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            record = self.fields.record(answer, self.dataset)
+            self.handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.handle.flush()
+
+
+class _Table:
+    def __init__(self, handle: TextIO, dataset: Dataset) -> None:
+        self.handle, self.dataset = handle, dataset
+
+    def __call__(self, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            self.handle.write(self._text(answer))
+        self.handle.flush()
+
+    def _text(self, answer: Answer) -> str:
+        query, title = answer.query, self.dataset.title
+        history = ",".join(map(str, query.history))
+        lines = ["", f"history {history}" if query.user is None else f"user {query.user}"]
+        lines += [f"    had   {item:>6}  {title(item)}" for item in query.history[-5:].tolist()]
+        found = zip(answer.items.tolist(), answer.scores.tolist(), strict=True)
+        lines += [
+            f"    {place:>3}.  {item:>6}  {title(item)}  (log P {score:.2f})"
+            for place, (item, score) in enumerate(found, start=1)
+        ]
+        return "\n".join(lines) + "\n"
+
+
+class _Parquet:
+    def __init__(self, path: Path, dataset: Dataset, fields: AnswerFields) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
+        columns = [
+            ("row", pyarrow.int64()),
+            ("user", pyarrow.string()),
+            ("items", pyarrow.list_(pyarrow.int64())),
+        ]
+        if fields.scores:
+            columns.append(("scores", pyarrow.list_(pyarrow.float32())))
+        if fields.titles:
+            columns.append(("titles", pyarrow.list_(pyarrow.string())))
+        self.schema, self.dataset, self.fields = pyarrow.schema(columns), dataset, fields
+        self.writer: Any = parquet.ParquetWriter(path, self.schema)
+        self.waiting: list[dict[str, Any]] = []
+
+    def __enter__(self) -> _Parquet:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._write_group()
+        self.writer.close()
+
+    def __call__(self, answers: Sequence[Answer]) -> None:
+        self.waiting += [self.fields.record(answer, self.dataset) for answer in answers]
+        if len(self.waiting) >= _GROUP:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        import pyarrow
+
+        if self.waiting:
+            self.writer.write_table(pyarrow.Table.from_pylist(self.waiting, schema=self.schema))
+        self.waiting = []

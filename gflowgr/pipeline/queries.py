@@ -1,0 +1,177 @@
+"""Who is to be given recommendations: users and histories from arguments, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from ..data import Dataset
+from ..errors import DataError
+
+__all__ = ["Query", "QueryReader", "parquet_rows", "read_available"]
+
+_WANTED = '{"user": "17"} or {"history": [3, 14, 15]}'
+
+
+@dataclass(frozen=True)
+class Query:
+    """One request.
+
+    Attributes:
+        row: its number from 1: the line of a file of JSON lines, the row of a Parquet file.
+        user: the user's id, or whatever the request calls it; None without a name.
+        history: items, oldest first.
+    """
+
+    row: int
+    user: str | None
+    history: npt.NDArray[np.int64]
+
+
+class QueryReader:
+    """Turns requests into queries, against the users and items of a dataset.
+
+    Every method raises DataError for what is no request: it names the place and the value.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self._rows: dict[str, int] | None = None
+
+    def from_arguments(self, users: Sequence[str], histories: Sequence[str]) -> list[Query]:
+        """Users of the dataset, then histories such as ``3,14,15``."""
+        found = [Query(row, user, self._of_user(user)) for row, user in enumerate(users, 1)]
+        for row, text in enumerate(histories, len(found) + 1):
+            found.append(Query(row, None, self._items(text.split(","), f"--history {text}")))
+        return found
+
+    def from_file(self, source: str) -> Iterator[Query]:
+        """The requests of a file, a line or a batch of rows at a time.
+
+        Args:
+            source: JSON lines, a file ``*.parquet`` with columns ``user`` or ``history`` or both,
+                or ``-`` for JSON lines from standard input.
+        """
+        if source == "-":
+            yield from self._lines(sys.stdin.buffer, "standard input")
+        elif source.endswith(".parquet"):
+            yield from self._parquet(source)
+        else:
+            with open(source, "rb") as handle:
+                yield from self._lines(handle, source)
+
+    def _lines(self, lines: BinaryIO, name: str) -> Iterator[Query]:
+        for row, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{name}: line {row}"
+            try:
+                record = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: not UTF-8 text, byte {error.start}") from None
+            except ValueError as error:
+                raise DataError(f"{where}: not JSON: {error}") from None
+            except RecursionError:
+                raise DataError(f"{where}: the JSON is nested too deeply") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: expected {_WANTED}, got {_short(record)}")
+            yield self._query(record, row, where)
+
+    def _parquet(self, source: str) -> Iterator[Query]:
+        row = 0
+        with _parquet_file(source) as file:
+            columns = [name for name in ("user", "history") if name in file.schema_arrow.names]
+            if not columns:
+                names = ", ".join(file.schema_arrow.names) or "none"
+                raise DataError(f"{source}: no column user or history; its columns: {names}")
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield self._query(record, row, f"{source}: row {row}")
+
+    def _query(self, record: dict[str, Any], row: int, where: str) -> Query:
+        user, history = record.get("user"), record.get("history")
+        if user is not None and (isinstance(user, bool) or not isinstance(user, str | int)):
+            raise DataError(f"{where}: user must be text or a whole number, got {_short(user)}")
+        user = None if user is None else str(user)
+        if isinstance(history, list):
+            return Query(row, user, self._items(history, where))
+        if history is not None:
+            raise DataError(f"{where}: history must be a list of items, got {_short(history)}")
+        if user is None:
+            raise DataError(f"{where}: expected {_WANTED}, got {_short(record)}")
+        return Query(row, user, self._of_user(user, f"{where}: "))
+
+    def _of_user(self, user: str, where: str = "") -> npt.NDArray[np.int64]:
+        if self._rows is None:
+            self._rows = {name: row for row, name in enumerate(self.dataset.user_ids)}
+        row = self._rows.get(user)
+        if row is None:
+            raise DataError(f"{where}user {user!r} is not in {self.dataset.path}")
+        return self.dataset.sequences.row(row).astype(np.int64)
+
+    def _items(self, entries: Iterable[Any], where: str) -> npt.NDArray[np.int64]:
+        items = [_item(entry, self.dataset.num_items, where) for entry in entries]
+        return np.array(items, dtype=np.int64)
+
+
+def read_available(path: str, num_items: int) -> npt.NDArray[np.bool_]:
+    """Items that may be recommended [items], from a text file with one item number a line.
+
+    Raises:
+        DataError: a line is no item of the catalogue, or there is none at all.
+    """
+    available = np.zeros(num_items, dtype=np.bool_)
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            if line.strip():
+                text = line.decode("utf-8", errors="replace").strip()
+                available[_item(text, num_items, f"{path}: line {number}")] = True
+    if not available.any():
+        raise DataError(f"{path}: no item in it")
+    return available
+
+
+def parquet_rows(source: str) -> int:
+    """Number of rows of a Parquet file, from its footer."""
+    with _parquet_file(source) as file:
+        return int(file.metadata.num_rows)
+
+
+@contextmanager
+def _parquet_file(source: str) -> Iterator[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
+    if not Path(source).is_file():
+        raise FileNotFoundError(2, "No such file", source)
+    try:
+        with parquet.ParquetFile(source) as file:
+            yield file
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{source}: not a readable Parquet file: {error}") from None
+
+
+def _item(entry: Any, num_items: int, where: str) -> int:
+    try:
+        item = int(entry)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{where}: {_short(entry)} is not an item number") from None
+    if isinstance(entry, bool) or (isinstance(entry, float) and item != entry):
+        raise DataError(f"{where}: {entry!r} is not an item number")
+    if not 0 <= item < num_items:
+        raise DataError(f"{where}: item {item} is not in 0..{num_items - 1}")
+    return item
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
