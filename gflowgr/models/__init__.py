@@ -7,9 +7,11 @@ from .backbone import (
     output_head,
     trajectory_hidden_states,
 )
-from .gflow_model import FlowSettings, GFlowModel
+from .flow_settings import FlowSettings
+from .gflow_model import GFlowModel
 from .partition import PartitionHead
 from .prompts import prompt_tokens
+from .state_flow import StateFlow
 from .tiger import TigerConfig, build_tiger
 from .vocabulary import EOS_TOKEN, PAD_TOKEN, IdentifierVocabulary
 
@@ -21,6 +23,7 @@ __all__ = [
     "IdentifierVocabulary",
     "PartitionHead",
     "PromptState",
+    "StateFlow",
     "TigerConfig",
     "branch_hidden_states",
     "build_tiger",

@@ -1,69 +1,35 @@
-"""A generative recommender as a GFlowNet: backbone, partition head and prefix tree."""
+"""A generative recommender as a GFlowNet: backbone, flow heads and prefix tree."""
 
 from __future__ import annotations
 
 import copy
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import files
 from ..errors import DataError
-from ..ops import tb_loss, trajectory_logprobs, vargrad_log_z, vargrad_loss
+from ..ops import trajectory_logprobs
+from ..ops.flow_definitions import reduce_trajectories
+from ..rewards.fusion import RewardFusion
 from ..tree import PrefixTree
 from .backbone import encode_prompt, output_head, trajectory_hidden_states
-from .partition import PartitionHead, PartitionMode
+from .flow_settings import FlowSettings
+from .objective import Head, flow_logs, flow_start, joint_loss, supervised_loss
+from .partition import PartitionHead
+from .state_flow import StateFlow, partial_log_reward
 from .vocabulary import IdentifierVocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FlowSettings", "GFlowModel", "Objective"]
+__all__ = ["FlowSettings", "GFlowModel"]
 
-Objective = Literal["sft", "tb"]
 _FORMAT = 1
-
-
-@dataclass(frozen=True)
-class FlowSettings:
-    """What :class:`GFlowModel` computes; saved with it.
-
-    Attributes:
-        objective: ``"sft"``: next-token prediction of the positive alone; ``"tb"``: joint with
-            trajectory balance over the prompt's trajectories.
-        partition: how log Z is had: ``"learned"``, ``"scalar"`` or ``"vargrad"``.
-        gfn_weight: lambda of the joint loss ``L_GR + lambda * L_GFN``.
-        beta: exponent of the reward (``beta * log_reward``).
-        normalize: ``"vocab"``: softmax over the whole vocabulary; ``"children"``: over the children
-            of the prefix-tree node only.
-        max_history: items of a history that the prompt keeps.
-    """
-
-    objective: Objective = "sft"
-    partition: PartitionMode = "learned"
-    gfn_weight: float = 1.0
-    beta: float = 1.0
-    normalize: Literal["vocab", "children"] = "vocab"
-    max_history: int = 20
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("objective", self.objective, get_args(Objective)),
-            ("partition", self.partition, get_args(PartitionMode)),
-            ("normalize", self.normalize, ("vocab", "children")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}; got {value!r}")
-        if not (math.isfinite(self.gfn_weight) and self.gfn_weight >= 0):
-            raise ValueError(f"gfn_weight must be finite and >= 0; got {self.gfn_weight}")
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise ValueError(f"beta must be finite and > 0; got {self.beta}")
-        if self.max_history < 1:
-            raise ValueError(f"max_history must be >= 1; got {self.max_history}")
+_HEADS = ("partition", "state_flow", "fusion")
 
 
 class GFlowModel(nn.Module):
@@ -89,12 +55,19 @@ class GFlowModel(nn.Module):
         self.vocabulary = vocabulary
         self.settings = settings
         self.partition: PartitionHead | None = None
-        if settings.objective == "tb" and settings.partition != "vargrad":
-            width = int(backbone.config.d_model)
+        self.state_flow: StateFlow | None = None
+        self.fusion: RewardFusion | None = None
+        if settings.objective == "sft":
+            return
+        width = output_head(backbone)[0].shape[1]
+        self.fusion = RewardFusion(len(settings.signals), settings.fusion)
+        if settings.objective in ("db", "subtb"):
+            self.state_flow = StateFlow(width, tree.max_length)
+        elif settings.partition != "vargrad":
             self.partition = PartitionHead(width, settings.partition)
 
     def with_settings(self, **changes: Any) -> GFlowModel:
-        """A deep copy with a fresh partition head, to fine-tune from here.
+        """A deep copy with fresh flow heads, to fine-tune from here.
 
         Args:
             **changes: fields of :class:`FlowSettings` that differ from this model's.
@@ -119,76 +92,183 @@ class GFlowModel(nn.Module):
         tokens: Tensor,
         mask: Tensor | None = None,
         log_reward: Tensor | None = None,
+        *,
+        signals: Tensor | None = None,
+        log_proposal: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The joint objective (GFlowGR, eq. of the joint loss).
+        """The joint objective (GFlowGR, eq. of the joint loss), through the fused losses.
 
         Args:
             input_ids: prompts [B, S].
             attention_mask: 1 for real prompt tokens [B, S].
             tokens: trajectories [B, N, L]; n = 0 is the observed positive.
             mask: true for real tokens [B, N, L].
-            log_reward: log R [B, N]; needed by the ``"tb"`` objective.
+            log_reward: log R [B, N]; the flow objectives need it or ``signals``.
+            signals: the reward's signals [B, N, K], >= 0, in the order of ``settings.signals``, for
+                the model's fusion.
+            log_proposal: log-probability with which a sampler drew each trajectory [B, N]; NaN for
+                those that were not drawn, the positive among them. Read if
+                ``settings.importance_clip`` is set.
 
         Returns:
             ``loss``, ``loss_gr`` (token-summed negative log-likelihood of the positive, mean over
-            prompts); for ``"tb"`` also ``loss_gfn``, ``log_z`` and ``log_z_group`` (means over
-            prompts, detached).
+            prompts, their sum for the reduction "sum"). For the flow objectives also, detached:
+            ``loss_gfn``; ``log_z`` and the group estimate ``log_z_group``, means over prompts, and
+            ``log_z_gap_rms``, the root mean square of their difference; ``loss_fusion`` (how far a
+            learned fusion is from the sum) and ``importance`` (mean weight) where there is one.
+
+        Raises:
+            ValueError: neither or both of ``log_reward`` and ``signals``, or no ``log_proposal``
+                where the settings ask for importance weights; or what the fused losses refuse.
         """
-        if self.settings.objective == "sft":
+        settings = self.settings
+        if settings.objective == "sft":
             tokens = tokens[:, :1]
             mask = None if mask is None else mask[:, :1]
-        pooled, log_pf = self.log_pf(input_ids, attention_mask, tokens, mask)
-        loss_gr = -log_pf[:, 0].sum(-1).mean()
-        if self.settings.objective == "sft":
-            return {"loss": loss_gr, "loss_gr": loss_gr.detach()}
-        if log_reward is None:
-            raise ValueError("log_reward is required by the objective 'tb'")
-        beta = self.settings.beta
-        group = vargrad_log_z(log_pf.detach(), log_reward, mask=mask, beta=beta)
-        if self.partition is None:
-            log_z = group
-            loss_gfn = vargrad_loss(log_pf, log_reward, mask=mask, beta=beta)
-        else:
-            log_z = self.partition(pooled)
-            loss_gfn = tb_loss(log_pf, log_reward, log_z, mask=mask, beta=beta)
-        return {
-            "loss": loss_gr + self.settings.gfn_weight * loss_gfn,
-            "loss_gr": loss_gr.detach(),
-            "loss_gfn": loss_gfn.detach(),
-            "log_z": log_z.detach().mean(),
-            "log_z_group": group.mean(),
-        }
+            hidden, _ = self._states(input_ids, attention_mask, tokens, mask)
+            loss = supervised_loss(settings, self._head(), hidden, tokens, mask)
+            return {"loss": loss, "loss_gr": loss.detach()}
+        if mask is None:
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+        log_reward = self._log_reward(log_reward, signals)
+        hidden, pooled = self._states(input_ids, attention_mask, tokens, mask)
+        target = self._target(hidden, pooled, tokens, mask)
+        loss, log_pf, weights = joint_loss(
+            settings, self._head(), hidden, tokens, mask, log_reward, target, log_proposal
+        )
+        logs = flow_logs(settings, log_pf, log_reward, target, mask)
+        valid = mask.any(-1)
+        if weights is not None:
+            logs["importance"] = weights.masked_fill(~valid, 0.0).sum() / valid.sum()
+        if signals is not None and self.fusion is not None and self.fusion.learned:
+            departure = self.fusion.departure(signals, log_reward).masked_fill(~valid, 0.0)
+            anchor = reduce_trajectories(departure, valid, settings.reduction)
+            loss = loss + settings.gfn_weight * settings.fusion_anchor * anchor
+            logs["loss_fusion"] = anchor.detach()
+            if self.fusion.mode == "weighted":
+                weights = self.fusion.weights().detach()
+                logs |= {f"fusion/{n}": w for n, w in zip(settings.signals, weights, strict=True)}
+        return {"loss": loss, **logs}
 
     def log_pf(
         self, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Pooled prompt states [B, d] and forward log-probabilities [B, N, L] of trajectories."""
+        hidden, pooled = self._states(input_ids, attention_mask, tokens, mask)
+        return pooled, trajectory_logprobs(hidden, tokens=tokens, mask=mask, **self._head())
+
+    @torch.no_grad()
+    def log_probs(self, flow: dict[str, Tensor]) -> Tensor:
+        """log P(trajectory | prompt) [B, N] of the inputs of :meth:`forward`, without dropout."""
+        was_training = self.training
+        self.eval()
+        names = ("input_ids", "attention_mask", "tokens", "mask")
+        _, log_pf = self.log_pf(*(flow[name] for name in names))
+        self.train(was_training)
+        return log_pf.sum(-1)
+
+    # ---- parts of the objective ----
+
+    def _states(
+        self, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """States [B, N, L, d] that predict the tokens, and pooled prompt states [B, d]."""
         prompt = encode_prompt(self.backbone, input_ids, attention_mask)
-        hidden = trajectory_hidden_states(self.backbone, prompt, tokens, mask)
+        return trajectory_hidden_states(self.backbone, prompt, tokens, mask), prompt.pooled()
+
+    def _head(self) -> Head:
+        """The output head, as the ops take it."""
         weight, bias = output_head(self.backbone)
         tree = None
-        if self.settings.normalize == "children":
+        if self.settings.normalize != "vocab":
             self._place_tree()
             tree = self.tree
-        log_pf = trajectory_logprobs(hidden, weight, tokens, bias=bias, tree=tree, mask=mask)
-        return prompt.pooled(), log_pf
+        return {
+            "weight": weight,
+            "bias": bias,
+            "tree": tree,
+            "normalize": self.settings.normalize,
+        }
+
+    def _log_reward(self, log_reward: Tensor | None, signals: Tensor | None) -> Tensor:
+        if (log_reward is None) == (signals is None):
+            raise ValueError(
+                f"log_reward or signals is required by the objective {self.settings.objective!r}, "
+                f"and one of them only; got {'neither' if signals is None else 'both'}"
+            )
+        if signals is None:
+            return cast(Tensor, log_reward)
+        assert self.fusion is not None
+        return cast(Tensor, self.fusion(signals))
+
+    def _target(
+        self, hidden: Tensor, pooled: Tensor, tokens: Tensor, mask: Tensor
+    ) -> Tensor | None:
+        """What the flow is balanced against: log Z [B], log F [B, N, L], or nothing for VarGrad."""
+        if self.partition is not None:
+            return cast(Tensor, self.partition(pooled))
+        if self.state_flow is None:
+            return None
+        log_flow: Tensor = self.state_flow(hidden)
+        if self.settings.forward_looking:
+            log_flow = log_flow + partial_log_reward(tokens, mask, self.settings.beta)
+        return log_flow
+
+    # ---- where the flow starts ----
+
+    @property
+    def flow_started(self) -> bool:
+        """Whether log Z or log F has its start, or needs none."""
+        head = self.partition or self.state_flow
+        return head is None or bool(head.initialised)
+
+    @torch.no_grad()
+    def estimate_flow(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        log_reward: Tensor | None = None,
+        *,
+        signals: Tensor | None = None,
+        log_proposal: Tensor | None = None,
+    ) -> Tensor:
+        """A start for :meth:`start_flow` from a batch [L], see
+        :func:`gflowgr.models.objective.flow_start`; arguments as those of :meth:`forward`."""
+        was_training = self.training
+        self.eval()
+        _, log_pf = self.log_pf(input_ids, attention_mask, tokens, mask)
+        self.train(was_training)
+        log_reward = self._log_reward(log_reward, signals)
+        return flow_start(self.settings, log_pf, log_reward, tokens, mask)
+
+    def start_flow(self, log_flow: Tensor) -> None:
+        """Start log Z, or log F, at ``log_flow`` [L] for all prompts; see :meth:`estimate_flow`."""
+        if self.partition is not None:
+            self.partition.initialise(log_flow[0])
+        elif self.state_flow is not None:
+            self.state_flow.initialise(log_flow)
 
     def _place_tree(self) -> None:
         if self.tree.device != self.device:
             self.tree = self.tree.to(self.device)
 
+    # ---- checkpoints ----
+
     def save_pretrained(self, folder: Path | str) -> None:
-        """Save an ordinary ``transformers`` checkpoint, ``tree.safetensors``, the partition head
-        (``partition.safetensors``) and ``gflowgr.json``."""
+        """Save an ordinary ``transformers`` checkpoint, ``tree.safetensors``, the flow heads and
+        the learned fusion (``heads.safetensors``) and ``gflowgr.json``."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.save_pretrained(folder)
         self.tree.save(folder / "tree.safetensors")
-        if self.partition is not None:
-            with files.atomic_path(folder / "partition.safetensors") as path:
-                save_file({k: v.contiguous() for k, v in self.partition.state_dict().items()}, path)
+        heads = self._head_state()
+        if heads:
+            with files.atomic_path(folder / "heads.safetensors") as path:
+                save_file({name: value.contiguous() for name, value in heads.items()}, path)
         files.write_json(
             folder / "gflowgr.json",
             {
@@ -200,12 +280,30 @@ class GFlowModel(nn.Module):
 
     def load_weights(self, folder: Path | str) -> None:
         """Load the weights that :meth:`save_pretrained` wrote into this model, in place."""
-        from safetensors.torch import load_file
-
         backbone = type(self.backbone).from_pretrained(folder)
         self.backbone.load_state_dict(backbone.state_dict())
-        if self.partition is not None:
-            self.partition.load_state_dict(load_file(Path(folder) / "partition.safetensors"))
+        self._load_heads(Path(folder))
+
+    def _head_state(self) -> dict[str, Tensor]:
+        """Weights of everything beside the backbone, by their names in this model."""
+        state: dict[str, Tensor] = {}
+        for name in _HEADS:
+            module: nn.Module | None = getattr(self, name)
+            if module is not None:
+                state |= module.state_dict(prefix=f"{name}.")
+        return state
+
+    def _load_heads(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        mine = self._head_state()
+        if not mine:
+            return
+        saved = load_file(folder / "heads.safetensors")
+        if saved.keys() != mine.keys():
+            different = sorted(saved.keys() ^ mine.keys())
+            raise RuntimeError(f"heads.safetensors and the settings disagree on {different}")
+        self.load_state_dict(saved, strict=False)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> GFlowModel:
@@ -215,7 +313,6 @@ class GFlowModel(nn.Module):
             DataError: the folder is not a gflowgr checkpoint, of an unknown format, or damaged.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
         from transformers import AutoModelForSeq2SeqLM
 
         folder = Path(folder)
@@ -234,8 +331,7 @@ class GFlowModel(nn.Module):
             backbone = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True)
             tree = PrefixTree.load(folder / "tree.safetensors")
             model = cls(backbone, tree, vocabulary, settings)
-            if model.partition is not None:
-                model.partition.load_state_dict(load_file(folder / "partition.safetensors"))
+            model._load_heads(folder)
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise DataError(f"{folder}: incomplete or damaged checkpoint: {reason}") from error

@@ -45,10 +45,11 @@ class PartitionHead(nn.Module):
             )
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """log Z [B] in float32 from the pooled prompt states [B, d]."""
-        log_z = self.constant.float().expand(pooled.shape[0])
+        """log Z [B], in float32 or wider, from the pooled prompt states [B, d]."""
+        wide = torch.promote_types(self.constant.dtype, torch.float32)
+        log_z = self.constant.to(wide).expand(pooled.shape[0])
         if self.mlp is not None:
-            log_z = log_z + self.mlp(pooled).squeeze(-1).float()
+            log_z = log_z + self.mlp(pooled).squeeze(-1).to(wide)
         return log_z
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from ..decoding import GenerativeRecommender
 from ..evaluation import Evaluation, Recommender, ScoringRecommender, evaluate
 from ..models.gflow_model import FlowSettings, GFlowModel
 from ..models.tiger import build_tiger
-from ..rewards import BehaviourAwareReward
+from ..rewards import make_signals
 from .claim import claim_configuration, claim_data, digest_of
 from .config import CollaborativeConfig, ConfigError, RunConfig, training_arguments
 from .prepare import (
@@ -146,11 +146,14 @@ def _silent(text: str) -> None:
 
 def _check_reward(config: RunConfig, split: LeaveOneOut) -> None:
     """Find a missing reward now and not after hours of supervised training."""
-    values = config.finetune.get("behaviour_values")
     try:
-        BehaviourAwareReward(values, split.dataset.behaviour_names)
+        make_signals(
+            config.flow.signals,
+            behaviour_values=config.finetune.get("behaviour_values"),
+            behaviour_names=split.dataset.behaviour_names,
+        )
     except ValueError as error:
-        raise ConfigError(f"finetune.behaviour_values: {error}") from error
+        raise ConfigError(f"flow.signals, finetune.behaviour_values: {error}") from error
 
 
 def _collaborative_stage(

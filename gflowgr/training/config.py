@@ -15,8 +15,8 @@ __all__ = ["GFlowGRConfig"]
 class GFlowGRConfig(TrainingArguments):
     """``transformers.TrainingArguments`` and what GFlowGR adds to them.
 
-    The objective itself (TB or SFT, its weight, the mode of log Z) belongs to the model:
-    :class:`gflowgr.models.FlowSettings`.
+    The objective itself (its kind and weight, the mode of log Z, the reward's signals and their
+    fusion) belongs to the model: :class:`gflowgr.models.FlowSettings`.
     """
 
     # Defaults of TrainingArguments that are different here.
@@ -60,8 +60,14 @@ class GFlowGRConfig(TrainingArguments):
             "help": "r_a of each behaviour; default: purchase 10, cart 3, click 1, stars up to 10."
         },
     )
+    default_behaviour_value: float = field(
+        default=10.0, metadata={"help": "r_a of an observed item whose behaviour is not recorded."}
+    )
     partition_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Learning rate of the partition head (log Z)."}
+        default=1e-2, metadata={"help": "Learning rate of log Z, and of log F."}
+    )
+    fusion_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of a learned fusion of reward signals."}
     )
     early_stopping_patience: int | None = field(
         default=None,
@@ -70,6 +76,12 @@ class GFlowGRConfig(TrainingArguments):
     eval_beams: int = field(default=20, metadata={"help": "Beams of the evaluation."})
     eval_max_users: int | None = field(
         default=None, metadata={"help": "Evaluate on this many users (a fixed random subset)."}
+    )
+    eval_calibration_users: int = field(
+        default=0,
+        metadata={
+            "help": "Evaluations compare P and R over the catalogue for this many users (0: none)."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -88,9 +100,12 @@ class GFlowGRConfig(TrainingArguments):
                 raise ValueError(f"{name} must be >= 1; got {value}")
         if self.sampler not in ("curriculum", "random"):
             raise ValueError(f"sampler must be 'curriculum' or 'random'; got {self.sampler!r}")
-        if not self.partition_learning_rate > 0:
+        for name in ("partition_learning_rate", "fusion_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0; got {getattr(self, name)}")
+        if self.eval_calibration_users < 0:
             raise ValueError(
-                f"partition_learning_rate must be > 0; got {self.partition_learning_rate}"
+                f"eval_calibration_users must be >= 0; got {self.eval_calibration_users}"
             )
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError("early_stopping_patience needs eval_strategy 'steps' or 'epoch'")

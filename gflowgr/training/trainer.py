@@ -18,31 +18,26 @@ from ..data import LeaveOneOut
 from ..decoding import GenerativeRecommender
 from ..evaluation import evaluate
 from ..models.gflow_model import GFlowModel
-from ..ops import vargrad_log_z
-from ..rewards import BehaviourAwareReward
-from ..trajectories import (
-    CandidatePool,
-    CurriculumSampler,
-    RandomSampler,
-    SampleRequest,
-    TrajectorySampler,
-)
 from .batches import LengthBucketSampler, PromptCollator
+from .calibrating import catalogue_calibration
 from .callbacks import EpochOrder, LogBeforeSaving
 from .checkpoints import last_complete_checkpoint, named_write_errors, whole_or_nothing
 from .config import GFlowGRConfig
+from .flow_inputs import FlowInputs
 
 __all__ = ["GFlowGRTrainer"]
 
 
 class GFlowGRTrainer(Trainer):
-    """Trains a :class:`~gflowgr.models.GFlowModel` by SFT or by joint SFT + trajectory balance.
+    """Trains a :class:`~gflowgr.models.GFlowModel` by SFT or by a joint SFT + flow objective.
 
     Everything of ``transformers.Trainer`` works as usual (resume, early stopping, accumulation,
-    AMP, ``accelerate launch``). Beside the loss it logs ``loss_gr``, ``loss_gfn``, ``log_z`` and
-    its group estimate ``log_z_group``, the mean of each reward component (``reward/...``; of
-    positives and of augmented items apart), quantiles of the sampled items' difficulty,
-    ``seconds`` of training (without evaluation) since the last entry, and tokens per second.
+    AMP, ``accelerate launch``), but for ``nn.DataParallel``: one process has one device. Beside the
+    loss it logs what the model returns (``loss_gr``, ``loss_gfn``; ``log_z``, its group estimate
+    ``log_z_group`` and their distance ``log_z_gap_rms``), the mean of each reward signal
+    (``reward/...``; ``reward_augmented/...``: of augmented items), quantiles of the sampled items'
+    difficulty, ``seconds`` of training (without evaluation) since the last entry, and tokens per
+    second.
 
     Args:
         model: backbone, tree and settings.
@@ -52,8 +47,9 @@ class GFlowGRTrainer(Trainer):
         callbacks: further callbacks.
 
     Raises:
-        ValueError: the curriculum is asked for without a collaborative model, or the collaborative
-            model or the tree has another number of items than the data.
+        ValueError: the curriculum is asked for without a collaborative model, the collaborative
+            model or the tree has another number of items than the data, a reward cannot be made, or
+            several GPUs are visible to this one process.
     """
 
     model: GFlowModel
@@ -68,6 +64,12 @@ class GFlowGRTrainer(Trainer):
         collaborative: CollaborativeModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel; "
+                "start one process per GPU with torchrun or accelerate launch, or show one GPU "
+                "with CUDA_VISIBLE_DEVICES=0"
+            )
         num_items = split.dataset.num_items
         for name, other in (("tree", model.tree), ("collaborative", collaborative)):
             if other is not None and other.num_items != num_items:
@@ -78,17 +80,11 @@ class GFlowGRTrainer(Trainer):
         self.collaborative = collaborative
         if isinstance(collaborative, nn.Module):
             collaborative.to(args.device).eval().requires_grad_(False)
-        item_tokens = model.item_tokens().cpu()
-        self._item_tokens = item_tokens.to(args.device)
+        self._flow_inputs = FlowInputs(model, args, split, collaborative)
+        item_tokens = self._flow_inputs.item_tokens.cpu()
         lengths = split.train.lengths
         self._order = LengthBucketSampler(lengths, args.train_batch_size, seed=args.seed)
-        self._sampler: TrajectorySampler | None = None
-        self._reward: BehaviourAwareReward | None = None
-        if model.settings.objective != "sft":
-            self._sampler = self._make_sampler(model, args)
-            names = split.dataset.behaviour_names
-            self._reward = BehaviourAwareReward(args.behaviour_values, names)
-        self._partition_ready = False
+        self._flow_started = False
         self._logged: dict[str, list[Tensor]] = {}
         self._logged_tokens: Tensor | int = 0
         self._logged_since = time.perf_counter()
@@ -168,86 +164,25 @@ class GFlowGRTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Sample trajectories, reward them, and compute the model's objective."""
-        flow = self._flow_inputs(inputs)
         plain = self.accelerator.unwrap_model(model)
-        if not self._partition_ready:
+        flow, logs = self._flow_inputs(
+            inputs,
+            epoch=int(self.state.epoch or 0),
+            progress=self.state.global_step / max(1, self.state.max_steps),
+            log_probs=plain.log_probs,
+        )
+        if not self._flow_started:
             # Once: reading the flag from the device would make every step wait for it.
-            self._partition_ready = True
-            if plain.partition is not None and not bool(plain.partition.initialised):
-                self._initialise_partition(plain, flow)
+            self._flow_started = True
+            if not plain.flow_started:
+                start = plain.estimate_flow(**flow)
+                plain.start_flow(self.accelerator.reduce(start, reduction="mean"))
         output = model(**flow)
-        self._remember({k: v for k, v in output.items() if k != "loss"})
+        self._remember(logs | {k: v for k, v in output.items() if k != "loss"})
         # Summed on the device: reading the number here would make every step wait for it.
         seen = flow["attention_mask"].sum() + flow["mask"].sum()
         self._logged_tokens = self._logged_tokens + seen
         return (output["loss"], output) if return_outputs else output["loss"]
-
-    def _flow_inputs(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The model's inputs: prompts, trajectories and their log-rewards."""
-        device = inputs["input_ids"].device
-        targets: Tensor = inputs["target"]
-        items = targets[:, None]
-        scores = None
-        if self._sampler is not None:
-            if self.collaborative is not None:
-                with torch.no_grad():
-                    scores = self.collaborative.score(inputs["histories"], None).to(device)
-            request = SampleRequest(
-                examples=inputs["example"].cpu().numpy(),
-                users=inputs["user"].cpu().numpy(),
-                targets=targets.cpu().numpy(),
-                epoch=int(self.state.epoch or 0),
-                progress=self.state.global_step / max(1, self.state.max_steps),
-                scores=scores,
-            )
-            chosen = self._sampler.sample(request)
-            items = torch.from_numpy(chosen.items).to(device)
-            self._remember_difficulty(chosen.difficulty)
-        tokens = self._item_tokens[items.clamp_min(0)]
-        mask = (tokens >= 0) & (items >= 0).unsqueeze(-1)
-        tokens = tokens.masked_fill(~mask, 0)
-        flow = {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "tokens": tokens,
-            "mask": mask,
-        }
-        if self._reward is not None:
-            reward = self._reward(tokens, mask, inputs["behaviour"], items, scores)
-            flow["log_reward"] = reward.log_reward
-            present = (items[:, 1:] >= 0).float()
-            for name, part in reward.parts.items():
-                self._remember({f"reward/{name}": part[:, 0].mean()})
-                if items.shape[1] > 1:
-                    mean = (part[:, 1:] * present).sum() / present.sum().clamp_min(1.0)
-                    self._remember({f"reward_augmented/{name}": mean})
-        return flow
-
-    @torch.no_grad()
-    def _initialise_partition(self, model: GFlowModel, flow: dict[str, Tensor]) -> None:
-        """Start log Z at the first batch's group estimate: the first residuals are small."""
-        assert model.partition is not None
-        was_training = model.training
-        model.eval()
-        _, log_pf = model.log_pf(
-            flow["input_ids"], flow["attention_mask"], flow["tokens"], flow["mask"]
-        )
-        model.train(was_training)
-        group = vargrad_log_z(
-            log_pf, flow["log_reward"], mask=flow["mask"], beta=model.settings.beta
-        )
-        model.partition.initialise(self.accelerator.reduce(group.mean(), reduction="mean"))
-
-    def _make_sampler(self, model: GFlowModel, args: GFlowGRConfig) -> TrajectorySampler:
-        leaf_of = model.tree.leaf_of(torch.arange(model.tree.num_items, device=model.tree.device))
-        pool = CandidatePool(self.split.known, leaf_of.cpu().numpy(), args.seed)
-        if args.sampler == "random":
-            return RandomSampler(pool, args.num_trajectories)
-        if self.collaborative is None:
-            raise ValueError(
-                "sampler='curriculum' needs a collaborative model; pass one, or sampler='random'"
-            )
-        return CurriculumSampler(pool, args.num_trajectories, args.pool_size)
 
     # ---- data order, optimiser ----
 
@@ -255,27 +190,24 @@ class GFlowGRTrainer(Trainer):
         return self._order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with the partition head in a group of its own, at 10-100 times the rate."""
+        """AdamW with log Z or log F, and a learned fusion, in groups of their own rates."""
         if self.optimizer is None:
             model = self.model if model is None else model
+            args = self.args
             decayed = set(self.get_decay_parameter_names(model))
             groups: dict[str, dict[str, Any]] = {
-                "decayed": {"params": [], "weight_decay": self.args.weight_decay},
+                "decayed": {"params": [], "weight_decay": args.weight_decay},
                 "others": {"params": [], "weight_decay": 0.0},
-                "partition": {
-                    "params": [],
-                    "weight_decay": 0.0,
-                    "lr": self.args.partition_learning_rate,
-                },
+                "flow": {"params": [], "weight_decay": 0.0, "lr": args.partition_learning_rate},
+                "fusion": {"params": [], "weight_decay": 0.0, "lr": args.fusion_learning_rate},
             }
+            group_of = {"partition": "flow", "state_flow": "flow", "fusion": "fusion"}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    if "partition." in name:
-                        group = "partition"
-                    else:
-                        group = "decayed" if name in decayed else "others"
+                    part = name.removeprefix("module.").partition(".")[0]
+                    group = group_of.get(part, "decayed" if name in decayed else "others")
                     groups[group]["params"].append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args)
             present = [group for group in groups.values() if group["params"]]
             self.optimizer = optimizer_class(present, **options)
         return self.optimizer
@@ -285,12 +217,6 @@ class GFlowGRTrainer(Trainer):
     def _remember(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self._logged.setdefault(name, []).append(value.detach().float())
-
-    def _remember_difficulty(self, difficulty: Tensor | None) -> None:
-        if difficulty is not None and not bool(difficulty.isnan().all()):
-            for percent in (10, 50, 90):
-                quantile = difficulty.float().nanquantile(percent / 100)
-                self._remember({f"difficulty/q{percent}": quantile})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averages since the last log.
@@ -328,7 +254,11 @@ class GFlowGRTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Rank the whole catalogue for the split's validation users by constrained beam search."""
+        """Rank the whole catalogue for the split's validation users by constrained beam search.
+
+        With ``eval_calibration_users`` also how close the generator's flow is to the reward, see
+        :func:`~gflowgr.training.calibrating.catalogue_calibration`.
+        """
         began = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         result = evaluate(
@@ -341,6 +271,11 @@ class GFlowGRTrainer(Trainer):
             progress=False,
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
+        if self.args.eval_calibration_users and self._flow_inputs.reward is not None:
+            calibration = catalogue_calibration(
+                model, self._flow_inputs.reward, self.split, self.collaborative, self.args
+            )
+            metrics |= {f"{metric_key_prefix}_{name}": v for name, v in calibration.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

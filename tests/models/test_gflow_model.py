@@ -60,7 +60,7 @@ def expected_loss(model: GFlowModel, inputs: dict[str, Tensor]) -> dict[str, flo
 
 @pytest.mark.parametrize("partition", ["learned", "scalar", "vargrad"])
 @pytest.mark.parametrize("normalize", ["vocab", "children"])
-@pytest.mark.parametrize(("beta", "gfn_weight"), [(1.0, 1.0), (0.5, 0.1), (2.0, 0.0)])
+@pytest.mark.parametrize(("beta", "gfn_weight"), [(1.0, 1.0), (0.5, 0.1), (2.0, 10.0)])
 def test_joint_loss(partition: str, normalize: str, beta: float, gfn_weight: float) -> None:
     model = make_model(
         partition=partition, normalize=normalize, beta=beta, gfn_weight=gfn_weight
@@ -113,8 +113,11 @@ def test_tb_needs_rewards() -> None:
     model = make_model()
     inputs = make_inputs(model)
     del inputs["log_reward"]
-    with pytest.raises(ValueError, match="log_reward is required by the objective 'tb'"):
+    with pytest.raises(ValueError, match=r"log_reward or signals is required by .* 'tb'.*neither"):
         model(**inputs)
+    both = {"log_reward": torch.zeros(3, 4), "signals": torch.ones(3, 4, 3)}
+    with pytest.raises(ValueError, match="one of them only; got both"):
+        model(**inputs, **both)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +127,25 @@ def test_tb_needs_rewards() -> None:
         ({"partition": "none"}, "partition must be one of"),
         ({"normalize": "all"}, "normalize must be one of"),
         ({"beta": -1.0}, "beta must be finite and > 0; got -1.0"),
-        ({"gfn_weight": math.nan}, "gfn_weight must be finite and >= 0; got nan"),
+        ({"gfn_weight": math.nan}, "gfn_weight must be finite and > 0; got nan"),
         ({"max_history": 0}, "max_history must be >= 1; got 0"),
+        (
+            {"gfn_weight": 0.0},
+            "gfn_weight must be finite and > 0; got 0.0; for no flow loss: .*sft",
+        ),
+        ({"subtb_lambda": 0.0}, "subtb_lambda must be finite and > 0; got 0.0"),
+        ({"importance_clip": -1.0}, "importance_clip must be finite and > 0; got -1.0"),
+        ({"log_reward_floor": -math.inf}, "log_reward_floor must be finite; got -inf"),
+        ({"reduction": "none"}, "reduction must be one of"),
+        ({"fusion": "max"}, "fusion must be one of"),
+        ({"fusion_anchor": -1.0}, "fusion_anchor must be finite and >= 0; got -1.0"),
+        ({"signals": []}, "signals must be a list of names"),
+        ({"signals": ["r_b"]}, "'r_b' is neither one of"),
+        ({"objective": "tb", "forward_looking": True}, "forward_looking needs objective 'db'"),
+        (
+            {"objective": "db", "forward_looking": True, "signals": ["r_a"]},
+            "forward_looking needs the signal 'r_sim'",
+        ),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
@@ -139,7 +159,7 @@ def test_other_settings_start_from_equal_but_independent_weights() -> None:
     before = start(**inputs)["loss"].detach()
     other = start.with_settings(objective="tb").eval()
     assert isinstance(other.partition, PartitionHead)
-    assert float(other(**inputs)["loss_gr"]) == float(before)
+    assert other(**inputs)["loss_gr"].item() == pytest.approx(float(before), rel=1e-6)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(1.0)
@@ -149,24 +169,39 @@ def test_other_settings_start_from_equal_but_independent_weights() -> None:
 # ---- checkpoints ----
 
 
-@pytest.mark.parametrize("partition", ["learned", "scalar", "vargrad"])
-def test_saved_model_is_the_same_model(partition: str, tmp_path: Path) -> None:
-    model = make_model(partition=partition, beta=0.7, normalize="children").eval()
-    if model.partition is not None:
-        torch.nn.init.normal_(model.partition.constant)
-        model.partition.initialised.fill_(True)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"partition": "learned"},
+        {"partition": "scalar"},
+        {"partition": "vargrad"},
+        {"objective": "db", "forward_looking": True, "fusion": "weighted"},
+        {"objective": "subtb", "fusion": "mlp", "signals": ["r_a", "r_sim", "my.module:Signal"]},
+    ],
+    ids=["learned", "scalar", "vargrad", "db", "subtb"],
+)
+def test_saved_model_is_the_same_model(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"beta": 0.7, "normalize": "children", **settings}
+    model = make_model(**settings).eval()
+    for name, parameter in model.named_parameters():
+        if not name.startswith("backbone."):
+            torch.nn.init.normal_(parameter)
+    if not model.flow_started:
+        model.start_flow(torch.randn(4))
     model.save_pretrained(tmp_path)
     loaded = GFlowModel.from_pretrained(tmp_path).eval()
     assert loaded.settings == model.settings
     assert loaded.vocabulary == model.vocabulary
     assert torch.equal(loaded.item_tokens(), model.item_tokens())
     inputs = make_inputs(model)
+    if model.fusion is not None and model.fusion.learned:
+        del inputs["log_reward"]
+        inputs["signals"] = torch.rand(3, 4, len(model.settings.signals))
     for name, value in model(**inputs).items():
         assert torch.equal(loaded(**inputs)[name], value), name
-    if loaded.partition is not None:
-        assert bool(loaded.partition.initialised)
+    assert loaded.flow_started
     # And in place, into a model that had other weights.
-    other = make_model(partition=partition, beta=0.7, normalize="children", seed=1).eval()
+    other = make_model(**settings, seed=1).eval()
     assert not torch.equal(other(**inputs)["loss"], model(**inputs)["loss"])
     other.load_weights(tmp_path)
     assert torch.equal(other(**inputs)["loss"], model(**inputs)["loss"])
@@ -215,8 +250,8 @@ def _truncated_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
 
 
-def _without_partition(folder: Path) -> None:
-    (folder / "partition.safetensors").unlink()
+def _without_heads(folder: Path) -> None:
+    (folder / "heads.safetensors").unlink()
 
 
 def _without_tree(folder: Path) -> None:
@@ -232,7 +267,7 @@ def _without_tree(folder: Path) -> None:
         (_truncated_description, "not valid JSON"),
         (_without_weights, "incomplete or damaged"),
         (_truncated_weights, "incomplete or damaged"),
-        (_without_partition, "incomplete or damaged"),
+        (_without_heads, "incomplete or damaged"),
         (_without_tree, "incomplete or damaged"),
     ],
 )

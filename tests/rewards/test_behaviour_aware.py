@@ -1,28 +1,46 @@
-"""R = r_a + r_yhat + r_sim, component by component."""
+"""R = fuse(r_a, r_yhat, r_sim), signal by signal."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from gflowgr.rewards import BehaviourAwareReward, default_behaviour_values
+from gflowgr.rewards import (
+    BehaviourAwareReward,
+    SignalContext,
+    default_behaviour_values,
+    make_signals,
+)
 
-TOKENS = torch.tensor([[[2, 5, 9], [2, 5, 8], [3, 6, 9], [0, 0, 0]]])
 ITEMS = torch.tensor([[0, 1, 2, -1]])
-MASK = torch.tensor([[[True] * 3, [True] * 3, [True] * 3, [False] * 3]])
+CONTEXT = SignalContext(
+    tokens=torch.tensor([[[2, 5, 9], [2, 5, 8], [3, 6, 9], [0, 0, 0]]]),
+    mask=torch.tensor([[[True] * 3, [True] * 3, [True] * 3, [False] * 3]]),
+    items=ITEMS,
+    behaviours=torch.tensor([[1, -2, -2, -2]]),
+    scores=torch.tensor([[2.0, 0.0, -2.0, 0.0]]),
+    log_probs=lambda: torch.tensor([[-3.0, -6.0, -9.0, 0.0]]),
+)
+NAMES = ("click", "purchase")
 
 
-def reward(scores: torch.Tensor | None, behaviour: int = 1) -> tuple[torch.Tensor, dict]:
-    compute = BehaviourAwareReward({"click": 1.0, "purchase": 10.0}, ("click", "purchase"))
-    out = compute(TOKENS, MASK, torch.tensor([behaviour]), ITEMS, scores)
+def reward(*signals: str, **changes: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    made = make_signals(
+        signals or ["r_a", "r_yhat", "r_sim"],
+        behaviour_values={"click": 1.0, "purchase": 10.0},
+        behaviour_names=NAMES,
+        default_value=7.0,
+    )
+    out = BehaviourAwareReward(made)(dataclasses.replace(CONTEXT, **changes))
     return out.log_reward, out.parts
 
 
 def test_components_and_their_sum() -> None:
-    scores = torch.tensor([[2.0, 0.0, -2.0, 0.0]])
-    log_reward, parts = reward(scores)
+    log_reward, parts = reward()
     assert parts["r_a"].tolist() == [[10.0, 0.0, 0.0, 0.0]]
     assert parts["r_sim"].tolist() == [[3.0, 2.0, 1.0, 0.0]]
     z = math.sqrt(2)  # scores have mean 0 and standard deviation sqrt(2)
@@ -34,32 +52,107 @@ def test_components_and_their_sum() -> None:
     assert log_reward[0, 3] == 0
 
 
-@pytest.mark.parametrize(("behaviour", "value"), [(0, 1.0), (1, 10.0), (-1, 10.0)])
-def test_the_behaviour_decides_r_a(behaviour: int, value: float) -> None:
-    _, parts = reward(None, behaviour)
-    assert parts["r_a"][0, 0] == value
+@pytest.mark.parametrize(
+    ("behaviours", "values"),
+    [
+        ([0, -2, -2, -2], [1.0, 0.0, 0.0, 0.0]),  # augmented items are worth nothing
+        ([1, 0, 1, -2], [10.0, 1.0, 10.0, 0.0]),  # others of the user's log have theirs
+        ([-1, -2, -1, -2], [7.0, 0.0, 7.0, 0.0]),  # not recorded: the default value
+    ],
+)
+def test_behaviours_decide_r_a(behaviours: list[int], values: list[float]) -> None:
+    _, parts = reward("r_a", behaviours=torch.tensor([behaviours]))
+    assert parts["r_a"].tolist() == [values]
 
 
-def test_rewards_are_positive_without_any_signal() -> None:
-    compute = BehaviourAwareReward({}, default_value=0.0)
-    tokens = torch.tensor([[[1], [2]]])
-    out = compute(
-        tokens,
-        torch.ones_like(tokens, dtype=torch.bool),
-        torch.tensor([-1]),
-        torch.tensor([[0, 1]]),
-        torch.full((1, 2), 3.0),
+def test_generation_probability_is_per_token() -> None:
+    _, parts = reward("r_generation")
+    expected = torch.tensor([[-1.0, -2.0, -3.0]]).exp()
+    torch.testing.assert_close(parts["r_generation"][:, :3], expected)
+    with pytest.raises(ValueError, match=r"needs context\.log_probs"):
+        reward("r_generation", log_probs=None)
+
+
+@pytest.mark.parametrize("left_out", ["r_a", "r_yhat", "r_sim"])
+def test_each_signal_can_be_left_out(left_out: str) -> None:
+    kept = [name for name in ("r_a", "r_yhat", "r_sim") if name != left_out]
+    log_reward, parts = reward(*kept)
+    assert list(parts) == kept
+    total = sum(parts.values())
+    torch.testing.assert_close(log_reward[:, :2], total[:, :2].log())
+
+
+def test_rewards_are_positive_whatever_the_signals() -> None:
+    """Augmented items that share no token with the positive, without a collaborative model."""
+    log_reward, _ = reward(
+        "r_a", "r_sim", tokens=torch.tensor([[[2, 5, 9], [3, 6, 8], [3, 6, 8], [0, 0, 0]]])
     )
-    assert torch.isfinite(out.log_reward).all()
+    assert torch.isfinite(log_reward).all()
+    assert log_reward[0, 1] == pytest.approx(math.log(1e-6))
+    no_model, parts = reward("r_yhat", scores=None)
+    assert parts["r_yhat"].tolist() == [[0.0] * 4]
+    assert torch.isfinite(no_model).all()
+    constant, _ = reward("r_yhat", scores=torch.full((1, 4), 3.0))
+    assert torch.isfinite(constant).all()
+
+
+class LateItems:
+    """What a user writes for a signal of their own."""
+
+    name = "r_late"
+
+    def __call__(self, context: SignalContext) -> torch.Tensor:
+        return (context.items >= 2).float()
+
+
+class Negative(LateItems):
+    def __call__(self, context: SignalContext) -> torch.Tensor:
+        return -super().__call__(context)
+
+
+class Flat(LateItems):
+    def __call__(self, context: SignalContext) -> torch.Tensor:
+        return context.items[:, 0].float()
+
+
+class Nameless:
+    def __call__(self, context: SignalContext) -> torch.Tensor:
+        return context.items.float()
+
+
+def test_a_signal_of_ones_own() -> None:
+    log_reward, parts = reward("r_sim", f"{__name__}:LateItems")
+    assert parts["r_late"].tolist() == [[0.0, 0.0, 1.0, 0.0]]
+    torch.testing.assert_close(log_reward, torch.tensor([[3.0, 2.0, 2.0, 1.0]]).log())
+
+
+@pytest.mark.parametrize(
+    ("signals", "message"),
+    [
+        (["r_b"], r"'r_b' is neither one of \['r_a', .*\] nor 'module:Class'"),
+        (["r_a", "r_a"], "must not repeat one"),
+        (["no.such.module:X"], "cannot make 'no.such.module:X': No module named 'no'"),
+        ([f"{__name__}:Missing"], "cannot make .*Missing"),
+        ([f"{__name__}:Nameless"], "needs a `name`"),
+        ([f"{__name__}:LateItems", f"{__name__}:Negative"], "must have different names"),
+        ([f"{__name__}:Negative"], r"the signal 'r_late' is -1\.0 at \[0, 2\]; .* >= 0"),
+        ([f"{__name__}:Flat"], r"'r_late' must be \[B, N\] = \(1, 4\); got \(1,\)"),
+    ],
+)
+def test_bad_signals_are_named(signals: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reward(*signals)
 
 
 def test_bad_values_are_named() -> None:
     with pytest.raises(ValueError, match=r"behaviour_values\['click'\].*got -1"):
-        BehaviourAwareReward({"click": -1.0})
+        make_signals(["r_a"], behaviour_values={"click": -1.0})
     with pytest.raises(ValueError, match=r"no value for \['cart'\]"):
-        BehaviourAwareReward({"click": 1.0}, ("click", "cart"))
-    with pytest.raises(ValueError, match=r"scores\[0\] .* not finite"):
-        reward(torch.tensor([[1.0, torch.nan, 0.0, 0.0]]))
+        make_signals(["r_a"], behaviour_values={"click": 1.0}, behaviour_names=("click", "cart"))
+    with pytest.raises(ValueError, match=r"'r_yhat' is nan at \[0, 0\]"):
+        reward(scores=torch.tensor([[1.0, torch.nan, 0.0, 0.0]]))
+    with pytest.raises(ValueError, match="signals must be a list of names"):
+        make_signals([])
 
 
 def test_default_values_of_behaviours_and_stars() -> None:

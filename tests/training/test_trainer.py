@@ -20,6 +20,7 @@ from tiny_trainer import (
 from transformers import TrainerCallback
 
 from gflowgr.data import LeaveOneOut, generate_builtin
+from gflowgr.rewards import SignalContext
 from gflowgr.training import GFlowGRConfig, GFlowGRTrainer
 
 # ---- the objective ----
@@ -34,6 +35,7 @@ def test_logs(tmp_path: Path) -> None:
         assert entry["loss"] == pytest.approx(joint, rel=1e-5)
         assert math.isfinite(entry["log_z"])
         assert math.isfinite(entry["log_z_group"])
+        assert entry["log_z_gap_rms"] >= abs(entry["log_z"] - entry["log_z_group"]) - 1e-4
         assert 1 <= entry["reward/r_a"] <= 10
         assert entry["reward_augmented/r_a"] == 0
         assert entry["reward/r_sim"] == 4  # equal to itself at every position
@@ -86,12 +88,28 @@ def test_behaviours_reach_the_reward(tmp_path: Path) -> None:
         assert steps(trainer)[0]["reward/r_a"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("partition", ["learned", "scalar", "vargrad"])
-def test_flow_loss_falls(partition: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"partition": "learned"},
+        {"partition": "scalar"},
+        {"partition": "vargrad"},
+        {"objective": "db", "normalize": "level"},
+        {"objective": "db", "forward_looking": True},
+        {"objective": "subtb", "normalize": "children"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_flow_loss_falls(settings: dict[str, Any], tmp_path: Path) -> None:
     args = make_args(
-        tmp_path, max_steps=25, learning_rate=1e-2, sampler="random", lr_scheduler_type="constant"
+        tmp_path,
+        per_device_train_batch_size=64,
+        max_steps=25,
+        learning_rate=1e-2,
+        sampler="random",
+        lr_scheduler_type="constant",
     )
-    trainer = make_trainer(args, make_model(partition=partition, gfn_weight=1.0))
+    trainer = make_trainer(args, make_model(**settings))
     trainer.train()
     losses = [entry["loss_gfn"] for entry in steps(trainer)]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
@@ -102,7 +120,79 @@ def test_works_without_a_collaborative_model(tmp_path: Path) -> None:
     trainer.train()
     entry = steps(trainer)[0]
     assert not [name for name in entry if name.startswith("difficulty")]
-    assert entry["reward/r_yhat"] < 1e-5
+    assert entry["reward/r_yhat"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "scorer"),
+    [
+        ({"signals": ["r_yhat", "r_sim"]}, {}, True),  # r_a off
+        ({"signals": ["r_a", "r_sim"]}, {"sampler": "random"}, False),  # no collaborative model
+        ({"signals": ["r_a", "r_yhat"]}, {}, True),  # r_sim off
+        ({}, {"sampler": "random"}, True),  # no curriculum
+        ({}, {"num_trajectories": 1}, True),  # no augmented trajectories
+        ({"signals": ["r_a", "r_generation"]}, {"sampler": "random"}, False),
+    ],
+    ids=["no-r_a", "no-cm", "no-r_sim", "no-curriculum", "no-augmented", "generation"],
+)
+def test_ablations(
+    settings: dict[str, Any], options: dict[str, Any], scorer: bool, tmp_path: Path
+) -> None:
+    """Everything the paper leaves out in turn can be left out here."""
+    args = make_args(tmp_path, per_device_train_batch_size=64, max_steps=1, **options)
+    trainer = make_trainer(args, make_model(**settings), scorer=scorer)
+    trainer.train()
+    entry = steps(trainer)[0]
+    signals = settings.get("signals", ["r_a", "r_yhat", "r_sim"])
+    assert {name for name in entry if name.startswith("reward/")} == {
+        f"reward/{name}" for name in signals
+    }
+    alone = options.get("num_trajectories") == 1
+    assert [n for n in entry if n.startswith("reward_augmented")] == (
+        [] if alone else [f"reward_augmented/{name}" for name in signals]
+    )
+    if "r_generation" in signals:
+        assert 0 < entry["reward/r_generation"] < 1
+
+
+class RareItems:
+    """A signal of a user's own: the second half of the catalogue is worth 2 more."""
+
+    name = "r_rare"
+
+    def __call__(self, context: SignalContext) -> torch.Tensor:
+        return 2.0 * (context.items >= 100).float()
+
+
+def test_a_signal_of_ones_own(tmp_path: Path) -> None:
+    model = make_model(signals=["r_a", f"{__name__}:RareItems"])
+    args = make_args(tmp_path, per_device_train_batch_size=64, max_steps=1, sampler="random")
+    trainer = make_trainer(args, model)
+    trainer.train()
+    assert 0 < steps(trainer)[0]["reward_augmented/r_rare"] < 2
+
+
+@pytest.mark.parametrize("fusion", ["weighted", "mlp"])
+def test_a_learned_fusion_trains_and_stays_near_the_sum(fusion: str, tmp_path: Path) -> None:
+    model = make_model(fusion=fusion)
+    args = make_args(
+        tmp_path,
+        per_device_train_batch_size=64,
+        max_steps=15,
+        fusion_learning_rate=0.02,
+        lr_scheduler_type="constant",
+    )
+    trainer = make_trainer(args, model)
+    before = weights(trainer)
+    trainer.train()
+    after, last = weights(trainer), steps(trainer)[-1]
+    names = [name for name in before if name.startswith("fusion.")]
+    assert all(not torch.equal(before[name], after[name]) for name in names)
+    assert 0 < last["loss_fusion"] < 0.5
+    if fusion == "weighted":
+        learned = [last[f"fusion/{name}"] for name in ("r_a", "r_yhat", "r_sim")]
+        assert np.mean(learned) == pytest.approx(1.0)
+        assert min(learned) > 0.3
 
 
 def test_one_trajectory_is_the_positive_alone(tmp_path: Path) -> None:
@@ -121,14 +211,19 @@ def test_sft_logs_the_likelihood_only(tmp_path: Path) -> None:
 # ---- log Z ----
 
 
-@pytest.mark.parametrize("partition", ["learned", "scalar"])
-def test_log_z_starts_at_the_group_estimate(partition: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"partition": "learned"}, {"partition": "scalar"}, {"objective": "db"}],
+    ids=["learned", "scalar", "db"],
+)
+def test_log_z_starts_at_the_group_estimate(settings: dict[str, Any], tmp_path: Path) -> None:
     """Started at zero, the first flow loss would be the square of a log-likelihood."""
     first = {}
     for started in (True, False):
-        model = make_model(partition=partition)
-        assert model.partition is not None
-        model.partition.initialised.fill_(not started)
+        model = make_model(**settings)
+        head = model.partition or model.state_flow
+        assert head is not None
+        head.initialised.fill_(not started)
         trainer = make_trainer(make_args(tmp_path, max_steps=1), model)
         trainer.train()
         first[started] = steps(trainer)[0]
@@ -138,7 +233,8 @@ def test_log_z_starts_at_the_group_estimate(partition: str, tmp_path: Path) -> N
     assert first[True]["loss_gfn"] < 0.1 * first[False]["loss_gfn"]
 
 
-def test_partition_head_has_its_own_learning_rate(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("objective", "head"), [("tb", "partition."), ("db", "state_flow.")])
+def test_flow_heads_have_their_own_learning_rate(objective: str, head: str, tmp_path: Path) -> None:
     args = make_args(
         tmp_path,
         max_steps=2,
@@ -147,7 +243,7 @@ def test_partition_head_has_its_own_learning_rate(tmp_path: Path) -> None:
         partition_learning_rate=0.05,
         lr_scheduler_type="constant",
     )
-    trainer = make_trainer(args)
+    trainer = make_trainer(args, make_model(objective=objective))
     before = weights(trainer)
     rates: dict[str, float] = {}
     optimizer = trainer.create_optimizer()
@@ -156,13 +252,13 @@ def test_partition_head_has_its_own_learning_rate(tmp_path: Path) -> None:
         rates |= {names[id(parameter)]: group["lr"] for parameter in group["params"]}
     assert rates.keys() == set(names.values())
     assert {n for n, rate in rates.items() if rate == 0.05} == {
-        name for name in rates if name.startswith("partition.")
+        name for name in rates if name.startswith(head)
     }
     trainer.train()
     after = weights(trainer)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
-    assert all(name.startswith("partition.") for name in moved)
+    assert all(name.startswith(head) for name in moved)
 
 
 def test_weight_decay_spares_norms_and_the_partition_head(tmp_path: Path) -> None:
@@ -222,6 +318,18 @@ def test_curriculum_needs_a_collaborative_model(tmp_path: Path) -> None:
     make_trainer(make_args(tmp_path), make_model(objective="sft"), scorer=False)
 
 
+def test_vargrad_needs_two_trajectories(tmp_path: Path) -> None:
+    args = make_args(tmp_path, num_trajectories=1)
+    with pytest.raises(ValueError, match="num_trajectories must be >= 2 for partition 'vargrad'"):
+        make_trainer(args, make_model(partition="vargrad"))
+
+
+def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GFlowGRConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"2 GPUs are visible to one process.*torchrun"):
+        make_trainer(make_args(tmp_path))
+
+
 def test_a_behaviour_without_a_value_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no value for"):
         make_trainer(make_args(tmp_path, behaviour_values={"purchase": 10.0}))
@@ -236,6 +344,8 @@ def test_a_behaviour_without_a_value_is_named(tmp_path: Path) -> None:
         ({"sampler": "oracle"}, "sampler must be 'curriculum' or 'random'; got 'oracle'"),
         ({"partition_learning_rate": 0.0}, "partition_learning_rate must be > 0"),
         ({"partition_learning_rate": math.nan}, "partition_learning_rate must be > 0"),
+        ({"fusion_learning_rate": -1.0}, "fusion_learning_rate must be > 0; got -1"),
+        ({"eval_calibration_users": -1}, "eval_calibration_users must be >= 0; got -1"),
         ({"early_stopping_patience": 2}, "early_stopping_patience needs eval_strategy"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be false"),
     ],
@@ -266,6 +376,32 @@ def test_evaluation_measures_and_disturbs_nothing(tmp_path: Path) -> None:
     again = trainer.evaluate()
     assert {**again, "eval_runtime": 0} == {**metrics, "eval_runtime": 0}
     assert trainer.state.log_history[-1]["eval_N@10"] == metrics["eval_N@10"]
+
+
+def test_evaluation_can_report_how_calibrated_the_flow_is(tmp_path: Path) -> None:
+    """Training brings the generator's distribution over the catalogue nearer to the reward's."""
+    args = make_args(
+        tmp_path,
+        per_device_train_batch_size=64,
+        max_steps=20,
+        num_trajectories=8,
+        learning_rate=2e-2,
+        sampler="random",
+        lr_scheduler_type="constant",
+        eval_calibration_users=20,
+    )
+    trainer = make_trainer(args, make_model(gfn_weight=1.0, normalize="children", beta=0.5))
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    for metrics in (before, after):
+        assert -1 <= metrics["eval_calibration_pearson"] <= 1
+        assert -1 <= metrics["eval_calibration_spearman"] <= 1
+        assert 0 <= metrics["eval_calibration_tv"] <= 1
+        assert metrics["eval_calibration_invalid"] == pytest.approx(0, abs=1e-5)
+    assert after["eval_calibration_tv"] < 0.7 * before["eval_calibration_tv"]
+    supervised = make_trainer(args, make_model(objective="sft"), scorer=False)
+    assert "eval_calibration_tv" not in supervised.evaluate()
 
 
 def test_the_best_model_is_kept(tmp_path: Path) -> None:

@@ -1,0 +1,205 @@
+"""The joint objective ``L_GR + lambda * L_GFN`` from states, in one pass over the output head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import (
+    fused_db_loss,
+    fused_subtb_loss,
+    fused_tb_loss,
+    fused_vargrad_loss,
+    trajectory_logprobs,
+)
+from ..ops.flow import flow_loss
+from ..ops.flow_definitions import (
+    RewardOptions,
+    compute_dtype,
+    prepare,
+    reduce_trajectories,
+    valid_mean,
+)
+from .flow_settings import FlowSettings
+from .state_flow import partial_log_reward
+
+__all__ = ["Head", "flow_logs", "flow_start", "group_log_z", "joint_loss", "supervised_loss"]
+
+Head = dict[str, Any]
+"""The output head as the ops take it: weight, bias, tree, normalize."""
+
+_FUSED: dict[str, Callable[..., Any]] = {
+    "tb": fused_tb_loss,
+    "db": fused_db_loss,
+    "subtb": fused_subtb_loss,
+    "vargrad": fused_vargrad_loss,
+}
+
+
+def supervised_loss(
+    settings: FlowSettings, head: Head, hidden: Tensor, tokens: Tensor, mask: Tensor | None
+) -> Tensor:
+    """L_GR of the positives alone: hidden [B, 1, L, d], tokens and mask [B, 1, L]."""
+    # VarGrad of a single trajectory is 0: what is left is the supervised term.
+    loss: Tensor = fused_vargrad_loss(
+        hidden,
+        tokens=tokens,
+        log_reward=torch.zeros(tokens.shape[:2], device=tokens.device),
+        mask=mask,
+        sft_weight=1.0,
+        reduction=settings.reduction,
+        **head,
+    )
+    return loss
+
+
+def joint_loss(
+    settings: FlowSettings,
+    head: Head,
+    hidden: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    log_reward: Tensor,
+    target: Tensor | None,
+    log_proposal: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The joint loss, log P_F [B, N, L] detached, and the importance weights [B, N] if any.
+
+    Without importance weights: three matrix products with the head for the loss and all gradients
+    (over the vocabulary), no logits held. The weights depend on log P_F, so with them it takes four
+    products.
+
+    Args:
+        settings: objective and its constants.
+        head: the output head.
+        hidden: states [B, N, L, d] that predict ``tokens``.
+        tokens: trajectories [B, N, L].
+        mask: true for real tokens [B, N, L].
+        log_reward: log R [B, N].
+        target: log Z [B], log F [B, N, L], or None for VarGrad.
+        log_proposal: see :meth:`gflowgr.models.GFlowModel.forward`.
+
+    Raises:
+        ValueError: no ``log_proposal``, though the settings ask for importance weights.
+    """
+    weight = settings.gfn_weight
+    if settings.importance_clip is not None:
+        if log_proposal is None:
+            raise ValueError("log_proposal is required: settings.importance_clip is set")
+        log_pf = trajectory_logprobs(hidden, tokens=tokens, mask=mask, **head)
+        ratio = (log_pf.detach().sum(-1) - log_proposal).exp().clamp(max=settings.importance_clip)
+        ratio = ratio.masked_fill(log_proposal.isnan(), 1.0)
+        flow = _flow_loss(settings, log_pf, log_reward, target, mask, ratio)
+        return weight * flow + _nll(settings, log_pf, mask), log_pf.detach(), ratio
+    kind = _kind(settings, target)
+    balance: dict[str, Any] = {}
+    if target is not None:
+        balance["log_z" if kind == "tb" else "log_flow"] = target
+    if kind == "subtb":
+        balance["lam"] = settings.subtb_lambda
+    loss, log_pf = _FUSED[kind](
+        hidden,
+        tokens=tokens,
+        log_reward=log_reward,
+        mask=mask,
+        beta=settings.beta,
+        log_reward_floor=settings.log_reward_floor,
+        reduction=settings.reduction,
+        sft_weight=1.0 / weight,
+        return_log_pf=True,
+        **balance,
+        **head,
+    )
+    return weight * loss, log_pf, None
+
+
+@torch.no_grad()
+def flow_logs(
+    settings: FlowSettings, log_pf: Tensor, log_reward: Tensor, target: Tensor | None, mask: Tensor
+) -> dict[str, Tensor]:
+    """The loss's terms and log Z beside its group estimate, from what the loss has made anyway."""
+    group = group_log_z(settings, log_pf, log_reward, mask)
+    logs = {
+        "loss_gr": _nll(settings, log_pf, mask),
+        "loss_gfn": _flow_loss(settings, log_pf, log_reward, target, mask),
+        "log_z_group": group.nanmean(),
+    }
+    if target is None:
+        return logs | {"log_z": logs["log_z_group"]}
+    # The flow of the empty prefix is log Z: all branches agree on it.
+    log_z = target if target.dim() == 1 else target[:, 0, 0]
+    gap = (log_z - group).square().nanmean().sqrt()
+    return logs | {"log_z": log_z.mean(), "log_z_gap_rms": gap}
+
+
+def group_log_z(settings: FlowSettings, log_pf: Tensor, log_reward: Tensor, mask: Tensor) -> Tensor:
+    """Each prompt's estimate of log Z from its own trajectories [B]; NaN without one.
+
+    :func:`gflowgr.vargrad_log_z`, without checking again what the loss has checked.
+    """
+    options = RewardOptions(settings.beta, settings.log_reward_floor, "none")
+    dtype = compute_dtype(log_pf, log_reward)
+    batch = prepare(log_pf, log_reward, mask, options, dtype)
+    estimate = valid_mean(batch.log_reward - batch.log_pf.sum(-1), batch.valid)
+    return estimate.masked_fill(~batch.valid.any(-1), math.nan)
+
+
+@torch.no_grad()
+def flow_start(
+    settings: FlowSettings, log_pf: Tensor, log_reward: Tensor, tokens: Tensor, mask: Tensor
+) -> Tensor:
+    """A start [L] for log Z (its first entry) or log F of prefixes of each length.
+
+    At the empty prefix the mean of the prompts' group estimates of log Z; from there each token
+    adds the mean of its position's log P_F, so that the residuals of every step are zero on average
+    for identifiers of one length. With a forward-looking flow it is the start of what is learned.
+    """
+    count = mask.sum((0, 1)).clamp(min=1)
+    steps = log_pf.sum((0, 1)) / count
+    start = group_log_z(settings, log_pf, log_reward, mask).nanmean() + steps.cumsum(0) - steps
+    if settings.forward_looking:
+        partial = partial_log_reward(tokens, mask, settings.beta).masked_fill(~mask, 0.0)
+        start = start - partial.sum((0, 1)) / count
+    return start
+
+
+def _kind(settings: FlowSettings, target: Tensor | None) -> str:
+    """The flow loss, as :mod:`gflowgr.ops` calls it."""
+    return "vargrad" if target is None else settings.objective
+
+
+def _flow_loss(
+    settings: FlowSettings,
+    log_pf: Tensor,
+    log_reward: Tensor,
+    target: Tensor | None,
+    mask: Tensor,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """L_GFN from log-probabilities; ``weights`` [B, N] multiply the trajectories' losses."""
+    losses = flow_loss(
+        _kind(settings, target),
+        log_pf,
+        log_reward,
+        target,
+        mask,
+        lam=settings.subtb_lambda,
+        beta=settings.beta,
+        floor=settings.log_reward_floor,
+        reduction="none",
+    )
+    if weights is not None:
+        losses = losses * weights
+    return reduce_trajectories(losses, mask.any(-1), settings.reduction)
+
+
+def _nll(settings: FlowSettings, log_pf: Tensor, mask: Tensor) -> Tensor:
+    """L_GR: token-summed NLL of the positives; mean over prompts, or their sum."""
+    total = -log_pf[:, 0].sum()
+    if settings.reduction == "sum":
+        return total
+    return total / mask.any(-1).any(-1).sum().clamp(min=1)

@@ -1,0 +1,252 @@
+"""Reward signals (GFlowGR, reward section): what a trajectory is worth, in one respect each.
+
+A signal is a small class with a ``name`` and a ``__call__(context) -> [B, N]`` of numbers >= 0.
+One of your own is named as ``"module:Class"`` in ``FlowSettings.signals``, and made without
+arguments:
+
+    class Fresh:
+        name = "r_fresh"
+
+        def __call__(self, context):
+            return (context.items >= 900).float()
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "SIGNALS",
+    "EstimatedScore",
+    "FormatSimilarity",
+    "GenerationProbability",
+    "InteractionLevel",
+    "RewardSignal",
+    "SignalContext",
+    "check_signal_names",
+    "default_behaviour_values",
+    "make_signals",
+]
+
+SIGNALS = ("r_a", "r_yhat", "r_generation", "r_sim")
+_TINY = 1e-6
+_LIKED = 10.0
+_PAPER = {"purchase": _LIKED, "buy": _LIKED, "like": _LIKED, "cart": 3.0, "click": 1.0}
+
+
+@dataclass(frozen=True)
+class SignalContext:
+    """What signals are computed from.
+
+    Attributes:
+        tokens: [B, N, L]; n = 0 is the observed positive.
+        mask: true for real tokens [B, N, L].
+        items: item of each trajectory [B, N], -1 for padding.
+        behaviours: behaviour code of each trajectory [B, N]; -1: observed, but the data does not
+            say with which behaviour; -2: augmented, never observed.
+        scores: the collaborative model's scores of the whole catalogue [B, items], or None.
+        log_probs: gives log P(trajectory | prompt) [B, N] of the backbone, without gradients;
+            calling it costs a forward pass.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    items: Tensor
+    behaviours: Tensor
+    scores: Tensor | None = None
+    log_probs: Callable[[], Tensor] | None = None
+
+
+class RewardSignal(Protocol):
+    """One component of the reward."""
+
+    @property
+    def name(self) -> str:
+        """What logs call it."""
+        ...
+
+    def __call__(self, context: SignalContext) -> Tensor:
+        """[B, N], finite and >= 0; anything at padding trajectories."""
+        ...
+
+
+def default_behaviour_values(names: Sequence[str]) -> dict[str, float]:
+    """r_a of behaviours for which nobody gave one.
+
+    Liked or bought 10 and clicked 1 are the paper's example; cart 3 is ours, between the two. Names
+    that are numbers (stars) are scaled so that the highest counts 10.
+
+    Raises:
+        ValueError: a name is neither known nor a number >= 0; the message says what to give.
+    """
+    stars = {name: float(name) for name in names if name.replace(".", "", 1).isdigit()}
+    highest = max(stars.values(), default=0.0)
+    values = {name: _LIKED * star / highest if highest else 0.0 for name, star in stars.items()}
+    values.update({name: _PAPER[name] for name in names if name in _PAPER})
+    unknown = [name for name in names if name not in values]
+    if unknown:
+        raise ValueError(
+            f"no reward is known for the behaviours {unknown}; give behaviour_values, such as "
+            f"{{{unknown[0]!r}: 5.0}}"
+        )
+    return values
+
+
+class InteractionLevel:
+    """``r_a``: the value of a trajectory's behaviour; 0 for augmented items.
+
+    Args:
+        behaviour_values: behaviour name -> value, such as ``{"purchase": 10, "click": 1}``; None:
+            :func:`default_behaviour_values`.
+        behaviour_names: names by behaviour code, as the dataset has them.
+        default_value: value of an observed item whose behaviour is not recorded.
+
+    Raises:
+        ValueError: a value is negative or not finite, or a behaviour has none.
+    """
+
+    name = "r_a"
+
+    def __init__(
+        self,
+        behaviour_values: Mapping[str, float] | None = None,
+        behaviour_names: Sequence[str] = (),
+        *,
+        default_value: float = _LIKED,
+    ) -> None:
+        if behaviour_values is None:
+            behaviour_values = default_behaviour_values(behaviour_names)
+        values = {**behaviour_values, "default_value": default_value}
+        for name, value in values.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"behaviour_values[{name!r}] must be finite and >= 0; got {value}")
+        missing = [name for name in behaviour_names if name not in behaviour_values]
+        if missing:
+            raise ValueError(
+                f"behaviour_values has no value for {missing}; the data has {list(behaviour_names)}"
+            )
+        table = [behaviour_values[name] for name in behaviour_names]
+        # Augmented (-2) and not recorded (-1) come last, where negative indices find them.
+        self._table = torch.tensor([*table, 0.0, default_value], dtype=torch.float32)
+
+    def __call__(self, context: SignalContext) -> Tensor:
+        self._table = self._table.to(context.behaviours.device)
+        return self._table[context.behaviours]
+
+
+class EstimatedScore:
+    """``r_yhat``: ``softplus(z)``, z the collaborative score standardised over the catalogue.
+
+    Mean 0 and variance 1 per user. The softplus is ours: the paper says "standardised", and a sum
+    of standardised scores could be negative. It is z itself for the items that matter (within 0.05
+    from z = 3 on). Zero without a collaborative model.
+    """
+
+    name = "r_yhat"
+
+    def __call__(self, context: SignalContext) -> Tensor:
+        if context.scores is None:
+            return torch.zeros(context.items.shape, device=context.items.device)
+        scores = context.scores.float()
+        std, mean = torch.std_mean(scores, dim=1, keepdim=True, correction=0)
+        z = (scores.gather(1, context.items.clamp_min(0)) - mean) / std.clamp_min(_TINY)
+        return torch.nn.functional.softplus(z).clamp_min(_TINY)
+
+
+class GenerationProbability:
+    """``r_generation``: the backbone's own probability of the identifier, per token.
+
+    ``P(trajectory | prompt)^(1 / tokens)``, the geometric mean of its tokens' probabilities, in
+    (0, 1]: the paper's alternative to ``r_yhat``. Needs no collaborative model; costs a forward
+    pass without gradients per step.
+    """
+
+    name = "r_generation"
+
+    def __call__(self, context: SignalContext) -> Tensor:
+        if context.log_probs is None:
+            raise ValueError("the signal 'r_generation' needs context.log_probs")
+        length = context.mask.sum(-1).clamp_min(1)
+        return (context.log_probs() / length).exp()
+
+
+class FormatSimilarity:
+    """``r_sim``: positions at which the tokens equal the positive's."""
+
+    name = "r_sim"
+
+    def __call__(self, context: SignalContext) -> Tensor:
+        tokens, mask = context.tokens, context.mask
+        return ((tokens == tokens[:, :1]) & mask & mask[:, :1]).sum(-1).float()
+
+
+def check_signal_names(names: object) -> list[str]:
+    """The names as a list.
+
+    Raises:
+        ValueError: none, a repeated one, or one that is neither built in nor ``"module:Class"``.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise ValueError(f"signals must be a list of names such as {list(SIGNALS)}; got {names!r}")
+    for name in names:
+        if name not in SIGNALS and (not isinstance(name, str) or name.count(":") != 1):
+            raise ValueError(
+                f"signals: {name!r} is neither one of {list(SIGNALS)} nor 'module:Class'"
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"signals must not repeat one; got {list(names)}")
+    return list(names)
+
+
+def make_signals(
+    names: Sequence[str],
+    *,
+    behaviour_values: Mapping[str, float] | None = None,
+    behaviour_names: Sequence[str] = (),
+    default_value: float = _LIKED,
+) -> list[RewardSignal]:
+    """The signals of these names, see the module's docstring.
+
+    Args:
+        names: of :data:`SIGNALS`, or ``"module:Class"``.
+        behaviour_values, behaviour_names, default_value: of :class:`InteractionLevel`.
+
+    Raises:
+        ValueError: an unknown name, a class that cannot be had or is no signal, two signals of one
+            name, or what :class:`InteractionLevel` refuses.
+    """
+    made: list[RewardSignal] = []
+    for name in check_signal_names(names):
+        if name == "r_a":
+            level = InteractionLevel(behaviour_values, behaviour_names, default_value=default_value)
+            made.append(level)
+        elif name == "r_yhat":
+            made.append(EstimatedScore())
+        elif name == "r_generation":
+            made.append(GenerationProbability())
+        elif name == "r_sim":
+            made.append(FormatSimilarity())
+        else:
+            made.append(_load(name))
+    labels = [signal.name for signal in made]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"signals must have different names; got {labels}")
+    return made
+
+
+def _load(path: str) -> RewardSignal:
+    module, _, attribute = path.partition(":")
+    try:
+        signal: RewardSignal = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"signals: cannot make {path!r}: {error}") from error
+    if not isinstance(getattr(signal, "name", None), str) or not callable(signal):
+        raise ValueError(f"signals: {path!r} needs a `name` and `__call__(context)`")
+    return signal

@@ -1,0 +1,314 @@
+"""The joint loss and every gradient, end to end, against the method's formulas in float64.
+
+The model packs all trajectories of a prompt in one sequence, and computes the loss through the
+fused ops, in float32. The definition runs the plain ``transformers`` model once per trajectory, in
+float64, with ordinary log-softmaxes and loops over the formulas of the paper.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from small_models import VOCAB, padded_prompts, small_model
+from tiny_shop import shop_catalogue
+from torch import Tensor
+
+import gflowgr
+from gflowgr import PrefixTree
+from gflowgr.models import FlowSettings, GFlowModel
+
+# Identifiers of 2 to 4 tokens, none a prefix of another.
+IDENTIFIERS = [
+    [5, 20, 40, 50],
+    [5, 20, 41],
+    [5, 21, 40, 50],
+    [6, 20, 40, 51],
+    [6, 22],
+    [7, 23, 42, 52],
+    [7, 23, 43, 52],
+    [7, 24, 42],
+]
+LENGTH = 4
+# Prompt 1 has a padding trajectory; the positive comes first, and no set has an item twice.
+ITEMS = torch.tensor([[0, 1, 3, 5], [4, 2, 7, -1], [6, 5, 0, 4], [1, 0, 6, 2]])
+
+
+def make_model(**settings: Any) -> GFlowModel:
+    tree = PrefixTree.from_identifiers([torch.tensor(tokens) for tokens in IDENTIFIERS])
+    backbone = small_model("t5")
+    vocabulary = shop_catalogue().vocabulary  # only checkpoints read it
+    torch.manual_seed(0)
+    model = GFlowModel(backbone, tree, vocabulary, FlowSettings(**settings)).eval()
+    for name, parameter in model.named_parameters():
+        if not name.startswith("backbone."):  # heads of zeros would prove little
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def make_inputs(settings: FlowSettings) -> dict[str, Tensor]:
+    input_ids, attention_mask = padded_prompts("right")
+    padded = [tokens + [-1] * (LENGTH - len(tokens)) for tokens in IDENTIFIERS]
+    tokens = torch.tensor(padded)[ITEMS.clamp_min(0)]
+    mask = (tokens >= 0) & (ITEMS >= 0).unsqueeze(-1)
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "tokens": tokens.masked_fill(~mask, 99_999),  # padding may hold anything
+        "mask": mask,
+    }
+    if settings.objective != "sft":
+        inputs["signals"] = 5 * torch.rand(4, 4, 3, generator=generator)
+    if settings.importance_clip is not None:
+        proposal = -4 + torch.randn(4, 4, generator=generator)
+        proposal[:, 0] = math.nan
+        inputs["log_proposal"] = proposal
+    return inputs
+
+
+def competitors(prefix: list[int], settings: FlowSettings) -> list[int]:
+    """The tokens over which the next token's probability is normalised."""
+    level = len(prefix)
+    if settings.normalize == "vocab":
+        return list(range(VOCAB))
+    if settings.normalize == "level":
+        used = [tokens[level] for tokens in IDENTIFIERS if len(tokens) > level]
+        return list(range(min(used), max(used) + 1))
+    return sorted({t[level] for t in IDENTIFIERS if t[:level] == prefix and len(t) > level})
+
+
+def forward_once(backbone: Any, prompt: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and states that predict each token of one sequence, and the pooled prompt."""
+    out = backbone(
+        input_ids=prompt.unsqueeze(0), labels=tokens.unsqueeze(0), output_hidden_states=True
+    )
+    states = out.decoder_hidden_states[-1][0]
+    if backbone.config.tie_word_embeddings:
+        states = states * backbone.config.d_model**-0.5
+    return out.logits[0], states, out.encoder_last_hidden_state[0].mean(0)
+
+
+def one_trajectory(
+    model: GFlowModel, inputs: dict[str, Tensor], b: int, n: int
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """log P_F of each token, log F of each prefix, and the pooled prompt."""
+    length = int(inputs["mask"][b, n].sum())
+    tokens = inputs["tokens"][b, n, :length]
+    prompt = inputs["input_ids"][b, inputs["attention_mask"][b].bool()]
+    logits, states, pooled = forward_once(model.backbone, prompt, tokens)
+    log_pf, log_flow = [], []
+    for at in range(length):
+        others = competitors(tokens[:at].tolist(), model.settings)
+        scores = logits[at, others].log_softmax(-1)
+        log_pf.append(scores[others.index(int(tokens[at]))])
+        if model.state_flow is not None:
+            flow = model.state_flow.mlp(states[at]).squeeze(-1) + model.state_flow.constant[at]
+            if model.settings.forward_looking:
+                positive = inputs["tokens"][b, 0][inputs["mask"][b, 0]].tolist()
+                agree = sum(x == y for x, y in zip(tokens[:at].tolist(), positive, strict=False))
+                flow = flow + model.settings.beta * math.log(1 + agree)
+            log_flow.append(flow)
+    return log_pf, log_flow, pooled
+
+
+def flow_losses(
+    settings: FlowSettings,
+    log_p: list[list[Tensor]],
+    log_flow: list[list[Tensor]],
+    target: list[Tensor],
+    log_z: Tensor | None,
+) -> list[Tensor]:
+    """The flow loss of each trajectory of one prompt; ``target`` is the shaped log-reward."""
+    totals = [sum(steps, torch.tensor(0.0).double()) for steps in log_p]
+    losses = []
+    if settings.objective == "tb":
+        if log_z is None:
+            gaps = [r - p for r, p in zip(target, totals, strict=True)]
+            log_z = sum(gaps, torch.tensor(0.0).double()) / len(gaps)
+        return [(log_z + p - r) ** 2 for p, r in zip(totals, target, strict=True)]
+    for steps, flows, reward in zip(log_p, log_flow, target, strict=True):
+        states = [*flows, reward]
+        last = len(steps)
+        pairs = [(i, j) for i in range(last) for j in range(i + 1, last + 1)]
+        if settings.objective == "db":
+            pairs = [(i, i + 1) for i in range(last)]
+        weights = [settings.subtb_lambda ** (j - i) for i, j in pairs]
+        total = sum(weights) if settings.objective == "subtb" else 1.0
+        loss = torch.tensor(0.0).double()
+        for (i, j), weight in zip(pairs, weights, strict=True):
+            residual = states[i] + sum(steps[i:j]) - states[j]
+            scale = weight / total if settings.objective == "subtb" else 1.0
+            loss = loss + scale * residual**2
+        losses.append(loss)
+    return losses
+
+
+def fused_reward(model: GFlowModel, signals: Tensor) -> Tensor:
+    """R of one trajectory's signals [3]."""
+    fusion = model.fusion
+    assert fusion is not None
+    if fusion.raw is not None:
+        positive = torch.log(1 + torch.exp(fusion.raw))
+        return (signals * positive).sum() / positive.mean()
+    total = signals.sum()
+    if fusion.net is None:
+        return total
+    change = fusion.net(torch.log(1 + signals)).squeeze(-1)
+    return torch.log(1 + torch.expm1(total) * torch.exp(change)) + 1e-6
+
+
+def definition(model: GFlowModel, inputs: dict[str, Tensor]) -> Tensor:
+    settings = model.settings
+    nlls, flows, counted = [], [], 0
+    for b in range(len(ITEMS)):
+        valid = [n for n in range(4) if ITEMS[b, n] >= 0]
+        counted += len(valid)
+        made = {n: one_trajectory(model, inputs, b, n) for n in valid}
+        nlls.append(-sum(made[0][0], torch.tensor(0.0).double()))
+        if settings.objective == "sft":
+            continue
+        log_reward = [fused_reward(model, inputs["signals"][b, n].double()).log() for n in valid]
+        shaped = [settings.beta * r for r in log_reward]
+        if settings.log_reward_floor is not None:
+            shaped = [r.clamp_min(settings.log_reward_floor) for r in shaped]
+        log_z = None
+        if model.partition is not None:
+            log_z = model.partition.constant
+            if model.partition.mlp is not None:
+                log_z = log_z + model.partition.mlp(made[0][2]).squeeze(-1)
+        losses = flow_losses(
+            settings, [made[n][0] for n in valid], [made[n][1] for n in valid], shaped, log_z
+        )
+        if settings.importance_clip is not None:
+            for at, n in enumerate(valid[1:], start=1):
+                log_p = sum(float(step.detach()) for step in made[n][0])
+                ratio = math.exp(log_p - float(inputs["log_proposal"][b, n]))
+                losses[at] = losses[at] * min(ratio, settings.importance_clip)
+        if settings.fusion != "sum":
+            plain = [inputs["signals"][b, n].double().sum().log() for n in valid]
+            for at, (r, s) in enumerate(zip(log_reward, plain, strict=True)):
+                losses[at] = losses[at] + settings.fusion_anchor * (r - s) ** 2
+        flows += losses
+    prompts = len(ITEMS)
+    divide_flow = {"prompt": prompts, "mean": counted, "sum": 1}[settings.reduction]
+    divide_nll = 1 if settings.reduction == "sum" else prompts
+    supervised = sum(nlls, torch.tensor(0.0).double()) / divide_nll
+    flow = sum(flows, torch.tensor(0.0).double()) / divide_flow
+    return supervised + settings.gfn_weight * flow
+
+
+CASES = {
+    "sft": {"objective": "sft"},
+    "sft-children": {"objective": "sft", "normalize": "children"},
+    "tb": {"objective": "tb"},
+    "tb-children": {"objective": "tb", "normalize": "children", "gfn_weight": 0.3, "beta": 2.0},
+    "tb-level-scalar": {"objective": "tb", "normalize": "level", "partition": "scalar"},
+    "tb-vargrad": {"objective": "tb", "partition": "vargrad", "log_reward_floor": 1.0},
+    "tb-vargrad-children": {"objective": "tb", "partition": "vargrad", "normalize": "children"},
+    "tb-mean": {"objective": "tb", "reduction": "mean"},
+    "tb-importance": {"objective": "tb", "importance_clip": 0.5, "reduction": "mean"},
+    "tb-weighted": {"objective": "tb", "fusion": "weighted", "fusion_anchor": 0.5},
+    "tb-mlp-sum": {"objective": "tb", "fusion": "mlp", "reduction": "sum", "gfn_weight": 10.0},
+    "db": {"objective": "db"},
+    "db-children": {"objective": "db", "normalize": "children", "gfn_weight": 0.3},
+    "db-forward-looking": {"objective": "db", "forward_looking": True, "beta": 0.7},
+    "subtb": {"objective": "subtb", "subtb_lambda": 0.5},
+    "subtb-children": {"objective": "subtb", "normalize": "children", "forward_looking": True},
+    "subtb-importance": {"objective": "subtb", "importance_clip": 2.0},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_are_those_of_the_definition(case: str) -> None:
+    model = make_model(**CASES[case])
+    exact = copy.deepcopy(model).double()
+    inputs = make_inputs(model.settings)
+    output = model(**inputs)
+    output["loss"].backward()
+    loss = definition(exact, inputs)
+    loss.backward()
+    assert output["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    compared = set()
+    largest = max(float(p.grad.abs().max()) for p in exact.parameters() if p.grad is not None)
+    for (name, mine), wanted in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert (mine.grad is None) == (wanted.grad is None), name
+        if wanted.grad is None or mine.grad is None:
+            continue
+        compared.add(name.split(".")[0])
+        scale = max(float(wanted.grad.abs().max()), 1e-3 * largest)
+        assert float((mine.grad - wanted.grad).abs().max()) < 2e-5 * scale, name
+    settings = model.settings
+    heads = {"backbone"}
+    if settings.objective in ("db", "subtb"):
+        heads |= {"state_flow"}
+    elif settings.objective == "tb" and settings.partition != "vargrad":
+        heads |= {"partition"}
+    if settings.fusion != "sum":
+        heads |= {"fusion"}
+    assert compared == heads
+
+
+@pytest.mark.parametrize("case", ["tb-children", "db-forward-looking", "subtb-children"])
+def test_padding_tokens_reach_neither_loss_nor_gradient(case: str) -> None:
+    results = []
+    for filler in (0, 7):
+        model = make_model(**CASES[case])
+        inputs = make_inputs(model.settings)
+        inputs["tokens"] = inputs["tokens"].masked_fill(~inputs["mask"], filler)
+        inputs["signals"][1, 3] = filler
+        loss = model(**inputs)["loss"]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["tb", "db", "subtb"])
+def test_terms_of_the_loss_are_logged(objective: str) -> None:
+    model = make_model(objective=objective, gfn_weight=0.01)
+    inputs = make_inputs(model.settings)
+    out = model(**inputs)
+    joint = out["loss_gr"] + 0.01 * out["loss_gfn"]
+    torch.testing.assert_close(out["loss"].detach(), joint)
+    _, log_pf = model.log_pf(
+        *(inputs[n] for n in ("input_ids", "attention_mask", "tokens", "mask"))
+    )
+    log_reward = inputs["signals"].sum(-1).log()
+    group = gflowgr.vargrad_log_z(log_pf, log_reward, mask=inputs["mask"]).mean()
+    torch.testing.assert_close(out["log_z_group"], group.detach())
+    assert out["log_z_gap_rms"] >= (out["log_z"] - out["log_z_group"]).abs() - 1e-5
+
+
+@pytest.mark.parametrize("forward_looking", [False, True])
+@pytest.mark.parametrize("objective", ["db", "subtb"])
+def test_state_flow_starts_with_residuals_near_zero(objective: str, forward_looking: bool) -> None:
+    """Started at zero, the first step would push every trajectory up."""
+    losses = {}
+    for started in (False, True):
+        settings = {"objective": objective, "forward_looking": forward_looking}
+        model = make_model(**settings)
+        assert model.state_flow is not None
+        torch.nn.init.zeros_(model.state_flow.mlp[-1].weight)
+        torch.nn.init.zeros_(model.state_flow.constant)
+        inputs = make_inputs(model.settings)
+        assert not model.flow_started
+        if started:
+            model.start_flow(model.estimate_flow(**inputs))
+            assert model.flow_started
+        out = model(**inputs)
+        losses[started] = float(out["loss_gfn"])
+        if started:
+            torch.testing.assert_close(out["log_z"], out["log_z_group"])
+    assert losses[True] < 0.5 * losses[False]
+
+
+def test_importance_weights_need_the_proposal() -> None:
+    model = make_model(objective="tb", importance_clip=1.0)
+    inputs = make_inputs(model.settings)
+    del inputs["log_proposal"]
+    with pytest.raises(ValueError, match="log_proposal is required"):
+        model(**inputs)
