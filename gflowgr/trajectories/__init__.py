@@ -1,19 +1,46 @@
 """Trajectory samplers."""
 
-from .samplers import (
-    CandidatePool,
-    CurriculumSampler,
-    RandomSampler,
+from .base import (
+    AUGMENTED,
+    NOT_RECORDED,
+    Candidates,
     SampleRequest,
     TrajectorySampler,
     TrajectorySet,
 )
+from .mixture import MixtureSampler
+from .on_policy import ConfidenceSampler, OnPolicySampler
+from .pool import CandidatePool
+from .proposer import BackboneProposer, Proposals, Proposer
+from .recording import RecordingSampler, ReplayedSampler
+from .replay import ReplayBuffer, ReplaySampler
+from .samplers import CurriculumSampler, LogSampler, PopularitySampler, RandomSampler
+from .schedules import Schedule
+from .settings import SamplerSettings, make_sampler
 
 __all__ = [
+    "AUGMENTED",
+    "NOT_RECORDED",
+    "BackboneProposer",
     "CandidatePool",
+    "Candidates",
+    "ConfidenceSampler",
     "CurriculumSampler",
+    "LogSampler",
+    "MixtureSampler",
+    "OnPolicySampler",
+    "PopularitySampler",
+    "Proposals",
+    "Proposer",
     "RandomSampler",
+    "RecordingSampler",
+    "ReplayBuffer",
+    "ReplaySampler",
+    "ReplayedSampler",
     "SampleRequest",
+    "SamplerSettings",
+    "Schedule",
     "TrajectorySampler",
     "TrajectorySet",
+    "make_sampler",
 ]

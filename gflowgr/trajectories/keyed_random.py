@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["keyed_integers"]
+__all__ = ["keyed_integers", "keyed_uniform", "systematic_counts"]
 
 _U64 = npt.NDArray[np.uint64]
 
@@ -34,14 +34,40 @@ def keyed_integers(
     """
     if not 1 <= high < 2**32:
         raise ValueError(f"high must be in 1..2**32-1; got {high}")
+    bits = _keyed_bits(seed, key, rows, columns)
+    # Multiply-shift of the upper 32 bits instead of a modulo.
+    upper = bits >> np.uint64(32)
+    return ((upper * np.uint64(high)) >> np.uint64(32)).astype(np.int64)
+
+
+def keyed_uniform(
+    seed: int, key: int, rows: npt.NDArray[np.integer], columns: int
+) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1) [B, columns], multiples of 2**-53; see :func:`keyed_integers`."""
+    return (_keyed_bits(seed, key, rows, columns) >> np.uint64(11)) * 2.0**-53
+
+
+def systematic_counts(
+    uniform: npt.NDArray[np.float64], shares: npt.NDArray[np.float64], count: int
+) -> npt.NDArray[np.int64]:
+    """Split ``count`` places by ``shares`` [K] (of sum 1) for each prompt [B, K].
+
+    Systematic sampling: a share's places are ``count * share`` on average, and never a whole one
+    off. ``uniform`` [B, 1] holds one number in [0, 1) per prompt.
+    """
+    ends = np.cumsum(shares) * count
+    # Points uniform + 0, 1, ... below each end; rounding must not lose the last one.
+    points = np.ceil(ends - uniform - 1e-9).clip(0, count).astype(np.int64)
+    points[:, -1] = count
+    return np.diff(points, axis=1, prepend=0)
+
+
+def _keyed_bits(seed: int, key: int, rows: npt.NDArray[np.integer], columns: int) -> _U64:
     with np.errstate(over="ignore"):
         base = _mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) + _mix(np.uint64(key)))
         row = _mix(base + rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
         position = np.arange(1, columns + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
-        bits = _mix(row[:, None] + position[None, :])
-    # Multiply-shift of the upper 32 bits instead of a modulo.
-    upper = bits >> np.uint64(32)
-    return ((upper * np.uint64(high)) >> np.uint64(32)).astype(np.int64)
+        return _mix(row[:, None] + position[None, :])
 
 
 def _mix(values: _U64 | np.uint64) -> _U64:

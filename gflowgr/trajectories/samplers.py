@@ -1,217 +1,211 @@
-"""Which items a prompt is trained on, beside the observed one (GFlowGR, trajectory sampler).
-
-Rules that every sampler keeps: the positive is item 0 and nowhere else; no two items of a set have
-the same identifier; never an item the user has interacted with, held-out ones included, nor one
-with such an item's identifier; the same draws for the same (seed, epoch, example), on one process
-or on many.
-"""
+"""Samplers that need no backbone: random items, the collaborative curriculum, interaction logs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from ..data import Ragged
-from .keyed_random import keyed_integers
+from .base import NOT_RECORDED, Candidates, Ints, SampleRequest, TrajectorySampler
+from .pool import CandidatePool
+from .schedules import Schedule
 
-__all__ = [
-    "CandidatePool",
-    "CurriculumSampler",
-    "RandomSampler",
-    "SampleRequest",
-    "TrajectorySampler",
-    "TrajectorySet",
-]
+if TYPE_CHECKING:
+    from ..data import LeaveOneOut
 
-_Ints = npt.NDArray[np.int64]
-_ROUNDS = 64
+__all__ = ["CurriculumSampler", "LogSampler", "PopularitySampler", "RandomSampler"]
+
+# Streams of draws; the pool fills up from stream 0.
+_POPULARITY, _CURRICULUM, _LOGS = 1, 2, 3
 
 
-@dataclass(frozen=True)
-class SampleRequest:
-    """A batch that needs trajectories.
+class RandomSampler(TrajectorySampler):
+    """N - 1 unobserved items, uniform over the catalogue."""
 
-    Attributes:
-        examples: index of each training example [B] (the key of its draws).
-        users: user of each example [B].
-        targets: observed positive items [B].
-        epoch: epoch number (draws differ between epochs).
-        progress: share of the training done, in [0, 1].
-        scores: collaborative scores of the whole catalogue [B, items], or None.
-    """
-
-    examples: _Ints
-    users: _Ints
-    targets: _Ints
-    epoch: int
-    progress: float
-    scores: Tensor | None = None
+    def candidates(self, request: SampleRequest) -> Candidates:
+        """None: all are drawn."""
+        return Candidates.none(len(request.users))
 
 
-@dataclass(frozen=True)
-class TrajectorySet:
-    """Items of each prompt [B, N]: the positive, then N - 1 others.
+class PopularitySampler(TrajectorySampler):
+    """N - 1 unobserved items, drawn with probability ~ (1 + count)^alpha.
 
-    Attributes:
-        items: item ids [B, N]; -1 where a user has no further admissible item.
-        difficulty: for each augmented item [B, N - 1], the share of the catalogue that the
-            collaborative model scores below it, or None without a model.
-    """
-
-    items: _Ints
-    difficulty: Tensor | None
-
-
-class TrajectorySampler(Protocol):
-    """Chooses the trajectories of a batch."""
-
-    needs_scores: bool
-
-    def sample(self, request: SampleRequest) -> TrajectorySet:
-        """Items for each prompt of the request."""
-        ...
-
-
-class CandidatePool:
-    """Uniform draws of items that a user has not interacted with.
+    The 1 keeps items without a training event possible.
 
     Args:
-        known: per user, every item they ever interacted with, held-out ones included.
-        leaf_of: identifier (leaf) of each item [items].
-        seed: seeds all draws.
-    """
-
-    def __init__(self, known: Ragged, leaf_of: npt.NDArray[np.integer], seed: int) -> None:
-        self.num_items = len(leaf_of)
-        self.leaf_of = np.asarray(leaf_of, dtype=np.int64)
-        self.seed = seed
-        users = np.repeat(np.arange(len(known), dtype=np.int64), np.diff(known.offsets))
-        # By identifier: another item with the identifier of a held-out one would tell it as well.
-        pairs = np.unique(users * self.num_items + self.leaf_of[known.values])
-        # The last entry is beyond every key, so that a search always lands on an entry.
-        self._known = np.append(pairs, np.iinfo(np.int64).max)
-
-    def is_known(self, users: _Ints, items: _Ints) -> npt.NDArray[np.bool_]:
-        """Whether the user [B] knows the item [B, M], or one with the same identifier."""
-        keys = users[:, None] * self.num_items + self.leaf_of[items]
-        return self._known[np.searchsorted(self._known, keys)] == keys
-
-    def draw(self, request: SampleRequest, size: int) -> _Ints:
-        """``size`` admissible items per prompt [B, size]; -1 where none could be found.
-
-        Inadmissible draws are drawn again, up to 64 rounds, which only a user who knows
-        nearly the whole catalogue can exhaust.
-        """
-        chosen = np.full((len(request.users), size), -1, dtype=np.int64)
-        filled = np.zeros(len(chosen), dtype=np.int64)
-        pending = np.arange(len(chosen))
-        for round_ in range(_ROUNDS):
-            if not len(pending):
-                break
-            width = max(4, 2 * size)
-            key = request.epoch * _ROUNDS + round_
-            draws = keyed_integers(self.seed, key, request.examples[pending], width, self.num_items)
-            taken = np.concatenate([request.targets[pending, None], chosen[pending]], axis=1)
-            known = self.is_known(request.users[pending], draws)
-            for column in range(width):
-                item = draws[:, column]
-                same = self.leaf_of[item][:, None] == self.leaf_of[taken]
-                good = ~known[:, column] & ~(same & (taken >= 0)).any(axis=1)
-                good &= filled[pending] < size
-                rows = pending[good]
-                chosen[rows, filled[rows]] = item[good]
-                taken[good, 1 + filled[rows]] = item[good]
-                filled[rows] += 1
-            pending = pending[filled[pending] < size]
-        return chosen
-
-
-class RandomSampler:
-    """N - 1 unobserved items, uniform over the catalogue.
-
-    Args:
-        pool: draws admissible items.
+        pool: knows what may be sampled.
         num_trajectories: N, the positive included.
+        counts: occurrences of each item in the training part [items].
+        alpha: 0 is uniform, 1 proportional to popularity.
     """
 
-    needs_scores = False
+    def __init__(
+        self,
+        pool: CandidatePool,
+        num_trajectories: int,
+        counts: npt.NDArray[np.integer],
+        alpha: float = 0.75,
+    ) -> None:
+        super().__init__(pool, num_trajectories)
+        if len(counts) != pool.num_items:
+            raise ValueError(f"counts must be [items] = ({pool.num_items},); got {counts.shape}")
+        if not (np.isfinite(alpha) and alpha >= 0):
+            raise ValueError(f"alpha must be finite and >= 0; got {alpha}")
+        # Relative to the largest, so that no alpha overflows.
+        weights = ((1.0 + counts) / (1.0 + counts.max())) ** alpha
+        self._cumulative = np.cumsum(weights / weights.sum())
 
-    def __init__(self, pool: CandidatePool, num_trajectories: int) -> None:
-        self.pool = pool
-        self.num_trajectories = _check_count(num_trajectories)
+    def candidates(self, request: SampleRequest) -> Candidates:
+        """None: all are drawn."""
+        return Candidates.none(len(request.users))
 
-    def sample(self, request: SampleRequest) -> TrajectorySet:
-        """See :class:`TrajectorySampler`."""
-        items = self.pool.draw(request, self.num_trajectories - 1)
-        return TrajectorySet(
-            np.concatenate([request.targets[:, None], items], axis=1), _difficulty(request, items)
-        )
+    def refill(self, request: SampleRequest, round_: int, width: int) -> Ints:
+        """Draws with replacement by popularity; the rules keep the first of equal ones."""
+        uniform = self.pool.uniform(request, _POPULARITY, width, round_)
+        items = np.searchsorted(self._cumulative, uniform, side="right")
+        # The sum may be a rounding below 1.
+        return np.minimum(items, self.pool.num_items - 1)
 
 
-class CurriculumSampler:
+class CurriculumSampler(TrajectorySampler):
     """The paper's default: from a random pool, low-scored items early and higher-scored ones later.
 
-    A pool of M items is ordered by the collaborative model's score; the N - 1 items of a window are
-    taken, which moves linearly with training progress from the lowest scores to the highest.
+    The admissible items of a pool are ordered by the collaborative model's score (ties: first in
+    the pool first). Taken are those whose places are nearest to the quantile that the schedule
+    gives for the training's progress.
 
     Args:
-        pool: draws admissible items.
+        pool: knows what may be sampled.
         num_trajectories: N, the positive included.
-        pool_size: M (default 2 N - 1, the paper's example).
+        pool_size: items M of the pool, drawn anew for each example and epoch; the whole catalogue
+            if M is no less than that. Default 2 N - 1, the paper's example, which seldom holds any
+            of the model's best items. The draws are stratified: one from each of M equal parts of
+            the catalogue's circle, begun at a random place, so that no item comes twice and each
+            is equally likely.
+        schedule: quantile by progress.
     """
 
     needs_scores = True
 
     def __init__(
-        self, pool: CandidatePool, num_trajectories: int, pool_size: int | None = None
+        self,
+        pool: CandidatePool,
+        num_trajectories: int,
+        pool_size: int | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
-        self.pool = pool
-        self.num_trajectories = _check_count(num_trajectories)
+        super().__init__(pool, num_trajectories)
         self.pool_size = 2 * num_trajectories - 1 if pool_size is None else pool_size
         if self.pool_size < num_trajectories - 1:
             raise ValueError(
                 f"pool_size must be >= num_trajectories - 1 = {num_trajectories - 1}; "
                 f"got {self.pool_size}"
             )
+        self.schedule = Schedule() if schedule is None else schedule
 
-    def sample(self, request: SampleRequest) -> TrajectorySet:
-        """See :class:`TrajectorySampler`; ``request.scores`` is required."""
+    def _draw_pool(self, request: SampleRequest) -> Ints:
+        items, size = self.pool.num_items, self.pool_size
+        uniform = self.pool.uniform(request, _CURRICULUM, size + 1)
+        begin = np.arange(size + 1) * items // size
+        places = begin[:-1] + np.floor(uniform[:, 1:] * np.diff(begin)).astype(np.int64)
+        return (places + np.floor(uniform[:, :1] * items).astype(np.int64)) % items
+
+    def candidates(self, request: SampleRequest) -> Candidates:
+        """The pool's admissible items, those next to the quantile first."""
         if request.scores is None:
             raise ValueError("CurriculumSampler needs request.scores of a collaborative model")
-        pool = self.pool.draw(request, self.pool_size)
-        index = torch.from_numpy(pool).to(request.scores.device)
-        scores = request.scores.gather(1, index.clamp_min(0))
-        # Empty slots come last, so that they are taken only where nothing else is left.
-        scores = scores.masked_fill(index < 0, torch.inf)
-        order = scores.argsort(dim=1, stable=True).cpu().numpy()
-        count = self.num_trajectories - 1
-        available = (pool >= 0).sum(axis=1)
-        room = np.maximum(available - count, 0)
-        start = np.rint(min(max(request.progress, 0.0), 1.0) * room).astype(np.int64)
-        window = start[:, None] + np.arange(count)
-        items = np.take_along_axis(pool, np.take_along_axis(order, window, axis=1), axis=1)
-        return TrajectorySet(
-            np.concatenate([request.targets[:, None], items], axis=1), _difficulty(request, items)
+        # Inadmissible items come last, and are not counted.
+        scores = self.pool.admissible_scores(request, torch.inf)
+        whole = self.pool_size >= self.pool.num_items
+        if not whole:
+            drawn = torch.from_numpy(self._draw_pool(request)).to(scores.device)
+            scores = scores.gather(1, drawn)
+        scores, order = scores.sort(dim=1, stable=True)
+        available = (scores < torch.inf).sum(dim=1, keepdim=True)
+        quantile = self.schedule(request.progress)
+        # Room for items that share an identifier; a step to either side at a time.
+        width = min(scores.shape[1], 4 * self.num_trajectories + 8)
+        centre = (quantile * (available - 1).float()).round().long()
+        first = (centre - width // 2).minimum(available - width).clamp_min(0)
+        ranks = first + torch.arange(width, device=scores.device)
+        nearest = (ranks - centre).abs().sort(dim=1, stable=True).indices
+        ranks = ranks.gather(1, nearest)
+        items = order.gather(1, ranks)
+        if not whole:
+            items = drawn.gather(1, items)
+        items = items.masked_fill(ranks >= available, -1)
+        return Candidates.augmented(items.cpu().numpy())
+
+
+class LogSampler(TrajectorySampler):
+    """Other items of the same user's session or window, with their behaviours.
+
+    They come from the user's training part, before or after the positive, in random order. Where
+    there are fewer than N - 1, unobserved items fill up.
+
+    Args:
+        pool: knows what may be sampled.
+        num_trajectories: N, the positive included.
+        split: the data.
+        window: how many events before and after the positive are its neighbours.
+        session_gap: with timestamps: a session ends where the next event comes more than this
+            later (in the units of ``Dataset.times``, usually seconds), and only events of the
+            positive's own session count. None: the window alone.
+
+    Raises:
+        ValueError: an argument is out of range, or ``session_gap`` is given for data without
+            timestamps.
+    """
+
+    def __init__(
+        self,
+        pool: CandidatePool,
+        num_trajectories: int,
+        split: LeaveOneOut,
+        *,
+        window: int = 10,
+        session_gap: float | None = None,
+    ) -> None:
+        super().__init__(pool, num_trajectories)
+        if window < 1:
+            raise ValueError(f"window must be >= 1; got {window}")
+        self.window = window
+        self._events = split.train
+        # Of every event: where its session (or its user's training part) begins and ends.
+        sequences = split.train_sequences
+        starts = np.zeros(len(sequences.values) + 1, bool)
+        starts[sequences.offsets] = True
+        if session_gap is not None:
+            if not session_gap >= 0:
+                raise ValueError(f"session_gap must be >= 0; got {session_gap}")
+            times = split.dataset.times
+            if times is None:
+                raise ValueError(
+                    f"session_gap = {session_gap} needs timestamps, which {split.dataset.name} "
+                    "does not have; leave it out to use the window alone"
+                )
+            begin = split.dataset.sequences.offsets[:-1]
+            every = Ragged(split.dataset.sequences.offsets, times)
+            mine = every.slices(begin, begin + sequences.lengths).values
+            starts[1:-1] |= np.diff(mine) > session_gap
+        self._bounds = np.flatnonzero(starts)
+
+    def candidates(self, request: SampleRequest) -> Candidates:
+        """The neighbours, in a random order of this epoch."""
+        at = np.asarray(self._events.bounds[request.examples, 1], dtype=np.int64)[:, None]
+        session = np.searchsorted(self._bounds, at, side="right")
+        steps = np.arange(-self.window, self.window + 1)
+        places = at + steps[steps != 0]
+        inside = (places >= self._bounds[session - 1]) & (places < self._bounds[session])
+        safe = np.where(inside, places, 0)
+        order = self.pool.uniform(request, _LOGS, places.shape[1]).argsort(axis=1, kind="stable")
+        codes = self._events.behaviours
+        observed = Candidates(
+            np.where(inside, np.asarray(self._events.items)[safe], -1).astype(np.int64),
+            np.full(places.shape, NOT_RECORDED) if codes is None else codes[safe].astype(np.int64),
+            np.full(places.shape, np.nan, np.float32),
         )
-
-
-def _difficulty(request: SampleRequest, items: _Ints) -> Tensor | None:
-    if request.scores is None or items.shape[1] == 0:
-        return None
-    index = torch.from_numpy(items).to(request.scores.device)
-    chosen = request.scores.gather(1, index.clamp_min(0))
-    columns = [
-        (request.scores < chosen[:, n : n + 1]).float().mean(dim=1) for n in range(items.shape[1])
-    ]
-    return torch.stack(columns, dim=1).masked_fill(index < 0, torch.nan)
-
-
-def _check_count(num_trajectories: int) -> int:
-    if num_trajectories < 1:
-        raise ValueError(f"num_trajectories must be >= 1; got {num_trajectories}")
-    return num_trajectories
+        return observed.take(order)

@@ -1,0 +1,247 @@
+"""The rules that every set of trajectories keeps, in one place.
+
+- Valid items only; the positive is item 0 and nowhere else; no two items of a set have the same
+  identifier.
+- An augmented item is one the user has never interacted with, held-out items included, and does
+  not have such an item's identifier.
+- An item from the user's own log is neither the user's validation nor test item, nor has it one's
+  identifier.
+- The same draws for the same (seed, epoch, example), on one process or on many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..data import Ragged
+from .base import (
+    AUGMENTED,
+    NOT_RECORDED,
+    Candidates,
+    Ints,
+    SampleRequest,
+    TrajectorySet,
+    difficulty,
+)
+from .keyed_random import keyed_integers, keyed_uniform
+
+if TYPE_CHECKING:
+    from ..data import LeaveOneOut
+
+__all__ = ["CandidatePool", "Draw"]
+
+Draw = Callable[[SampleRequest, int, int], Ints]
+"""(request, round, width) -> items [B, width]; each round gives other ones."""
+
+# Rounds of a sampler's own draws, of uniform ones, and last the whole catalogue.
+_OWN, _UNIFORM = 8, 8
+_ROUNDS = _OWN + _UNIFORM + 1
+_STREAMS = 64
+_Floats = npt.NDArray[np.float64]
+
+
+class CandidatePool:
+    """Knows what may be sampled for whom, and draws from it.
+
+    Args:
+        known: per user, every item they ever interacted with, held-out ones included.
+        leaf_of: identifier (leaf) of each item [items].
+        seed: seeds all draws.
+        future: per user, their validation and test items, which even their own log must not give
+            away; None: all of ``known``.
+    """
+
+    def __init__(
+        self,
+        known: Ragged,
+        leaf_of: npt.NDArray[np.integer],
+        seed: int,
+        *,
+        future: Ragged | None = None,
+    ) -> None:
+        self.num_items = len(leaf_of)
+        self.num_users = len(known)
+        self.leaf_of = np.asarray(leaf_of, dtype=np.int64)
+        self.seed = seed
+        self._known = self._keys(known)
+        self._future = self._known if future is None else self._keys(future)
+        self._barred = self._items_of_known_identifiers()
+
+    @classmethod
+    def from_split(
+        cls, split: LeaveOneOut, leaf_of: npt.NDArray[np.integer], seed: int
+    ) -> CandidatePool:
+        """The pool of a leave-one-out split."""
+        users, valid, test = split.dataset.held_out()
+        counts = np.zeros(split.num_users, np.int64)
+        counts[users] = 2
+        future = Ragged.from_lengths(counts, np.stack([valid, test], axis=1).ravel())
+        return cls(split.known, leaf_of, seed, future=future)
+
+    def _keys(self, rows: Ragged) -> Ints:
+        """Sorted (user, identifier) pairs as one number each.
+
+        By identifier: another item with the identifier of a held-out one would tell it as well.
+        The last entry is beyond every key, so that a search always lands on an entry.
+        """
+        pairs = np.unique(rows.row_of_values() * self.num_items + self.leaf_of[rows.values])
+        return np.append(pairs, np.iinfo(np.int64).max)
+
+    def _items_of_known_identifiers(self) -> Ragged:
+        by_leaf = np.argsort(self.leaf_of, kind="stable").astype(np.int32)
+        bounds = np.searchsorted(self.leaf_of[by_leaf], np.arange(self.leaf_of.max() + 2))
+        users, leaves = np.divmod(self._known[:-1], self.num_items)
+        items = Ragged(bounds, by_leaf).slices(bounds[leaves], bounds[leaves + 1])
+        counts = np.bincount(users, weights=items.lengths, minlength=self.num_users)
+        return Ragged.from_lengths(counts.astype(np.int64), items.values)
+
+    def is_known(self, users: Ints, items: Ints) -> npt.NDArray[np.bool_]:
+        """Whether the user [B] knows the item [B, M], or one with the same identifier."""
+        return self._has(self._known, users, items)
+
+    def is_future(self, users: Ints, items: Ints) -> npt.NDArray[np.bool_]:
+        """Whether the item [B, M], or one with its identifier, is held out of the user [B]."""
+        return self._has(self._future, users, items)
+
+    def _has(self, keys: Ints, users: Ints, items: Ints) -> npt.NDArray[np.bool_]:
+        wanted = users[:, None] * self.num_items + self.leaf_of[items]
+        found: npt.NDArray[np.bool_] = keys[np.searchsorted(keys, wanted)] == wanted
+        return found
+
+    def barred(self, users: Ints) -> Ints:
+        """Items that may not be augmentations of the users [B] -> [B, E], padded with -1."""
+        offsets = self._barred.offsets
+        rows = self._barred.slices(offsets[users], offsets[users + 1])
+        width = int(rows.lengths.max(initial=0))
+        padded = np.full((len(users), width), -1, np.int64)
+        padded[np.arange(width) < rows.lengths[:, None]] = rows.values
+        return padded
+
+    def admissible_scores(self, request: SampleRequest, inadmissible: float) -> Tensor:
+        """A copy of the request's scores [B, items] with ``inadmissible`` at the barred items.
+
+        The positive is one of them: it is an item that the user knows.
+        """
+        assert request.scores is not None
+        offsets = self._barred.offsets
+        rows = self._barred.slices(offsets[request.users], offsets[request.users + 1])
+        where = (torch.from_numpy(rows.row_of_values()), torch.from_numpy(rows.values).long())
+        scores = request.scores.clone()
+        scores[where[0].to(scores.device), where[1].to(scores.device)] = inadmissible
+        return scores
+
+    # ---- draws ----
+
+    def key(self, request: SampleRequest, stream: int, round_: int = 0) -> int:
+        """The key of one stream of draws in one epoch."""
+        return (request.epoch * _ROUNDS + round_) * _STREAMS + stream
+
+    def uniform(
+        self, request: SampleRequest, stream: int, columns: int, round_: int = 0
+    ) -> _Floats:
+        """Uniform numbers in [0, 1) for each example [B, columns]."""
+        return keyed_uniform(
+            self.seed, self.key(request, stream, round_), request.examples, columns
+        )
+
+    def draw_uniform(self, request: SampleRequest, round_: int, width: int) -> Ints:
+        """Any items, each as likely as the next [B, width]; see :data:`Draw`."""
+        key = self.key(request, 0, round_)
+        return keyed_integers(self.seed, key, request.examples, width, self.num_items)
+
+    # ---- the rules ----
+
+    def complete(
+        self,
+        request: SampleRequest,
+        candidates: Candidates,
+        count: int,
+        draw: Draw | None = None,
+    ) -> TrajectorySet:
+        """The positive and, of each row, the first ``count`` candidates that keep the rules.
+
+        Where they do not suffice, ``draw`` (default: uniform draws) fills up. Padding is left only
+        where the user has no further admissible item.
+        """
+        draw = self.draw_uniform if draw is None else draw
+        chosen = self._first(request, candidates, count)
+        width = 2 * count + 8
+        for round_ in range(_ROUNDS):
+            short = np.flatnonzero((chosen.items < 0).any(axis=1))
+            if not len(short):
+                break
+            part = _rows(request, short)
+            if round_ < _OWN:
+                items = draw(part, round_, width)
+            elif round_ < _OWN + _UNIFORM:
+                items = self.draw_uniform(part, round_, width)
+            else:  # a user who knows nearly everything: the whole catalogue in random order
+                order = self.uniform(part, 0, self.num_items, round_)
+                items = order.argsort(axis=1, kind="stable")
+            filled = self._first(
+                part,
+                Candidates.concatenate([chosen.rows(short), Candidates.augmented(items)]),
+                count,
+            )
+            for mine, new in zip(_arrays(chosen), _arrays(filled), strict=True):
+                mine[short] = new
+        behaviours = request.behaviours
+        if behaviours is None:
+            behaviours = np.full_like(request.targets, NOT_RECORDED)
+        log_proposal = None
+        if not np.isnan(chosen.log_proposal).all():
+            none = torch.full((len(request.targets), 1), torch.nan)
+            log_proposal = torch.cat([none, torch.from_numpy(chosen.log_proposal)], dim=1)
+        return TrajectorySet(
+            np.concatenate([request.targets[:, None], chosen.items], axis=1),
+            np.concatenate([behaviours[:, None], chosen.behaviours], axis=1),
+            difficulty(request, chosen.items),
+            log_proposal,
+        )
+
+    def _first(self, request: SampleRequest, candidates: Candidates, count: int) -> Candidates:
+        """The first ``count`` candidates of each row that keep the rules, then padding."""
+        items = candidates.items
+        real = items >= 0
+        safe = np.maximum(items, 0)
+        leaves = self.leaf_of[safe]
+        logged = candidates.behaviours != AUGMENTED
+        good = real & (leaves != self.leaf_of[request.targets][:, None])
+        good &= logged | ~self.is_known(request.users, safe)
+        if logged.any():
+            good &= ~(logged & self.is_future(request.users, safe))
+        # Equal identifiers stand next to each other once sorted; the sort keeps their order.
+        marked = np.where(good, leaves, -1)
+        order = marked.argsort(axis=1, kind="stable")
+        ordered = np.take_along_axis(marked, order, axis=1)
+        repeated = np.zeros_like(good)
+        repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+        again = np.empty_like(good)
+        np.put_along_axis(again, order, repeated, axis=1)
+        good &= ~again
+        first = (~good).argsort(axis=1, kind="stable")[:, :count]
+        places = np.full((len(items), count), -1, np.int64)
+        places[:, : first.shape[1]] = np.where(np.take_along_axis(good, first, axis=1), first, -1)
+        return candidates.take(places)
+
+
+def _rows(request: SampleRequest, rows: npt.NDArray[np.intp]) -> SampleRequest:
+    """What draws and rules read of some prompts of a request."""
+    return SampleRequest(
+        request.examples[rows],
+        request.users[rows],
+        request.targets[rows],
+        request.epoch,
+        request.progress,
+        step=request.step,
+    )
+
+
+def _arrays(candidates: Candidates) -> tuple[npt.NDArray[np.generic], ...]:
+    return candidates.items, candidates.behaviours, candidates.log_proposal
