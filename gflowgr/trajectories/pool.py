@@ -123,6 +123,10 @@ class CandidatePool:
         padded[np.arange(width) < rows.lengths[:, None]] = rows.values
         return padded
 
+    def num_barred(self, users: Ints) -> Ints:
+        """How many items may not be augmentations of the users [B]."""
+        return np.diff(self._barred.offsets)[users]
+
     def admissible_scores(self, request: SampleRequest, inadmissible: float) -> Tensor:
         """A copy of the request's scores [B, items] with ``inadmissible`` at the barred items.
 

@@ -80,11 +80,12 @@ class CurriculumSampler(TrajectorySampler):
     Args:
         pool: knows what may be sampled.
         num_trajectories: N, the positive included.
-        pool_size: items M of the pool, drawn anew for each example and epoch; the whole catalogue
-            if M is no less than that. Default 2 N - 1, the paper's example, which seldom holds any
-            of the model's best items. The draws are stratified: one from each of M equal parts of
-            the catalogue's circle, begun at a random place, so that no item comes twice and each
-            is equally likely.
+        pool_size: admissible items M of the pool, drawn anew for each example and epoch; the whole
+            catalogue if M is no less than that. Default 2 N - 1, the paper's example, which
+            seldom holds any of the model's best items. The draws are stratified: one from each of
+            equal parts of the catalogue's circle, begun at a random place, so that no item comes
+            twice and each is equally likely. There are as many parts as give M admissible items
+            on average.
         schedule: quantile by progress.
     """
 
@@ -107,11 +108,17 @@ class CurriculumSampler(TrajectorySampler):
         self.schedule = Schedule() if schedule is None else schedule
 
     def _draw_pool(self, request: SampleRequest) -> Ints:
-        items, size = self.pool.num_items, self.pool_size
-        uniform = self.pool.uniform(request, _CURRICULUM, size + 1)
-        begin = np.arange(size + 1) * items // size
-        places = begin[:-1] + np.floor(uniform[:, 1:] * np.diff(begin)).astype(np.int64)
-        return (places + np.floor(uniform[:, :1] * items).astype(np.int64)) % items
+        """One item of each stratum [B, strata]; -1 where a user has fewer strata than another."""
+        items = self.pool.num_items
+        # As many strata as give pool_size admissible items on average.
+        admissible = np.maximum(items - self.pool.num_barred(request.users), 1)
+        strata = np.minimum(-(-self.pool_size * items // admissible), items)[:, None]
+        width = int(strata.max(initial=1))
+        uniform = self.pool.uniform(request, _CURRICULUM, width + 1)
+        begin = np.arange(width + 1) * items // strata
+        places = begin[:, :-1] + np.floor(uniform[:, 1:] * np.diff(begin, axis=1)).astype(np.int64)
+        drawn = (places + np.floor(uniform[:, :1] * items).astype(np.int64)) % items
+        return np.where(np.arange(width) < strata, drawn, -1)
 
     def candidates(self, request: SampleRequest) -> Candidates:
         """The pool's admissible items, those next to the quantile first."""
@@ -122,15 +129,16 @@ class CurriculumSampler(TrajectorySampler):
         whole = self.pool_size >= self.pool.num_items
         if not whole:
             drawn = torch.from_numpy(self._draw_pool(request)).to(scores.device)
-            scores = scores.gather(1, drawn)
+            scores = scores.gather(1, drawn.clamp_min(0)).masked_fill(drawn < 0, torch.inf)
         scores, order = scores.sort(dim=1, stable=True)
         available = (scores < torch.inf).sum(dim=1, keepdim=True)
         quantile = self.schedule(request.progress)
         # Room for items that share an identifier; a step to either side at a time.
         width = min(scores.shape[1], 4 * self.num_trajectories + 8)
-        centre = (quantile * (available - 1).float()).round().long()
-        first = (centre - width // 2).minimum(available - width).clamp_min(0)
+        centre = quantile * (available - 1).double()
+        first = (centre.long() - width // 2).minimum(available - width).clamp_min(0)
         ranks = first + torch.arange(width, device=scores.device)
+        # The lower of two that are equally near.
         nearest = (ranks - centre).abs().sort(dim=1, stable=True).indices
         ranks = ranks.gather(1, nearest)
         items = order.gather(1, ranks)
