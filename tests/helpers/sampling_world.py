@@ -19,6 +19,8 @@ def world(times: bool = True, behaviours: bool = True) -> LeaveOneOut:
     """Users of 4 to 15 events, with repeats; sessions of three events, an hour apart."""
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, NUM_ITEMS, 4 + user) for user in range(NUM_USERS)]
+    for row in rows[::2]:
+        row[0] = row[-1]
     lengths = np.array([len(row) for row in rows])
     place = np.concatenate([np.arange(length) for length in lengths])
     values = np.concatenate(rows).astype(np.int32)
