@@ -137,14 +137,14 @@ class RunConfig:
             )
         if (self.collaborative.kind == "embeddings") != (self.collaborative.embeddings is not None):
             raise ConfigError("collaborative.embeddings goes with collaborative.kind: embeddings")
-        sampler = self.finetune.get("sampler", "curriculum")
-        if sampler == "curriculum" and self.collaborative.kind == "none":
-            raise ConfigError(
-                "finetune.sampler is 'curriculum' (the default), which needs a collaborative "
-                "model; with collaborative.kind: none, set finetune.sampler: random"
-            )
         for section in ("sft", "finetune"):
             _check_training_arguments(section, getattr(self, section), self.seed)
+        finetune = training_arguments(self.finetune, "unused", self.seed)
+        if finetune.sampler_settings.needs_scores and self.collaborative.kind == "none":
+            raise ConfigError(
+                f"finetune.sampler is {finetune.sampler!r}, which needs a collaborative model; "
+                "with collaborative.kind: none, set finetune.sampler: random"
+            )
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
+
+from ..trajectories import SamplerSettings
 
 __all__ = ["GFlowGRConfig"]
 
@@ -47,9 +49,16 @@ class GFlowGRConfig(TrainingArguments):
     num_trajectories: int = field(
         default=3, metadata={"help": "N: trajectories per prompt, the observed positive included."}
     )
-    sampler: Literal["curriculum", "random"] = field(
+    sampler: str | dict[str, float] = field(
         default="curriculum",
-        metadata={"help": "Sampler of the others; the curriculum needs a collaborative model."},
+        metadata={
+            "help": "Sampler of the others: curriculum and confidence (these need a collaborative "
+            "model), random, popularity, logs, on_policy; or weights by name, for a mixture."
+        },
+    )
+    sampler_options: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Further fields of gflowgr.trajectories.SamplerSettings."},
     )
     pool_size: int | None = field(
         default=None, metadata={"help": "Candidates of the curriculum (default 2 N - 1)."}
@@ -98,8 +107,7 @@ class GFlowGRConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1; got {value}")
-        if self.sampler not in ("curriculum", "random"):
-            raise ValueError(f"sampler must be 'curriculum' or 'random'; got {self.sampler!r}")
+        self._check_sampler()
         for name in ("partition_learning_rate", "fusion_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0; got {getattr(self, name)}")
@@ -111,3 +119,16 @@ class GFlowGRConfig(TrainingArguments):
             raise ValueError("early_stopping_patience needs eval_strategy 'steps' or 'epoch'")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator reads all columns")
+
+    @property
+    def sampler_settings(self) -> SamplerSettings:
+        """The sampler that these arguments describe."""
+        options = self.sampler_options or {}
+        return SamplerSettings(kind=self.sampler, pool_size=self.pool_size, **options)
+
+    def _check_sampler(self) -> None:
+        known = [f.name for f in fields(SamplerSettings) if f.name not in ("kind", "pool_size")]
+        for name in self.sampler_options or {}:
+            if name not in known:
+                raise ValueError(f"sampler_options has no {name!r}; it has {', '.join(known)}")
+        self.sampler_settings  # noqa: B018 (it checks the values)

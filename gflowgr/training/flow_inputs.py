@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,21 +11,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .. import files
 from ..collaborative import CollaborativeModel
 from ..data import LeaveOneOut
+from ..errors import DataError
 from ..models.gflow_model import GFlowModel
 from ..rewards import BehaviourAwareReward, SignalContext, make_signals
 from ..trajectories import (
+    AUGMENTED,
     CandidatePool,
-    CurriculumSampler,
-    RandomSampler,
     SampleRequest,
     TrajectorySampler,
     TrajectorySet,
+    make_sampler,
 )
 from .config import GFlowGRConfig
 
-__all__ = ["FlowInputs", "make_reward", "make_sampler"]
+__all__ = ["FlowInputs", "make_reward"]
+
+_STATE = "sampler.npz"
 
 Logs = dict[str, Tensor]
 LogProbs = Callable[[dict[str, Tensor]], Tensor]
@@ -62,17 +67,33 @@ class FlowInputs:
                 "num_trajectories must be >= 2 for partition 'vargrad', whose loss over a "
                 f"single trajectory is 0; got {args.num_trajectories}"
             )
-        self.sampler = make_sampler(model, args, split, collaborative)
+        self.weighs_proposals = model.settings.importance_clip is not None
+        leaf_of = model.tree.leaf_of(torch.arange(model.tree.num_items, device=model.tree.device))
+        self.sampler = make_sampler(
+            args.sampler_settings,
+            CandidatePool.from_split(split, leaf_of.cpu().numpy(), args.seed),
+            args.num_trajectories,
+            split=split,
+            model=model,
+            has_scores=collaborative is not None,
+        )
         self.reward = make_reward(model, args, split)
 
     def __call__(
-        self, inputs: dict[str, Any], *, epoch: int, progress: float, log_probs: LogProbs
+        self,
+        inputs: dict[str, Any],
+        *,
+        epoch: int,
+        step: int = 0,
+        progress: float,
+        log_probs: LogProbs,
     ) -> tuple[dict[str, Tensor], Logs]:
         """The model's inputs, and what is logged of trajectories and rewards.
 
         Args:
             inputs: a batch of :class:`~gflowgr.training.batches.PromptCollator`, on the device.
             epoch: number of the epoch.
+            step: optimiser steps done.
             progress: share of the training done, in [0, 1].
             log_probs: gives log P(trajectory | prompt) [B, N] for the model's inputs; called only
                 if a signal asks for it.
@@ -81,25 +102,53 @@ class FlowInputs:
         items = inputs["target"][:, None]
         flow = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         logs: Logs = {}
-        chosen, scores = None, None
-        if self.sampler is not None:
-            scores = self._scores(inputs)
-            chosen = self.sampler.sample(_request(inputs, epoch, progress, scores))
-            items = torch.from_numpy(chosen.items).to(device)
-            logs |= _difficulty_quantiles(chosen.difficulty)
+        if self.sampler is None or self.reward is None:
+            return flow | self._trajectories(items), logs
+        scores = self._scores(inputs)
+        request = _request(inputs, epoch, step, progress, scores)
+        chosen = self.sampler.sample(request)
+        items = torch.from_numpy(chosen.items).to(device)
+        logs |= _difficulty_quantiles(chosen.difficulty)
         flow |= self._trajectories(items)
-        if self.reward is not None and chosen is not None:
-            context = SignalContext(
-                flow["tokens"],
-                flow["mask"],
-                items,
-                _behaviours(chosen, inputs["behaviour"]),
-                scores,
-                lambda: log_probs(flow),
-            )
-            flow["signals"] = self.reward.measure(context)
-            logs |= _signal_means(self.reward.names, flow["signals"], items)
+        context = SignalContext(
+            flow["tokens"],
+            flow["mask"],
+            items,
+            torch.from_numpy(chosen.behaviours).to(device),
+            scores,
+            lambda: log_probs(flow),
+        )
+        flow["signals"] = self.reward.measure(context)
+        logs |= _signal_means(self.reward.names, flow["signals"], chosen)
+        if self.weighs_proposals:
+            proposed = chosen.log_proposal
+            if proposed is None:
+                proposed = torch.full(items.shape, torch.nan)
+            flow["log_proposal"] = proposed.to(device)
+        with torch.no_grad():
+            self.sampler.observe(request, chosen, self.reward.fusion(flow["signals"]))
         return flow, logs
+
+    def save_state(self, folder: Path) -> None:
+        """Save what the sampler needs to go on, if anything (``sampler.npz``)."""
+        state = {} if self.sampler is None else self.sampler.state_dict()
+        if state:
+            with files.atomic_path(folder / _STATE) as path:
+                np.savez(path, **state)  # type: ignore[arg-type]
+
+    def load_state(self, folder: Path) -> None:
+        """Take back what :meth:`save_state` saved.
+
+        Raises:
+            DataError: there is none, though the sampler needs one, or it is another sampler's.
+        """
+        if self.sampler is None or not self.sampler.state_dict():
+            return
+        try:
+            with np.load(folder / _STATE, allow_pickle=False) as state:
+                self.sampler.load_state_dict(dict(state))
+        except (OSError, KeyError, ValueError) as error:
+            raise DataError(f"{folder / _STATE}: not a state of this sampler: {error}") from error
 
     def _scores(self, inputs: dict[str, Any]) -> Tensor | None:
         if self.collaborative is None:
@@ -112,28 +161,6 @@ class FlowInputs:
         tokens = self.item_tokens[items.clamp_min(0)]
         mask = (tokens >= 0) & (items >= 0).unsqueeze(-1)
         return {"tokens": tokens.masked_fill(~mask, 0), "mask": mask}
-
-
-def make_sampler(
-    model: GFlowModel,
-    args: GFlowGRConfig,
-    split: LeaveOneOut,
-    collaborative: CollaborativeModel | None,
-) -> TrajectorySampler:
-    """The sampler that the configuration names.
-
-    Raises:
-        ValueError: the curriculum without a collaborative model.
-    """
-    leaf_of = model.tree.leaf_of(torch.arange(model.tree.num_items, device=model.tree.device))
-    pool = CandidatePool(split.known, leaf_of.cpu().numpy(), args.seed)
-    if args.sampler == "random":
-        return RandomSampler(pool, args.num_trajectories)
-    if collaborative is None:
-        raise ValueError(
-            "sampler='curriculum' needs a collaborative model; pass one, or sampler='random'"
-        )
-    return CurriculumSampler(pool, args.num_trajectories, args.pool_size)
 
 
 def make_reward(model: GFlowModel, args: GFlowGRConfig, split: LeaveOneOut) -> BehaviourAwareReward:
@@ -152,7 +179,7 @@ def make_reward(model: GFlowModel, args: GFlowGRConfig, split: LeaveOneOut) -> B
 
 
 def _request(
-    inputs: dict[str, Any], epoch: int, progress: float, scores: Tensor | None
+    inputs: dict[str, Any], epoch: int, step: int, progress: float, scores: Tensor | None
 ) -> SampleRequest:
     def array(name: str) -> npt.NDArray[np.int64]:
         values: npt.NDArray[np.int64] = inputs[name].cpu().numpy()
@@ -165,14 +192,11 @@ def _request(
         epoch=epoch,
         progress=progress,
         scores=scores,
+        behaviours=array("behaviour"),
+        step=step,
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
     )
-
-
-def _behaviours(chosen: TrajectorySet, of_positive: Tensor) -> Tensor:
-    """Behaviour codes [B, N]: the positive's, and -2 for augmented items."""
-    behaviours = of_positive.new_full(chosen.items.shape, -2)
-    behaviours[:, 0] = of_positive
-    return behaviours
 
 
 def _difficulty_quantiles(difficulty: Tensor | None) -> Logs:
@@ -182,12 +206,19 @@ def _difficulty_quantiles(difficulty: Tensor | None) -> Logs:
     return {f"difficulty/q{q}": values.nanquantile(q / 100) for q in (10, 50, 90)}
 
 
-def _signal_means(names: list[str], signals: Tensor, items: Tensor) -> Logs:
-    """Mean of each signal over the positives, and over the augmented items apart."""
-    positives = signals[:, 0].mean(0)
-    logs = {f"reward/{name}": positives[k] for k, name in enumerate(names)}
-    if items.shape[1] > 1:
-        count = (items[:, 1:] >= 0).sum().clamp_min(1)
-        others = signals[:, 1:].sum((0, 1)) / count
-        logs |= {f"reward_augmented/{name}": others[k] for k, name in enumerate(names)}
+def _signal_means(names: list[str], signals: Tensor, chosen: TrajectorySet) -> Logs:
+    """Mean of each signal over the positives, and over augmented and logged items apart."""
+    logs: Logs = {}
+    others, codes = chosen.items[:, 1:] >= 0, chosen.behaviours[:, 1:]
+    kinds = {
+        "reward": np.ones_like(chosen.items[:, :1], dtype=bool),
+        "reward_augmented": others & (codes == AUGMENTED),
+        "reward_logged": others & (codes != AUGMENTED),
+    }
+    for kind, which in kinds.items():
+        if which.any():
+            part = signals[:, :1] if kind == "reward" else signals[:, 1:]
+            weight = torch.from_numpy(which / which.sum()).to(signals)
+            means = torch.einsum("bn,bnk->k", weight, part)
+            logs |= {f"{kind}/{name}": means[k] for k, name in enumerate(names)}
     return logs

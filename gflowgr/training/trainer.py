@@ -128,6 +128,7 @@ class GFlowGRTrainer(Trainer):
             state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
             if self._has_ended(state):
                 return self._adopt(Path(checkpoint), state)
+            self._flow_inputs.load_state(Path(checkpoint))
         self._logged_since = time.perf_counter()
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
@@ -168,6 +169,7 @@ class GFlowGRTrainer(Trainer):
         flow, logs = self._flow_inputs(
             inputs,
             epoch=int(self.state.epoch or 0),
+            step=self.state.global_step,
             progress=self.state.global_step / max(1, self.state.max_steps),
             log_probs=plain.log_probs,
         )
@@ -300,6 +302,8 @@ class GFlowGRTrainer(Trainer):
         """
         with named_write_errors(output_dir or self.args.output_dir or "."):
             super().save_model(output_dir, _internal_call)
+            if _internal_call and output_dir and self.args.should_save:  # of a checkpoint
+                self._flow_inputs.save_state(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:

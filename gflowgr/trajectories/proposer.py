@@ -13,6 +13,7 @@ from .base import Floats, Ints, SampleRequest
 
 if TYPE_CHECKING:
     from ..models.gflow_model import GFlowModel
+    from ..tree import PrefixTree
 
 __all__ = ["BackboneProposer", "ProposalMethod", "Proposals", "Proposer"]
 
@@ -78,7 +79,7 @@ class BackboneProposer:
         model = self.model
         input_ids, attention_mask = _prompts(request)
         barred = torch.from_numpy(exclude).to(input_ids.device)
-        tree = model.tree.to(input_ids.device)
+        tree = _tree(model, input_ids.device)
         normalize, temperature = model.settings.normalize, self.temperature
         was_training = model.training
         model.eval()
@@ -120,7 +121,7 @@ class BackboneProposer:
             self.model.backbone,
             input_ids,
             attention_mask,
-            self.model.tree.to(input_ids.device),
+            _tree(self.model, input_ids.device),
             torch.from_numpy(items).to(input_ids.device),
             normalize=self.model.settings.normalize,
             temperature=self.temperature,
@@ -132,3 +133,9 @@ def _prompts(request: SampleRequest) -> tuple[torch.Tensor, torch.Tensor]:
     if request.input_ids is None or request.attention_mask is None:
         raise ValueError("on-policy samplers need request.input_ids and request.attention_mask")
     return request.input_ids, request.attention_mask
+
+
+def _tree(model: GFlowModel, device: torch.device) -> PrefixTree:
+    if model.tree.device != device:  # moved once, and not for every call
+        model.tree = model.tree.to(device)
+    return model.tree
