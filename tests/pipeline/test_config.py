@@ -35,6 +35,27 @@ def test_training_stages_have_the_runs_defaults() -> None:
     assert args.greater_is_better
 
 
+def test_samplers_are_named_mixed_and_tuned(tmp_path: Path) -> None:
+    text = (
+        "output_dir: out\nfinetune:\n  sampler: {curriculum: 0.5, on_policy: 0.5}\n"
+        "  pool_size: 1024\n  sampler_options: {schedule: cosine, refresh_steps: 20}\n"
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    config = RunConfig.load(path, ["finetune.sampler_options.replay_share=0.1"])
+    settings = training_arguments(config.finetune, "x", 7).sampler_settings
+    assert settings.weights == {"curriculum": 0.5, "on_policy": 0.5}
+    assert (settings.pool_size, settings.schedule, settings.refresh_steps) == (1024, "cosine", 20)
+    assert settings.replay_share == 0.1
+    assert RunConfig.load(path, ["finetune.sampler=logs"]).finetune["sampler"] == "logs"
+    without_model = ["collaborative.kind=none"]
+    with pytest.raises(ConfigError, match=r"needs a collaborative model.*sampler: random"):
+        RunConfig.load(path, without_model)
+    RunConfig.load(path, [*without_model, "finetune.sampler=on_policy"])
+    with pytest.raises(ConfigError, match="finetune: refresh_steps must be >= 1; got 0"):
+        RunConfig.load(path, ["finetune.sampler_options.refresh_steps=0"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
