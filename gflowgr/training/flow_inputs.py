@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..collaborative import CollaborativeModel
+from ..collaborative import CachedScores, CollaborativeModel
 from ..data import LeaveOneOut
 from ..errors import DataError
 from ..models.gflow_model import GFlowModel
@@ -59,6 +59,7 @@ class FlowInputs:
         self.collaborative = collaborative
         self.sampler: TrajectorySampler | None = None
         self.reward: BehaviourAwareReward | None = None
+        self.cache: CachedScores | None = None
         if model.settings.objective == "sft":
             return
         vargrad = model.settings.objective == "tb" and model.settings.partition == "vargrad"
@@ -78,6 +79,16 @@ class FlowInputs:
             has_scores=collaborative is not None,
         )
         self.reward = make_reward(model, args, split)
+        if collaborative is not None and args.score_cache_gib > 0:
+            with args.main_process_first(desc="collaborative scores"):
+                self.cache = CachedScores(
+                    collaborative,
+                    split.train,
+                    Path(str(args.output_dir)) / "scores",
+                    max_history=model.settings.max_history,
+                    max_bytes=args.score_cache_gib * 2**30,
+                    progress=args.process_index == 0,
+                )
 
     def __call__(
         self,
@@ -153,6 +164,8 @@ class FlowInputs:
     def _scores(self, inputs: dict[str, Any]) -> Tensor | None:
         if self.collaborative is None:
             return None
+        if self.cache is not None:
+            return self.cache.rows(inputs["example"])
         with torch.no_grad():
             scores = self.collaborative.score(inputs["histories"], None)
         return scores.to(inputs["input_ids"].device)
