@@ -27,7 +27,7 @@ _ON_POLICY, _CONFIDENCE = 6, 7
 class _ProposedSampler(TrajectorySampler):
     """Items that a backbone chooses, anew every few steps.
 
-    Decoding costs several training steps. So only in every ``refresh_steps``-th step the backbone
+    Decoding may cost as much as a training step. So only in every ``refresh_steps``-th step the backbone
     is asked, for the prompts of that step; its proposals are kept per user. In between, a user's
     latest proposals are used again, in another order each epoch, and a user without any gets the
     items of ``fallback``, as most do in the first epoch.
