@@ -27,10 +27,10 @@ _ON_POLICY, _CONFIDENCE = 6, 7
 class _ProposedSampler(TrajectorySampler):
     """Items that a backbone chooses, anew every few steps.
 
-    Decoding may cost as much as a training step. So only in every ``refresh_steps``-th step the backbone
-    is asked, for the prompts of that step; its proposals are kept per user. In between, a user's
-    latest proposals are used again, in another order each epoch, and a user without any gets the
-    items of ``fallback``, as most do in the first epoch.
+    Decoding may cost as much as a training step. So only in every ``refresh_steps``-th step the
+    backbone is asked, for the prompts of that step; its proposals are kept per user. In between, a
+    user's latest proposals are used again, in another order each epoch, and a user without any gets
+    the items of ``fallback``, as most do in the first epoch.
 
     Args:
         proposer: the backbone.

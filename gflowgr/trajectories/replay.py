@@ -66,8 +66,8 @@ class ReplayBuffer:
     Args:
         num_users: users that there are.
         slots: items S kept per user.
-        capacity: users kept; the memory is ``36 * slots + 8`` bytes for each, and 8 for each user that
-            there is.
+        capacity: users kept; the memory is ``36 * slots + 8`` bytes for each, and 8 for each user
+            that there is.
     """
 
     def __init__(self, num_users: int, slots: int, capacity: int) -> None:
