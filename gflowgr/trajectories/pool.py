@@ -51,7 +51,7 @@ class CandidatePool:
 
     Args:
         known: per user, every item they ever interacted with, held-out ones included.
-        leaf_of: identifier (leaf) of each item [items].
+        leaf_of: identifier (leaf) of each item [items]; an item without one (-1) is never sampled.
         seed: seeds all draws.
         future: per user, their validation and test items, which even their own log must not give
             away; None: all of ``known``.
@@ -90,11 +90,13 @@ class CandidatePool:
         By identifier: another item with the identifier of a held-out one would tell it as well.
         The last entry is beyond every key, so that a search always lands on an entry.
         """
-        pairs = np.unique(rows.row_of_values() * self.num_items + self.leaf_of[rows.values])
+        leaves = self.leaf_of[rows.values]
+        pairs = np.unique((rows.row_of_values() * self.num_items + leaves)[leaves >= 0])
         return np.append(pairs, np.iinfo(np.int64).max)
 
     def _items_of_known_identifiers(self) -> Ragged:
         by_leaf = np.argsort(self.leaf_of, kind="stable").astype(np.int32)
+        by_leaf = by_leaf[np.count_nonzero(self.leaf_of < 0) :]
         bounds = np.searchsorted(self.leaf_of[by_leaf], np.arange(self.leaf_of.max() + 2))
         users, leaves = np.divmod(self._known[:-1], self.num_items)
         items = Ragged(bounds, by_leaf).slices(bounds[leaves], bounds[leaves + 1])
@@ -216,7 +218,7 @@ class CandidatePool:
         safe = np.maximum(items, 0)
         leaves = self.leaf_of[safe]
         logged = candidates.behaviours != AUGMENTED
-        good = real & (leaves != self.leaf_of[request.targets][:, None])
+        good = real & (leaves >= 0) & (leaves != self.leaf_of[request.targets][:, None])
         good &= logged | ~self.is_known(request.users, safe)
         if logged.any():
             good &= ~(logged & self.is_future(request.users, safe))

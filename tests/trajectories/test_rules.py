@@ -152,6 +152,17 @@ def test_an_item_with_the_identifier_of_a_held_out_one_is_never_drawn() -> None:
     assert sorted(items[0].tolist()) == [-1, 0, 1, 2, 3, 4, 5]
 
 
+def test_an_item_without_an_identifier_is_never_drawn() -> None:
+    leaf_of = np.where(np.arange(60) % 3 == 0, -1, np.arange(60))
+    known = Ragged.from_lengths(np.array([4, 3]), np.array([0, 1, 3, 4, 6, 7, 8]))
+    pool = CandidatePool(known, leaf_of, 0)
+    assert pool.barred(np.array([0, 1])).tolist() == [[1, 4], [7, 8]]
+    asked = SampleRequest(np.arange(2), np.arange(2), np.array([4, 7]), 0, 0.0)
+    items = RandomSampler(pool, 39).sample(asked).items[:, 1:]
+    for row, barred in ((0, {1, 4}), (1, {7, 8})):
+        assert set(items[row].tolist()) == set(leaf_of[leaf_of >= 0].tolist()) - barred
+
+
 def test_a_user_may_know_nothing() -> None:
     known = Ragged.from_lengths(np.array([0]), np.empty(0, np.int32))
     pool = CandidatePool(known, np.arange(60), 0)

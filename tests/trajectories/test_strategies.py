@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,23 @@ def test_the_whole_catalogue_as_pool_gives_the_very_items(
         centre = progress * (len(ranked) - 1)
         nearest = sorted(range(len(ranked)), key=lambda rank: (abs(rank - centre), rank))
         assert items[row].tolist() == [ranked[rank][1] for rank in nearest[: count - 1]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pool_size", [20, NUM_ITEMS])
+def test_scores_on_a_gpu_give_the_same_items(pool_size: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    sampler = CurriculumSampler(world_pool(), 4, pool_size)
+    for progress in (0.0, 0.3, 1.0):
+        asked = ask(progress=progress)
+        assert asked.scores is not None
+        expected = sampler.sample(asked)
+        found = sampler.sample(replace(asked, scores=asked.scores.cuda()))
+        assert (found.items == expected.items).all()
+        assert found.difficulty is not None
+        assert expected.difficulty is not None
+        torch.testing.assert_close(found.difficulty.cpu(), expected.difficulty)
 
 
 def test_a_pool_holds_each_item_equally_often_and_once() -> None:
