@@ -1,0 +1,173 @@
+"""T5 in C++ on the CPU: encoder, prompt keys and each step are one operation each.
+
+The definition is :class:`T5Decoder` and the model's own encoder; ``csrc/t5_cpu.cpp`` does the same
+in float32, with the weights where the model keeps them. What it does not know is left to the
+definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Also registers the ops of gflowgr_cpp.
+from ... import backends
+from ...ops.head import probe_cpp as head_probe
+from ..backbone import output_head
+from .base import IdentifierCache
+from .t5 import T5Decoder, t5_refusal
+
+__all__ = ["FusedT5Decoder", "fused_refusal"]
+
+_LANES = 16
+_ACTIVATIONS = {"ReLU": "relu", "NewGELUActivation": "gelu_new"}
+
+
+def _probe_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
+    return head_probe(device, dtype) if dtype == torch.float32 else "computes in float32 only"
+
+
+backends.register("t5_decoder", "torch", backends.probe_torch)
+backends.register("t5_decoder", "cpp", _probe_cpp)
+
+
+def fused_refusal(model: Any) -> str | None:
+    """Why :class:`FusedT5Decoder` cannot run ``model`` here and now; None when it can."""
+    refusal = t5_refusal(model)
+    if refusal is not None:
+        return refusal
+    weight = output_head(model)[0]
+    if backends.resolve("t5_decoder", weight.device, weight.dtype) != "cpp":
+        return "backend 'cpp' is not the one in use"
+    if torch.is_grad_enabled():
+        return "it has no gradient, and gradients are enabled"
+    if model.training:
+        return "it has no dropout, and the model is in training mode"
+    if torch.is_autocast_enabled("cpu"):
+        return "it computes in float32, and autocast is on"
+    if not type(model.get_encoder()).__module__.startswith("transformers.models."):
+        return f"its encoder {type(model.get_encoder()).__name__} is not the one of transformers"
+    if model.config.d_kv % _LANES:
+        return f"d_kv = {model.config.d_kv} is no multiple of {_LANES}"
+    for stack in (model.get_encoder(), model.get_decoder()):
+        activation = type(stack.block[0].layer[-1].DenseReluDense.act).__name__
+        if activation not in _ACTIVATIONS:
+            return f"its activation {activation} is none of {', '.join(_ACTIVATIONS)}"
+        for module in _modules(stack):
+            if not _plain(module):
+                return f"a {type(module).__name__} of it is not plain in float32"
+    return None
+
+
+def _plain(module: Any) -> bool:
+    """Whether ``module`` does no more than its weight says."""
+    weight = module.weight
+    linear = type(module) is nn.Linear and module.bias is None
+    return (
+        (linear or hasattr(module, "variance_epsilon"))
+        and weight.dtype == torch.float32
+        and weight.is_contiguous()
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    )
+
+
+def _modules(stack: Any) -> list[Any]:
+    """Modules with the weights of a stack, in the order in which they are used."""
+    found = []
+    for block in stack.block:
+        own, *cross, last = block.layer
+        attention, feed = own.SelfAttention, last.DenseReluDense
+        found += [own.layer_norm, attention.q, attention.k, attention.v, attention.o]
+        for part in cross:
+            found += [part.layer_norm, part.EncDecAttention.q, part.EncDecAttention.o]
+        into = [feed.wi_0, feed.wi_1] if hasattr(feed, "wi_0") else [feed.wi]
+        found += [last.layer_norm, *into, feed.wo]
+    return [*found, stack.final_layer_norm]
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """What the ops take of an encoder or decoder."""
+
+    weights: list[Tensor]
+    options: tuple[int, bool, str, float]  # heads, gated, activation, epsilon
+
+    @classmethod
+    def of(cls, stack: Any, heads: int) -> _Stack:
+        feed = stack.block[0].layer[-1].DenseReluDense
+        activation = _ACTIVATIONS[type(feed.act).__name__]
+        epsilon = float(stack.final_layer_norm.variance_epsilon)
+        weights = [module.weight for module in _modules(stack)]
+        return cls(weights, (heads, hasattr(feed, "wi_0"), activation, epsilon))
+
+
+class FusedT5Decoder(T5Decoder):
+    """The same as :class:`T5Decoder`, to rounding; see :func:`fused_refusal`.
+
+    Args:
+        model: a T5 or mT5 with a language modelling head, in ``eval`` mode.
+        input_ids: prompts [B, S], not empty.
+        attention_mask: 1 for real tokens [B, S].
+        encoded: the encoder's states [B, S, d], where they are known already.
+    """
+
+    def __init__(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, encoded: Tensor | None = None
+    ) -> None:
+        self._prepare(model, input_ids)
+        lowest = torch.finfo(torch.float32).min
+        self._mask = (attention_mask == 0).float().mul_(lowest)
+        if encoded is None:
+            encoded = self._encode(model.get_encoder(), input_ids)
+        stack = model.get_decoder()
+        self._stack = _Stack.of(stack, self._heads)
+        cross = [block.layer[1].EncDecAttention for block in stack.block]
+        weights = [module.weight for part in cross for module in (part.k, part.v)]
+        self._prompt = torch.ops.gflowgr_cpp.t5_prompt(encoded.contiguous(), weights, self._heads)
+        self._cache = IdentifierCache(0)  # of ancestors only
+        self._stored: list[Tensor] = []
+
+    def _encode(self, encoder: Any, input_ids: Tensor) -> Tensor:
+        stack = _Stack.of(encoder, self._heads)
+        bias = _encoder_bias(encoder.block[0].layer[0].SelfAttention, input_ids.shape[1])
+        embedded = encoder.embed_tokens(input_ids)
+        states: Tensor = torch.ops.gflowgr_cpp.t5_encode(
+            embedded, self._mask, bias, stack.weights, *stack.options
+        )
+        return states
+
+    def _step(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
+        self._width = tokens.shape[1]
+        self._cache.begin_step(rows)
+        steps = self._cache.steps
+        hidden, stored = torch.ops.gflowgr_cpp.t5_step(
+            self._embed(tokens),
+            *self._prompt,
+            self._mask,
+            self._position_bias(steps).reshape(steps, self._heads).contiguous(),
+            self._stored,
+            self._cache.ancestors,
+            self._stack.weights,
+            *self._stack.options,
+        )
+        self._stored = [*self._stored, stored]
+        return hidden if self._scale is None else hidden * self._scale
+
+
+def _encoder_bias(attention: Any, length: int) -> Tensor:
+    """Relative position bias [H, S16 + S - 1]: of query i and key j at i - j + S - 1.
+
+    S16 is S rounded up to whole vectors, whose last queries are none.
+    """
+    padded = -(-length // _LANES) * _LANES
+    buckets = attention._relative_position_bucket(
+        torch.arange(length - 1, -padded, -1),
+        bidirectional=True,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=attention.relative_attention_max_distance,
+    )
+    bias: Tensor = attention.relative_attention_bias(buckets).T.contiguous()
+    return bias
