@@ -206,6 +206,10 @@ class TestWhenItIsUsed:
             (lambda model: setattr(_first_feed(model), "act", nn.SiLU()), "its activation SiLU"),
             (lambda model: setattr(_first_feed(model), "wi", _Low()), "a _Low of it is not plain"),
             (
+                lambda model: setattr(_first_feed(model), "wi", nn.Sequential(nn.Linear(24, 40))),
+                "a Sequential of it is not plain",
+            ),
+            (
                 lambda model: _first_feed(model).wi.register_forward_hook(lambda *_: None),
                 "a Linear of it is not plain",
             ),

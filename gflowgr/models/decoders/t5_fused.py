@@ -7,6 +7,7 @@ definition.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +65,11 @@ def fused_refusal(model: Any) -> str | None:
 
 def _plain(module: Any) -> bool:
     """Whether ``module`` does no more than its weight says."""
-    weight = module.weight
+    weight = module._parameters.get("weight")
     linear = type(module) is nn.Linear and module.bias is None
     return (
-        (linear or hasattr(module, "variance_epsilon"))
+        weight is not None
+        and (linear or hasattr(module, "variance_epsilon"))
         and weight.dtype == torch.float32
         and weight.is_contiguous()
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
@@ -100,7 +102,7 @@ class _Stack:
         feed = stack.block[0].layer[-1].DenseReluDense
         activation = _ACTIVATIONS[type(feed.act).__name__]
         epsilon = float(stack.final_layer_norm.variance_epsilon)
-        weights = [module.weight for module in _modules(stack)]
+        weights = [module._parameters["weight"] for module in _modules(stack)]
         return cls(weights, (heads, hasattr(feed, "wi_0"), activation, epsilon))
 
 
@@ -142,12 +144,11 @@ class FusedT5Decoder(T5Decoder):
     def _step(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
         self._width = tokens.shape[1]
         self._cache.begin_step(rows)
-        steps = self._cache.steps
         hidden, stored = torch.ops.gflowgr_cpp.t5_step(
             self._embed(tokens),
             *self._prompt,
             self._mask,
-            self._position_bias(steps).reshape(steps, self._heads).contiguous(),
+            self._own_bias(self._cache.steps),
             self._stored,
             self._cache.ancestors,
             self._stack.weights,
@@ -156,6 +157,15 @@ class FusedT5Decoder(T5Decoder):
         self._stored = [*self._stored, stored]
         return hidden if self._scale is None else hidden * self._scale
 
+    def _own_bias(self, steps: int) -> Tensor:
+        """Relative position bias of the newest of ``steps`` tokens [steps, H]."""
+        known = self._biases.shape[0]
+        if steps > known:
+            known = max(8, 2 * known)
+            newest_first = _bias(self._bias, 0, -known, bidirectional=False)
+            self._biases = newest_first.flip(0)
+        return self._biases[known - steps :]
+
 
 def _encoder_bias(attention: Any, length: int) -> Tensor:
     """Relative position bias [H, S16 + S - 1]: of query i and key j at i - j + S - 1.
@@ -163,11 +173,24 @@ def _encoder_bias(attention: Any, length: int) -> Tensor:
     S16 is S rounded up to whole vectors, whose last queries are none.
     """
     padded = -(-length // _LANES) * _LANES
-    buckets = attention._relative_position_bucket(
-        torch.arange(length - 1, -padded, -1),
-        bidirectional=True,
-        num_buckets=attention.relative_attention_num_buckets,
-        max_distance=attention.relative_attention_max_distance,
-    )
-    bias: Tensor = attention.relative_attention_bias(buckets).T.contiguous()
+    return _bias(attention, length - 1, -padded, bidirectional=True).T.contiguous()
+
+
+def _bias(attention: Any, first: int, end: int, *, bidirectional: bool) -> Tensor:
+    """Bias of keys ``first``, ``first`` - 1, ..., ``end`` + 1 places behind a query [places, H]."""
+    sizes = attention.relative_attention_num_buckets, attention.relative_attention_max_distance
+    buckets = _buckets(attention._relative_position_bucket, first, end, bidirectional, *sizes)
+    bias: Tensor = attention.relative_attention_bias(buckets)
     return bias
+
+
+@functools.lru_cache(maxsize=128)
+def _buckets(
+    formula: Any, first: int, end: int, bidirectional: bool, buckets: int, distance: int
+) -> Tensor:
+    """T5's buckets of relative positions, which take as long as a layer."""
+    places = torch.arange(first, end, -1)
+    found: Tensor = formula(
+        places, bidirectional=bidirectional, num_buckets=buckets, max_distance=distance
+    )
+    return found
