@@ -192,16 +192,18 @@ class TestWhenItIsUsed:
         assert model.encoder.block[0].layer[0].SelfAttention.q.weight.grad is not None
 
     @torch.no_grad()
-    def test_another_backend(self) -> None:
-        with gflowgr.backend("torch"):
-            assert fused_refusal(make_t5()) == "backend 'cpp' is not the one in use"
+    @pytest.mark.parametrize("name", ["torch", "triton", "cuda"])
+    def test_another_backend(self, name: str) -> None:
+        with gflowgr.backend(name):
+            assert fused_refusal(make_t5()) == f"backend '{name}' is asked for"
+            assert decoder_kind(make_t5()) == (T5Decoder, None)
 
     @torch.no_grad()
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
             (lambda model: model.train(), "the model is in training mode"),
-            (lambda model: model.bfloat16(), "backend 'cpp' is not the one in use"),
+            (lambda model: model.bfloat16(), "the model in torch.bfloat16"),
             (lambda model: _first_feed(model).wi.bfloat16(), "a Linear of it is not plain"),
             (lambda model: setattr(_first_feed(model), "act", nn.SiLU()), "its activation SiLU"),
             (lambda model: setattr(_first_feed(model), "wi", _Low()), "a _Low of it is not plain"),

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Also registers the ops of gflowgr_cpp.
 from ... import backends
-from ...ops.head import probe_cpp as head_probe
+from ...ops.head import probe_cpp
 from ..backbone import output_head
 from .base import IdentifierCache
 from .t5 import T5Decoder, t5_refusal
@@ -27,22 +26,20 @@ _LANES = 16
 _ACTIVATIONS = {"ReLU": "relu", "NewGELUActivation": "gelu_new"}
 
 
-def _probe_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
-    return head_probe(device, dtype) if dtype == torch.float32 else "computes in float32 only"
-
-
-backends.register("t5_decoder", "torch", backends.probe_torch)
-backends.register("t5_decoder", "cpp", _probe_cpp)
-
-
 def fused_refusal(model: Any) -> str | None:
     """Why :class:`FusedT5Decoder` cannot run ``model`` here and now; None when it can."""
     refusal = t5_refusal(model)
     if refusal is not None:
         return refusal
     weight = output_head(model)[0]
-    if backends.resolve("t5_decoder", weight.device, weight.dtype) != "cpp":
-        return "backend 'cpp' is not the one in use"
+    if weight.dtype != torch.float32:
+        return f"it computes in float32, the model in {weight.dtype}"
+    forced = backends.forced_backend()
+    if forced not in (None, "cpp"):
+        return f"backend {forced!r} is asked for"
+    missing = probe_cpp(weight.device, weight.dtype)
+    if missing is not None:
+        return missing
     if torch.is_grad_enabled():
         return "it has no gradient, and gradients are enabled"
     if model.training:
