@@ -57,6 +57,7 @@ def constrained_beam_search(
     temperature: float = 1.0,
     available: Tensor | None = None,
     exclude: Tensor | None = None,
+    encoded: Tensor | None = None,
 ) -> BeamSearchOutput:
     """Find each prompt's most probable items.
 
@@ -79,6 +80,7 @@ def constrained_beam_search(
         available: true for items that may be returned [items]; others are pruned up to the root.
         exclude: items [B, E] that a prompt may not get (its seen items), -1 for padding. Prefixes
             that lead to nothing else are pruned for that prompt, just as with ``available``.
+        encoded: the encoder's states of the prompts [B, S, d], where they are known already.
 
     Returns:
         The best items. Equal scores keep the order of the tree (ascending tokens), shorter
@@ -98,7 +100,7 @@ def constrained_beam_search(
         items = torch.empty(0, count, dtype=torch.long, device=device)
         tokens = torch.empty(0, count, tree.max_length, dtype=torch.long, device=device)
         return BeamSearchOutput(items, torch.empty(0, count, device=device), tokens)
-    decoder = decoder_for(model, input_ids, attention_mask)
+    decoder = decoder_for(model, input_ids, attention_mask, encoded)
     search = _Search(decoder, tree, admissible, num_beams, normalize, temperature)
     nodes, scores = search.run(wanted=min(count, num_beams))
     nan = scores.isnan().any(1)

@@ -123,9 +123,11 @@ def constrained_generate(
     if tree.layout.leaf_rank:  # lengths differ
         _check_ranking(generation_config, penalty)
 
-    inputs = prompt
+    inputs, encoded = prompt, None
     if model.config.is_encoder_decoder:
         inputs = _encoder_inputs(prompt, inputs_tensor, model_kwargs)
+        # generate has run the encoder, and repeated its states for the beams.
+        encoded = model_kwargs["encoder_outputs"][0][:: max(beams, count)]
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(inputs) if mask is None else mask[:: max(beams, count)]
     found = constrained_beam_search(
@@ -138,6 +140,7 @@ def constrained_generate(
         normalize=normalize,
         available=available,
         exclude=exclude,
+        encoded=encoded,
     )
     tokens, scores = _distinct(found, count)
     length = (tokens >= 0).sum(-1)

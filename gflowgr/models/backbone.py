@@ -85,7 +85,7 @@ def branch_hidden_states(model: PreTrainedModel, prompt: PromptState, prefixes: 
         use_cache=False,
     )
     hidden = output.last_hidden_state
-    if config.scale_decoder_outputs:
+    if getattr(config, "scale_decoder_outputs", False):  # mT5 has no such setting
         hidden = hidden * config.d_model**-0.5
     return hidden.view(batch, branches, length, -1)
 

@@ -60,6 +60,17 @@ class TestUnchangedCalls:
         if beams[0] > 1:  # greedy search of generate has no sequence scores
             assert_same(found, expected)
 
+    def test_the_encoder_runs_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoder = make_model("t5").get_encoder()
+        runs: list[object] = []
+        hook = encoder.register_forward_hook(lambda *_: runs.append(1))
+        monkeypatch.setenv("GFLOWGR_BACKEND", "torch")  # in which every run is a call
+        try:
+            ours()
+        finally:
+            hook.remove()
+        assert len(runs) == 1
+
     def test_identifiers_with_an_end_token_of_their_own(self) -> None:
         options = {"max_new_tokens": 4, "length_penalty": 0.0, "early_stopping": "never"}
         options |= {"num_beams": 20}  # generate drops ends ranked below the beams, ours does not

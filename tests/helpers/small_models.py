@@ -52,7 +52,11 @@ def _gpt2(**changes: Any) -> Any:
 
 
 def _t5(**changes: Any) -> Any:
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**_T5, **changes))
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**{**_T5, **changes}))
+
+
+def _umt5() -> Any:
+    return transformers.UMT5ForConditionalGeneration(transformers.UMT5Config(**_T5))
 
 
 def _rope(family: str, **changes: Any) -> Any:
@@ -64,6 +68,7 @@ _MODELS: dict[str, Callable[[], Any]] = {
     "t5": _t5,
     "t5-gated-untied": lambda: _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "t5-unlike-depths": lambda: _t5(num_decoder_layers=1),
+    "t5-whole-vectors": lambda: _t5(d_kv=16),
     "mt5": lambda: transformers.MT5ForConditionalGeneration(transformers.MT5Config(**_T5)),
     "gpt2": _gpt2,
     "gpt2-by-layer": lambda: _gpt2(scale_attn_by_inverse_layer_idx=True),
@@ -75,6 +80,7 @@ _MODELS: dict[str, Callable[[], Any]] = {
     # Not run fast: other attention, positions or logits.
     "mistral-sliding": lambda: _rope("Mistral", sliding_window=4),
     "gemma2": lambda: _rope("Gemma2", head_dim=8, sliding_window=4),
+    "umt5": _umt5,
     "bart": lambda: transformers.BartForConditionalGeneration(
         transformers.BartConfig(
             vocab_size=VOCAB,

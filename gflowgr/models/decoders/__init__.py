@@ -10,12 +10,14 @@ from .base import IdentifierCache, StepDecoder
 from .causal import CausalDecoder, causal_refusal
 from .generic import GenericDecoder
 from .t5 import T5Decoder, t5_refusal
+from .t5_fused import FusedT5Decoder, fused_refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
     "CausalDecoder",
+    "FusedT5Decoder",
     "GenericDecoder",
     "IdentifierCache",
     "StepDecoder",
@@ -29,7 +31,7 @@ def decoder_kind(model: PreTrainedModel | Any) -> tuple[type[StepDecoder], str |
     """Which decoder runs ``model``; for the generic one, also why no fast one can."""
     refusal = t5_refusal(model)
     if refusal is None:
-        return T5Decoder, None
+        return T5Decoder if fused_refusal(model) else FusedT5Decoder, None
     other = causal_refusal(model)
     if other is None:
         return CausalDecoder, None
@@ -37,16 +39,34 @@ def decoder_kind(model: PreTrainedModel | Any) -> tuple[type[StepDecoder], str |
 
 
 def decoder_for(
-    model: PreTrainedModel | Any, input_ids: Tensor, attention_mask: Tensor
+    model: PreTrainedModel | Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    encoded: Tensor | None = None,
 ) -> StepDecoder:
     """Process prompts, and return what continues them step by step.
 
     Args:
         model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode.
             T5, GPT-2, Llama, Mistral, Qwen2 and Qwen3 run fast, any other by whole sequences.
+            T5 in float32 on a CPU runs in C++ where no gradients are recorded.
         input_ids: prompts [B, S], at least one.
         attention_mask: 1 for real tokens [B, S].
+        encoded: the encoder's states [B, S, d], where they are known already.
+
+    Raises:
+        ValueError: ``encoded`` is of a wrong shape, or the model has no encoder.
     """
+    given: tuple[Tensor, ...] = (input_ids, attention_mask)
+    if encoded is not None:
+        if not getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(f"encoded: {type(model).__name__} has no encoder")
+        if encoded.dim() != 3 or encoded.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"encoded must be [B, S, d] with B, S = {tuple(input_ids.shape)}; "
+                f"got {tuple(encoded.shape)}"
+            )
+        given = (*given, encoded)
     decoder: Any = decoder_kind(model)[0]
-    made: StepDecoder = decoder(model, input_ids, attention_mask)
+    made: StepDecoder = decoder(model, *given)
     return made

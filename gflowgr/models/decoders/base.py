@@ -85,6 +85,11 @@ class IdentifierCache:
         twin._kept = [list(kept) for kept in self._kept]
         return twin
 
+    @property
+    def ancestors(self) -> list[Tensor]:
+        """For each earlier step, oldest first: where each beam's token is in it, int64 [B * K]."""
+        return self._ancestors
+
     def begin_step(self, rows: Tensor | None) -> None:
         """Open a step, in which beam i continues beam ``rows[i]`` of the step before."""
         if rows is not None:

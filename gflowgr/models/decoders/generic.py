@@ -26,20 +26,24 @@ class GenericDecoder(StepDecoder):
         model: the model, in ``eval`` mode.
         input_ids: prompts [B, S].
         attention_mask: 1 for real tokens [B, S]; padding may be on either side.
+        encoded: the encoder's states [B, S, d], where there is one and they are known already.
     """
 
     head = None
 
-    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
+    def __init__(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, encoded: Tensor | None = None
+    ) -> None:
         self.batch, self.device = input_ids.shape[0], input_ids.device
         self._model = model
         self._accepted = inspect.signature(model.forward).parameters
         config = getattr(model, "config", None)
-        self._encoded: Tensor | None = None
+        self._encoded = encoded
         if getattr(config, "is_encoder_decoder", False):
-            encoder = model.get_encoder()
-            output = encoder(input_ids=input_ids, attention_mask=attention_mask)
-            self._encoded = output.last_hidden_state
+            if encoded is None:
+                encoder = model.get_encoder()
+                output = encoder(input_ids=input_ids, attention_mask=attention_mask)
+                self._encoded = output.last_hidden_state
             self._start = _start_token(model)
             self._mask = attention_mask
         else:

@@ -48,27 +48,36 @@ class T5Decoder(StepDecoder):
         model: a T5 or mT5 with a language modelling head, in ``eval`` mode.
         input_ids: prompts [B, S].
         attention_mask: 1 for real tokens [B, S].
+        encoded: the encoder's states [B, S, d], where they are known already.
     """
 
-    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
-        config = model.config
+    def __init__(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, encoded: Tensor | None = None
+    ) -> None:
+        self._prepare(model, input_ids)
+        if encoded is None:
+            encoded = encode_prompt(model, input_ids, attention_mask).hidden
         stack = model.get_decoder()
-        encoded = encode_prompt(model, input_ids, attention_mask).hidden
+        self._final_norm = stack.final_layer_norm
+        self._layers = [self._layer(block.layer, encoded) for block in stack.block]
+        self._cache = IdentifierCache(len(self._layers))
+        # As the model's own mask: a prompt without any token attends evenly, rather than NaN.
+        lowest = torch.finfo(encoded.dtype).min
+        pads = (attention_mask == 0)[:, None, None, :]
+        self._mask = torch.zeros_like(pads, dtype=encoded.dtype).masked_fill_(pads, lowest)
+
+    def _prepare(self, model: Any, input_ids: Tensor) -> None:
+        """What does not depend on how the layers are run."""
+        config, stack = model.config, model.get_decoder()
         self.batch, self.device = input_ids.shape[0], input_ids.device
         self.head = output_head(model)
         self._heads, self._size = int(config.num_heads), int(config.d_kv)
         self._start = int(config.decoder_start_token_id)
         scaled = getattr(config, "scale_decoder_outputs", False)  # mT5 has no such setting
         self._scale = config.d_model**-0.5 if scaled else None
-        self._embed, self._final_norm = stack.embed_tokens, stack.final_layer_norm
-        self._layers = [self._layer(block.layer, encoded) for block in stack.block]
-        self._cache = IdentifierCache(len(self._layers))
+        self._embed = stack.embed_tokens
         self._bias = stack.block[0].layer[0].SelfAttention
         self._biases = torch.empty(0)
-        # As the model's own mask: a prompt without any token attends evenly, rather than NaN.
-        lowest = torch.finfo(encoded.dtype).min
-        pads = (attention_mask == 0)[:, None, None, :]
-        self._mask = torch.zeros_like(pads, dtype=encoded.dtype).masked_fill_(pads, lowest)
 
     def _layer(self, parts: Any, encoded: Tensor) -> _Layer:
         cross = parts[1].EncDecAttention
