@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 3) sparse_kernel(BeamStepCall call, 
 }  // namespace
 
 int beam_logits_cuda(const BeamStepCall& call, const BeamHead& head, void* stream) {
-  constexpr int64_t kEnoughWarps = 8192;
+  constexpr int64_t kEnoughWarps = 4096;
   const auto queue = static_cast<cudaStream_t>(stream);
   const int64_t rows = call.prompts * call.beams, tiles = (rows + kTile - 1) / kTile;
   if (rows == 0) return cudaSuccess;

@@ -14,7 +14,7 @@
 // sorts once per 512 children. Up to a width of 3584 the buffer is in shared memory, beyond it in the workspace.
 //
 // Speed of light: the logits that the normaliser sums over, once, and one sector per child that is not among them.
-// 64 prompts x 20 beams x V 33124 in float32: 170 MB, 51 us at 3.3 TB/s; 1280 blocks, 4 at a time on
+// 64 prompts x 20 beams x V 33124 in float32: 170 MB, 51 us at 3.3 TB/s; 1280 blocks, 3 at a time on
 // each of 132 multiprocessors. Exponentials: 42 M, 15 us at 16 a clock. The merge reads 64 x 20 x 20 keys: its time is that
 // of the launch and of sorting 400 keys. Prediction, not measured: about 65 us.
 #include "beam_step.h"
@@ -164,7 +164,7 @@ __device__ NodeSpan share_of(int64_t n, unsigned parts, unsigned part) {
 __device__ float rate_of(const BeamStepCall& call) { return 1.4426950408889634f / call.temperature; }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_kernel(BeamStepCall call, Spaces spaces) {
+__global__ void __launch_bounds__(kThreads, 4) sum_kernel(BeamStepCall call, Spaces spaces) {
   __shared__ LogSum warps[kWarps];
   const unsigned row = blockIdx.x / spaces.parts, part = blockIdx.x % spaces.parts;
   const Beam beam = read_beam(call, row);
@@ -185,7 +185,7 @@ __device__ uint64_t* buffer_of(const Spaces& spaces, unsigned char* memory) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) select_kernel(BeamStepCall call, Spaces spaces) {
+__global__ void __launch_bounds__(kThreads, 3) select_kernel(BeamStepCall call, Spaces spaces) {
   GFLOWGR_DYNAMIC_SHARED(memory);
   __shared__ LogSum warps[kWarps];
   __shared__ unsigned count;
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(BeamStepCall call, Spa
 
 // ------------------------------------------------------------------ the best of each prompt
 
-__global__ void __launch_bounds__(kThreads) merge_kernel(BeamStepCall call, Spaces spaces) {
+__global__ void __launch_bounds__(kThreads, 4) merge_kernel(BeamStepCall call, Spaces spaces) {
   GFLOWGR_DYNAMIC_SHARED(memory);
   __shared__ unsigned count;
   const int64_t prompt = blockIdx.x / kKinds;

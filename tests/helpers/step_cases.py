@@ -70,14 +70,19 @@ class StepCase:
             own(self.barred_leaves, self.tree.num_leaves),
         )
 
-    def check_both(self, normalize: str) -> None:
+    def check_both(self, normalize: str, device: str = "cpu") -> None:
         """Run both ops on the backend that is chosen and compare them with the oracle."""
         logits = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
-        beams = (self.scores, self.nodes, self.tree)
-        found = beam_step(logits, *beams, normalize=normalize, **self.options)
+
+        def there(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        beams = (there(self.scores), there(self.nodes), self.tree.to(device))
+        options = {name: there(value) for name, value in self.options.items()}
+        found = beam_step(there(logits), *beams, normalize=normalize, **options)
         self.check(found, logits, normalize)
-        head = (self.hidden, self.weight, self.bias)
-        found = beam_step_hidden(*head, *beams, normalize=normalize, **self.options)
+        head = map(there, (self.hidden, self.weight, self.bias))
+        found = beam_step_hidden(*head, *beams, normalize=normalize, **options)
         self.check(found, logits, normalize)
 
     def check(self, found: BeamStep, logits: Tensor, normalize: str) -> None:
