@@ -14,9 +14,9 @@
 // sorts once per 512 children. Up to a width of 3584 the buffer is in shared memory, beyond it in the workspace.
 //
 // Speed of light: the logits that the normaliser sums over, once, and one sector per child that is not among them.
-// 64 prompts x 20 beams x V 33124 in float32: 170 MB, 51 us at 3.3 TB/s; 1280 blocks, 3 at a time on
-// each of 132 multiprocessors. Exponentials: 42 M, 15 us at 16 a clock. The merge reads 64 x 20 x 20 keys: its time is that
-// of the launch and of sorting 400 keys. Prediction, not measured: about 65 us.
+// 64 prompts x 20 beams x V 33124 in float32: 170 MB, 51 us at 3.3 TB/s; 1280 blocks, 3 at a time on each of 132
+// multiprocessors. Exponentials: 42 M, 15 us at 16 a clock. The merge reads 64 x 20 x 20 keys: its time is that of
+// the launch and of sorting 400 keys. Prediction, not measured: about 65 us.
 #include "beam_step.h"
 
 #include "beam_device.h"

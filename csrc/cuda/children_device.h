@@ -218,7 +218,7 @@ __device__ inline void tile_product(Panel& a, Panel& b, const Rows& hidden, int6
 template <int kCount>
 __device__ inline void lane_products(const Rows& hidden, int64_t row, const Rows& weight,
                                      const int64_t (&tokens)[kCount], float (&sums)[kCount]) {
-  for (int64_t k = threadIdx.x % 32 * 8; k < hidden.d; k += 256) {
+  for (int64_t k = threadIdx.x % 32 * 8; k < weight.d; k += 256) {
     float h[8];
     hidden.load8(row, k, h);
 #pragma unroll
