@@ -1,5 +1,5 @@
-// What the kernels of a beam step share: the beams and what they may take, a log-sum-exp, and the best keys of a block. All functions
-// that hold a barrier are for whole blocks of kThreads.
+// What the kernels of a beam step share: the beams and what they may take, a log-sum-exp, and the best keys of a
+// block. Functions that hold a barrier are for whole blocks of kThreads.
 #pragma once
 
 #include "beam_step.h"

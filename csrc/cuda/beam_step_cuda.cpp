@@ -170,7 +170,10 @@ Outputs beam_step_hidden(const Tensor& hidden, const Tensor& weight, const std::
   STD_TORCH_CHECK(most >= 1, "most: expected the most tokens that a beam may need, got ", most);
   STD_TORCH_CHECK(weight.dim() == 2 && hidden.numel() == scores.numel() * weight.size(1),
                   "hidden: expected [B, K, d] for weight [V, d]");
-  BeamHead head{numbers_of("hidden", hidden, scores), numbers_of("weight", weight, scores), {}, weight.size(1), nullptr};
+  BeamHead head{};
+  head.hidden = numbers_of("hidden", hidden, scores);
+  head.weight = numbers_of("weight", weight, scores);
+  head.d = weight.size(1);
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->numel() == weight.size(0), "bias: expected [V]");
     head.bias = numbers_of("bias", *bias, scores);
