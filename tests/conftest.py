@@ -1,10 +1,14 @@
-"""What all tests share: the real data folder, one CPU thread, reproducible property tests."""
+"""What all tests share: the real data folder, one CPU thread, reproducible property tests.
+
+In the emulator's process (tests/cuda/test_emulated.py) the emulated kernels are loaded here.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import emulation
 import pytest
 import torch
 from hypothesis import settings
@@ -12,6 +16,9 @@ from hypothesis import settings
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+if emulation.LIBRARY_VARIABLE in os.environ:
+    emulation.load_library(os.environ[emulation.LIBRARY_VARIABLE])
 
 
 @pytest.fixture(scope="session", autouse=True)

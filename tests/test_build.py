@@ -32,7 +32,7 @@ def nvcc() -> str:
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
 def test_nvcc_compiles_without_torch(source: Path, tmp_path: Path) -> None:
     """Bare kernels: one nvcc call, no torch headers, no warnings, no register spills."""
-    targets = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in (80, 90, 100)]
+    targets = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in (80, 90, 100, 120)]
     done = subprocess.run(
         [
             *(nvcc(), "-std=c++17", "-O3", "-c", "-Werror", "all-warnings", "-Xptxas", "-v"),
@@ -43,7 +43,7 @@ def test_nvcc_compiles_without_torch(source: Path, tmp_path: Path) -> None:
     )
     report = done.stdout + done.stderr
     assert done.returncode == 0, report
-    assert report.count("bytes spill stores") == report.count(" 0 bytes spill stores") >= 3, report
+    assert report.count("bytes spill stores") == report.count(" 0 bytes spill stores") >= 4, report
 
 
 # Per kernel: the signatures that its launcher makes, with the constants that go with them.

@@ -195,4 +195,39 @@ __device__ inline void multiply(const Panel& a, const Panel& b, float (&acc)[4][
   }
 }
 
+// Product of 64 rows with 64 tokens' rows of the head, in the layout of `multiply`. A thread copies a quarter of
+// the row `row` and of the head's row `token`, those of thread / 4; -1 stands for zeros. All threads of the
+// block; the panels are free again afterwards.
+__device__ inline void tile_product(Panel& a, Panel& b, const Rows& hidden, int64_t row, const Rows& weight,
+                                    int64_t token, float (&acc)[4][4]) {
+  const int copied = threadIdx.x / 4, copied_k = threadIdx.x % 4 * 8;
+  for (int64_t k = 0; k < hidden.d; k += kDepth) {
+    float values[8] = {};
+    if (row >= 0) hidden.load8(row, k + copied_k, values);
+    for (int i = 0; i < 8; ++i) a.at(copied_k + i, copied) = values[i];
+    for (int i = 0; i < 8; ++i) values[i] = 0;
+    if (token >= 0) weight.load8(token, k + copied_k, values);
+    for (int i = 0; i < 8; ++i) b.at(copied_k + i, copied) = values[i];
+    __syncthreads();
+    multiply(a, b, acc);
+    __syncthreads();
+  }
+}
+
+// A lane's part of the products of one row with some tokens' rows of the head, 16 bytes at a time.
+template <int kCount>
+__device__ inline void lane_products(const Rows& hidden, int64_t row, const Rows& weight,
+                                     const int64_t (&tokens)[kCount], float (&sums)[kCount]) {
+  for (int64_t k = threadIdx.x % 32 * 8; k < weight.d; k += 256) {
+    float h[8];
+    hidden.load8(row, k, h);
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      float w[8];
+      weight.load8(tokens[u], k, w);
+      for (int i = 0; i < 8; ++i) sums[u] += h[i] * w[i];
+    }
+  }
+}
+
 }  // namespace gflowgr

@@ -26,14 +26,6 @@ __device__ float single_child(const ChildrenCall& call, int64_t token) {
   return call.bias.data != nullptr && load(call.bias, token) == -INFINITY ? -INFINITY : 0.0f;
 }
 
-__device__ bool is_leaf(const uint8_t* __restrict__ tree, int64_t node) {
-  if (node >= tree_word(tree, kNumInner)) return true;
-  const int64_t offset = tree_word(tree, kLeafRank);
-  if (offset == 0) return false;
-  const auto* const rank = reinterpret_cast<const int32_t*>(tree + offset);
-  return __ldg(rank + node + 1) > __ldg(rank + node);
-}
-
 __global__ void plan_kernel(ChildrenCall call) {
   const int64_t trajectory = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (trajectory < kPlanSpare) call.plan[kPlanWords * call.trajectories * call.L + trajectory] = 0;
@@ -71,7 +63,7 @@ __global__ void plan_kernel(ChildrenCall call) {
     last = node;
   }
   // `last` is where the unmasked part ended; 0, the root, if all of it is masked; -1 after a hole in the mask.
-  const bool wrong = last < 0 || (last > 0 && !is_leaf(tree, last));
+  const bool wrong = last < 0 || (last > 0 && node_leaf(tree, last) < 0);
   // All that write it write the same.
   if (wrong) *call.invalid = 1;
 }
@@ -140,8 +132,8 @@ __global__ void __launch_bounds__(kThreads) root_kernel(ChildrenCall call, Rows 
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTile;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
-  // Copies: 8 numbers of a row per thread. Softmax: 8 rows per warp.
-  const int copied = thread / 4, copied_k = thread % 4 * 8;
+  // Copies: a quarter of a row per thread. Softmax: 8 rows per warp.
+  const int copied = thread / 4;
   bool copies = false;
   if (first + copied < call.trajectories) copies = read_row(call, (first + copied) * call.L).live();
   Running running[kTile / kWarps];
@@ -160,17 +152,8 @@ __global__ void __launch_bounds__(kThreads) root_kernel(ChildrenCall call, Rows 
     if (thread < kTile) shared.tokens[thread] = thread < width ? tokens[chunk + thread] : -1;
     __syncthreads();
     float acc[4][4] = {};
-    for (int64_t k = 0; k < call.d; k += kDepth) {
-      float values[8] = {};
-      if (copies) hidden.load8((first + copied) * call.L, k + copied_k, values);
-      for (int i = 0; i < 8; ++i) shared.a.at(copied_k + i, copied) = values[i];
-      for (int i = 0; i < 8; ++i) values[i] = 0;
-      if (copied < width) weight.load8(shared.tokens[copied], k + copied_k, values);
-      for (int i = 0; i < 8; ++i) shared.b.at(copied_k + i, copied) = values[i];
-      __syncthreads();
-      multiply(shared.a, shared.b, acc);
-      __syncthreads();
-    }
+    tile_product(shared.a, shared.b, hidden, copies ? (first + copied) * call.L : -1, weight,
+                 copied < width ? shared.tokens[copied] : -1, acc);
     for (int j = 0; j < 4; ++j) {
       const int column = thread % 16 * 4 + j;
       float bias = 0;
@@ -231,16 +214,7 @@ __global__ void __launch_bounds__(kThreads, 3) deeper_kernel(ChildrenCall call, 
     float logits[kTogether] = {};
 #pragma unroll
     for (int u = 0; u < kTogether; ++u) tokens[u] = row.tokens[min(child + u, int64_t{row.children} - 1)];
-    for (int64_t k = lane * 8; k < call.d; k += 256) {
-      float h[8];
-      hidden.load8(row.t, k, h);
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u) {
-        float w[8];
-        weight.load8(tokens[u], k, w);
-        for (int i = 0; i < 8; ++i) logits[u] += h[i] * w[i];
-      }
-    }
+    lane_products(hidden, row.t, weight, tokens, logits);
 #pragma unroll
     for (int u = 0; u < kTogether; ++u) {
       logits[u] = warp_sum(logits[u]);

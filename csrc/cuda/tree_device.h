@@ -24,6 +24,35 @@ __device__ inline int64_t child_begin(const uint8_t* __restrict__ tree, int64_t 
                                            : __ldg(reinterpret_cast<const int64_t*>(array) + node);
 }
 
+struct NodeSpan {
+  int64_t begin, end;
+  __device__ int64_t size() const { return end - begin; }
+};
+
+// Children of any number that stands for a node; empty for -1 and for what is no node.
+__device__ inline NodeSpan child_span(const uint8_t* __restrict__ tree, int64_t node) {
+  if (node < 0 || node >= tree_word(tree, kNumInner)) return {0, 0};
+  return {child_begin(tree, node), child_begin(tree, node + 1)};
+}
+
+// Tokens on the way to a node.
+__device__ inline int64_t node_depth(const uint8_t* __restrict__ tree, int64_t node) {
+  const int64_t levels = tree_word(tree, kMaxLength);
+  int64_t depth = 0;
+  while (depth < levels && node >= level_word(tree, depth, kNodeBegin)) ++depth;
+  return depth;
+}
+
+// Number of the identifier that ends at a node, -1 if none does.
+__device__ inline int64_t node_leaf(const uint8_t* __restrict__ tree, int64_t node) {
+  const int64_t inner = tree_word(tree, kNumInner), offset = tree_word(tree, kLeafRank);
+  if (offset == 0) return node >= inner ? node - inner : -1;
+  const auto* const rank = reinterpret_cast<const int32_t*>(tree + offset);
+  if (node >= inner) return node - inner + __ldg(rank + inner);
+  const int32_t before = __ldg(rank + node);
+  return __ldg(rank + node + 1) > before ? before : -1;
+}
+
 // Position of `code` among the n ascending, distinct values at `first`, or -1.
 template <typename Stored>
 __device__ int64_t find(const Stored* __restrict__ first, int64_t n, int64_t code) {

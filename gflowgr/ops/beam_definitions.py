@@ -15,26 +15,44 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gflowgr.ops.walk import level_tokens, read_header, unsigned
 from gflowgr.tree import PrefixTree
 
-_ends: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
+@dataclass(frozen=True)
+class TreeFacts:
+    """What steps need to know of a tree beside its buffer.
 
-def codebook_ends(tree: Tensor) -> Tensor:
-    """Largest token + 1 of each position of the identifiers, int64 [L] on the CPU.
-
-    The header does not hold them. A tree never changes, so they are read once (O(nodes), waits for
-    the device) and kept as long as its buffer.
+    Attributes:
+        codebook_ends: largest token + 1 of each position of the identifiers, int64 [L], on the CPU.
+        codebook_ends_here: the same on the device of the tree.
+        most: most tokens that a beam may need logits of, per normaliser other than "vocab".
     """
-    ends: Tensor | None = _ends.get(tree)
-    if ends is None:
+
+    codebook_ends: Tensor
+    codebook_ends_here: Tensor
+    most: dict[str, int]
+
+
+_facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def tree_facts(tree: Tensor) -> TreeFacts:
+    """Facts of the tree with this buffer.
+
+    A tree never changes, so they are read once (O(nodes), waits for the device: not while a CUDA
+    graph is captured) and kept as long as its buffer.
+    """
+    facts: TreeFacts | None = _facts.get(tree)
+    if facts is None:
         layout = read_header(tree)
         last = []
         for level in range(layout.max_length):
             stored = level_tokens(tree, layout, level)
             low = torch.iinfo(stored.dtype).min  # 0 for uint8; flips the order of signed views
             last.append(unsigned((stored ^ low).max() ^ low, layout.token_bytes[level]))
-        ends = torch.stack(last).cpu() + torch.tensor(layout.token_base) + 1
-        _ends[tree] = ends
-    return ends
+        sizes = torch.stack(last).cpu() + 1
+        ends = sizes + torch.tensor(layout.token_base)
+        most = {"level": int(sizes.max()), "children": max(layout.max_children)}
+        facts = _facts[tree] = TreeFacts(ends, ends.to(tree.device), most)
+    return facts
 
 
 @dataclass(frozen=True)
@@ -189,7 +207,7 @@ def step_definition(
         normaliser = chosen.masked_fill(~children.valid, -math.inf).logsumexp(-1, keepdim=True)
     else:
         normaliser = torch.zeros_like(scores).unsqueeze(-1)
-        bounds = zip(walk.layout.token_base, codebook_ends(tree).tolist(), strict=True)
+        bounds = zip(walk.layout.token_base, tree_facts(tree).codebook_ends.tolist(), strict=True)
         for depth, (first, end) in enumerate(bounds):
             part = scaled[..., first:end].logsumexp(-1)
             normaliser[..., 0] = torch.where(children.depth == depth, part, normaliser[..., 0])
@@ -219,7 +237,7 @@ def step_hidden_definition(
     tokens = children.tokens.flatten(0, 1)
     chosen = torch.full(tokens.shape, -math.inf, device=tokens.device)
     normaliser = torch.zeros(tokens.shape[0], 1, device=tokens.device)
-    bounds = zip(walk.layout.token_base, codebook_ends(tree).tolist(), strict=True)
+    bounds = zip(walk.layout.token_base, tree_facts(tree).codebook_ends.tolist(), strict=True)
     for level, (first, end) in enumerate(bounds):
         rows = (valid.any(-1) & (depth.flatten() == level)).nonzero()[:, 0]
         if rows.numel() == 0:

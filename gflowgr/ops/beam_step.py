@@ -1,8 +1,8 @@
 """``gflowgr::beam_step`` and ``beam_step_hidden``: one step of a beam search down a prefix tree.
 
 Only the children of the beams' nodes are candidates. The definitions are plain PyTorch, in
-:mod:`gflowgr.ops.beam_definitions`; the fast backend is ``csrc/beam_step_cpu.cpp``. Nothing here
-has a gradient.
+:mod:`gflowgr.ops.beam_definitions`; the fast backends are ``csrc/beam_step_cpu.cpp`` and
+``csrc/cuda/beam_step.cu``. Nothing here has a gradient.
 
 Notation: B prompts, K beams each, vocabulary V, width d of the model.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import backends
-from gflowgr.ops.beam_definitions import codebook_ends, step_definition, step_hidden_definition
+from gflowgr.ops.beam_definitions import step_definition, step_hidden_definition, tree_facts
 from gflowgr.ops.checks import NORMALIZERS, check_choice, check_number, check_tensor
 from gflowgr.tree import PrefixTree
 
@@ -231,8 +231,12 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _ends(normalize: str, tree: Tensor) -> Tensor | None:
-    return codebook_ends(tree) if normalize == "level" else None
+def _ends(normalize: str, tree: Tensor, name: str) -> Tensor | None:
+    """Ends of the codebooks where a backend needs them, and where it wants them."""
+    if normalize != "level":
+        return None
+    facts = tree_facts(tree)
+    return facts.codebook_ends_here if name == "cuda" else facts.codebook_ends
 
 
 def _beam_step(
@@ -249,10 +253,12 @@ def _beam_step(
     barred_leaves: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     options = (normalize, temperature, live, barred, width, live_leaves, barred_leaves)
-    if backends.resolve("beam_step", logits.device, logits.dtype) == "torch":
+    name = backends.resolve("beam_step", logits.device, logits.dtype)
+    if name == "torch":
         return step_definition(logits, scores, nodes, tree, *options)
-    found: tuple[Tensor, ...] = torch.ops.gflowgr_cpp.beam_step(
-        *_contiguous(logits, scores, nodes, tree, _ends(normalize, tree)),
+    raw = torch.ops.gflowgr_cuda if name == "cuda" else torch.ops.gflowgr_cpp
+    found: tuple[Tensor, ...] = raw.beam_step(
+        *_contiguous(logits, scores, nodes, tree, _ends(normalize, tree, name)),
         *(normalize, temperature),
         *_contiguous(live, barred, live_leaves, barred_leaves),
         width,
@@ -281,15 +287,22 @@ def _beam_step_hidden(
         part = None if bias is None else bias.to(dtype)
         logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), part)
         return _beam_step(logits, scores, nodes, tree, *options)
-    if backends.resolve("beam_step_hidden", hidden.device, hidden.dtype) == "torch":
+    name = backends.resolve("beam_step_hidden", hidden.device, hidden.dtype)
+    if name == "torch":
         return step_hidden_definition(hidden, weight, bias, scores, nodes, tree, *options)
     part = None if bias is None else bias.float()
-    found: tuple[Tensor, ...] = torch.ops.gflowgr_cpp.beam_step_hidden(
-        *_contiguous(hidden, weight, part, scores, nodes, tree, _ends(normalize, tree)),
+    arguments = (
+        *_contiguous(hidden, weight, part, scores, nodes, tree, _ends(normalize, tree, name)),
         *(normalize, temperature),
         *_contiguous(live, barred, live_leaves, barred_leaves),
         width,
     )
+    found: tuple[Tensor, ...]
+    if name == "cuda":
+        most = tree_facts(tree).most[normalize]
+        found = torch.ops.gflowgr_cuda.beam_step_hidden(*arguments, most)
+    else:
+        found = torch.ops.gflowgr_cpp.beam_step_hidden(*arguments)
     return found
 
 
@@ -320,3 +333,4 @@ torch.library.register_fake("gflowgr::beam_step_hidden", _beam_step_hidden_fake,
 for _op in ("beam_step", "beam_step_hidden"):
     backends.register(_op, "torch", backends.probe_torch)
     backends.register(_op, "cpp", backends.probe_cpp)
+    backends.register(_op, "cuda", backends.probe_cuda)

@@ -366,6 +366,8 @@ template <typename A, typename B>
 std::common_type_t<A, B> max(A a, B b) {
   return a < b ? b : a;
 }
+// Threads of a block take turns, blocks run one after the other: every access is atomic.
+inline unsigned atomicAdd(unsigned* address, unsigned value) { return std::exchange(*address, *address + value); }
 template <typename T>
 T __ldg(const T* address) {
   return *address;

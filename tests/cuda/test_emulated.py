@@ -1,8 +1,8 @@
 """Runs the CUDA kernels on the CPU, in the emulator of emulate.h, without a GPU.
 
 The very kernel files of ``csrc/cuda`` and their bindings are compiled by g++ with AddressSanitizer
-and UndefinedBehaviorSanitizer, and ``emulated_*.py`` beside this file run in a process of their own
-(the sanitizer must be loaded before everything else), where ``gflowgr_cuda`` takes CPU tensors.
+and UndefinedBehaviorSanitizer, and ``FILES`` run in processes of their own (the sanitizer must be
+loaded before everything else), where ``gflowgr_cuda`` takes CPU tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import emulation
 import pytest
 
 HERE = Path(__file__).parent
-FILES = sorted(HERE.glob("emulated_*.py"))
+FILES = [*sorted(HERE.glob("emulated_*.py")), HERE.parent / "ops" / "test_beam_step_traps.py"]
 # Fresh memory is NaN; a leak report would be about Python's own allocations.
 ASAN = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824"
 

@@ -12,9 +12,13 @@ from raw_children import ChildrenCase
 from raw_children import check_raw_op as check_children
 from raw_flow import KINDS, REDUCTIONS, FlowCase
 from raw_flow import check_raw_op as check_flow
+from step_cases import NORMALIZERS, TOLERANCE, StepCase
 from torch import Tensor
 
+import gflowgr
 from gflowgr import backends
+from gflowgr.ops.beam_step import BeamStep, beam_step, beam_step_hidden
+from gflowgr.tree import PrefixTree
 
 pytestmark = pytest.mark.gpu
 
@@ -157,3 +161,97 @@ def test_nothing_waits_for_the_gpu(cuda: Any) -> None:
         cuda.children_backward(grad, *inputs, log_pf, slopes, plan, True, dense, False, False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------------- a beam search's step
+
+
+class Step:
+    """Random beams in a random catalogue, on the GPU."""
+
+    def __init__(self, prompts: int, beams: int, vocab: int, dtype: torch.dtype, seed: int) -> None:
+        made = torch.Generator().manual_seed(seed)
+        codes = (vocab - 512, 256, 256)
+        self.tree = PrefixTree.from_identifiers(shop(200_000, codes)).to("cuda")
+        self.nodes = torch.randint(0, 2 * codes[0], (prompts, beams), generator=made).cuda()
+        self.nodes[:, 0] = 0
+        self.scores = torch.randn(prompts, beams, generator=made).cuda()
+        self.logits = torch.randn(prompts, beams, vocab, generator=made).to("cuda", dtype)
+        self.hidden = torch.randn(prompts, beams, 64, generator=made).to("cuda", dtype)
+        self.weight = torch.randn(vocab, 64, generator=made).to("cuda", dtype) / 8
+        self.live = (torch.rand(self.tree.num_nodes, generator=made) < 0.9).cuda()
+
+    @property
+    def changing(self) -> list[Tensor]:
+        return [self.logits, self.hidden, self.scores, self.nodes]
+
+    def run(self, normalize: str, *, hidden: bool = False) -> BeamStep:
+        options: dict[str, Any] = {"width": 20, "normalize": normalize, "live": self.live}
+        beams = (self.scores, self.nodes, self.tree)
+        if hidden:
+            return beam_step_hidden(self.hidden, self.weight, None, *beams, **options)
+        return beam_step(self.logits, *beams, **options)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+def test_beam_step_equals_plain_loops(normalize: str, cuda: Any) -> None:
+    for seed in range(20):
+        identifiers = [tuple(row) for row in shop(60, (12, 30, 4), seed).tolist()]
+        if seed % 2:
+            identifiers += [row[: 1 + seed % 3] for row in identifiers[::3]]  # prefixes too
+        case = StepCase(identifiers, seed)
+        with gflowgr.backend("cuda"):
+            case.check_both(normalize, "cuda")
+
+
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 20, 33_124), (1, 1, 33_124), (3, 7, 1027)])
+def test_beam_step_of_long_rows(
+    shape: tuple[int, int, int], dtype: torch.dtype, normalize: str, cuda: Any
+) -> None:
+    step = Step(*shape, dtype, 0)
+    for hidden in (False, True):
+        with gflowgr.backend("cuda"):
+            found, again = (step.run(normalize, hidden=hidden) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+        with gflowgr.backend("torch"):
+            want = step.run(normalize, hidden=hidden)
+        tolerance = 0.05 if hidden and normalize == "vocab" else TOLERANCE
+        for name in ("scores", "end_scores"):
+            torch.testing.assert_close(
+                getattr(found, name), getattr(want, name), atol=tolerance, rtol=0
+            )
+        if tolerance == TOLERANCE and dtype == torch.float32:
+            assert (found.nodes == want.nodes).float().mean() > 0.98  # but for near ties
+
+
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+@pytest.mark.parametrize("shape", [(8, 4, 2000), (2, 1, 33_124)])
+def test_beam_step_in_a_graph(shape: tuple[int, int, int], normalize: str, cuda: Any) -> None:
+    """Replayed on other beams it computes what a call on them does."""
+    step, other = Step(*shape, torch.float32, 0), Step(*shape, torch.float32, 1)
+
+    def work(of: Step) -> list[Tensor]:
+        return [*of.run(normalize), *of.run(normalize, hidden=True)]
+
+    with gflowgr.backend("cuda"):
+        graph, outputs = captured(lambda: work(step))
+        for to, new in zip(step.changing, other.changing, strict=True):
+            to.copy_(new)
+        graph.replay()
+        replayed = [output.clone() for output in outputs]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, work(step), strict=True))
+
+
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+def test_beam_step_waits_for_nothing(normalize: str, cuda: Any) -> None:
+    step = Step(8, 4, 2000, torch.bfloat16, 0)
+    with gflowgr.backend("cuda"):
+        step.run(normalize, hidden=True)  # the sizes of the codebooks are read once per tree
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step.run(normalize)
+            step.run(normalize, hidden=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

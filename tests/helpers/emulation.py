@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -98,6 +99,11 @@ def build_library(gxx: str, folder: Path) -> Path:
     if done.returncode != 0:
         raise RuntimeError(f"the emulated kernels do not link:\n{done.stderr[-4000:]}")
     return library
+
+
+def cpu_backends() -> tuple[str, ...]:
+    """Backends for tests on CPU tensors; in the emulator's process only the emulated one."""
+    return ("cuda",) if LIBRARY_VARIABLE in os.environ else ("torch", "cpp")
 
 
 def load_library(path: str) -> None:

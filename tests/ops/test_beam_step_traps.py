@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import emulation
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ SURE = torch.zeros(1, 1)
 NORMALIZERS = ("vocab", "level", "children")
 
 
-@pytest.fixture(params=["torch", "cpp"], autouse=True)
+@pytest.fixture(params=emulation.cpu_backends(), autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cpp" and (reason := gflowgr.backends.cpp_missing()) is not None:
         pytest.skip(reason)
