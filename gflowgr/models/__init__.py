@@ -2,6 +2,7 @@
 
 from .backbone import (
     PromptState,
+    TrajectoryStates,
     branch_hidden_states,
     encode_prompt,
     output_head,
@@ -25,6 +26,7 @@ __all__ = [
     "PromptState",
     "StateFlow",
     "TigerConfig",
+    "TrajectoryStates",
     "branch_hidden_states",
     "build_tiger",
     "encode_prompt",

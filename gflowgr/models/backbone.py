@@ -1,9 +1,11 @@
-"""Set-wise forward: all trajectories of a prompt as branches of ONE packed decoder sequence.
+"""Set-wise forward: all trajectories of a prompt as branches of ONE packed sequence.
 
-The prompt is encoded once and its cross-attention keys and values are computed once, however many
-trajectories there are. A block-diagonal causal mask keeps the branches apart. T5's position bias
-depends only on the distance between two tokens, and within a branch distances are what they are in
-a sequence of its own; so the packed forward equals N separate ones (up to rounding).
+However many trajectories there are, the prompt is read once. An encoder-decoder of the T5 family
+encodes it, computes its cross-attention keys and values once, and runs the branches as one decoder
+sequence; a block-diagonal causal mask keeps them apart. T5's position bias depends only on the
+distance between two tokens, and within a branch distances are what they are in a sequence of its
+own; so the packed forward equals N separate ones (up to rounding). Decoder-only models run prompt
+and branches as one sequence: :mod:`gflowgr.models.causal_lm`.
 """
 
 from __future__ import annotations
@@ -14,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .causal_lm import causal_states
+from .families import causal_refusal
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
     "PromptState",
+    "TrajectoryStates",
     "branch_hidden_states",
     "encode_prompt",
     "output_head",
@@ -40,8 +46,22 @@ class PromptState:
 
     def pooled(self) -> Tensor:
         """Mean of the prompt's real positions [B, d] (input of the partition head)."""
-        weight = self.attention_mask.to(self.hidden.dtype).unsqueeze(-1)
-        return (self.hidden * weight).sum(1) / weight.sum(1).clamp_min(1.0)
+        real = self.attention_mask.bool().unsqueeze(-1)
+        return self.hidden.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class TrajectoryStates:
+    """What a backbone makes of prompts and their trajectories.
+
+    Attributes:
+        hidden: [B, N, L, d]: state l predicts token l of the trajectory; ``hidden @ weight.T +
+            bias`` of :func:`output_head` are the model's logits.
+        pooled: mean of the states of the prompt's real tokens [B, d].
+    """
+
+    hidden: Tensor
+    pooled: Tensor
 
 
 def encode_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> PromptState:
@@ -91,24 +111,43 @@ def branch_hidden_states(model: PreTrainedModel, prompt: PromptState, prefixes: 
 
 
 def trajectory_hidden_states(
-    model: PreTrainedModel, prompt: PromptState, tokens: Tensor, mask: Tensor | None = None
-) -> Tensor:
-    """Hidden states from which each token of each trajectory is predicted.
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+) -> TrajectoryStates:
+    """Hidden states from which each token of each trajectory is predicted, in one forward pass.
+
+    Equal to N separate passes over prompt and trajectory, up to rounding (without dropout).
 
     Args:
-        model: the encoder-decoder model.
-        prompt: the encoded prompt.
+        model: an encoder-decoder of the T5 family, or a decoder-only GPT-2, Llama, Mistral, Qwen2
+            or Qwen3 without a sliding window, with its language modelling head.
+        input_ids: prompts [B, S]; padding may be on either side and hold any value.
+        attention_mask: 1 for real tokens [B, S]; a decoder-only model needs one in each row.
         tokens: trajectories [B, N, L], token ids of the model.
-        mask: true for real tokens [B, N, L]; padding may hold any value.
+        mask: true for real tokens [B, N, L]; padding may be any token, or a whole trajectory, and
+            hold any value.
 
     Returns:
-        [B, N, L, d], aligned with ``tokens``: state l predicts ``tokens[..., l]``.
+        The states, aligned with ``tokens``.
+
+    Raises:
+        TypeError: the model is none of these, or its attention takes no mask.
     """
-    config: Any = model.config
     if mask is not None:
-        tokens = tokens.masked_fill(~mask, config.pad_token_id)
+        tokens = tokens.masked_fill(~mask, 0)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        _check_causal(model)
+        states, hidden = causal_states(model, input_ids, attention_mask, tokens)
+        return TrajectoryStates(hidden, PromptState(states, attention_mask).pooled())
+    config: Any = model.config
+    input_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id)
+    prompt = encode_prompt(model, input_ids, attention_mask)
     start = torch.full_like(tokens[..., :1], config.decoder_start_token_id)
-    return branch_hidden_states(model, prompt, torch.cat([start, tokens[..., :-1]], dim=-1))
+    hidden = branch_hidden_states(model, prompt, torch.cat([start, tokens[..., :-1]], dim=-1))
+    return TrajectoryStates(hidden, prompt.pooled())
 
 
 def output_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
@@ -138,4 +177,13 @@ def _check_supported(model: PreTrainedModel) -> None:
         raise TypeError(
             "model must be a transformers encoder-decoder with relative positions (T5 family); "
             f"got {type(model).__name__}"
+        )
+
+
+def _check_causal(model: PreTrainedModel) -> None:
+    refusal = causal_refusal(model)
+    if refusal is not None:
+        raise TypeError(
+            "model must be of the T5 family, or a decoder-only model whose attention and positions "
+            f"can be given from outside; {type(model).__name__} is not: {refusal}"
         )

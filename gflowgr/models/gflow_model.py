@@ -16,7 +16,7 @@ from ..ops import trajectory_logprobs
 from ..ops.flow_definitions import reduce_trajectories
 from ..rewards.fusion import RewardFusion
 from ..tree import PrefixTree
-from .backbone import encode_prompt, output_head, trajectory_hidden_states
+from .backbone import output_head, trajectory_hidden_states
 from .flow_settings import FlowSettings
 from .objective import Head, flow_logs, flow_start, joint_loss, supervised_loss
 from .partition import PartitionHead
@@ -173,8 +173,8 @@ class GFlowModel(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """States [B, N, L, d] that predict the tokens, and pooled prompt states [B, d]."""
-        prompt = encode_prompt(self.backbone, input_ids, attention_mask)
-        return trajectory_hidden_states(self.backbone, prompt, tokens, mask), prompt.pooled()
+        states = trajectory_hidden_states(self.backbone, input_ids, attention_mask, tokens, mask)
+        return states.hidden, states.pooled
 
     def _head(self) -> Head:
         """The output head, as the ops take it."""

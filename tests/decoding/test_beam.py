@@ -13,7 +13,6 @@ from gflowgr.models import (
     IdentifierVocabulary,
     TigerConfig,
     build_tiger,
-    encode_prompt,
     output_head,
     prompt_tokens,
     trajectory_hidden_states,
@@ -52,8 +51,7 @@ class Shop:
         tokens = self.item_tokens.expand(2, items, -1)
         mask = tokens >= 0
         with torch.no_grad():
-            prompt = encode_prompt(self.model, self.ids, self.mask)
-            hidden = trajectory_hidden_states(self.model, prompt, tokens.clamp_min(0), mask)
+            hidden = trajectory_hidden_states(self.model, self.ids, self.mask, tokens, mask).hidden
             weight, _ = output_head(self.model)
             tree = self.tree if normalize == "children" else None
             log_pf = trajectory_logprobs(

@@ -14,43 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import output_head
+from ..families import causal_refusal
 from .base import IdentifierCache, StepDecoder, dot_products, mix
 
 __all__ = ["CausalDecoder", "causal_refusal"]
 
 _ATTENTION = "gflowgr_shared_prompt"
-_FAMILIES = {"gpt2", "llama", "mistral", "qwen2", "qwen3"}
-"""Values of ``model_type``: positions come in by ``position_ids`` only, and logits are plain
-``lm_head(hidden)``."""
-
-
-def causal_refusal(model: Any) -> str | None:
-    """Why :class:`CausalDecoder` cannot run ``model``; None when it can."""
-    config = getattr(model, "config", None)
-    family = getattr(config, "model_type", None)
-    if family not in _FAMILIES:
-        return f"model_type = {family!r} is none of {', '.join(sorted(_FAMILIES))}"
-    base = model.base_model
-    for part in (model, base):
-        if not type(part).__module__.startswith("transformers.models."):
-            return f"{type(part).__name__} is no class of transformers"
-    if base is model or model.get_output_embeddings() is None:
-        return f"{type(model).__name__} has no language modelling head"
-    if getattr(config, "add_cross_attention", False):
-        return "it has cross-attention"
-    if _slides(config):
-        return "its attention has a sliding window"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
-        return f"its rotary frequencies ({rope['rope_type']}) change with the length"
-    return None
-
-
-def _slides(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return any(kind != "full_attention" for kind in kinds)
-    return getattr(config, "sliding_window", None) is not None
 
 
 class CausalDecoder(StepDecoder):

@@ -1,0 +1,113 @@
+"""Set-wise forward of decoder-only models: a prompt and its trajectories as ONE sequence.
+
+The sequence is [prompt | branch 1 | ... | branch N]. A branch holds a trajectory's tokens but the
+last, which predicts nothing. Its tokens see the prompt's real tokens and those before them in their
+own branch; their positions go on after the prompt's last real token, wherever padding and other
+branches stand in the sequence. So rotary and learned positions are what they are in a sequence of
+prompt and trajectory alone, and the states are the same (up to rounding).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["causal_states"]
+
+_MASKED = ("sdpa", "eager", "flex_attention")
+
+
+def causal_states(
+    model: PreTrainedModel | Any, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """States of prompts and of the trajectories that continue them.
+
+    Args:
+        model: a supported decoder-only model with its language modelling head.
+        input_ids: prompts [B, S]; padding may be on either side.
+        attention_mask: 1 for real tokens [B, S], at least one in each row.
+        tokens: trajectories [B, N, L], valid token ids also where there is padding.
+
+    Returns:
+        States of the prompt [B, S, d], and of the trajectories [B, N, L, d]: state l predicts
+        ``tokens[..., l]``.
+
+    Raises:
+        TypeError: the model's attention takes no mask of which token may see which.
+    """
+    batch, branches, length = tokens.shape
+    size, steps = input_ids.shape[1], length - 1
+    real = attention_mask.bool()
+    branch_ids = tokens[..., :-1].flatten(1)
+    positions = (real.cumsum(1) - 1).clamp_min(0)
+    after = real.sum(1).view(batch, 1, 1) + torch.arange(steps, device=tokens.device)
+    after = after.expand(batch, branches, steps).flatten(1)
+    if branches == 1 or steps == 0:
+        # Order and padding say all: the model makes the cheapest mask for it, or none.
+        ones = torch.ones_like(branch_ids, dtype=attention_mask.dtype)
+        mask: Any = torch.cat([attention_mask, ones], dim=1)
+    else:
+        mask = _branch_mask(model, real, branches, steps)
+    hidden: Tensor = model.base_model(
+        input_ids=torch.cat([input_ids.masked_fill(~real, 0), branch_ids], dim=1),
+        attention_mask=mask,
+        position_ids=torch.cat([positions, after], dim=1),
+        use_cache=False,
+    ).last_hidden_state
+    prompt, own = hidden[:, :size], hidden[:, size:].unflatten(1, (branches, steps))
+    last = (real * torch.arange(size, device=real.device)).argmax(1)
+    first = prompt[torch.arange(batch, device=real.device), last]
+    first = first[:, None, None].expand(batch, branches, 1, -1)
+    return prompt, torch.cat([first, own], dim=2)
+
+
+def _branch_mask(model: Any, real: Tensor, branches: int, steps: int) -> Any:
+    """Which token sees which, as the model's attention takes it."""
+    config = model.config
+    kind = config._attn_implementation
+    batch, size = real.shape
+    total = size + branches * steps
+    if kind == "flex_attention":
+        return _flex_mask(real, total, steps)
+    if kind not in ("sdpa", "eager"):
+        raise TypeError(
+            f"model has attn_implementation {kind!r}, which takes no mask of its caller; "
+            f"load it with one of {', '.join(_MASKED)}"
+        )
+    place = torch.arange(total, device=real.device)
+    branch = (place - size).div(max(steps, 1), rounding_mode="floor").masked_fill(place < size, -1)
+    query, key = place.unsqueeze(1), place.unsqueeze(0)
+    related = (branch.unsqueeze(0) == branch.unsqueeze(1)) | (key < size)
+    seen = related & (key <= query)
+    keys = torch.cat([real, real.new_ones(batch, total - size)], dim=1)
+    # A token of padding sees itself only: a row without anything to see would be NaN.
+    visible = (seen & keys[:, None, :]) | torch.eye(total, dtype=torch.bool, device=real.device)
+    visible = visible.unsqueeze(1)
+    if kind == "sdpa":
+        return visible
+    dtype = (
+        torch.get_autocast_dtype(real.device.type)
+        if torch.is_autocast_enabled(real.device.type)
+        else model.dtype
+    )
+    lowest = torch.finfo(dtype).min
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, lowest)
+
+
+def _flex_mask(real: Tensor, total: int, steps: int) -> Any:
+    """The same as a block mask of FlexAttention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, size = real.shape
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        of_prompt = (key < size) & real[row, key.clamp_max(size - 1)]
+        same = (key >= size) & ((key - size) // steps == (query - size) // steps)
+        return ((key <= query) & (of_prompt | same)) | (key == query)
+
+    return create_block_mask(visible, batch, None, total, total, device=str(real.device))

@@ -1,0 +1,44 @@
+"""Which decoder-only models of ``transformers`` run set-wise and stepwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["causal_refusal"]
+
+_FAMILIES = {"gpt2", "llama", "mistral", "qwen2", "qwen3"}
+"""Values of ``model_type``: positions come in by ``position_ids`` only, and logits are plain
+``lm_head(hidden)``."""
+
+
+def causal_refusal(model: Any) -> str | None:
+    """Why ``model`` is none whose attention and positions can be given from outside; None if it is.
+
+    Args:
+        model: a decoder-only model with its language modelling head.
+    """
+    config = getattr(model, "config", None)
+    family = getattr(config, "model_type", None)
+    if family not in _FAMILIES:
+        return f"model_type = {family!r} is none of {', '.join(sorted(_FAMILIES))}"
+    base = model.base_model
+    for part in (model, base):
+        if not type(part).__module__.startswith("transformers.models."):
+            return f"{type(part).__name__} is no class of transformers"
+    if base is model or model.get_output_embeddings() is None:
+        return f"{type(model).__name__} has no language modelling head"
+    if getattr(config, "add_cross_attention", False):
+        return "it has cross-attention"
+    if _slides(config):
+        return "its attention has a sliding window"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        return f"its rotary frequencies ({rope['rope_type']}) change with the length"
+    return None
+
+
+def _slides(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return any(kind != "full_attention" for kind in kinds)
+    return getattr(config, "sliding_window", None) is not None
