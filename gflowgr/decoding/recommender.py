@@ -65,7 +65,7 @@ class GenerativeRecommender:
         """
         model = self.model
         padded = pad_histories(histories, max_length=model.settings.max_history).to(model.device)
-        input_ids, attention_mask = prompt_tokens(padded, self._item_tokens)
+        input_ids, attention_mask = prompt_tokens(padded, self._item_tokens, model.prompt)
         barred = None
         if exclude is not None:
             barred = pad_histories(exclude).to(model.device)

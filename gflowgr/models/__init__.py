@@ -8,10 +8,12 @@ from .backbone import (
     output_head,
     trajectory_hidden_states,
 )
+from .causal_lm_build import CausalConfig
 from .flow_settings import FlowSettings
 from .gflow_model import GFlowModel
+from .lora import LoraSettings, add_lora
 from .partition import PartitionHead
-from .prompts import prompt_tokens
+from .prompts import TIGER_PROMPT, PromptLayout, prompt_tokens
 from .state_flow import StateFlow
 from .tiger import TigerConfig, build_tiger
 from .vocabulary import EOS_TOKEN, PAD_TOKEN, IdentifierVocabulary
@@ -19,14 +21,19 @@ from .vocabulary import EOS_TOKEN, PAD_TOKEN, IdentifierVocabulary
 __all__ = [
     "EOS_TOKEN",
     "PAD_TOKEN",
+    "TIGER_PROMPT",
+    "CausalConfig",
     "FlowSettings",
     "GFlowModel",
     "IdentifierVocabulary",
+    "LoraSettings",
     "PartitionHead",
+    "PromptLayout",
     "PromptState",
     "StateFlow",
     "TigerConfig",
     "TrajectoryStates",
+    "add_lora",
     "branch_hidden_states",
     "build_tiger",
     "encode_prompt",

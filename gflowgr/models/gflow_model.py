@@ -3,43 +3,44 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .. import files
-from ..errors import DataError
 from ..ops import trajectory_logprobs
 from ..ops.flow_definitions import reduce_trajectories
 from ..rewards.fusion import RewardFusion
 from ..tree import PrefixTree
 from .backbone import output_head, trajectory_hidden_states
 from .flow_settings import FlowSettings
+from .lora import has_lora
 from .objective import Head, flow_logs, flow_start, joint_loss, supervised_loss
 from .partition import PartitionHead
+from .prompts import TIGER_PROMPT, PromptLayout
+from .saving import damage_named, load_heads, load_weights, read_parts, save_model
 from .state_flow import StateFlow, partial_log_reward
 from .vocabulary import IdentifierVocabulary
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["FlowSettings", "GFlowModel"]
-
-_FORMAT = 1
-_HEADS = ("partition", "state_flow", "fusion")
 
 
 class GFlowModel(nn.Module):
     """What the trainer trains: an ordinary ``transformers`` backbone, and what GFlowGR adds to it.
 
     Args:
-        backbone: a T5-family model whose vocabulary is ``vocabulary``.
+        backbone: a model that :func:`~gflowgr.models.trajectory_hidden_states` runs, with the
+            tokens of ``vocabulary``.
         tree: prefix tree over all items' identifiers, in the backbone's token ids.
         vocabulary: the identifier tokens.
         settings: objective and its constants.
+        prompt: how histories become prompts.
+        tokenizer: saved with the model; a T5 over identifier tokens alone has none.
     """
 
     def __init__(
@@ -48,12 +49,16 @@ class GFlowModel(nn.Module):
         tree: PrefixTree,
         vocabulary: IdentifierVocabulary,
         settings: FlowSettings,
+        prompt: PromptLayout = TIGER_PROMPT,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tree = tree
         self.vocabulary = vocabulary
         self.settings = settings
+        self.prompt = prompt
+        self.tokenizer = tokenizer
         self.partition: PartitionHead | None = None
         self.state_flow: StateFlow | None = None
         self.fusion: RewardFusion | None = None
@@ -73,7 +78,10 @@ class GFlowModel(nn.Module):
             **changes: fields of :class:`FlowSettings` that differ from this model's.
         """
         settings = replace(self.settings, **changes)
-        return GFlowModel(copy.deepcopy(self.backbone), self.tree, self.vocabulary, settings)
+        backbone = copy.deepcopy(self.backbone)
+        return GFlowModel(
+            backbone, self.tree, self.vocabulary, settings, self.prompt, self.tokenizer
+        )
 
     @property
     def device(self) -> torch.device:
@@ -254,56 +262,21 @@ class GFlowModel(nn.Module):
         if self.tree.device != self.device:
             self.tree = self.tree.to(self.device)
 
-    # ---- checkpoints ----
+    # ---- checkpoints: see gflowgr.models.saving ----
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Save an ordinary ``transformers`` checkpoint, ``tree.safetensors``, the flow heads and
-        the learned fusion (``heads.safetensors``) and ``gflowgr.json``."""
-        from safetensors.torch import save_file
+        """Save an ordinary ``transformers`` checkpoint (with the tokenizer, if there is one; LoRA
+        added into the weights), ``tree.safetensors``, the flow heads and the learned fusion
+        (``heads.safetensors``) and ``gflowgr.json``."""
+        save_model(self, Path(folder))
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(folder)
-        self.tree.save(folder / "tree.safetensors")
-        heads = self._head_state()
-        if heads:
-            with files.atomic_path(folder / "heads.safetensors") as path:
-                save_file({name: value.contiguous() for name, value in heads.items()}, path)
-        files.write_json(
-            folder / "gflowgr.json",
-            {
-                "format": _FORMAT,
-                "vocabulary": self.vocabulary.to_dict(),
-                "settings": asdict(self.settings),
-            },
-        )
+    def save_checkpoint(self, folder: Path | str) -> None:
+        """Save what :meth:`load_weights` reads: with LoRA the adapters instead of the backbone."""
+        save_model(self, Path(folder), whole=not has_lora(self.backbone))
 
     def load_weights(self, folder: Path | str) -> None:
-        """Load the weights that :meth:`save_pretrained` wrote into this model, in place."""
-        backbone = type(self.backbone).from_pretrained(folder)
-        self.backbone.load_state_dict(backbone.state_dict())
-        self._load_heads(Path(folder))
-
-    def _head_state(self) -> dict[str, Tensor]:
-        """Weights of everything beside the backbone, by their names in this model."""
-        state: dict[str, Tensor] = {}
-        for name in _HEADS:
-            module: nn.Module | None = getattr(self, name)
-            if module is not None:
-                state |= module.state_dict(prefix=f"{name}.")
-        return state
-
-    def _load_heads(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        mine = self._head_state()
-        if not mine:
-            return
-        saved = load_file(folder / "heads.safetensors")
-        if saved.keys() != mine.keys():
-            different = sorted(saved.keys() ^ mine.keys())
-            raise RuntimeError(f"heads.safetensors and the settings disagree on {different}")
-        self.load_state_dict(saved, strict=False)
+        """Load the weights that :meth:`save_checkpoint` wrote into this model, in place."""
+        load_weights(self, Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> GFlowModel:
@@ -312,27 +285,20 @@ class GFlowModel(nn.Module):
         Raises:
             DataError: the folder is not a gflowgr checkpoint, of an unknown format, or damaged.
         """
-        from safetensors import SafetensorError
-        from transformers import AutoModelForSeq2SeqLM
-
-        folder = Path(folder)
-        description = folder / "gflowgr.json"
-        if not description.is_file():
-            raise DataError(f"{folder} is not a gflowgr checkpoint: it has no gflowgr.json")
-        values: dict[str, Any] = files.read_json(description, expect=dict)
-        if values.get("format") != _FORMAT:
-            raise DataError(f"{description}: format {values.get('format')!r}, expected {_FORMAT}")
-        try:
-            vocabulary = IdentifierVocabulary.from_dict(values["vocabulary"])
-            settings = FlowSettings(**values["settings"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{description}: not what this version writes: {error!r}") from error
-        try:
-            backbone = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True)
-            tree = PrefixTree.load(folder / "tree.safetensors")
-            model = cls(backbone, tree, vocabulary, settings)
-            model._load_heads(folder)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(f"{folder}: incomplete or damaged checkpoint: {reason}") from error
+        parts = read_parts(Path(folder))
+        with damage_named(Path(folder)):
+            model = cls(**parts)
+            load_heads(model, Path(folder))
         return model
+
+    # ---- as the Trainer calls them ----
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute the backbone's activations in the backward pass; as ``transformers`` has it."""
+        backbone: Any = self.backbone
+        backbone.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The same by its name in earlier versions of ``transformers``."""
+        backbone: Any = self.backbone
+        backbone.gradient_checkpointing_enable(**options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .vocabulary import EOS_TOKEN, PAD_TOKEN, IdentifierVocabulary
 
@@ -24,6 +24,7 @@ class TigerConfig:
         num_heads: attention heads.
         num_layers: layers of the encoder, and of the decoder.
         dropout: dropout rate.
+        kind: tells the generators of a configuration apart.
     """
 
     d_model: int = 128
@@ -32,6 +33,14 @@ class TigerConfig:
     num_heads: int = 6
     num_layers: int = 4
     dropout: float = 0.1
+    kind: Literal["tiger"] = "tiger"
+
+    def summary(self) -> str:
+        """For reports."""
+        return (
+            f"T5, {self.num_layers} + {self.num_layers} layers, d_model {self.d_model}, d_ff "
+            f"{self.d_ff}, {self.num_heads} heads of {self.d_kv}"
+        )
 
 
 def build_tiger(

@@ -16,27 +16,39 @@ EOS_TOKEN = 1
 """Ends a prompt, and an identifier when identifiers differ in length."""
 
 _NUM_SPECIAL = 2
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True)
 class IdentifierVocabulary:
-    """A compact vocabulary: ``pad``, ``eos``, then the codes of level 1, of level 2, ...
+    """Where the identifier tokens are among a model's tokens: the codes of level 1, of level 2, ...
 
-    TIGER reuses T5's 32k text vocabulary; nothing but identifiers is ever emitted, so this one
-    holds only them (``2 + sum(codebook_sizes)`` tokens).
+    By default a compact vocabulary of ``pad``, ``eos`` and the codes. (TIGER reuses T5's 32k text
+    vocabulary; nothing but identifiers is ever emitted, so ``2 + sum(codebook_sizes)`` tokens do.)
+    In a vocabulary of text the codes begin at ``offset``.
 
     Attributes:
         codebook_sizes: number of codes of each level.
         ragged: identifiers differ in length, and so carry a final ``eos``.
+        offset: token id of code 0 of level 1.
+        eos_token: token id that ends an identifier when identifiers differ in length.
     """
 
     codebook_sizes: tuple[int, ...]
     ragged: bool = False
+    offset: int = _NUM_SPECIAL
+    eos_token: int = EOS_TOKEN
 
     def __post_init__(self) -> None:
         if not self.codebook_sizes or min(self.codebook_sizes) < 1:
             raise ValueError(
                 f"codebook_sizes must be positive, one per level; got {self.codebook_sizes}"
+            )
+        end = self.offset + sum(self.codebook_sizes)
+        if self.offset < 0 or self.eos_token < 0 or self.offset <= self.eos_token < end:
+            raise ValueError(
+                f"offset = {self.offset} and eos_token = {self.eos_token} must be >= 0, and "
+                f"eos_token no identifier token ({self.offset} to {end - 1})"
             )
 
     @classmethod
@@ -48,8 +60,8 @@ class IdentifierVocabulary:
 
     @property
     def size(self) -> int:
-        """Number of token ids, special tokens included."""
-        return _NUM_SPECIAL + sum(self.codebook_sizes)
+        """Number of token ids up to the last identifier token."""
+        return self.offset + sum(self.codebook_sizes)
 
     @property
     def length(self) -> int:
@@ -59,8 +71,23 @@ class IdentifierVocabulary:
     @property
     def level_offsets(self) -> tuple[int, ...]:
         """Token id of code 0 of each level."""
-        starts = np.cumsum([0, *self.codebook_sizes[:-1]]) + _NUM_SPECIAL
+        starts = np.cumsum([0, *self.codebook_sizes[:-1]]) + self.offset
         return tuple(int(start) for start in starts)
+
+    def token_names(self) -> list[str]:
+        """``<a_0>``, ``<a_1>``, ..., ``<b_0>``, ...: a letter per level, in the order of the ids.
+
+        Raises:
+            ValueError: there are more levels than letters.
+        """
+        levels = len(self.codebook_sizes)
+        if levels > len(_LETTERS):
+            raise ValueError(f"{levels} levels have no names: there are {len(_LETTERS)} letters")
+        return [
+            f"<{letter}_{code}>"
+            for letter, size in zip(_LETTERS, self.codebook_sizes, strict=False)
+            for code in range(size)
+        ]
 
     def encode(self, codes: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Token ids of ``codes`` [items, levels] -> [items, length], right-padded with -1.
@@ -89,7 +116,7 @@ class IdentifierVocabulary:
                 raise ValueError(f"codes[{row}] is shorter than {array.shape[1]} levels")
             return tokens
         tokens = np.concatenate([tokens, np.full((len(tokens), 1), -1)], axis=1)
-        tokens[np.arange(len(tokens)), present.sum(axis=1)] = EOS_TOKEN
+        tokens[np.arange(len(tokens)), present.sum(axis=1)] = self.eos_token
         return tokens
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +126,8 @@ class IdentifierVocabulary:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> IdentifierVocabulary:
         """Rebuild from :meth:`to_dict`."""
-        return cls(tuple(int(size) for size in values["codebook_sizes"]), bool(values["ragged"]))
+        sizes = tuple(int(size) for size in values["codebook_sizes"])
+        return cls(**{**values, "codebook_sizes": sizes})
 
 
 def _check_codes(codes: npt.ArrayLike) -> npt.NDArray[np.int64]:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 import torch
 
 from ..errors import GFlowGRError
+from ..models.causal_lm_build import CausalConfig
 from ..models.gflow_model import FlowSettings
+from ..models.lora import LoraSettings
 from ..models.tiger import TigerConfig
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ class RunConfig:
         seed: of data order, initial weights, dropout and sampling.
         data: which data.
         collaborative: the collaborative model.
-        model: sizes of the generator.
+        model: the generator: TIGER (``kind: tiger``) or a decoder-only model (``kind: causal``).
         flow: objective of the GFlowGR fine-tuning.
         sft: arguments of the first, supervised training
             (:class:`~gflowgr.training.GFlowGRConfig`).
@@ -120,7 +122,7 @@ class RunConfig:
     seed: int = 42
     data: DataConfig = field(default_factory=DataConfig)
     collaborative: CollaborativeConfig = field(default_factory=CollaborativeConfig)
-    model: TigerConfig = field(default_factory=TigerConfig)
+    model: TigerConfig | CausalConfig = field(default_factory=TigerConfig)
     flow: FlowSettings = field(default_factory=lambda: FlowSettings(objective="tb"))
     sft: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
@@ -185,10 +187,21 @@ class RunConfig:
 _SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "collaborative": CollaborativeConfig,
-    "model": TigerConfig,
     "flow": FlowSettings,
     "evaluation": EvaluationConfig,
 }
+
+_GENERATORS: dict[Any, type] = {"tiger": TigerConfig, "causal": CausalConfig}
+
+
+def _section(key: str, values: Mapping[str, Any], where: str) -> type:
+    """The class of a section; the model's is named by its ``kind``."""
+    if key != "model":
+        return _SECTIONS[key]
+    kind = values.get("kind", "tiger")
+    if kind not in _GENERATORS:
+        raise ConfigError(f"{where}: kind must be one of {list(_GENERATORS)}, got {kind!r}")
+    return _GENERATORS[kind]
 
 
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -200,12 +213,15 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {key!r}{hint}")
-        if cls is RunConfig and key in _SECTIONS:
+        if cls is RunConfig and key in (*_SECTIONS, "model"):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: {key} must be a section, got {value!r}")
             if key == "flow":
                 value = {"objective": "tb", **value}
-            value = _build(_SECTIONS[key], value, f"{where}: {key}")
+            inside = f"{where}: {key}"
+            value = _build(_section(key, value, inside), value, inside)
+        elif cls is CausalConfig and key == "lora" and isinstance(value, Mapping):
+            value = _build(LoraSettings, value, f"{where}: lora")
         else:
             _check_type(f"{where}: {key}", value, hints[key])
         arguments[key] = value

@@ -5,16 +5,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..data import Dataset, LeaveOneOut, TrainingExamples, load_dataset, save_dataset
 from ..identifiers import Identifiers, from_codes
+from ..models.causal_lm_build import add_identifier_tokens
 from ..models.vocabulary import IdentifierVocabulary
 from ..tree import PrefixTree
 from .config import CollaborativeConfig, ConfigError, DataConfig
 from .processes import is_first_process
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "Catalogue",
@@ -34,11 +39,15 @@ class Catalogue:
         identifiers_name: which identifiers.
         vocabulary: their tokens.
         tree: prefix tree over all items, in token ids.
+        tokens: identifiers [items, L], right-padded with -1.
+        tokenizer: of a text model, with the identifier tokens; none for a generator without text.
     """
 
     identifiers_name: str
     vocabulary: IdentifierVocabulary
     tree: PrefixTree
+    tokens: np.ndarray
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
@@ -130,11 +139,23 @@ def make_identifiers(
     return f"residual k-means of {source} (3 x {size} + 1)", from_codes(codes)
 
 
-def make_catalogue(name: str, identifiers: Identifiers) -> Catalogue:
-    """Vocabulary and tree of a set of identifiers."""
+def make_catalogue(
+    name: str, identifiers: Identifiers, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Catalogue:
+    """Vocabulary and tree of a set of identifiers.
+
+    Args:
+        name: which identifiers.
+        identifiers: they themselves.
+        tokenizer: of a text model; the identifier tokens are added to it, in place.
+    """
     vocabulary = IdentifierVocabulary.from_codes(identifiers.codes)
+    if tokenizer is not None:
+        vocabulary = add_identifier_tokens(tokenizer, vocabulary)
     tokens = vocabulary.encode(identifiers.codes)
     if vocabulary.ragged:
         rows = [row[row >= 0].tolist() for row in tokens]
-        return Catalogue(name, vocabulary, PrefixTree.from_identifiers(rows))
-    return Catalogue(name, vocabulary, PrefixTree.from_identifiers(tokens))
+        tree = PrefixTree.from_identifiers(rows)
+    else:
+        tree = PrefixTree.from_identifiers(tokens)
+    return Catalogue(name, vocabulary, tree, tokens, tokenizer)

@@ -56,8 +56,8 @@ def run_and_report(
 def _results(result: RunResult) -> dict[str, Any]:
     config = result.config.to_dict()
     # Results are passed on: where things lie on this machine is nobody's business.
-    for section, key in (("data", "path"), ("collaborative", "embeddings")):
-        if config[section][key] is not None:
+    for section, key in (("data", "path"), ("collaborative", "embeddings"), ("model", "path")):
+        if config[section].get(key) is not None:
             config[section][key] = Path(config[section][key]).name
     return {
         "gflowgr": __version__,
@@ -83,9 +83,7 @@ def _report(result: RunResult, rows: list[TableRow], rules: dict[str, str]) -> R
         f"{dataset.num_interactions:,} interactions",
         "identifiers": result.identifiers_name,
         "training examples": f"{len(result.split.train):,}",
-        "generator": f"T5, {config.model.num_layers} + {config.model.num_layers} layers, "
-        f"d_model {config.model.d_model}, d_ff {config.model.d_ff}, "
-        f"{config.model.num_heads} heads of {config.model.d_kv}",
+        "generator": config.model.summary(),
         "objective": f"{config.flow.objective.upper()}, Z {config.flow.partition}, lambda "
         f"{config.flow.gfn_weight}, beta {config.flow.beta}, softmax over {config.flow.normalize}",
         "seed": config.seed,

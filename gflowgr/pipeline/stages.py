@@ -20,10 +20,10 @@ from ..data import LeaveOneOut
 from ..decoding import GenerativeRecommender
 from ..evaluation import Evaluation, Recommender, ScoringRecommender, evaluate
 from ..models.gflow_model import FlowSettings, GFlowModel
-from ..models.tiger import build_tiger
 from ..rewards import make_signals
 from .claim import claim_configuration, claim_data, digest_of
 from .config import CollaborativeConfig, ConfigError, RunConfig, training_arguments
+from .generator import add_adapters, check_generator, make_generator
 from .prepare import (
     Catalogue,
     load_data,
@@ -98,6 +98,7 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
         split = split_data(dataset, config.data.max_history, output)
         claim_data(output, {"data": digest_of(split.dataset)})
         _check_reward(config, split)
+        tokenizer = check_generator(config.model)
     say(
         f"Data: {dataset.name}, {dataset.num_users:,} users, {dataset.num_items:,} items, "
         f"{len(split.train):,} training examples"
@@ -110,11 +111,11 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
     )
     with first_process_first():
         claim_data(output, {"identifiers": digest_of(identifiers)})
-    catalogue = make_catalogue(name, identifiers)
+    catalogue = make_catalogue(name, identifiers, tokenizer)
     tree = catalogue.tree
     say(
         f"Identifiers: {name}, {tree.num_leaves:,} distinct for {tree.num_items:,} items, "
-        f"{catalogue.vocabulary.size:,} tokens"
+        f"{sum(catalogue.vocabulary.codebook_sizes):,} tokens"
     )
     stages = _training_stages(config, catalogue, split, collaborative, output, say, progress)
 
@@ -209,8 +210,7 @@ def _training_stages(
     )
 
     def fresh() -> GFlowModel:
-        backbone = build_tiger(catalogue.vocabulary, config.model, seed=config.seed)
-        return GFlowModel(backbone, catalogue.tree, catalogue.vocabulary, supervised)
+        return make_generator(config.model, catalogue, split.dataset, supervised, seed=config.seed)
 
     def train(
         folder: str,
@@ -219,8 +219,11 @@ def _training_stages(
         arguments: dict[str, Any],
         scorer: CollaborativeModel | None,
     ) -> _TrainedStage:
+        def adapted() -> GFlowModel:
+            return add_adapters(config.model, make())
+
         return _train_stage(
-            output / folder, label, make, arguments, split, scorer, config.seed, say, progress
+            output / folder, label, adapted, arguments, split, scorer, config.seed, say, progress
         )
 
     stages = {"SFT": train("sft", "SFT", fresh, config.sft, None)}

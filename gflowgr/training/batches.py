@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..data import pad_histories
-from ..models.prompts import prompt_tokens
+from ..models.prompts import TIGER_PROMPT, PromptLayout, prompt_tokens
 
 __all__ = ["LengthBucketSampler", "PromptCollator"]
 
@@ -23,11 +23,15 @@ class PromptCollator:
     Args:
         item_tokens: identifiers of all items [items, L], right-padded with -1 (on the CPU).
         max_history: items of a history that the prompt keeps.
+        layout: what stands around them.
     """
 
-    def __init__(self, item_tokens: Tensor, max_history: int) -> None:
+    def __init__(
+        self, item_tokens: Tensor, max_history: int, layout: PromptLayout = TIGER_PROMPT
+    ) -> None:
         self.item_tokens = item_tokens
         self.max_history = max_history
+        self.layout = layout
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` [B, S], ``histories`` [B, H], and per example
@@ -35,7 +39,7 @@ class PromptCollator:
         histories = pad_histories(
             [example["history"] for example in examples], max_length=self.max_history
         )
-        input_ids, attention_mask = prompt_tokens(histories, self.item_tokens)
+        input_ids, attention_mask = prompt_tokens(histories, self.item_tokens, self.layout)
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

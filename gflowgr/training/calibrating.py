@@ -53,7 +53,7 @@ def catalogue_calibration(
         padded = pad_histories(past, max_length=model.settings.max_history).to(model.device)
         log_probs = item_logprobs(
             model.backbone,
-            *prompt_tokens(padded, item_tokens),
+            *prompt_tokens(padded, item_tokens, model.prompt),
             model.tree,
             normalize=model.settings.normalize,
         )

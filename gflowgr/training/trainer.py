@@ -85,6 +85,7 @@ class GFlowGRTrainer(Trainer):
         lengths = split.train.lengths
         self._order = LengthBucketSampler(lengths, args.train_batch_size, seed=args.seed)
         self._flow_started = False
+        self._saves_checkpoint = False
         self._logged: dict[str, list[Tensor]] = {}
         self._logged_tokens: Tensor | int = 0
         self._logged_since = time.perf_counter()
@@ -93,7 +94,7 @@ class GFlowGRTrainer(Trainer):
             args=args,
             train_dataset=split.train,
             eval_dataset=split.train,  # never read: `evaluate` ranks the split's validation users
-            data_collator=PromptCollator(item_tokens, model.settings.max_history),
+            data_collator=PromptCollator(item_tokens, model.settings.max_history, model.prompt),
             callbacks=[EpochOrder(self._order), LogBeforeSaving(), *(callbacks or [])],
         )
         if args.early_stopping_patience is not None:
@@ -301,6 +302,7 @@ class GFlowGRTrainer(Trainer):
             OutputError: it cannot be written.
         """
         with named_write_errors(output_dir or self.args.output_dir or "."):
+            self._saves_checkpoint = _internal_call
             super().save_model(output_dir, _internal_call)
             if _internal_call and output_dir and self.args.should_save:  # of a checkpoint
                 self._flow_inputs.save_state(Path(output_dir))
@@ -309,7 +311,11 @@ class GFlowGRTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir or ".")
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        model = self.accelerator.unwrap_model(self.model)
+        if self._saves_checkpoint:
+            model.save_checkpoint(folder)
+        else:
+            model.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(
