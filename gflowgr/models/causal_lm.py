@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["causal_states"]
 
-_MASKED = ("sdpa", "eager", "flex_attention")
-
 
 def causal_states(
     model: PreTrainedModel | Any, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor
@@ -68,46 +66,33 @@ def causal_states(
 
 def _branch_mask(model: Any, real: Tensor, branches: int, steps: int) -> Any:
     """Which token sees which, as the model's attention takes it."""
-    config = model.config
-    kind = config._attn_implementation
+    kind = model.config._attn_implementation
     batch, size = real.shape
     total = size + branches * steps
+    device = real.device
+
+    def visible(row: Tensor, head: Any, query: Tensor, key: Tensor) -> Tensor:
+        of_prompt = (key < size) & real[row, key.clamp_max(size - 1)]
+        same = (key >= size) & ((key - size) // steps == (query - size) // steps)
+        # A token of padding sees itself only: a row without anything to see would be NaN.
+        return ((key <= query) & (of_prompt | same)) | (key == query)
+
     if kind == "flex_attention":
-        return _flex_mask(real, total, steps)
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(visible, batch, None, total, total, device=str(device))
     if kind not in ("sdpa", "eager"):
         raise TypeError(
             f"model has attn_implementation {kind!r}, which takes no mask of its caller; "
-            f"load it with one of {', '.join(_MASKED)}"
+            "load it with 'sdpa', 'eager' or 'flex_attention'"
         )
-    place = torch.arange(total, device=real.device)
-    branch = (place - size).div(max(steps, 1), rounding_mode="floor").masked_fill(place < size, -1)
-    query, key = place.unsqueeze(1), place.unsqueeze(0)
-    related = (branch.unsqueeze(0) == branch.unsqueeze(1)) | (key < size)
-    seen = related & (key <= query)
-    keys = torch.cat([real, real.new_ones(batch, total - size)], dim=1)
-    # A token of padding sees itself only: a row without anything to see would be NaN.
-    visible = (seen & keys[:, None, :]) | torch.eye(total, dtype=torch.bool, device=real.device)
-    visible = visible.unsqueeze(1)
+    place = torch.arange(total, device=device)
+    rows = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+    mask = visible(rows, None, place.view(-1, 1), place)
     if kind == "sdpa":
-        return visible
-    dtype = (
-        torch.get_autocast_dtype(real.device.type)
-        if torch.is_autocast_enabled(real.device.type)
-        else model.dtype
-    )
+        return mask
+    dtype = model.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     lowest = torch.finfo(dtype).min
-    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, lowest)
-
-
-def _flex_mask(real: Tensor, total: int, steps: int) -> Any:
-    """The same as a block mask of FlexAttention."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    batch, size = real.shape
-
-    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        of_prompt = (key < size) & real[row, key.clamp_max(size - 1)]
-        same = (key >= size) & ((key - size) // steps == (query - size) // steps)
-        return ((key <= query) & (of_prompt | same)) | (key == query)
-
-    return create_block_mask(visible, batch, None, total, total, device=str(real.device))
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)

@@ -68,7 +68,8 @@ def add_lora(
 ) -> None:
     """Put adapters into ``model`` and freeze the rest, the identifier tokens' rows excepted.
 
-    The adapters' first weights come from the global generator; they change nothing at first.
+    What trains is float32. The adapters' first weights come from the global generator; they change
+    nothing at first.
 
     Args:
         model: a decoder-only model that has the identifier tokens.
@@ -102,6 +103,9 @@ def add_lora(
         task_type="CAUSAL_LM",
     )
     inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # 16-bit weights would lose small updates
+            parameter.data = parameter.data.float()
 
 
 def check_peft() -> None:

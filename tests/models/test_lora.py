@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,15 @@ def test_training_checkpoint_holds_adapters_only(tmp_path: Path) -> None:
     wider = causal_model(CausalConfig(settings.path, lora=LoraSettings(target_modules=["q_proj"])))
     with pytest.raises(RuntimeError, match=r"size mismatch|adapters of another model"):
         wider.load_weights(tmp_path / "saved")
+
+
+def test_what_trains_is_float32_beside_bfloat16_weights(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    model = causal_model(replace(settings, dtype="bfloat16"))
+    for name, parameter in model.backbone.named_parameters():
+        trained = torch.float32 if parameter.requires_grad else torch.bfloat16
+        assert parameter.dtype == trained, name
+    assert bool(log_pf(model).isfinite().all())
 
 
 def test_one_set_of_adapters_at_a_time(tmp_path: Path) -> None:
