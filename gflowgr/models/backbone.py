@@ -122,8 +122,9 @@ def trajectory_hidden_states(
     Equal to N separate passes over prompt and trajectory, up to rounding (without dropout).
 
     Args:
-        model: an encoder-decoder of the T5 family, or a decoder-only GPT-2, Llama, Mistral, Qwen2
-            or Qwen3 without a sliding window, with its language modelling head.
+        model: an encoder-decoder of the T5 family, or a decoder-only Gemma (the first), GPT-2,
+            GPT-NeoX, Llama, Mistral, OLMo 2, Qwen2, Qwen3 or SmolLM3 without a sliding window, with
+            its language modelling head.
         input_ids: prompts [B, S]; padding may be on either side and hold any value.
         attention_mask: 1 for real tokens [B, S]; a decoder-only model needs one in each row.
         tokens: trajectories [B, N, L], token ids of the model.

@@ -6,7 +6,9 @@ from typing import Any
 
 __all__ = ["causal_refusal"]
 
-_FAMILIES = {"gpt2", "llama", "mistral", "qwen2", "qwen3"}
+_FAMILIES = frozenset(
+    ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
+)
 """Values of ``model_type``: positions come in by ``position_ids`` only, and logits are plain
 ``lm_head(hidden)``."""
 

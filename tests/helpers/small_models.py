@@ -77,6 +77,10 @@ _MODELS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: _rope("Mistral", sliding_window=None),
     "qwen2": lambda: _rope("Qwen2"),
     "qwen3": lambda: _rope("Qwen3", head_dim=16),
+    "gemma": lambda: _rope("Gemma", head_dim=8),
+    "gpt-neox": lambda: _rope("GPTNeoX"),
+    "olmo2": lambda: _rope("Olmo2"),
+    "smollm3": lambda: _rope("SmolLM3"),
     # Not run fast: other attention, positions or logits.
     "mistral-sliding": lambda: _rope("Mistral", sliding_window=4),
     "gemma2": lambda: _rope("Gemma2", head_dim=8, sliding_window=4),

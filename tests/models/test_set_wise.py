@@ -173,7 +173,7 @@ def test_bf16_autocast(name: str, attention: str) -> None:
     ("name", "reason"),
     [
         ("mistral-sliding", "MistralForCausalLM is not: its attention has a sliding window"),
-        ("gemma2", "model_type = 'gemma2' is none of gpt2, llama"),
+        ("gemma2", "model_type = 'gemma2' is none of gemma, gpt2"),
         ("bart", "encoder-decoder with relative positions .T5 family.; got Bart"),
     ],
 )
