@@ -165,5 +165,6 @@ def test_a_changed_decoder_is_not_taken_for_t5() -> None:
     assert decoder_kind(model) == (
         GenericDecoder,
         "its decoder Other is not the one of transformers; "
-        "model_type = 't5' is none of gemma, gpt2, gpt_neox, llama",
+        "model_type = 't5' is none of gemma, gpt2, gpt_neox, llama, mistral, olmo2, qwen2, qwen3, "
+        "smollm3",
     )

@@ -48,8 +48,8 @@ def decoder_for(
 
     Args:
         model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode.
-            T5, GPT-2, Llama, Mistral, Qwen2 and Qwen3 run fast, any other by whole sequences.
-            T5 in float32 on a CPU runs in C++ where no gradients are recorded.
+            T5 and the families of :mod:`gflowgr.models.families` run fast, any other by whole
+            sequences. T5 in float32 on a CPU runs in C++ where no gradients are recorded.
         input_ids: prompts [B, S], at least one.
         attention_mask: 1 for real tokens [B, S].
         encoded: the encoder's states [B, S, d], where they are known already.

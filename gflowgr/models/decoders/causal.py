@@ -23,7 +23,7 @@ _ATTENTION = "gflowgr_shared_prompt"
 
 
 class CausalDecoder(StepDecoder):
-    """GPT-2, Llama, Mistral, Qwen2 and Qwen3.
+    """The models that :func:`~gflowgr.models.families.causal_refusal` does not refuse.
 
     Args:
         model: the model with its language modelling head, in ``eval`` mode.
