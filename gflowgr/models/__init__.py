@@ -3,7 +3,6 @@
 from .backbone import (
     PromptState,
     TrajectoryStates,
-    branch_hidden_states,
     encode_prompt,
     output_head,
     trajectory_hidden_states,
@@ -34,7 +33,6 @@ __all__ = [
     "TigerConfig",
     "TrajectoryStates",
     "add_lora",
-    "branch_hidden_states",
     "build_tiger",
     "encode_prompt",
     "output_head",

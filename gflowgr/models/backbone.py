@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "PromptState",
     "TrajectoryStates",
-    "branch_hidden_states",
     "encode_prompt",
     "output_head",
     "trajectory_hidden_states",
@@ -81,7 +80,7 @@ def encode_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
     return PromptState(output.last_hidden_state, attention_mask)
 
 
-def branch_hidden_states(model: PreTrainedModel, prompt: PromptState, prefixes: Tensor) -> Tensor:
+def _branch_states(model: PreTrainedModel, prompt: PromptState, prefixes: Tensor) -> Tensor:
     """Decoder states of N prefixes per prompt, packed in one sequence.
 
     Args:
@@ -147,7 +146,7 @@ def trajectory_hidden_states(
     input_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id)
     prompt = encode_prompt(model, input_ids, attention_mask)
     start = torch.full_like(tokens[..., :1], config.decoder_start_token_id)
-    hidden = branch_hidden_states(model, prompt, torch.cat([start, tokens[..., :-1]], dim=-1))
+    hidden = _branch_states(model, prompt, torch.cat([start, tokens[..., :-1]], dim=-1))
     return TrajectoryStates(hidden, prompt.pooled())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from gflowgr.data import pad_histories
 from gflowgr.models import (
     IdentifierVocabulary,
+    PromptLayout,
     PromptState,
     encode_prompt,
     prompt_tokens,
@@ -65,3 +68,30 @@ def test_ragged_identifiers_end_with_eos() -> None:
 def test_a_code_outside_the_codebook_is_named() -> None:
     with pytest.raises(ValueError, match=r"codes\[0, 1\] = 6 is outside the codebook of level 1"):
         VOCABULARY.encode(np.array([[0, 6, 0]]))
+
+
+def test_prompts_of_a_text_model_leave_out_what_ends_an_identifier() -> None:
+    """Identifiers of varying length end with a token (here 9); prompts have separators instead."""
+    layout = PromptLayout(prefix=(7, 7), separator=(8,), suffix=(6,), pad_token=5, end_token=9)
+    item_tokens = torch.tensor([[20, 9, -1], [20, 30, 9]])
+    ids, mask = prompt_tokens(torch.tensor([[1, 0], [0, -1]]), item_tokens, layout)
+    assert ids.tolist() == [[7, 7, 20, 30, 8, 20, 6], [7, 7, 20, 6, 5, 5, 5]]
+    assert mask.sum(1).tolist() == [7, 4]
+
+
+def test_layout_is_kept_by_its_description() -> None:
+    layout = PromptLayout(prefix=(7,), separator=(8, 1), suffix=(6,), end_token=9, max_items=3)
+    assert PromptLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+    with pytest.raises(ValueError, match="max_items must be >= 1; got 0"):
+        PromptLayout(max_items=0)
+
+
+def test_a_vocabulary_within_another() -> None:
+    vocabulary = IdentifierVocabulary((2, 3), ragged=True, offset=50, eos_token=2)
+    assert vocabulary.encode(np.array([[1, 2], [0, -1]])).tolist() == [[51, 54, 2], [50, 2, -1]]
+    assert vocabulary.token_names() == ["<a_0>", "<a_1>", "<b_0>", "<b_1>", "<b_2>"]
+    assert (
+        IdentifierVocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
+    )
+    with pytest.raises(ValueError, match=r"eos_token no identifier token \(50 to 54\)"):
+        IdentifierVocabulary((2, 3), offset=50, eos_token=51)

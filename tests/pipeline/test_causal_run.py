@@ -76,8 +76,8 @@ def test_interrupted_run_ends_with_the_same_results_and_serves(
     options = ["--data", str(data), "--json", "-k", "3", "--history", "5,6,7"]
     assert main(["recommend", str(tmp_path / "whole"), *options]) == 0
     found = json.loads(capsys.readouterr().out)["items"]
-    assert len(found) == 3
-    assert found[0]["log_prob"] >= found[1]["log_prob"] >= found[2]["log_prob"]
+    assert len(set(found)) == 3
+    assert all(0 <= item < 200 for item in found)
     assert main(["evaluate", str(model), "--data", str(data), "--beams", "10"]) == 0
     assert "R@10" in capsys.readouterr().out
 

@@ -185,6 +185,7 @@ def test_bad_overrides_are_named(override: str, message: str, tmp_path: Path) ->
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GFLOWGR_DATA", "/data")
+    monkeypatch.setenv("GFLOWGR_MODEL", "/models/Qwen3-0.6B")
     config = RunConfig.load(path)
     built_in = path.stem.startswith("simulated")
     assert config.data.path == (None if built_in else "/data/Beauty")
