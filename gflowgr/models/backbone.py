@@ -123,7 +123,7 @@ def trajectory_hidden_states(
     Args:
         model: an encoder-decoder of the T5 family, or a decoder-only Gemma (the first), GPT-2,
             GPT-NeoX, Llama, Mistral, OLMo 2, Qwen2, Qwen3 or SmolLM3 without a sliding window, with
-            its language modelling head.
+            its language modelling head; also in a ``peft.PeftModel``.
         input_ids: prompts [B, S]; padding may be on either side and hold any value.
         attention_mask: 1 for real tokens [B, S]; a decoder-only model needs one in each row.
         tokens: trajectories [B, N, L], token ids of the model.
@@ -134,8 +134,10 @@ def trajectory_hidden_states(
         The states, aligned with ``tokens``.
 
     Raises:
-        TypeError: the model is none of these, or its attention takes no mask.
+        TypeError: the model is none of these, its attention takes no mask, or its ``peft`` adapters
+            add tokens to prompts.
     """
+    model = _without_peft(model)
     if mask is not None:
         tokens = tokens.masked_fill(~mask, 0)
     if not getattr(model.config, "is_encoder_decoder", False):
@@ -151,9 +153,30 @@ def trajectory_hidden_states(
 
 
 def output_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """The output head's weight [V, d] and bias [V] or None."""
-    head: Any = model.get_output_embeddings()
+    """The output head's weight [V, d] and bias [V] or None.
+
+    Raises:
+        TypeError: the head has an adapter of its own, so that its weight does not make the logits.
+    """
+    head: Any = _without_peft(model).get_output_embeddings()
+    if hasattr(head, "base_layer"):
+        raise TypeError(
+            f"model's output head is a {type(head).__name__} with an adapter of its own: leave the "
+            "head out of the adapters' target modules"
+        )
     return head.weight, getattr(head, "bias", None)
+
+
+def _without_peft(model: Any) -> Any:
+    """The model of ``transformers`` in a ``peft.PeftModel``; it has the adapters in its modules."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise TypeError(
+            f"model has adapters of the kind {model.active_peft_config.peft_type.value}, which add "
+            "tokens to the prompt; use adapters that change its layers, such as LoRA"
+        )
+    return model.get_base_model()
 
 
 def _block_causal_mask(

@@ -78,7 +78,8 @@ def add_lora(
 
     Raises:
         ImportError: ``peft`` is not installed.
-        ValueError: the model has adapters, or none of the ``target_modules``.
+        ValueError: the model has adapters, or none of the ``target_modules``, or they are the
+            embedding or the head.
     """
     check_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -93,6 +94,13 @@ def add_lora(
     if model.get_output_embeddings().weight is not tables[0].weight:
         tables.append(model.get_output_embeddings())
     names = {id(module): name for name, module in model.named_modules()}
+    for table in tables:
+        name = names[id(table)].rpartition(".")[2]
+        if name in (settings.target_modules or ()):
+            raise ValueError(
+                f"lora.target_modules has {name!r}: of embedding and head, only the identifier "
+                "tokens' rows are trained; leave it out"
+            )
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a ratio: peft only divides it by r

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from small_models import padded_prompts, small_model
 from tiny_causal import causal_folder, causal_model
 from tiny_shop import make_args
 from tiny_trainer import assert_equal_weights, make_trainer
@@ -16,7 +18,15 @@ from transformers import AutoModelForCausalLM
 
 from gflowgr.decoding import GenerativeRecommender
 from gflowgr.errors import DataError
-from gflowgr.models import CausalConfig, GFlowModel, LoraSettings, add_lora, prompt_tokens
+from gflowgr.models import (
+    CausalConfig,
+    GFlowModel,
+    LoraSettings,
+    add_lora,
+    output_head,
+    prompt_tokens,
+    trajectory_hidden_states,
+)
 
 BACKBONES: dict[str, Any] = {
     "tied, gpt2": {"family": "gpt2"},
@@ -119,6 +129,31 @@ def test_what_trains_is_float32_beside_bfloat16_weights(tmp_path: Path) -> None:
         trained = torch.float32 if parameter.requires_grad else torch.bfloat16
         assert parameter.dtype == trained, name
     assert bool(log_pf(model).isfinite().all())
+
+
+def test_adapters_of_peft_itself_run_set_wise() -> None:
+    """Whoever calls peft in a trainer of their own gets the states of the adapted model."""
+    model = get_peft_model(small_model("llama"), LoraConfig(init_lora_weights=False, r=4)).eval()
+    ids, mask = padded_prompts("right")
+    tokens = ids[:, None, :2] + 0
+    states = trajectory_hidden_states(model, ids, mask, tokens)
+    weight, _ = output_head(model)
+    with torch.no_grad():
+        expected = model(input_ids=ids[:1]).logits[0, -1]  # a prompt without padding
+    torch.testing.assert_close(states.hidden[0, 0, 0] @ weight.T, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_that_would_be_missed_are_refused(tmp_path: Path) -> None:
+    head = get_peft_model(small_model("llama"), LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(TypeError, match="output head is a Linear with an adapter of its own"):
+        output_head(head)
+    prompt = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(TypeError, match="of the kind PROMPT_TUNING, which add tokens"):
+        output_head(get_peft_model(small_model("llama"), prompt))
+    model = causal_model(replace(config(tmp_path), lora=None))
+    settings = LoraSettings(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"lora\.target_modules has 'lm_head'"):
+        add_lora(model.backbone, settings, model.vocabulary)
 
 
 def test_one_set_of_adapters_at_a_time(tmp_path: Path) -> None:
