@@ -1,8 +1,9 @@
 """The joint loss and every gradient, end to end, against the method's formulas in float64.
 
 The model packs all trajectories of a prompt in one sequence, and computes the loss through the
-fused ops, in float32. The definition runs the plain ``transformers`` model once per trajectory, in
-float64, with ordinary log-softmaxes and loops over the formulas of the paper.
+fused ops, in float32. The definition runs the plain ``transformers`` model, an encoder-decoder or a
+decoder-only one, once per trajectory, in float64, with ordinary log-softmaxes and loops over the
+formulas of the paper.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ LENGTH = 4
 ITEMS = torch.tensor([[0, 1, 3, 5], [4, 2, 7, -1], [6, 5, 0, 4], [1, 0, 6, 2]])
 
 
-def make_model(**settings: Any) -> GFlowModel:
+def make_model(*, backbone: str = "t5", **settings: Any) -> GFlowModel:
     tree = PrefixTree.from_identifiers([torch.tensor(tokens) for tokens in IDENTIFIERS])
-    backbone = small_model("t5")
     vocabulary = shop_catalogue().vocabulary  # only checkpoints read it
     torch.manual_seed(0)
-    model = GFlowModel(backbone, tree, vocabulary, FlowSettings(**settings)).eval()
+    flow = FlowSettings(**settings)
+    model = GFlowModel(small_model(backbone), tree, vocabulary, flow).eval()
     for name, parameter in model.named_parameters():
         if not name.startswith("backbone."):  # heads of zeros would prove little
             torch.nn.init.normal_(parameter, std=0.3)
@@ -83,6 +84,11 @@ def competitors(prefix: list[int], settings: FlowSettings) -> list[int]:
 
 def forward_once(backbone: Any, prompt: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits and states that predict each token of one sequence, and the pooled prompt."""
+    if not backbone.config.is_encoder_decoder:
+        sequence = torch.cat([prompt, tokens[:-1]])
+        out = backbone(input_ids=sequence.unsqueeze(0), output_hidden_states=True)
+        states, first = out.hidden_states[-1][0], len(prompt) - 1
+        return out.logits[0, first:], states[first:], states[: len(prompt)].mean(0)
     out = backbone(
         input_ids=prompt.unsqueeze(0), labels=tokens.unsqueeze(0), output_hidden_states=True
     )
@@ -219,6 +225,11 @@ CASES = {
     "subtb": {"objective": "subtb", "subtb_lambda": 0.5},
     "subtb-children": {"objective": "subtb", "normalize": "children", "forward_looking": True},
     "subtb-importance": {"objective": "subtb", "importance_clip": 2.0},
+    "gpt2-sft": {"backbone": "gpt2", "objective": "sft"},
+    "gpt2-tb-children": {"backbone": "gpt2", "objective": "tb", "normalize": "children"},
+    "qwen3-tb": {"backbone": "qwen3", "objective": "tb", "fusion": "weighted"},
+    "qwen3-db-children": {"backbone": "qwen3", "objective": "db", "normalize": "children"},
+    "llama-subtb": {"backbone": "llama", "objective": "subtb", "forward_looking": True},
 }
 
 
