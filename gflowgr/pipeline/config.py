@@ -139,6 +139,12 @@ class RunConfig:
             )
         if (self.collaborative.kind == "embeddings") != (self.collaborative.embeddings is not None):
             raise ConfigError("collaborative.embeddings goes with collaborative.kind: embeddings")
+        vargrad = self.flow.objective == "tb" and self.flow.partition == "vargrad"
+        if vargrad and self.finetune.get("num_trajectories", 3) == 1:
+            raise ConfigError(
+                "finetune.num_trajectories is 1, over which the loss of flow.partition: vargrad is "
+                "0; give 2 or more, or partition: learned"
+            )
         for section in ("sft", "finetune"):
             _check_training_arguments(section, getattr(self, section), self.seed)
         finetune = training_arguments(self.finetune, "unused", self.seed)

@@ -17,6 +17,7 @@ from ..evaluation import (
     machine_summary,
     write_report,
 )
+from ..models.flow_settings import FlowSettings
 from .config import RunConfig
 from .processes import is_first_process
 from .stages import RunResult, run
@@ -84,8 +85,9 @@ def _report(result: RunResult, rows: list[TableRow], rules: dict[str, str]) -> R
         "identifiers": result.identifiers_name,
         "training examples": f"{len(result.split.train):,}",
         "generator": config.model.summary(),
-        "objective": f"{config.flow.objective.upper()}, Z {config.flow.partition}, lambda "
+        "objective": f"{config.flow.objective.upper()}, {_flow_heads(config.flow)}, lambda "
         f"{config.flow.gfn_weight}, beta {config.flow.beta}, softmax over {config.flow.normalize}",
+        "reward": f"{config.flow.fusion} of {', '.join(config.flow.signals)}",
         "seed": config.seed,
         "command": _command(),
     }
@@ -115,6 +117,13 @@ def _report(result: RunResult, rows: list[TableRow], rules: dict[str, str]) -> R
 def _data_folder(result: RunResult) -> str:
     path = result.split.dataset.path
     return "FOLDER" if path is None else str(path)
+
+
+def _flow_heads(flow: FlowSettings) -> str:
+    """Where log Z, and the flow of prefixes, come from."""
+    if flow.objective == "tb":
+        return f"Z {flow.partition}"
+    return "F learned" + (", forward-looking" if flow.forward_looking else "")
 
 
 def _command() -> str:

@@ -74,6 +74,10 @@ def test_samplers_are_named_mixed_and_tuned(tmp_path: Path) -> None:
         ({"flow": {"beta": -1.0}}, "beta must be finite and > 0; got -1.0"),
         ({"flow": {"signals": "r_a"}}, "flow: signals must be list, got 'r_a'"),
         ({"flow": {"signals": ["r_b"]}}, "signals: 'r_b' is neither one of"),
+        (
+            {"flow": {"partition": "vargrad"}, "finetune": {"num_trajectories": 1}},
+            "finetune.num_trajectories is 1, over which the loss of flow.partition: vargrad is 0",
+        ),
         ({"flow": {"forward_looking": True}}, "forward_looking needs objective 'db' or 'subtb'"),
         ({"collaborative": {"kind": "embeddings"}}, "goes with collaborative.kind: embeddings"),
         ({"collaborative": {"embeddings": "x.npy"}}, "goes with collaborative.kind: embeddings"),
