@@ -6,6 +6,7 @@ from __future__ import annotations
 from .bench import add_bench
 from .data import add_data
 from .evaluate import add_evaluate
+from .identifiers import add_identifiers
 from .info import add_info
 from .recommend import add_recommend
 from .runs import add_quickstart, add_train
@@ -18,6 +19,7 @@ COMMANDS = (
     add_evaluate,
     add_recommend,
     add_data,
+    add_identifiers,
     add_bench,
     add_info,
 )

@@ -81,7 +81,18 @@ def format_table(
     if any(row.note for row in rows):
         for line, note in zip(cells, ["note", *(row.note for row in rows)], strict=True):
             line.append(note)
-    return _markdown(cells, len(shown)) if style == "markdown" else _text(cells, len(shown))
+    return align_table(cells, len(shown), style=style)
+
+
+def align_table(cells: list[list[str]], numeric: int, *, style: str = "text") -> str:
+    """Lay out a table of texts.
+
+    Args:
+        cells: the header, then one list per row.
+        numeric: how many columns after the first are aligned to the right.
+        style: "text" or "markdown", as in :func:`format_table`.
+    """
+    return _markdown(cells, numeric) if style == "markdown" else _text(cells, numeric)
 
 
 def metric_columns(rows: Sequence[TableRow]) -> list[str]:

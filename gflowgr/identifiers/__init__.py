@@ -1,13 +1,42 @@
-"""Item identifiers: index files, and residual k-means where none are published."""
+"""Item identifiers: index files, and tokenisers that make them from item vectors or texts."""
 
+from gflowgr.identifiers.collisions import resolve_collisions
 from gflowgr.identifiers.index import Identifiers, from_codes, read_index, write_index
-from gflowgr.identifiers.kmeans import residual_kmeans, text_embeddings
+from gflowgr.identifiers.kmeans import fit_kmeans, residual_kmeans
+from gflowgr.identifiers.learn import METHODS, learn_codes
+from gflowgr.identifiers.letter import LetterConfig, fit_letter
+from gflowgr.identifiers.quality import (
+    Agreement,
+    Quality,
+    measure_quality,
+    nearest_neighbours,
+    quality_table,
+)
+from gflowgr.identifiers.quantisation import Quantisation
+from gflowgr.identifiers.rqvae import RqVaeConfig, fit_rqvae
+from gflowgr.identifiers.text import encode_texts, item_texts, text_embeddings
 
 __all__ = [
+    "METHODS",
+    "Agreement",
     "Identifiers",
+    "LetterConfig",
+    "Quality",
+    "Quantisation",
+    "RqVaeConfig",
+    "encode_texts",
+    "fit_kmeans",
+    "fit_letter",
+    "fit_rqvae",
     "from_codes",
+    "item_texts",
+    "learn_codes",
+    "measure_quality",
+    "nearest_neighbours",
+    "quality_table",
     "read_index",
     "residual_kmeans",
+    "resolve_collisions",
     "text_embeddings",
     "write_index",
 ]

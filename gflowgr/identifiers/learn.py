@@ -1,0 +1,62 @@
+"""One call for every way of learning codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gflowgr.identifiers.kmeans import fit_kmeans
+from gflowgr.identifiers.letter import LetterConfig, fit_letter
+from gflowgr.identifiers.quantisation import Quantisation
+from gflowgr.identifiers.rqvae import RqVaeConfig, fit_rqvae
+
+METHODS = ("rqvae", "kmeans", "letter")
+
+
+def learn_codes(
+    method: str,
+    embeddings: np.ndarray,
+    collaborative: np.ndarray | None = None,
+    *,
+    levels: int = 4,
+    codebook_size: int = 256,
+    seed: int = 0,
+    progress: bool = False,
+    **training: Any,
+) -> Quantisation:
+    """Learn codes of items.
+
+    Args:
+        method: ``"rqvae"`` (TIGER), ``"kmeans"`` (residual k-means) or ``"letter"``.
+        embeddings: float [items, width], finite.
+        collaborative: float [items, d_cf], finite; for LETTER, and only for it.
+        levels: codes per item.
+        codebook_size: codes per level.
+        seed: equal arguments give equal codes on the same number of threads.
+        progress: show a progress bar.
+        training: further fields of :class:`RqVaeConfig` or :class:`LetterConfig`.
+
+    Returns:
+        The quantisation; items may share all their codes, see :func:`resolve_collisions`.
+
+    Raises:
+        ValueError: another method, collaborative vectors missing or not used, training options that
+            the method does not have, embeddings of a wrong shape or not finite.
+        FloatingPointError: the training's loss is no longer finite.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if (collaborative is not None) != (method == "letter"):
+        need = "needs" if method == "letter" else "does not use"
+        raise ValueError(f"method {method!r} {need} collaborative item vectors")
+    if method == "kmeans":
+        if training:
+            raise ValueError(f"method 'kmeans' has no option {', '.join(training)}")
+        return fit_kmeans(embeddings, levels, codebook_size, seed)
+    training |= {"levels": levels, "codebook_size": codebook_size}
+    if method == "letter":
+        assert collaborative is not None
+        config = LetterConfig(**training)
+        return fit_letter(embeddings, collaborative, config, seed=seed, progress=progress)
+    return fit_rqvae(embeddings, RqVaeConfig(**training), seed=seed, progress=progress)
