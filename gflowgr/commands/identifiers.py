@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def _add_make(actions: Commands) -> None:
     training.add_argument("--alignment", type=float, metavar="ALPHA", help="letter: its weight")
     training.add_argument("--diversity", type=float, metavar="BETA", help="letter: its weight")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
-    parser.set_defaults(run=_make, neighbours=10)
+    parser.set_defaults(run=_make)
 
 
 def _add_vectors(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +120,7 @@ def _add_vectors(parser: argparse.ArgumentParser) -> None:
 
 def _make(args: argparse.Namespace) -> int:
     from .. import files
-    from ..identifiers import learn_codes, resolve_collisions, write_index
+    from ..identifiers import from_codes, learn_codes, resolve_collisions, write_index
 
     output = Path(args.output)
     if not re.fullmatch(r"index\.[^/]+\.json\.gz", output.name):
@@ -144,6 +145,7 @@ def _make(args: argparse.Namespace) -> int:
     }
     if "hidden" in training:
         training["hidden"] = tuple(training["hidden"])
+    start = time.perf_counter()
     quantised = learn_codes(
         args.method,
         vectors,
@@ -156,8 +158,13 @@ def _make(args: argparse.Namespace) -> int:
     )
     resolved = resolve_collisions(quantised, args.collisions)
     write_index(output, resolved)
+    seconds = time.perf_counter() - start
+    print(f"{args.method}: {len(vectors):,} items coded in {seconds:.0f} s")
     shown = {"codes as learned": quantised.codes, f"collisions: {args.collisions}": resolved}
-    _print_table({name: _identifiers(codes) for name, codes in shown.items()}, args, dataset)
+    _print_table(
+        {name: from_codes(codes) for name, codes in shown.items()},
+        {"text" if args.embeddings is None else "embeddings": vectors, "cf": collaborative},
+    )
     print(f"\nwritten to {output}")
     return 0
 
@@ -184,7 +191,15 @@ def _compare(args: argparse.Namespace) -> int:
             dataset.num_items if dataset else next(iter(sets.values())).num_items if sets else None
         )
         sets[name] = read_index(path, num_items=count)
-    rows, note = _print_table(sets, args, dataset)
+    items = next(iter(sets.values())).num_items
+    vectors = _item_vectors(args, dataset)
+    if vectors is not None and len(vectors) != items:
+        raise ValueError(f"--embeddings has {len(vectors):,} rows, there are {items:,} items")
+    spaces = {
+        "text" if args.embeddings is None else "embeddings": vectors,
+        "cf": _load_vectors(args.cf_embeddings, "--cf-embeddings", items),
+    }
+    rows, note = _print_table(sets, spaces, args.neighbours)
     if args.out:
         out = Path(args.out)
         files.write_json(
@@ -199,32 +214,21 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _print_table(
-    sets: dict[str, Identifiers], args: argparse.Namespace, dataset: Dataset | None
+    sets: dict[str, Identifiers], spaces: dict[str, np.ndarray | None], k: int = 10
 ) -> tuple[dict[str, Quality], str]:
     """The measures, and the note that explains the table."""
     from ..identifiers import measure_quality, nearest_neighbours, quality_table
     from ..identifiers.quality import table_note
 
-    items = next(iter(sets.values())).num_items
-    spaces = {
-        "text": _item_vectors(args, dataset),
-        "cf": _load_vectors(args.cf_embeddings, "--cf-embeddings", items),
-    }
     neighbours = {
-        space: nearest_neighbours(vectors, args.neighbours)
+        space: nearest_neighbours(vectors, k)
         for space, vectors in spaces.items()
         if vectors is not None
     }
     rows = {name: measure_quality(each, neighbours) for name, each in sets.items()}
-    note = table_note(args.neighbours if neighbours else None)
+    note = table_note(k if neighbours else None)
     print(f"{quality_table(rows)}\n\n{note}")
     return rows, note
-
-
-def _identifiers(codes: np.ndarray) -> Identifiers:
-    from ..identifiers import from_codes
-
-    return from_codes(codes)
 
 
 def _dataset(args: argparse.Namespace) -> Dataset | None:
@@ -236,6 +240,7 @@ def _dataset(args: argparse.Namespace) -> Dataset | None:
 def _item_vectors(args: argparse.Namespace, dataset: Dataset | None) -> np.ndarray | None:
     """Vectors of ``--embeddings``, else of the dataset's texts; None without either."""
     from ..identifiers import encode_texts, item_texts, text_embeddings
+    from ..pipeline.processes import quiet_transformers
 
     if args.embeddings is not None:
         for option in ("fields", "encoder"):
@@ -254,6 +259,7 @@ def _item_vectors(args: argparse.Namespace, dataset: Dataset | None) -> np.ndarr
         return text_embeddings(texts, dim=args.dim, seed=args.seed)
     if args.allow_download:
         os.environ["HF_HUB_OFFLINE"] = "0"  # the command line sets it; read on first import
+    quiet_transformers()
     return encode_texts(
         texts,
         args.encoder,

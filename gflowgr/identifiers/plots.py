@@ -52,12 +52,15 @@ def plot_agreement(rows: Mapping[str, Quality], path: Path) -> bool:
     figure = _figure(4.6 * len(spaces) + 1.6, 1.3 + 0.42 * len(rows))
     for panel, space in enumerate(spaces):
         axes = figure.add_subplot(1, len(spaces), panel + 1)
-        depth = max(len(r.agreement[space].neighbours) for r in rows.values())
+        found = [row.agreement[space] for row in rows.values()]
+        depth = max(len(each.neighbours) for each in found)
         height = 0.8 / depth
         for length in range(depth):
-            shares = [row.agreement[space].neighbours[length] for row in rows.values()]
-            chances = [row.agreement[space].chance[length] for row in rows.values()]
-            centres = np.arange(len(rows)) + (length - (depth - 1) / 2) * height
+            # An identifier of one token has no first two.
+            having = [n for n, r in enumerate(found) if len(r.neighbours) > length]
+            shares = [found[place].neighbours[length] for place in having]
+            chances = [found[place].chance[length] for place in having]
+            centres = np.array(having) + (length - (depth - 1) / 2) * height
             label = "same first token" if length == 0 else f"same first {length + 1} tokens"
             bars = axes.barh(centres, shares, height * 0.92, color=_colour(length), label=label)
             axes.bar_label(bars, fmt="%.3f", fontsize=7, padding=2)

@@ -62,7 +62,7 @@ def encode_texts(
         progress: show a progress bar.
 
     Returns:
-        float32 [items, width], each row of length 1.
+        float32 [items, width], each row of length 1 (by transformers, 0 for a blank text).
 
     Raises:
         ValueError: no texts, or the encoder is neither a folder nor in the local cache (the message
@@ -171,15 +171,16 @@ def _with_transformers(
     model: Any = AutoModel.from_pretrained(encoder, local_files_only=local).to(device).eval()
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
-    # Texts of alike length together: little padding.
+    vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    # Texts of alike length together: little padding. Blank ones have no states to take a mean of.
     order = np.argsort([len(text) for text in texts], kind="stable")[::-1]
-    rows: list[np.ndarray] = []
+    order = np.array([item for item in order if texts[item].strip()], dtype=np.int64)
     with torch.inference_mode():
         for chosen in tqdm(
             list(_chunks(order, batch_size)), desc="Texts", unit="batch", disable=not progress
         ):
             batch = tokenizer(
-                [texts[item] or " " for item in chosen],
+                [texts[item] for item in chosen],
                 padding=True,
                 truncation=True,
                 max_length=max_length,
@@ -189,11 +190,8 @@ def _with_transformers(
             states = model(**batch).last_hidden_state.float()
             mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
             mean = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-            rows.append(mean.cpu().numpy())
-    vectors = np.concatenate(rows)
-    result = np.empty_like(vectors)
-    result[order] = vectors
-    return result
+            vectors[chosen] = mean.cpu().numpy()
+    return vectors
 
 
 def _chunks(order: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -43,8 +43,10 @@ class DataConfig:
 
     Attributes:
         path: folder of a dataset; none: the built-in one, generated under the output folder.
-        identifiers: name of the published identifiers (``index.<name>.json.gz``); none: the only
-            ones there are, or, without any, residual k-means over the collaborative model's items.
+        identifiers: name of the data's identifiers (``index.<name>.json.gz``), or a path of an
+            index file, or a method that makes them from texts (``kmeans``, ``rqvae``, ``letter``);
+            none: the only ones there are, or, without any, residual k-means over the collaborative
+            model's items.
         max_history: items of a history that prompts keep.
         users: users of the built-in dataset.
         items: items of the built-in dataset.

@@ -106,10 +106,16 @@ def run(config: RunConfig, *, say: Say = print, progress: bool = True) -> RunRes
     published = published_identifiers(dataset, config.data.identifiers)
     collaborative = _collaborative_stage(config, split, output, say, progress)
     vectors = getattr(collaborative, "item_embeddings", None)
-    name, identifiers = published or make_identifiers(
-        dataset, vectors, config.seed, config.collaborative
-    )
     with first_process_first():
+        name, identifiers = published or make_identifiers(
+            dataset,
+            vectors,
+            config.seed,
+            config.collaborative,
+            method=config.data.identifiers,
+            folder=output,
+            progress=progress,
+        )
         claim_data(output, {"identifiers": digest_of(identifiers)})
     catalogue = make_catalogue(name, identifiers, tokenizer)
     tree = catalogue.tree

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gflowgr.data import Dataset, Ragged, save_dataset
-from gflowgr.identifiers import from_codes
+from gflowgr.identifiers import from_codes, write_index
 from gflowgr.pipeline import ConfigError, RunConfig
 from gflowgr.pipeline.config import CollaborativeConfig, DataConfig
 from gflowgr.pipeline.prepare import (
@@ -85,6 +85,35 @@ def test_identifiers_of_the_data_go_first() -> None:
     assert (published_identifiers(two, "other") or ("",))[0] == "other"
     with pytest.raises(ConfigError, match="several sets, name one of: given, other"):
         published_identifiers(two, None)
+
+
+def test_identifiers_of_a_file(tmp_path: Path) -> None:
+    write_index(tmp_path / "index.mine.json.gz", np.arange(NUM_ITEMS)[:, None])
+    found = published_identifiers(make(), str(tmp_path / "index.mine.json.gz"))
+    assert found is not None
+    assert found[0] == "index.mine.json.gz"
+    assert found[1].num_items == NUM_ITEMS
+
+
+def test_a_method_makes_identifiers_once(tmp_path: Path) -> None:
+    data = make(texts=titles())
+    assert published_identifiers(data, "kmeans") is None
+    name, identifiers = make_identifiers(data, None, 0, NONE, "kmeans", tmp_path)
+    assert name == "kmeans of item texts"
+    assert identifiers.num_unique() == NUM_ITEMS
+    # A run that goes on finds them, and learns nothing again: another seed changes nothing.
+    again = make_identifiers(data, None, 1, NONE, "kmeans", tmp_path)[1]
+    assert np.array_equal(again.codes, identifiers.codes)
+
+
+def test_a_published_set_with_the_name_of_a_method_goes_first() -> None:
+    given = from_codes(np.arange(NUM_ITEMS)[:, None])
+    assert published_identifiers(make(indexes={"rqvae": given}), "rqvae") == ("rqvae", given)
+
+
+def test_letter_needs_a_collaborative_model() -> None:
+    with pytest.raises(ConfigError, match=r"letter needs .* collaborative.kind to sasrec"):
+        make_identifiers(make(texts=titles()), None, 0, NONE, "letter")
 
 
 # ---- ratings ----
