@@ -39,6 +39,7 @@ def data(finished_run: Path) -> Path:
         (("data", "builtin"), "simulated"),
         (("data", "inspect"), "check a dataset"),
         (("data", "import"), "movielens  ratings.csv"),
+        (("identifiers", "make"), "nothing is downloaded unless"),
         (("info",), "backends"),
     ],
 )

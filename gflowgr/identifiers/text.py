@@ -118,15 +118,17 @@ def _is_sentence_transformer(encoder: str, local: bool) -> bool:
         found = (Path(encoder) / "modules.json").is_file()
     else:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
         try:
             hf_hub_download(encoder, "modules.json", local_files_only=local)
             found = True
-        except LocalEntryNotFoundError:
-            found = False
         except EntryNotFoundError:
             found = False
+        except HFValidationError as error:
+            raise ValueError(
+                f"encoder {encoder!r}: no such folder, nor a hub model's name"
+            ) from error
     if found and importlib.util.find_spec("sentence_transformers") is None:
         raise ValueError(
             f"encoder {encoder!r} is a sentence-transformers model: pip install 'gflowgr[text]'"

@@ -82,6 +82,11 @@ def test_nothing_is_downloaded_unasked() -> None:
     assert "--allow-download" in str(caught.value)
 
 
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"encoder '/.*/missing': no such folder"):
+        encode_texts(["x"], str(tmp_path / "missing"))
+
+
 def test_no_texts() -> None:
     with pytest.raises(ValueError, match="texts must not be empty"):
         encode_texts([], "any")
