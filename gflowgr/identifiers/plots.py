@@ -33,11 +33,12 @@ def plot_code_use(rows: Mapping[str, Quality], path: Path) -> None:
                     label=name if level == 0 else None,
                 )
         axes.set_yscale("log")
-        axes.set_xlabel(f"tokens of level {level + 1}, by frequency")
+        axes.set_xlabel(f"level {level + 1}: tokens by frequency")
         if level == 0:
             axes.set_ylabel("items per token")
-            _legend_above(axes, columns=min(len(rows), 2 * levels))
         _frame(axes)
+    # One legend for all panels, outside of them.
+    figure.legend(loc="outside upper left", ncols=2 * levels, fontsize=8, frameon=False)
     _write(figure, path)
 
 
