@@ -65,9 +65,11 @@ class Block {
   Block(const T5Pass& pass, int64_t count)
       : p_(pass), s_(pass.sizes), count_(count), lanes_(round_up(count, kT5Lanes)) {
     const int64_t tile = std::min(s_.hidden, kHiddenTile), keys = p_.padded();
+    const int64_t depth = std::max({s_.width, s_.inner(), tile});
     // Kept by the thread: fresh pages on every call would cost as much as a layer.
     thread_local Floats memory;
-    float* at = memory.reserve((2 * s_.width + 4 * s_.inner() + 2 * tile + keys + 2 * s_.size + 1) * lanes_);
+    float* at = memory.reserve((2 * s_.width + 4 * s_.inner() + 2 * tile + keys + 2 * s_.size + 1) * lanes_ +
+                               round_up(depth, kT5Lanes) * lanes_ / kT5Lanes);
     const auto take = [&](int64_t rows) { return std::exchange(at, at + rows * lanes_); };
     x_ = take(s_.width);
     normed_ = take(s_.width);
@@ -80,6 +82,7 @@ class Block {
     piece_ = take(s_.size);
     part_ = take(s_.size);
     sum_ = take(1);
+    alone_ = take(round_up(depth, kT5Lanes) / kT5Lanes);
   }
 
   int64_t lanes() const { return lanes_; }
@@ -161,17 +164,27 @@ class Block {
       product(weights.in + first * s_.width, tile, s_.width, normed_, hidden_);
       if (weights.gate != nullptr) product(weights.gate + first * s_.width, tile, s_.width, normed_, gate_);
       t5_kernels().activate(s_.activation, hidden_, weights.gate == nullptr ? nullptr : gate_, tile * lanes_);
-      gemm(s_.width, lanes_, tile, s_.hidden, lanes_, lanes_, true, weights.out + first, hidden_, x_);
+      multiply(s_.width, tile, s_.hidden, true, weights.out + first, hidden_, x_);
     }
   }
 
  private:
   // to [rows, lanes] = weight [rows, depth] from [depth, lanes]
   void product(const float* weight, int64_t rows, int64_t depth, const float* from, float* to) {
-    gemm(rows, lanes_, depth, depth, lanes_, lanes_, false, weight, from, to);
+    multiply(rows, depth, depth, false, weight, from, to);
   }
   void add_product(const float* weight, int64_t depth, const float* from) {
-    gemm(s_.width, lanes_, depth, depth, lanes_, lanes_, true, weight, from, x_);
+    multiply(s_.width, depth, depth, true, weight, from, x_);
+  }
+  void multiply(int64_t rows, int64_t depth, int64_t stride, bool add, const float* weight, const float* from,
+                float* to) {
+    if (count_ > 1) {
+      gemm(rows, lanes_, depth, stride, lanes_, lanes_, add, weight, from, to);
+      return;
+    }
+    // One token alone (the first step of one prompt): 15 of 16 lanes would be for nothing.
+    for (int64_t i = 0; i < depth; ++i) alone_[i] = from[i * lanes_];
+    t5_kernels().one({weight, rows, depth, stride, alone_, add, to, lanes_});
   }
   // Lanes without a token hold numbers, if any.
   void clear_rest(float* matrix) const {
@@ -200,7 +213,7 @@ class Block {
   const T5Pass& p_;
   const T5Sizes& s_;
   const int64_t count_, lanes_;
-  float *x_, *normed_, *query_, *mixed_, *rows_, *hidden_, *gate_, *scores_, *piece_, *part_, *sum_;
+  float *x_, *normed_, *query_, *mixed_, *rows_, *hidden_, *gate_, *scores_, *piece_, *part_, *sum_, *alone_;
   std::vector<float> scratch_;
   std::vector<const float*> own_keys_, own_values_;
 };

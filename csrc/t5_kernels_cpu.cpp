@@ -109,6 +109,28 @@ GFLOWGR_INLINE void own_body(const T5Own& o) {
   }
 }
 
+// Four rows at a time, so that products need not wait for each other.
+GFLOWGR_INLINE void one_body(const T5One& p) {
+  constexpr int64_t kRows = 4;
+  for (int64_t first = 0; first < p.rows; first += kRows) {
+    const int64_t count = first + kRows < p.rows ? kRows : p.rows - first;
+    const float* rows[kRows];
+    Lanes products[kRows] = {};
+    for (int64_t r = 0; r < kRows; ++r) rows[r] = p.weight + (first + (r < count ? r : 0)) * p.stride;
+    int64_t i = 0;
+    for (; i + kLanes <= p.depth; i += kLanes) {
+      const Lanes x = load(p.x + i);
+      for (int64_t r = 0; r < kRows; ++r) products[r] = products[r] + load(rows[r] + i) * x;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      float sum = total(products[r]);
+      for (int64_t rest = i; rest < p.depth; ++rest) sum += rows[r][rest] * p.x[rest];
+      float& to = p.to[(first + r) * p.to_stride];
+      to = p.add ? to + sum : sum;
+    }
+  }
+}
+
 #define GFLOWGR_KERNELS(name, attribute)                                                                    \
   attribute void norm_##name(const float* from, const float* weight, float epsilon, int64_t rows,           \
                              int64_t lanes, float* to) {                                                    \
@@ -119,7 +141,8 @@ GFLOWGR_INLINE void own_body(const T5Own& o) {
   }                                                                                                         \
   attribute void softmax_##name(const T5Softmax& s) { softmax_body(s); }                                    \
   attribute void own_##name(const T5Own& o) { own_body(o); }                                                \
-  constexpr T5Kernels name = {norm_##name, activate_##name, softmax_##name, own_##name};
+  attribute void one_##name(const T5One& p) { one_body(p); }                                                \
+  constexpr T5Kernels name = {norm_##name, activate_##name, softmax_##name, own_##name, one_##name};
 
 GFLOWGR_KERNELS(baseline, )
 #ifdef GFLOWGR_X86

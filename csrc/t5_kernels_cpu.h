@@ -34,6 +34,16 @@ struct T5Own {
   float* mixed;                 // [heads * size]
 };
 
+// Product of a weight [rows, depth] with one token.
+struct T5One {
+  const float* weight;
+  int64_t rows, depth, stride;  // stride: distance of the weight's rows
+  const float* x;               // [depth]
+  bool add;
+  float* to;  // row r goes to to[r * to_stride]
+  int64_t to_stride;
+};
+
 struct T5Kernels {
   // to = weight * from / sqrt(mean square over the rows + epsilon)
   void (*norm)(const float* from, const float* weight, float epsilon, int64_t rows, int64_t lanes, float* to);
@@ -41,6 +51,7 @@ struct T5Kernels {
   void (*activate)(Activation, float* x, const float* gate, int64_t count);
   void (*softmax)(const T5Softmax&);
   void (*own)(const T5Own&);
+  void (*one)(const T5One&);
 };
 
 const T5Kernels& t5_kernels();
