@@ -82,8 +82,8 @@ def test_a_behaviour_without_a_reward_is_found_before_any_training(tmp_path: Pat
 
 def test_missing_identifiers_are_found_before_any_training(tmp_path: Path) -> None:
     values = tiny_run(tmp_path / "run")
-    values["data"]["identifiers"] = "letter"
+    values["data"]["identifiers"] = "published"
     said: list[str] = []
-    with pytest.raises(DataError, match=r"no file index\.letter\.json\.gz.*hierarchy"):
+    with pytest.raises(DataError, match=r"no file index\.published\.json\.gz.*hierarchy"):
         run(RunConfig.from_dict(values), say=said.append, progress=False)
     assert not [line for line in said if line.startswith("Stage")]
