@@ -30,6 +30,6 @@ fi
 step python -m gflowgr bench tree --out "$results/bench_tree"
 # What is missing of these is left out of the comparison, with the reason printed.
 python -m pip install cut-cross-entropy liger-kernel trl || echo "== not all peers were installed"
-# Losses and decoding; the steps of a beam search in CUDA graphs too.
+# Losses, decoding and training steps; the steps of a beam search in CUDA graphs too.
 step python -m gflowgr bench --device cuda --dtype bfloat16 float32 --out "$results/bench_gpu"
 exit $status

@@ -1,4 +1,4 @@
-"""What the decode and tree benchmarks are to reach on a CPU of two threads."""
+"""What the decode, tree and training benchmarks are to reach on a CPU of two threads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gflowgr.benchmarking.shapes import (
     ScoreShape,
     SearchShape,
     StepShape,
+    TrainShape,
     TreeShape,
     default_shapes,
     read_shape,
@@ -99,6 +100,8 @@ def _bars(op: str, shape: AnyShape, row: Row) -> list[Bar]:
             add("seconds", ms / 1e3, 15.0 if large else 2.0, most=True)
         elif op == "tree-files":
             add("ms to load by memory-map", ms, 10.0, most=True)
+    elif isinstance(shape, TrainShape) and shape in default_shapes(op, "cpu") and row.speedup_sft:
+        add("times the cost of an SFT step", 1 / row.speedup_sft, 1.15, most=True)
     return found
 
 

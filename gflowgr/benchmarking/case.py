@@ -75,6 +75,7 @@ class Case:
         tolerance: the judge's; None: that of the dtype.
         missing: (variant, why it is left out).
         uncounted: why memory is not counted; "": it is.
+        parts: bare operations that are a part of a variant's work, by name, and the variant's name.
     """
 
     op: str
@@ -91,6 +92,7 @@ class Case:
     judge: Judge | None = None
     tolerance: float | None = None
     uncounted: str = ""
+    parts: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-SUMMARY = "time losses, decoding and the tree against plain PyTorch and other projects"
+SUMMARY = "time losses, decoding, training and the tree against PyTorch and other projects"
 
 EPILOG = (
     "ops, by group:\n"
@@ -17,13 +17,16 @@ EPILOG = (
     "                     search: a whole beam search against model.generate;\n"
     "                     score: log P of every item against a row per item\n"
     "  tree               the prefix tree: tree-build (bytes per item too), tree-walk,\n"
-    "                     tree-available, tree-files (save, load, memory-map); CPU only\n\n"
+    "                     tree-available, tree-files (save, load, memory-map); CPU only\n"
+    "  train              train-step: a training step of GFlowGR-TB against SFT and against a\n"
+    "                     forward per trajectory, and what its parts take\n\n"
     "shapes of the losses: letter, llm, tiger and losses (the reductions'), each with -gpu\n"
     "appended for a GPU's; others as BxNxLxdxV. Of the others:\n"
     "  step:PROMPTSxBEAMSxVxITEMS            step, step-hidden\n"
     "  t5:PROMPTSxSOURCExBEAMSxITEMS         search; also gpt2: and qwen3:\n"
     "  score:PROMPTSxSOURCExITEMS            score\n"
     "  tree:ITEMS                            the ops of tree\n"
+    "  train-t5:PROMPTSxSOURCExNxITEMS       train-step; also train-qwen3:\n"
     "Numbers may end in k or m. Of the ops asked for, those run that a given shape fits.\n\n"
     "examples:\n"
     "  gflowgr bench --threads 2 --out results\n"

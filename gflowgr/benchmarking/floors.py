@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gflowgr.benchmarking.inputs import Inputs
 
-Bare = Callable[[Inputs], None]
+Bare = Callable[[Inputs], object]
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,12 @@ class Row:
     fastest_decoder_pairs_peer: str = ""
     speedup_decoder_pairs: float | None = None
     memory_decoder_pairs: float | None = None
+    fastest_sft_peer: str = ""
+    speedup_sft: float | None = None
+    memory_sft: float | None = None
+    fastest_separate_peer: str = ""
+    speedup_separate: float | None = None
+    memory_separate: float | None = None
 
 
 FAMILIES = (
@@ -97,6 +103,8 @@ FAMILIES = (
     "logits",  # all logits first
     "pairs",  # every prompt and item through the model
     "decoder_pairs",  # every prompt once through the encoder, every pair through the decoder
+    "sft",  # a supervised training step
+    "separate",  # a forward per trajectory
 )
 
 
@@ -204,6 +212,9 @@ def make_summary(case: Case, times: Times, rates: Rates) -> dict[str, Any]:
     for name in case.bare:
         first, median, third = quartiles(times.samples[name])
         bare[name] = {"ms": median * 1e3, "ms_q1": first * 1e3, "ms_q3": third * 1e3}
+        whole = times.samples.get(case.parts.get(name, ""))
+        if whole:
+            bare[name]["share"] = median / quartiles(whole)[1]
     floors = {}
     for name, floor in case.floors.items():
         predicted = floor.predict(rates) * 1e3
@@ -244,7 +255,9 @@ def case_text(summary: dict[str, Any], rows: list[Row], *, markdown: bool = Fals
     lines += _markdown(cells) if markdown else _aligned(cells)
     notes = list(summary["notes"])
     for name, bare in summary["bare"].items():
-        notes.append(f"{name}: {bare['ms']:.4g} ms ({bare['ms_q1']:.4g} to {bare['ms_q3']:.4g})")
+        share = f", {bare['share']:.1%} of it" if "share" in bare else ""
+        times = f"{bare['ms']:.4g} ms ({bare['ms_q1']:.4g} to {bare['ms_q3']:.4g})"
+        notes.append(f"{name}: {times}{share}")
     for name, floor in summary["floors"].items():
         notes.append(
             f"floor, {name}: {floor['flops'] / 1e9:.4g} GFLOP, {floor['bytes'] / 1e6:.4g} MB, "

@@ -12,12 +12,13 @@ GROUPS = {
     "reductions": ("tb", "db", "subtb", "vargrad"),
     "decode": ("step", "step-hidden", "search", "score"),
     "tree": ("tree-build", "tree-walk", "tree-available", "tree-files"),
+    "train": ("train-step",),
 }
 """Groups of ops; each op is one table."""
 
 OPS = tuple(op for group in GROUPS.values() for op in group)
 
-FLOAT32_OPS = (*GROUPS["reductions"], *GROUPS["decode"], *GROUPS["tree"])
+FLOAT32_OPS = (*GROUPS["reductions"], *GROUPS["decode"], *GROUPS["tree"], *GROUPS["train"])
 """Ops that are measured in float32 only: it is what they compute in."""
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,6 +34,9 @@ HIDDEN = 512
 
 MODELS = ("t5", "gpt2", "qwen3")
 """Models of ``search``."""
+
+TRAINED = ("t5", "qwen3")
+"""Models of ``train-step``."""
 
 _SMALL = 2  # prompts of a warm-up
 
@@ -177,7 +181,35 @@ class TreeShape:
         return replace(self, items=min(self.items, 1000))
 
 
-AnyShape = Shape | StepShape | SearchShape | ScoreShape | TreeShape
+@dataclass(frozen=True)
+class TrainShape:
+    """A training step: a model, prompts, tokens of a prompt's history, trajectories, items."""
+
+    model: str
+    prompts: int
+    source: int
+    trajectories: int
+    items: int
+
+    @property
+    def text(self) -> str:
+        """As ``--shapes`` reads it."""
+        sizes = f"{self.prompts}x{self.source}x{self.trajectories}x{_short(self.items)}"
+        return f"train-{self.model}:{sizes}"
+
+    name = text
+
+    def sizes(self, op: str) -> str:
+        """For a title."""
+        rows = f"prompts {self.prompts}, tokens of each {self.source}"
+        return f"{rows}, trajectories {self.trajectories}, items {self.items:,}"
+
+    def small(self) -> TrainShape:
+        """The same of a few prompts."""
+        return replace(self, prompts=min(self.prompts, _SMALL))
+
+
+AnyShape = Shape | StepShape | SearchShape | ScoreShape | TreeShape | TrainShape
 
 NAMED = {
     shape.name: shape
@@ -201,7 +233,11 @@ _FORMS = {
     "score": ("score:PROMPTSxSOURCExITEMS", "score:4x60x12101"),
     "tree": ("tree:ITEMS", "tree:10m"),
 } | {model: (f"{model}:PROMPTSxSOURCExBEAMSxITEMS", f"{model}:8x60x20x12101") for model in MODELS}
-"""Shapes of the decode and tree benchmarks: how they are written, and an example."""
+_FORMS |= {
+    f"train-{model}": (f"train-{model}:PROMPTSxSOURCExNxITEMS", f"train-{model}:64x80x4x12101")
+    for model in TRAINED
+}
+"""Shapes of all benchmarks but the losses': how they are written, and an example."""
 
 
 def read_ops(names: list[str]) -> list[str]:
@@ -256,6 +292,11 @@ def _read_kind(text: str, kind: str, rest: str) -> AnyShape:
         if shape.vocab < LENGTH * CODES:
             raise ValueError(f"shape {text!r}: V must be at least {LENGTH * CODES}")
         return shape
+    if kind.startswith("train-"):
+        trained = TrainShape(kind.removeprefix("train-"), *sizes)
+        if trained.source % LENGTH:
+            raise ValueError(f"shape {text!r}: SOURCE must be a multiple of {LENGTH}")
+        return trained
     if kind == "tree":
         return TreeShape(*sizes)
     if kind == "score":
@@ -304,6 +345,12 @@ def default_shapes(op: str, device: str) -> list[AnyShape]:
         return [SearchShape(*search, 20, BEAUTY_ITEMS) for search in searches]
     if op == "score":
         return [ScoreShape(4, 60, BEAUTY_ITEMS)]
+    if op in GROUPS["train"]:
+        times = 8 if gpu else 1
+        return [
+            TrainShape("t5", 128 * times, 80, 4, BEAUTY_ITEMS),
+            TrainShape("qwen3", 32 * times, 256, 4, BEAUTY_ITEMS),
+        ]
     if op in GROUPS["reductions"]:
         names = ["losses"]
     elif op in GROUPS["children"]:
@@ -317,6 +364,7 @@ def fits(op: str, shape: AnyShape) -> bool:
     """Whether a shape is of the kind that an op is measured at."""
     kinds = {"step": StepShape, "step-hidden": StepShape, "search": SearchShape}
     kinds |= {"score": ScoreShape} | dict.fromkeys(GROUPS["tree"], TreeShape)
+    kinds |= dict.fromkeys(GROUPS["train"], TrainShape)
     return isinstance(shape, kinds.get(op, Shape))
 
 

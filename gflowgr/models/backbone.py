@@ -2,10 +2,10 @@
 
 However many trajectories there are, the prompt is read once. An encoder-decoder of the T5 family
 encodes it, computes its cross-attention keys and values once, and runs the branches as one decoder
-sequence; a block-diagonal causal mask keeps them apart. T5's position bias depends only on the
-distance between two tokens, and within a branch distances are what they are in a sequence of its
-own; so the packed forward equals N separate ones (up to rounding). Decoder-only models run prompt
-and branches as one sequence: :mod:`gflowgr.models.causal_lm`.
+sequence behind one start token; a block-diagonal causal mask keeps them apart. T5's position bias
+depends only on the distance between two tokens, and within a branch distances are what they are in
+a sequence of its own; so the packed forward equals N separate ones (up to rounding). Decoder-only
+models run prompt and branches as one sequence: :mod:`gflowgr.models.causal_lm`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .causal_lm import causal_states
 from .families import causal_refusal
@@ -95,9 +96,15 @@ def _branch_states(model: PreTrainedModel, prompt: PromptState, prefixes: Tensor
     batch, branches, length = prefixes.shape
     decoder: Any = model.get_decoder()
     config: Any = model.config
-    mask = _block_causal_mask(branches, length, prompt.hidden.dtype, prompt.hidden.device)
+    bias = _only_position_bias(decoder) if branches > 1 else None
+    # The start token is every branch's first: where it can, it stands once, before all of them.
+    shared = 0 if bias is None else 1
+    steps = length - shared
+    mask = _block_causal_mask(shared, branches, steps, prompt.hidden.dtype, prompt.hidden.device)
+    if bias is not None:
+        mask = mask + _start_correction(bias, branches, steps, mask.device)
     output = decoder(
-        input_ids=prefixes.reshape(batch, branches * length),
+        input_ids=torch.cat([prefixes[:, 0, :shared], prefixes[:, :, shared:].flatten(1)], dim=1),
         attention_mask=mask.expand(batch, -1, -1, -1),
         encoder_hidden_states=prompt.hidden,
         encoder_attention_mask=prompt.attention_mask,
@@ -106,7 +113,8 @@ def _branch_states(model: PreTrainedModel, prompt: PromptState, prefixes: Tensor
     hidden = output.last_hidden_state
     if getattr(config, "scale_decoder_outputs", False):  # mT5 has no such setting
         hidden = hidden * config.d_model**-0.5
-    return hidden.view(batch, branches, length, -1)
+    first = hidden[:, None, :shared].expand(-1, branches, -1, -1)
+    return torch.cat([first, hidden[:, shared:].unflatten(1, (branches, steps))], dim=2)
 
 
 def trajectory_hidden_states(
@@ -180,15 +188,42 @@ def _without_peft(model: Any) -> Any:
 
 
 def _block_causal_mask(
-    branches: int, length: int, dtype: torch.dtype, device: torch.device
+    shared: int, branches: int, steps: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Additive mask [1, 1, N P, N P]: 0 where a token may look, the lowest number elsewhere."""
-    position = torch.arange(branches * length, device=device)
-    branch = position // length
-    visible = (branch[:, None] == branch[None, :]) & (position[:, None] >= position[None, :])
+    """Additive mask [1, 1, P, P]: 0 where a token may look, the lowest number elsewhere.
+
+    Of ``shared`` first tokens, which all see, and ``branches`` times ``steps`` tokens.
+    """
+    position = torch.arange(shared + branches * steps, device=device)
+    branch = (position - shared) // max(steps, 1)
+    before = position[:, None] >= position[None, :]
+    visible = before & ((branch[:, None] == branch[None, :]) | (position < shared)[None, :])
     lowest = torch.finfo(dtype).min
     mask = torch.full(visible.shape, lowest, dtype=dtype, device=device)
     return mask.masked_fill_(visible, 0.0)[None, None]
+
+
+def _only_position_bias(decoder: Any) -> Any:
+    """The attention whose position bias serves all layers, if there is one that can be read here.
+
+    UMT5 has one in each layer; and FSDP may hold its weight in shards until the layer runs.
+    """
+    found = [m for m in decoder.modules() if getattr(m, "has_relative_attention_bias", False)]
+    if len(found) != 1 or isinstance(found[0].relative_attention_bias.weight, DTensor):
+        return None
+    return found[0]
+
+
+def _start_correction(attention: Any, branches: int, steps: int, device: torch.device) -> Tensor:
+    """What the mask adds to the position bias of looking at the shared start token [1, H, P, P].
+
+    The decoder takes distances from places in the sequence. Within a branch they are right; to the
+    start token they are right for the first branch alone.
+    """
+    place = torch.arange(1 + branches * steps, device=device)
+    own = torch.where(place > 0, (place - 1) % max(steps, 1) + 1, 0)
+    bias = attention.compute_bias(len(place), 1, device=device)  # by distance [1, H, P, 1]
+    return nn.functional.pad(bias[:, :, own] - bias, (0, branches * steps))
 
 
 def _check_supported(model: PreTrainedModel) -> None:

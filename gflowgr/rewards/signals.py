@@ -155,8 +155,13 @@ class EstimatedScore:
         if context.scores is None:
             return torch.zeros(context.items.shape, device=context.items.device)
         scores = context.scores.float()
-        std, mean = torch.std_mean(scores, dim=1, keepdim=True, correction=0)
-        z = (scores.gather(1, context.items.clamp_min(0)) - mean) / std.clamp_min(_TINY)
+        # Relative to one of them, so that equal scores are exactly 0 from their mean. Not by
+        # torch.std_mean, which on a CPU takes ten times as long.
+        scores = scores - scores[:, :1]
+        centred = scores - scores.mean(dim=1, keepdim=True)
+        norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+        std = norm / math.sqrt(scores.shape[1])
+        z = centred.gather(1, context.items.clamp_min(0)) / std.clamp_min(_TINY)
         return torch.nn.functional.softplus(z).clamp_min(_TINY)
 
 

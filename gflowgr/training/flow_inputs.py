@@ -27,7 +27,7 @@ from ..trajectories import (
 )
 from .config import GFlowGRConfig
 
-__all__ = ["FlowInputs", "make_reward"]
+__all__ = ["FlowInputs", "make_reward", "sample_request"]
 
 _STATE = "sampler.npz"
 
@@ -109,24 +109,40 @@ class FlowInputs:
             log_probs: gives log P(trajectory | prompt) [B, N] for the model's inputs; called only
                 if a signal asks for it.
         """
-        device = inputs["input_ids"].device
-        items = inputs["target"][:, None]
         flow = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        logs: Logs = {}
-        if self.sampler is None or self.reward is None:
-            return flow | self._trajectories(items), logs
-        scores = self._scores(inputs)
-        request = _request(inputs, epoch, step, progress, scores)
+        if self.sampler is None:
+            return flow | self._trajectories(inputs["target"][:, None]), {}
+        request = sample_request(inputs, epoch, step, progress, self.scores(inputs))
         chosen = self.sampler.sample(request)
+        return self.rewarded(flow, request, chosen, log_probs)
+
+    def rewarded(
+        self,
+        prompts: dict[str, Tensor],
+        request: SampleRequest,
+        chosen: TrajectorySet,
+        log_probs: LogProbs,
+    ) -> tuple[dict[str, Tensor], Logs]:
+        """What a call gives, from the sampler's answer to a request.
+
+        Args:
+            prompts: ``input_ids`` and ``attention_mask`` [B, S].
+            request: what was asked for.
+            chosen: the trajectories.
+            log_probs: as of a call.
+        """
+        assert self.sampler is not None
+        assert self.reward is not None
+        device = prompts["input_ids"].device
         items = torch.from_numpy(chosen.items).to(device)
-        logs |= _difficulty_quantiles(chosen.difficulty)
-        flow |= self._trajectories(items)
+        logs = _difficulty_quantiles(chosen.difficulty)
+        flow = prompts | self._trajectories(items)
         context = SignalContext(
             flow["tokens"],
             flow["mask"],
             items,
             torch.from_numpy(chosen.behaviours).to(device),
-            scores,
+            request.scores,
             lambda: log_probs(flow),
         )
         flow["signals"] = self.reward.measure(context)
@@ -161,7 +177,8 @@ class FlowInputs:
         except (OSError, KeyError, ValueError) as error:
             raise DataError(f"{folder / _STATE}: not a state of this sampler: {error}") from error
 
-    def _scores(self, inputs: dict[str, Any]) -> Tensor | None:
+    def scores(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Collaborative scores of the whole catalogue for a batch [B, items], if there are any."""
         if self.collaborative is None:
             return None
         if self.cache is not None:
@@ -191,9 +208,11 @@ def make_reward(model: GFlowModel, args: GFlowGRConfig, split: LeaveOneOut) -> B
     return BehaviourAwareReward(signals, model.fusion)
 
 
-def _request(
+def sample_request(
     inputs: dict[str, Any], epoch: int, step: int, progress: float, scores: Tensor | None
 ) -> SampleRequest:
+    """What a sampler is asked for a batch; arguments as of :class:`FlowInputs`' call."""
+
     def array(name: str) -> npt.NDArray[np.int64]:
         values: npt.NDArray[np.int64] = inputs[name].cpu().numpy()
         return values

@@ -13,6 +13,7 @@ from gflowgr.benchmarking.shapes import (
     SearchShape,
     Shape,
     StepShape,
+    TrainShape,
     TreeShape,
     default_shapes,
     fits,
@@ -46,10 +47,19 @@ def test_a_kind_and_its_numbers_are_a_shape() -> None:
     assert read_shape("score:4x60x12101") == ScoreShape(4, 60, 12101)
     assert read_shape("tree:100m") == TreeShape(100_000_000)
     assert read_shape("tree:100m").text == "tree:100m"
+    trained = TrainShape("t5", 128, 80, 4, 12101)
+    assert read_shape("train-t5:128x80x4x12101") == read_shape(trained.text) == trained
 
 
 def test_a_shape_fits_the_ops_of_its_kind() -> None:
-    kinds = ("2x2x2x2x2", "step:1x1x1024x1", "t5:1x1x1x1", "score:1x1x1", "tree:1")
+    kinds = (
+        "2x2x2x2x2",
+        "step:1x1x1024x1",
+        "t5:1x1x1x1",
+        "score:1x1x1",
+        "tree:1",
+        "train-t5:1x4x2x9",
+    )
     fitting = {text: [op for op in OPS if fits(op, read_shape(text))] for text in kinds}
     assert sorted(op for ops in fitting.values() for op in ops) == sorted(OPS)
     assert fitting["step:1x1x1024x1"] == ["step", "step-hidden"]
@@ -62,6 +72,7 @@ def test_a_shape_fits_the_ops_of_its_kind() -> None:
         ("step:1x2x3", "expected step:PROMPTSxBEAMSxVxITEMS, such as step:64x20x33124x10m"),
         ("step:1x2x1023x9", "V must be at least 1024"),
         ("tree:10g", "expected tree:ITEMS, such as tree:10m"),
+        ("train-qwen3:1x10x4x9", "SOURCE must be a multiple of 4"),
         ("t5:0x1x1x1", "every size must be at least 1"),
         ("bart:1x1x1x1", "'bart' is none of step, score, tree, t5, gpt2, qwen3"),
         ("big", "shape 'big' is neither a name \\(letter, llm, tiger"),
