@@ -50,7 +50,7 @@ class SignalContext:
         mask: true for real tokens [B, N, L].
         items: item of each trajectory [B, N], -1 for padding.
         behaviours: behaviour code of each trajectory [B, N]; -1: observed, but the data does not
-            say with which behaviour; -2: augmented, never observed.
+            say with which behaviour; -2: augmented, never observed; -3: shown and passed over.
         scores: the collaborative model's scores of the whole catalogue [B, items], or None.
         log_probs: gives log P(trajectory | prompt) [B, N] of the backbone, without gradients;
             calling it costs a forward pass.
@@ -104,7 +104,8 @@ class InteractionLevel:
 
     Args:
         behaviour_values: behaviour name -> value, such as ``{"purchase": 10, "click": 1}``; None:
-            :func:`default_behaviour_values`.
+            :func:`default_behaviour_values`. ``"impression"`` is the value of an item that was
+            shown and passed over, 0 unless given.
         behaviour_names: names by behaviour code, as the dataset has them.
         default_value: value of an observed item whose behaviour is not recorded.
 
@@ -133,8 +134,10 @@ class InteractionLevel:
                 f"behaviour_values has no value for {missing}; the data has {list(behaviour_names)}"
             )
         table = [behaviour_values[name] for name in behaviour_names]
-        # Augmented (-2) and not recorded (-1) come last, where negative indices find them.
-        self._table = torch.tensor([*table, 0.0, default_value], dtype=torch.float32)
+        # Shown (-3), augmented (-2) and not recorded (-1) come last, where negative indices find
+        # them.
+        shown = behaviour_values.get("impression", 0.0)
+        self._table = torch.tensor([*table, shown, 0.0, default_value], dtype=torch.float32)
 
     def __call__(self, context: SignalContext) -> Tensor:
         self._table = self._table.to(context.behaviours.device)

@@ -53,7 +53,8 @@ class GFlowGRConfig(TrainingArguments):
         default="curriculum",
         metadata={
             "help": "Sampler of the others: curriculum and confidence (these need a collaborative "
-            "model), random, popularity, logs, on_policy; or weights by name, for a mixture."
+            "model), random, popularity, logs, impressions, on_policy; or weights by name, for a "
+            "mixture."
         },
     )
     sampler_options: dict[str, Any] | None = field(

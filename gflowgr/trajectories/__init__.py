@@ -3,6 +3,7 @@
 from .base import (
     AUGMENTED,
     NOT_RECORDED,
+    SHOWN,
     Candidates,
     SampleRequest,
     TrajectorySampler,
@@ -14,18 +15,26 @@ from .pool import CandidatePool
 from .proposer import BackboneProposer, Proposals, Proposer
 from .recording import RecordingSampler, ReplayedSampler
 from .replay import ReplayBuffer, ReplaySampler
-from .samplers import CurriculumSampler, LogSampler, PopularitySampler, RandomSampler
+from .samplers import (
+    CurriculumSampler,
+    ImpressionSampler,
+    LogSampler,
+    PopularitySampler,
+    RandomSampler,
+)
 from .schedules import Schedule
 from .settings import SamplerSettings, make_sampler
 
 __all__ = [
     "AUGMENTED",
     "NOT_RECORDED",
+    "SHOWN",
     "BackboneProposer",
     "CandidatePool",
     "Candidates",
     "ConfidenceSampler",
     "CurriculumSampler",
+    "ImpressionSampler",
     "LogSampler",
     "MixtureSampler",
     "OnPolicySampler",

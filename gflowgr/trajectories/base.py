@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AUGMENTED",
     "NOT_RECORDED",
+    "SHOWN",
     "Candidates",
     "SampleRequest",
     "TrajectorySampler",
@@ -31,6 +32,8 @@ NOT_RECORDED = -1
 """Behaviour of an observed item whose behaviour the data does not record."""
 AUGMENTED = -2
 """Behaviour of an item that the user was not observed with (and of padding)."""
+SHOWN = -3
+"""Behaviour of an item that the user was shown and did not engage with (an impression)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class TrajectorySet:
     Attributes:
         items: item ids [B, N]; -1 where a user has no further admissible item.
         behaviours: behaviour code of each item [B, N], :data:`NOT_RECORDED` for an observed one
-            without a code, :data:`AUGMENTED` for an item the user was not observed with.
+            without a code, :data:`AUGMENTED` for an item the user was not observed with,
+            :data:`SHOWN` for an impression.
         difficulty: for each augmented item [B, N - 1], the share of the catalogue that the
             collaborative model scores below it, or None without a model.
         log_proposal: log-probability [B, N] with which the backbone proposed each item when it
@@ -90,7 +94,7 @@ class Candidates:
     Attributes:
         items: item ids [B, C], -1 for none.
         behaviours: as in :class:`TrajectorySet` [B, C]. Whatever is not :data:`AUGMENTED` was
-            observed in the user's own training part.
+            observed in the user's own training part, or is one of their impressions.
         log_proposal: as in :class:`TrajectorySet` [B, C], NaN where there is none.
     """
 

@@ -1,4 +1,5 @@
-"""Samplers that need no backbone: random items, the collaborative curriculum, interaction logs."""
+"""Samplers that need no backbone: random items, the collaborative curriculum, interaction logs,
+impressions."""
 
 from __future__ import annotations
 
@@ -10,17 +11,24 @@ import torch
 from torch import Tensor
 
 from ..data import Ragged
-from .base import NOT_RECORDED, Candidates, Ints, SampleRequest, TrajectorySampler
+from .base import NOT_RECORDED, SHOWN, Candidates, Ints, SampleRequest, TrajectorySampler
 from .pool import CandidatePool
 from .schedules import Schedule
 
 if TYPE_CHECKING:
     from ..data import LeaveOneOut
 
-__all__ = ["CurriculumSampler", "LogSampler", "PopularitySampler", "RandomSampler"]
+__all__ = [
+    "CurriculumSampler",
+    "ImpressionSampler",
+    "LogSampler",
+    "PopularitySampler",
+    "RandomSampler",
+]
 
 # Streams of draws; the pool fills up from stream 0.
 _POPULARITY, _CURRICULUM, _LOGS = 1, 2, 3
+_IMPRESSIONS = 8
 
 
 class RandomSampler(TrajectorySampler):
@@ -235,3 +243,47 @@ class LogSampler(TrajectorySampler):
             np.full(places.shape, np.nan, np.float32),
         )
         return observed.take(order)
+
+
+class ImpressionSampler(TrajectorySampler):
+    """Items that the user was shown and did not engage with: the reward table's lowest level.
+
+    They come from the side behaviour ``"impression"``, in another random order for each example and
+    epoch. Left out is whatever the user engaged with at another time. Where there are fewer than
+    N - 1, unobserved items fill up.
+
+    Args:
+        pool: knows what may be sampled.
+        num_trajectories: N, the positive included.
+        split: the data.
+
+    Raises:
+        ValueError: the data have no impressions.
+    """
+
+    def __init__(self, pool: CandidatePool, num_trajectories: int, split: LeaveOneOut) -> None:
+        super().__init__(pool, num_trajectories)
+        data = split.dataset
+        shown = data.side.get("impression")
+        if shown is None or not len(shown.values):
+            raise ValueError(
+                "the sampler 'impressions' needs the side behaviour 'impression', which "
+                f"{data.name} does not have; it has {list(data.side) or 'none'}"
+            )
+        pairs, engaged = (
+            rows.row_of_values() * data.num_items + rows.values for rows in (shown, data.sequences)
+        )
+        self._shown = shown.filter(~np.isin(pairs, engaged))
+
+    def candidates(self, request: SampleRequest) -> Candidates:
+        """The user's impressions, in a random order of this example and epoch."""
+        offsets = self._shown.offsets
+        rows = self._shown.slices(offsets[request.users], offsets[request.users + 1])
+        width = int(rows.lengths.max(initial=0))
+        inside = np.arange(width) < rows.lengths[:, None]
+        items = np.full(inside.shape, -1, np.int64)
+        items[inside] = rows.values
+        order = self.pool.uniform(request, _IMPRESSIONS, width).argsort(axis=1, kind="stable")
+        behaviours = np.full_like(items, SHOWN)
+        shown = Candidates(items, behaviours, np.full(items.shape, np.nan, np.float32))
+        return shown.take(order)

@@ -13,7 +13,13 @@ from .pool import CandidatePool
 from .proposer import BackboneProposer, ProposalMethod
 from .recording import RecordingSampler, ReplayedSampler
 from .replay import ReplaySampler
-from .samplers import CurriculumSampler, LogSampler, PopularitySampler, RandomSampler
+from .samplers import (
+    CurriculumSampler,
+    ImpressionSampler,
+    LogSampler,
+    PopularitySampler,
+    RandomSampler,
+)
 from .schedules import Schedule, ScheduleShape
 
 if TYPE_CHECKING:
@@ -22,7 +28,15 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "SamplerSettings", "make_sampler"]
 
-KINDS = ("curriculum", "random", "popularity", "logs", "on_policy", "confidence")
+KINDS = (
+    "curriculum",
+    "random",
+    "popularity",
+    "logs",
+    "impressions",
+    "on_policy",
+    "confidence",
+)
 _SCORED = ("curriculum", "confidence")
 
 
@@ -150,7 +164,7 @@ def make_sampler(
         settings: which sampler.
         pool: what may be sampled.
         num_trajectories: N, the positive included.
-        split: the data, for logs and popularity.
+        split: the data, for logs, impressions and popularity.
         model: the backbone, for on-policy samplers.
         has_scores: whether requests will carry a collaborative model's scores.
 
@@ -183,6 +197,8 @@ def make_sampler(
             return LogSampler(
                 pool, count, split, window=settings.window, session_gap=settings.session_gap
             )
+        if name == "impressions":
+            return ImpressionSampler(pool, count, split)
         fallback = build(settings.fallback or ("curriculum" if has_scores else "random"))
         if name == "on_policy":
             return OnPolicySampler(

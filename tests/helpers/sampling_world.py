@@ -15,8 +15,12 @@ LEAF_OF = np.arange(NUM_ITEMS) // 2  # every identifier is shared by two items
 
 
 @functools.cache
-def world(times: bool = True, behaviours: bool = True) -> LeaveOneOut:
-    """Users of 4 to 15 events, with repeats; sessions of three events, an hour apart."""
+def world(times: bool = True, behaviours: bool = True, impressions: bool = False) -> LeaveOneOut:
+    """Users of 4 to 15 events, with repeats; sessions of three events, an hour apart.
+
+    With ``impressions``, user u was also shown 3 u items, some of which they engaged with at
+    another time.
+    """
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, NUM_ITEMS, 4 + user) for user in range(NUM_USERS)]
     for row in rows[::2]:
@@ -24,6 +28,11 @@ def world(times: bool = True, behaviours: bool = True) -> LeaveOneOut:
     lengths = np.array([len(row) for row in rows])
     place = np.concatenate([np.arange(length) for length in lengths])
     values = np.concatenate(rows).astype(np.int32)
+    shown = [
+        np.append(rng.permutation(NUM_ITEMS)[: 3 * user], row[: user > 0])
+        for user, row in enumerate(rows)
+    ]
+    side = {"impression": Ragged.from_lists(shown)} if impressions else {}
     dataset = Dataset(
         name="world",
         user_ids=[str(user) for user in range(NUM_USERS)],
@@ -32,6 +41,7 @@ def world(times: bool = True, behaviours: bool = True) -> LeaveOneOut:
         behaviours=(values % 3).astype(np.int8) if behaviours else None,
         behaviour_names=("click", "cart", "purchase") if behaviours else (),
         times=(place // 3 * 3600 + place % 3 * 10).astype(np.int64) if times else None,
+        side=side,
     )
     return LeaveOneOut(dataset, max_history=20)
 

@@ -15,6 +15,7 @@ from gflowgr.rewards import (
     default_behaviour_values,
     make_signals,
 )
+from gflowgr.trajectories import AUGMENTED, SHOWN
 
 ITEMS = torch.tensor([[0, 1, 2, -1]])
 CONTEXT = SignalContext(
@@ -63,6 +64,16 @@ def test_components_and_their_sum() -> None:
 def test_behaviours_decide_r_a(behaviours: list[int], values: list[float]) -> None:
     _, parts = reward("r_a", behaviours=torch.tensor([behaviours]))
     assert parts["r_a"].tolist() == [values]
+
+
+@pytest.mark.parametrize(("given", "value"), [({}, 0.0), ({"impression": 0.25}, 0.25)])
+def test_an_impression_is_worth_what_the_values_say(given: dict[str, float], value: float) -> None:
+    """Beside an augmented item, which is always worth nothing."""
+    values = {"click": 1.0, "purchase": 10.0, **given}
+    made = make_signals(["r_a"], behaviour_values=values, behaviour_names=NAMES)
+    behaviours = torch.tensor([[1, SHOWN, AUGMENTED, 0]])
+    context = dataclasses.replace(CONTEXT, behaviours=behaviours, items=torch.arange(4)[None])
+    assert BehaviourAwareReward(made)(context).parts["r_a"].tolist() == [[10.0, value, 0.0, 1.0]]
 
 
 def test_generation_probability_is_per_token() -> None:

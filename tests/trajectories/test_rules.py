@@ -14,9 +14,11 @@ from sampling_world import LEAF_OF, NUM_ITEMS, FakeProposer, ask, world, world_p
 from gflowgr.data import Ragged
 from gflowgr.trajectories import (
     AUGMENTED,
+    SHOWN,
     CandidatePool,
     ConfidenceSampler,
     CurriculumSampler,
+    ImpressionSampler,
     LogSampler,
     MixtureSampler,
     OnPolicySampler,
@@ -38,6 +40,7 @@ ALL: dict[str, Make] = {
     "curriculum": lambda pool, n: CurriculumSampler(pool, n, 12, Schedule("cosine")),
     "curriculum-of-everything": lambda pool, n: CurriculumSampler(pool, n, NUM_ITEMS),
     "logs": lambda pool, n: LogSampler(pool, n, world(), window=4),
+    "impressions": lambda pool, n: ImpressionSampler(pool, n, world(impressions=True)),
     "on-policy": lambda pool, n: OnPolicySampler(
         FakeProposer(careless=True), RandomSampler(pool, n), refresh_steps=2
     ),
@@ -50,6 +53,12 @@ ALL: dict[str, Make] = {
     ),
     "replay": lambda pool, n: ReplaySampler(LogSampler(pool, n, world(), window=2), 0.5),
 }
+
+
+def passed_over(user: int) -> set[int]:
+    """Items that a user was shown and never engaged with."""
+    data = world(impressions=True).dataset
+    return set(data.side["impression"].row(user)) - set(data.sequences.row(user))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -85,6 +94,7 @@ def test_every_set_keeps_the_rules(
             assert len(set(leaves)) == count
             assert not held_out[user] & set(leaves[1:])
             logged = set(zip(*_training_events(int(user)), strict=True))
+            logged |= {(item, SHOWN) for item in passed_over(int(user))}
             for item, leaf, code in list(zip(items, leaves, codes, strict=True))[1:]:
                 if code == AUGMENTED:
                     assert leaf not in known[user]

@@ -1,4 +1,4 @@
-"""Samplers without a backbone: popularity, the curriculum, interaction logs, mixtures."""
+"""Samplers without a backbone: popularity, the curriculum, logs, impressions, mixtures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from gflowgr.data import Ragged
 from gflowgr.trajectories import (
     AUGMENTED,
     NOT_RECORDED,
+    SHOWN,
     CandidatePool,
     CurriculumSampler,
+    ImpressionSampler,
     LogSampler,
     MixtureSampler,
     PopularitySampler,
@@ -235,6 +237,38 @@ def test_a_held_out_item_that_occurred_before_stays_out() -> None:
     for epoch in range(5):
         items = sampler.sample(ask(epoch=epoch)).items[:, 1:]
         assert not world_pool().is_future(asked.users, items).any()
+
+
+# ---- impressions ----
+
+
+def test_impressions_are_what_the_user_passed_over_then_unobserved_items() -> None:
+    shop = world(impressions=True)
+    asked = ask()
+    chosen = ImpressionSampler(CandidatePool.from_split(shop, LEAF_OF, 0), 9, shop).sample(asked)
+    engaged_after_all = 0
+    for row, user in enumerate(asked.users):
+        shown = shop.dataset.side["impression"].row(int(user))
+        touched = shop.dataset.sequences.row(int(user))
+        engaged_after_all += len(np.intersect1d(shown, touched))
+        held_out = set(LEAF_OF[touched[-2:]].tolist()) | {LEAF_OF[asked.targets[row]]}
+        free = {LEAF_OF[item] for item in np.setdiff1d(shown, touched)} - held_out
+        codes = chosen.behaviours[row, 1:]
+        assert (codes == SHOWN).sum() == min(8, len(free))
+        assert set(chosen.items[row, 1:][codes == SHOWN]) <= set(shown) - set(touched)
+        assert set(codes[codes != SHOWN]) <= {AUGMENTED}
+    assert engaged_after_all  # otherwise this test would show nothing
+    assert (chosen.behaviours == AUGMENTED).any()
+
+
+def test_impressions_differ_between_epochs() -> None:
+    sampler = ImpressionSampler(world_pool(), 2, world(impressions=True))
+    assert (sampler.sample(ask(epoch=0)).items != sampler.sample(ask(epoch=1)).items).any()
+
+
+def test_data_without_impressions_are_refused() -> None:
+    with pytest.raises(ValueError, match="side behaviour 'impression', which world does not have"):
+        ImpressionSampler(world_pool(), 2, world())
 
 
 # ---- mixtures ----
