@@ -33,7 +33,7 @@ def main() -> None:
     results = [json.loads((run / "results.json").read_text()) for run in args.runs]
     seeds = [int(result["config"]["seed"]) for result in results]
     _check_equal(args.runs, results, seeds)
-    differences = [_paired(run, seed) for run, seed in zip(args.runs, seeds, strict=True)]
+    differences = [_paired(*each) for each in zip(args.runs, results, seeds, strict=True)]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "table.md").write_text(_tables(results, seeds, differences))
     _write_json(args.out / "seeds.json", results, seeds, differences)
@@ -70,9 +70,13 @@ def per_user(run: Path, method: str) -> dict[str, np.ndarray]:
     return {name: values[name] for name in METRICS}
 
 
-def _paired(run: Path, seed: int) -> dict[str, list[float]]:
+def _paired(run: Path, result: dict[str, Any], seed: int) -> dict[str, list[float]]:
     """Method less baseline: the mean over users and the ends of its interval."""
     method, baseline = per_user(run, METHOD), per_user(run, BASELINE)
+    for name, values in ((METHOD, method), (BASELINE, baseline)):
+        for metric, recorded in result["methods"][name]["metrics"].items():
+            if metric in values and abs(values[metric].mean() - recorded) > 1e-9:
+                raise SystemExit(f"{run}: {metric} of {name} is not that of its results.json")
     difference = np.stack([method[name] - baseline[name] for name in METRICS], axis=1)
     rng = np.random.default_rng(seed)
     draws = np.empty((_DRAWS, len(METRICS)))

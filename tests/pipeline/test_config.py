@@ -211,3 +211,9 @@ def test_the_simulated_paper_run_is_the_quickstart_but_for_lambda_and_beta() -> 
     assert (paper.flow.gfn_weight, paper.flow.beta) == (1.0, 1.0)
     flow = replace(paper.flow, gfn_weight=quick.flow.gfn_weight, beta=quick.flow.beta)
     assert replace(paper, flow=flow, caveats=quick.caveats) == quick
+
+
+def test_the_simulated_proof_starts_from_the_quickstarts_sft() -> None:
+    proof = RunConfig.load(next(p for p in EXAMPLES if p.name == "simulated_proof.yaml"))
+    quick = quickstart_config(proof.output_dir)
+    assert replace(proof, flow=quick.flow, finetune=quick.finetune, caveats=quick.caveats) == quick
