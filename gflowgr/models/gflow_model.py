@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -82,6 +83,11 @@ class GFlowModel(nn.Module):
         return GFlowModel(
             backbone, self.tree, self.vocabulary, settings, self.prompt, self.tokenizer
         )
+
+    @property
+    def _no_split_modules(self) -> Any:
+        """The backbone's layers, each of which FSDP shards by itself."""
+        return getattr(self.backbone, "_no_split_modules", None)
 
     @property
     def device(self) -> torch.device:
@@ -264,15 +270,20 @@ class GFlowModel(nn.Module):
 
     # ---- checkpoints: see gflowgr.models.saving ----
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(
+        self, folder: Path | str, state: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Save an ordinary ``transformers`` checkpoint (with the tokenizer, if there is one; LoRA
         added into the weights), ``tree.safetensors``, the flow heads and the learned fusion
-        (``heads.safetensors``) and ``gflowgr.json``."""
-        save_model(self, Path(folder))
+        (``heads.safetensors``) and ``gflowgr.json``; of a model sharded by FSDP2 its gathered
+        ``state``."""
+        save_model(self, Path(folder), state=state)
 
-    def save_checkpoint(self, folder: Path | str) -> None:
+    def save_checkpoint(
+        self, folder: Path | str, state: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Save what :meth:`load_weights` reads: with LoRA the adapters instead of the backbone."""
-        save_model(self, Path(folder), whole=not has_lora(self.backbone))
+        save_model(self, Path(folder), whole=not has_lora(self.backbone), state=state)
 
     def load_weights(self, folder: Path | str) -> None:
         """Load the weights that :meth:`save_checkpoint` wrote into this model, in place."""

@@ -34,7 +34,7 @@ class PartitionHead(nn.Module):
         if mode not in get_args(PartitionMode) or mode == "vargrad":
             raise ValueError(f"mode must be 'learned' or 'scalar'; got {mode!r}")
         self.mode = mode
-        self.constant = nn.Parameter(torch.zeros(()))
+        self.constant = nn.Parameter(torch.zeros(1))  # FSDP2 cannot shard a scalar
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
         self.mlp: nn.Sequential | None = None
         if mode == "learned":
@@ -55,5 +55,5 @@ class PartitionHead(nn.Module):
     @torch.no_grad()
     def initialise(self, log_z: Tensor) -> None:
         """Start at ``log_z`` (a scalar): the first residuals are then near zero on average."""
-        self.constant.copy_(log_z)
+        self.constant.copy_(log_z.reshape(1))
         self.initialised.fill_(True)

@@ -7,7 +7,7 @@ checkpoint of it holds the adapters alone, and goes on from the model that the r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..tree import PrefixTree
 from .flow_settings import FlowSettings
 from .lora import has_lora, load_adapter, merged_copy, save_adapter
 from .prompts import PromptLayout
+from .sharded import load_whole_state
 from .vocabulary import IdentifierVocabulary
 
 if TYPE_CHECKING:
@@ -32,26 +33,35 @@ _FORMAT = 1
 _HEADS = ("partition", "state_flow", "fusion")
 
 
-def save_model(model: GFlowModel, folder: Path, *, whole: bool = True) -> None:
+def save_model(
+    model: GFlowModel,
+    folder: Path,
+    *,
+    whole: bool = True,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write ``model`` to ``folder``.
 
     Args:
         model: the model.
         folder: made if it is not there.
         whole: the backbone, with LoRA added into its weights; else its adapters only.
+        state: the weights, if they are not those of ``model`` itself: of a sharded one, whose
+            state was gathered.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     if whole:
         backbone = merged_copy(model.backbone) if has_lora(model.backbone) else model.backbone
-        backbone.save_pretrained(folder)
+        weights = None if state is None else _without_prefix(state, "backbone.")
+        backbone.save_pretrained(folder, state_dict=weights)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(folder)
     else:
         save_adapter(model.backbone, folder)
     model.tree.save(folder / "tree.safetensors")
-    heads = _head_state(model)
+    heads = _head_state(model, state)
     if heads:
         with files.atomic_path(folder / "heads.safetensors") as path:
             save_file({name: value.contiguous() for name, value in heads.items()}, path)
@@ -72,7 +82,8 @@ def load_weights(model: GFlowModel, folder: Path) -> None:
         load_adapter(model.backbone, folder)
     else:
         backbone = type(model.backbone).from_pretrained(folder, dtype=model.backbone.dtype)
-        model.backbone.load_state_dict(backbone.state_dict())
+        state = backbone.state_dict()
+        load_whole_state(model, {f"backbone.{name}": value for name, value in state.items()})
     load_heads(model, folder)
 
 
@@ -136,14 +147,20 @@ def load_heads(model: GFlowModel, folder: Path) -> None:
     if saved.keys() != mine.keys():
         different = sorted(saved.keys() ^ mine.keys())
         raise RuntimeError(f"heads.safetensors and the settings disagree on {different}")
-    model.load_state_dict(saved, strict=False)
+    load_whole_state(model, saved)
 
 
-def _head_state(model: GFlowModel) -> dict[str, Tensor]:
+def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: v for name, v in state.items() if name.startswith(prefix)}
+
+
+def _head_state(model: GFlowModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Weights of everything beside the backbone, by their names in the model."""
-    state: dict[str, Tensor] = {}
+    if state is not None:
+        return {name: v for name, v in state.items() if name.partition(".")[0] in _HEADS}
+    found: dict[str, Tensor] = {}
     for name in _HEADS:
         module: nn.Module | None = getattr(model, name)
         if module is not None:
-            state |= module.state_dict(prefix=f"{name}.")
-    return state
+            found |= module.state_dict(prefix=f"{name}.")
+    return found

@@ -286,9 +286,9 @@ def _train_stage(
             say(f"  resuming from {resume.name}")
         outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        trainer.save_model(str(folder / "model"))
         with first_process_first():
             if is_first_process():
-                trainer.save_model(str(folder / "model"))
                 files.write_json(folder / "log_history.json", trainer.state.log_history)
                 _mark_done(
                     folder,

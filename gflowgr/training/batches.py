@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.data import Sampler
 from ..data import pad_histories
 from ..models.prompts import TIGER_PROMPT, PromptLayout, prompt_tokens
 
-__all__ = ["LengthBucketSampler", "PromptCollator"]
+__all__ = ["LengthBucketSampler", "ProcessBatches", "PromptCollator"]
 
 
 class PromptCollator:
@@ -59,7 +60,7 @@ class LengthBucketSampler(Sampler[int]):
 
     Args:
         lengths: length of each example [E].
-        batch_size: examples per batch (of one process and one accumulation step).
+        batch_size: examples per optimiser step, of all processes and accumulation steps together.
         seed: seeds the order.
         chunk_batches: batches per chunk; more means less padding and less mixing.
     """
@@ -103,3 +104,42 @@ class LengthBucketSampler(Sampler[int]):
             yield from full[place].tolist()
         for batch in short:
             yield from batch.tolist()
+
+
+class ProcessBatches(Sampler[list[int]]):
+    """The batches of one process: its part of every batch that all processes take together.
+
+    Whatever their number, the processes together take the same examples in the same steps. Only the
+    last of the joint batches may be short; it is dealt out evenly, and if it has fewer examples
+    than there are processes, some of them occur twice.
+
+    Args:
+        order: of the examples.
+        batch_size: examples per batch of one process.
+        rank: of this process.
+        processes: how many there are.
+    """
+
+    def __init__(
+        self, order: LengthBucketSampler, batch_size: int, *, rank: int = 0, processes: int = 1
+    ) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        self.rank, self.processes = rank, processes
+
+    @property
+    def joint_size(self) -> int:
+        """Examples that all processes take together."""
+        return self.batch_size * self.processes
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.joint_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        examples = iter(self.order)
+        while joint := list(itertools.islice(examples, self.joint_size)):
+            if len(joint) < self.processes:
+                yield [joint[self.rank % len(joint)]]
+                continue
+            places = (len(joint) * rank // self.processes for rank in (self.rank, self.rank + 1))
+            yield joint[slice(*places)]

@@ -13,6 +13,7 @@ from ..models.gflow_model import GFlowModel
 from ..models.prompts import prompt_tokens
 from ..rewards import BehaviourAwareReward, SignalContext
 from .config import GFlowGRConfig
+from .sharing import gathered, process
 
 __all__ = ["catalogue_calibration"]
 
@@ -30,8 +31,8 @@ def catalogue_calibration(
     """How close the generator is to its target on ``args.eval_calibration_users`` validation users.
 
     The probabilities are exact, of every item; the reward is that of training, with the validation
-    item as the positive. Rewards of items whose probability is shared count as
-    :func:`gflowgr.decoding.flow_calibration` says.
+    item as the positive. Several processes divide the users. Rewards of items whose probability is
+    shared count as :func:`gflowgr.decoding.flow_calibration` says.
 
     Returns:
         Means over users of ``calibration_pearson`` and ``calibration_spearman`` (log P with log R),
@@ -42,6 +43,8 @@ def catalogue_calibration(
     count = args.eval_calibration_users
     if count < len(rows):
         rows = np.sort(np.random.default_rng(args.seed).choice(rows, count, replace=False))
+    rank, processes = process()
+    rows = rows[rank::processes]
     histories, targets = split.histories("valid"), split.targets("valid")
     behaviours = _behaviours(split)
     leaf_of = model.tree.leaf_of(torch.arange(model.tree.num_items, device=model.device))
@@ -72,7 +75,8 @@ def catalogue_calibration(
         measured = flow_calibration(log_probs, shaped, leaf_of=leaf_of)
         names = ("pearson", "spearman", "total_variation", "invalid_mass")
         parts.append(torch.stack([getattr(measured, name) for name in names]))
-    means = torch.cat(parts, dim=1).nanmean(dim=1).tolist()
+    everyone = [part.cpu() for of_process in gathered(parts) for part in of_process]
+    means = torch.cat(everyone, dim=1).nanmean(dim=1).tolist()
     return dict(
         zip(
             (f"calibration_{name}" for name in ("pearson", "spearman", "tv", "invalid")),

@@ -30,6 +30,8 @@ from .config import GFlowGRConfig
 __all__ = ["FlowInputs", "make_reward", "sample_request"]
 
 _STATE = "sampler.npz"
+_ASKS_BACKBONE = {"on_policy", "confidence"}
+_OF_ITEMS = {"r_a", "r_yhat", "r_sim"}  # signals that never ask for log_probs
 
 Logs = dict[str, Tensor]
 LogProbs = Callable[[dict[str, Tensor]], Tensor]
@@ -60,6 +62,7 @@ class FlowInputs:
         self.sampler: TrajectorySampler | None = None
         self.reward: BehaviourAwareReward | None = None
         self.cache: CachedScores | None = None
+        self.reads_model = False  # whether a call uses the model's parameters
         if model.settings.objective == "sft":
             return
         vargrad = model.settings.objective == "tb" and model.settings.partition == "vargrad"
@@ -79,6 +82,11 @@ class FlowInputs:
             has_scores=collaborative is not None,
         )
         self.reward = make_reward(model, args, split)
+        self.reads_model = (
+            not _ASKS_BACKBONE.isdisjoint(args.sampler_settings.weights)
+            or not _OF_ITEMS.issuperset(model.settings.signals)
+            or self.reward.fusion.learned
+        )
         if collaborative is not None and args.score_cache_gib > 0:
             with args.main_process_first(desc="collaborative scores"):
                 self.cache = CachedScores(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
@@ -18,12 +20,21 @@ from ..data import LeaveOneOut
 from ..decoding import GenerativeRecommender
 from ..evaluation import evaluate
 from ..models.gflow_model import GFlowModel
-from .batches import LengthBucketSampler, PromptCollator
+from ..models.lora import has_lora
+from ..models.sharded import (
+    announce_sharding,
+    is_sharded,
+    load_whole_state,
+    whole_parameters,
+    whole_state,
+)
+from .batches import LengthBucketSampler, ProcessBatches, PromptCollator
 from .calibrating import catalogue_calibration
 from .callbacks import EpochOrder, LogBeforeSaving
 from .checkpoints import last_complete_checkpoint, named_write_errors, whole_or_nothing
 from .config import GFlowGRConfig
 from .flow_inputs import FlowInputs
+from .sharing import SharedRecommender, sum_over_processes
 
 __all__ = ["GFlowGRTrainer"]
 
@@ -82,8 +93,15 @@ class GFlowGRTrainer(Trainer):
             collaborative.to(args.device).eval().requires_grad_(False)
         self._flow_inputs = FlowInputs(model, args, split, collaborative)
         item_tokens = self._flow_inputs.item_tokens.cpu()
-        lengths = split.train.lengths
-        self._order = LengthBucketSampler(lengths, args.train_batch_size, seed=args.seed)
+        # One order for all numbers of processes that share a step's prompts.
+        prompts = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        self._order = LengthBucketSampler(split.train.lengths, prompts, seed=args.seed)
+        self._batches = ProcessBatches(
+            self._order,
+            args.train_batch_size,
+            rank=args.process_index,
+            processes=args.world_size,
+        )
         self._flow_started = False
         self._saves_checkpoint = False
         self._logged: dict[str, list[Tensor]] = {}
@@ -99,6 +117,15 @@ class GFlowGRTrainer(Trainer):
         )
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if self.is_fsdp_enabled:
+            self._check_fsdp(model)
+
+    def _check_fsdp(self, model: GFlowModel) -> None:
+        version = self.accelerator.state.fsdp_plugin.fsdp_version
+        if version != 2:
+            raise ValueError(f"fsdp_config: version must be 2 (FSDP2); got {version}")
+        if has_lora(model.backbone):
+            raise ValueError("a model with LoRA is not sharded: use DDP, without fsdp")
 
     def train(
         self,
@@ -121,7 +148,8 @@ class GFlowGRTrainer(Trainer):
         """
         checkpoint = resume_from_checkpoint or None
         if checkpoint is True:
-            found = last_complete_checkpoint(str(self.args.output_dir))
+            with self.args.main_process_first(local=False):  # it removes what is incomplete
+                found = last_complete_checkpoint(str(self.args.output_dir))
             if found is None:
                 raise ValueError(f"there is no complete checkpoint in {self.args.output_dir}")
             checkpoint = str(found)
@@ -167,30 +195,72 @@ class GFlowGRTrainer(Trainer):
     ) -> Any:
         """Sample trajectories, reward them, and compute the model's objective."""
         plain = self.accelerator.unwrap_model(model)
-        flow, logs = self._flow_inputs(
-            inputs,
-            epoch=int(self.state.epoch or 0),
-            step=self.state.global_step,
-            progress=self.state.global_step / max(1, self.state.max_steps),
-            log_probs=plain.log_probs,
-        )
-        if not self._flow_started:
+        first = not self._flow_started
+        with self._whole(plain) if self._flow_inputs.reads_model else nullcontext():
+            flow, logs = self._flow_inputs(
+                inputs,
+                epoch=int(self.state.epoch or 0),
+                step=self.state.global_step,
+                progress=self.state.global_step / max(1, self.state.max_steps),
+                log_probs=plain.log_probs,
+            )
+        processes, share = self.args.world_size, self._share(len(inputs["example"]))
+        if first:
             # Once: reading the flag from the device would make every step wait for it.
             self._flow_started = True
             if not plain.flow_started:
-                start = plain.estimate_flow(**flow)
-                plain.start_flow(self.accelerator.reduce(start, reduction="mean"))
+                self._start_flow(plain, flow, share)
         output = model(**flow)
-        self._remember(logs | {k: v for k, v in output.items() if k != "loss"})
+        # The gradient is the mean over processes.
+        summed = self.model.settings.reduction == "sum"
+        output["loss"] = output["loss"] * (processes if summed else share)
+        self._remember(logs | {k: v for k, v in output.items() if k != "loss"}, share)
         # Summed on the device: reading the number here would make every step wait for it.
         seen = flow["attention_mask"].sum() + flow["mask"].sum()
         self._logged_tokens = self._logged_tokens + seen
         return (output["loss"], output) if return_outputs else output["loss"]
 
+    def _whole(self, model: GFlowModel) -> AbstractContextManager[None]:
+        if is_sharded(model):
+            plugin = self.accelerator.state.fsdp_plugin
+            announce_sharding(model, reshards_blocks=bool(plugin.reshard_after_forward))
+        return whole_parameters(model)
+
+    def _share(self, prompts: int) -> Tensor | float:
+        """Weight of this process in means over all prompts, of which it may have fewer or more."""
+        if self.args.world_size == 1 or len(self._order) % self._batches.joint_size == 0:
+            return 1.0
+        mine = torch.tensor(float(prompts), device=self.args.device)
+        return mine / self.accelerator.reduce(mine.clone(), reduction="mean")
+
+    def _start_flow(
+        self, model: GFlowModel, flow: dict[str, Tensor], share: Tensor | float
+    ) -> None:
+        """Start log Z, or log F, from the prompts of all processes."""
+        with self._whole(model):
+            start = model.estimate_flow(**flow) * share
+            model.start_flow(self.accelerator.reduce(start, reduction="mean"))
+            head = model.partition or model.state_flow
+            prefix = "partition." if model.partition is not None else "state_flow."
+            assert head is not None
+            state = {prefix + n: p.detach().clone() for n, p in head.named_parameters()}
+        if is_sharded(model):
+            load_whole_state(model, state)
+
     # ---- data order, optimiser ----
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthBucketSampler:
-        return self._order
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This process's part of the batches; see :class:`.batches.ProcessBatches`."""
+        args, examples = self.args, cast(Any, self.split.train)
+        return DataLoader(
+            examples,
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with log Z or log F, and a learned fusion, in groups of their own rates."""
@@ -217,9 +287,9 @@ class GFlowGRTrainer(Trainer):
 
     # ---- logs ----
 
-    def _remember(self, values: dict[str, Tensor]) -> None:
+    def _remember(self, values: dict[str, Tensor], share: Tensor | float) -> None:
         for name, value in values.items():
-            self._logged.setdefault(name, []).append(value.detach().float())
+            self._logged.setdefault(name, []).append(value.detach().float() * share)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averages since the last log.
@@ -229,11 +299,13 @@ class GFlowGRTrainer(Trainer):
         """
         if "loss" in logs:
             self._check_finite(logs)
-            for name, values in self._logged.items():
-                logs[name] = float(torch.stack(values).mean())
+            sums = {n: (float(torch.stack(v).sum()), len(v)) for n, v in self._logged.items()}
+            sums = sum_over_processes(sums | {"tokens": (float(self._logged_tokens), 1)})
+            tokens, _ = sums.pop("tokens")
+            for name, (total, count) in sums.items():
+                logs[name] = total / count
             self._logged.clear()
             now = time.perf_counter()
-            tokens = int(self._logged_tokens) * self.args.world_size
             logs["seconds"] = max(now - self._logged_since, 1e-9)
             logs["tokens_per_second"] = tokens / logs["seconds"]
             self._logged_tokens, self._logged_since = 0, now
@@ -259,26 +331,29 @@ class GFlowGRTrainer(Trainer):
     ) -> dict[str, float]:
         """Rank the whole catalogue for the split's validation users by constrained beam search.
 
-        With ``eval_calibration_users`` also how close the generator's flow is to the reward, see
+        Several processes divide the users, and all return the same numbers. With
+        ``eval_calibration_users`` also how close the generator's flow is to the reward, see
         :func:`~gflowgr.training.calibrating.catalogue_calibration`.
         """
         began = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
-        result = evaluate(
-            GenerativeRecommender(model, num_beams=self.args.eval_beams),
-            self.split,
-            "valid",
-            max_users=self.args.eval_max_users,
-            batch_size=self.args.eval_batch_size,
-            seed=self.args.seed,
-            progress=False,
-        )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics.items()}
-        if self.args.eval_calibration_users and self._flow_inputs.reward is not None:
-            calibration = catalogue_calibration(
-                model, self._flow_inputs.reward, self.split, self.collaborative, self.args
+        reward, calibration = self._flow_inputs.reward, {}
+        with self._whole(model):
+            result = evaluate(
+                SharedRecommender(GenerativeRecommender(model, num_beams=self.args.eval_beams)),
+                self.split,
+                "valid",
+                max_users=self.args.eval_max_users,
+                batch_size=self.args.eval_batch_size * self.args.world_size,
+                seed=self.args.seed,
+                progress=False,
             )
-            metrics |= {f"{metric_key_prefix}_{name}": v for name, v in calibration.items()}
+            if self.args.eval_calibration_users and reward is not None:
+                calibration = catalogue_calibration(
+                    model, reward, self.split, self.collaborative, self.args
+                )
+        measured = result.metrics | calibration
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -298,24 +373,30 @@ class GFlowGRTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model (:meth:`gflowgr.models.GFlowModel.save_pretrained`).
 
+        All processes must call it; the first one writes.
+
         Raises:
             OutputError: it cannot be written.
         """
         with named_write_errors(output_dir or self.args.output_dir or "."):
             self._saves_checkpoint = _internal_call
-            super().save_model(output_dir, _internal_call)
+            if self.is_fsdp_enabled:  # the base class would not save a sharded model as a model
+                self._save(output_dir)
+            else:
+                super().save_model(output_dir, _internal_call)
             if _internal_call and output_dir and self.args.should_save:  # of a checkpoint
                 self._flow_inputs.save_state(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        state = whole_state(model)  # by all processes together
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir or ".")
-        model = self.accelerator.unwrap_model(self.model)
         if self._saves_checkpoint:
-            model.save_checkpoint(folder)
+            model.save_checkpoint(folder, state)
         else:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gflowgr.models import EOS_TOKEN, PAD_TOKEN
-from gflowgr.training.batches import LengthBucketSampler, PromptCollator
+from gflowgr.training.batches import LengthBucketSampler, ProcessBatches, PromptCollator
 
 LENGTHS = np.random.default_rng(0).integers(1, 21, size=1003)
 
@@ -57,6 +57,25 @@ def test_only_the_last_batch_is_short() -> None:
     chunk_sorted_spread = max(spread[:-1])
     assert chunk_sorted_spread <= 8
     assert len(indices) % 16 == 11
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 16])
+def test_processes_together_take_the_same_batches(processes: int) -> None:
+    """1,003 examples in joint batches of 16: the last one has 11, also for 16 processes."""
+    order = LengthBucketSampler(LENGTHS, 16, seed=1)
+    parts = [
+        list(ProcessBatches(order, 16 // processes, rank=rank, processes=processes))
+        for rank in range(processes)
+    ]
+    alone = list(order)
+    assert {len(part) for part in parts} == {len(ProcessBatches(order, 16))} == {63}
+    for step, together in enumerate(zip(*parts, strict=True)):
+        joined = [example for batch in together for example in batch]
+        assert min(len(batch) for batch in together) >= 1
+        if processes == 16 and step == 62:
+            assert joined == alone[-11:] + alone[-11:-6]
+        else:
+            assert joined == alone[step * 16 : step * 16 + 16]
 
 
 def test_collated_prompts() -> None:

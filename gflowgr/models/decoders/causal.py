@@ -8,7 +8,7 @@ prompt's keys, shared by all beams of a prompt, and at the beam's own few, under
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,12 +147,14 @@ def _view(model: Any) -> Any:
     config._attn_implementation = _ATTENTION
 
     def share(module: nn.Module) -> nn.Module:
-        twin = copy.copy(module)
+        # Not copy.copy: a module sharded by FSDP2 would be constructed anew.
+        twin: Any = object.__new__(type(module))
+        twin.__dict__ = module.__dict__.copy()
         twin._modules = {
             name: None if child is None else share(child) for name, child in module._modules.items()
         }
         if getattr(module, "config", None) is model.config:
             twin.config = config
-        return twin
+        return cast(nn.Module, twin)
 
     return share(model)

@@ -1,0 +1,104 @@
+"""Models whose parameters are sharded over processes (FSDP2): using them outside ``forward``.
+
+FSDP2 gathers parameters in the hooks of ``forward``; whatever else reads them, as decoding and the
+flow's start do, would meet shards. :func:`whole_parameters` gathers them for a block of code.
+Everything here leaves models that are not sharded as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["announce_sharding", "is_sharded", "load_whole_state", "whole_parameters", "whole_state"]
+
+_RESHARDS = "_gflowgr_reshards_blocks"
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 (``fully_shard``) was applied to ``model`` itself."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def announce_sharding(model: nn.Module, *, reshards_blocks: bool) -> None:
+    """Prepare a model for :func:`whole_parameters`, after it was sharded and before its first use.
+
+    Args:
+        model: the root of the sharded modules.
+        reshards_blocks: whether they free their parameters after a forward pass.
+    """
+    if not is_sharded(model) or hasattr(model, _RESHARDS):
+        return
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    # FSDP takes the module it meets first for the root, which must not be one of the blocks.
+    register_fsdp_forward_method(model, "extra_repr")
+    model.extra_repr()
+    del model.extra_repr
+    setattr(model, _RESHARDS, reshards_blocks)
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """In this block all parameters of ``model`` are ordinary tensors, in the forward's precision.
+
+    All processes must enter it together; within it none waits for another, so that each may run
+    other batches, and other numbers of them. What is written to parameters is lost. Each process
+    holds the whole model for that time. Not to be nested.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    parts: list[Any] = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            again = part is not model and getattr(model, _RESHARDS)
+            part.set_reshard_after_forward(again, recurse=False)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The whole state of a sharded model on the CPU of the first process ({} on the others).
+
+    All processes must call it together. None for a model that is not sharded.
+    """
+    if not is_sharded(model):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    # Tied weights are gathered one by one; as one tensor they are saved once.
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same = first.setdefault(id(parameter), name)
+        if same in state:
+            state[name] = state[same]
+    return state
+
+
+def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a part of the state, the same in all processes, into the model, sharded or not."""
+    if not is_sharded(model):
+        model.load_state_dict(state, strict=False)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, dict(state), options=options)
