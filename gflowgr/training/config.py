@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..models.flow_settings import FlowSettings
 from ..trajectories import SamplerSettings
 
 __all__ = ["GFlowGRConfig"]
@@ -134,6 +135,32 @@ class GFlowGRConfig(TrainingArguments):
         """The sampler that these arguments describe."""
         options = self.sampler_options or {}
         return SamplerSettings(kind=self.sampler, pool_size=self.pool_size, **options)
+
+    def check_objective(self, settings: FlowSettings) -> None:
+        """Check that the trajectories asked for are those that the objective is made for.
+
+        Raises:
+            ValueError: they are not.
+        """
+        objective, count = settings.objective, self.num_trajectories
+        if objective == "dpo" and count != 2:
+            raise ValueError(
+                "num_trajectories must be 2 for objective 'dpo', the chosen and one rejected; got "
+                f"{count}; for several rejected ones: 'sdpo'"
+            )
+        if objective in ("sdpo", "grpo") and count < 2:
+            raise ValueError(
+                f"num_trajectories must be >= 2 for objective {objective!r}; got {count}"
+            )
+        sampler = self.sampler_settings
+        on_policy = [*sampler.weights] == ["on_policy"] and sampler.refresh_steps == 1
+        replayed = sampler.replay_share > 0 or sampler.replay_from is not None
+        if objective == "grpo" and (not on_policy or replayed):
+            raise ValueError(
+                "objective 'grpo' needs trajectories of the present model in each step: sampler "
+                "'on_policy' with sampler_options {'refresh_steps': 1} and nothing replayed; got "
+                f"{self.sampler!r} with {self.sampler_options}"
+            )
 
     def _check_sampler(self) -> None:
         known = [f.name for f in fields(SamplerSettings) if f.name not in ("kind", "pool_size")]

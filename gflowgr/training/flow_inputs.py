@@ -62,6 +62,7 @@ class FlowInputs:
         self.cache: CachedScores | None = None
         if model.settings.objective == "sft":
             return
+        args.check_objective(model.settings)
         vargrad = model.settings.objective == "tb" and model.settings.partition == "vargrad"
         if vargrad and args.num_trajectories < 2:
             raise ValueError(

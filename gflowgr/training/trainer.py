@@ -29,7 +29,8 @@ __all__ = ["GFlowGRTrainer"]
 
 
 class GFlowGRTrainer(Trainer):
-    """Trains a :class:`~gflowgr.models.GFlowModel` by SFT or by a joint SFT + flow objective.
+    """Trains a :class:`~gflowgr.models.GFlowModel` by SFT, jointly with a flow objective, or by a
+    baseline's objective against the model as it was when the training began.
 
     Everything of ``transformers.Trainer`` works as usual (resume, early stopping, accumulation,
     AMP, ``accelerate launch``), but for ``nn.DataParallel``: one process has one device. Beside the
@@ -119,6 +120,9 @@ class GFlowGRTrainer(Trainer):
             FloatingPointError: the loss or the gradient became NaN or infinite.
             OutputError: a checkpoint cannot be written.
         """
+        model = self.accelerator.unwrap_model(self.model)
+        if model.settings.has_reference and model.reference is None:
+            model.freeze_reference()  # a checkpoint has its own
         checkpoint = resume_from_checkpoint or None
         if checkpoint is True:
             found = last_complete_checkpoint(str(self.args.output_dir))
