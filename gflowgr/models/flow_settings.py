@@ -12,7 +12,7 @@ from .partition import PartitionMode
 
 __all__ = ["FlowSettings", "Normalize", "Objective", "Reduction"]
 
-Objective = Literal["sft", "tb", "db", "subtb", "dpo", "sdpo", "grpo"]
+Objective = Literal["sft", "tb", "db", "subtb", "dpo", "sdpo", "grpo", "sprec", "ipa"]
 Normalize = Literal["vocab", "level", "children"]
 Reduction = Literal["prompt", "mean", "sum"]
 
@@ -24,9 +24,11 @@ _LABELS = {
     "dpo": "DPO",
     "sdpo": "S-DPO",
     "grpo": "GRPO",
+    "sprec": "SPRec",
+    "ipa": "IPA",
 }
 # Of log-ratios to the reference, or of the divergence from it, as released with each method.
-_REFERENCE_WEIGHTS = {"dpo": 0.1, "sdpo": 1.0, "grpo": 1e-3}
+_REFERENCE_WEIGHTS = {"dpo": 0.1, "sdpo": 1.0, "grpo": 1e-3, "sprec": 0.1, "ipa": 0.1}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class FlowSettings:
             ``"subtb"``, balance of all sub-trajectories. The baselines, against a frozen reference
             (the model when the fine-tuning began): ``"dpo"``, the positive against one other
             trajectory; ``"sdpo"``, against several; ``"grpo"``, the policy gradient of the
-            reward in the group of the positive and the trajectories that the model generated.
+            reward in the group of the positive and the trajectories that the model generated;
+            and in rounds, see :mod:`gflowgr.training.rounds`: ``"sprec"``, self-play by SFT and
+            DPO in turn; ``"ipa"``, SFT and DPO between generated trajectories.
         partition: how ``"tb"`` has log Z: ``"learned"``, ``"scalar"`` or ``"vargrad"``. The others
             have it in the flow of the empty prefix.
         subtb_lambda: a sub-trajectory of m tokens has the weight ``subtb_lambda^m``.
@@ -47,15 +51,16 @@ class FlowSettings:
             partial reward ``beta * log(1 + r_sim of the prefix)``; see
             :func:`~gflowgr.models.state_flow.partial_log_reward`.
         gfn_weight: lambda of the joint loss ``L_GR + lambda * L_GFN``; for the baselines, of
-            ``sft_weight * L_GR + lambda * L_baseline``.
-        sft_weight: weight of L_GR in the baselines' loss.
-        preference_beta: weight of the log-ratios to the reference in ``"dpo"`` and ``"sdpo"``, of
-            the divergence from it in ``"grpo"``; None: 0.1, 1 and 0.001.
+            ``sft_weight * L_GR + lambda * L_baseline``, for ``"ipa"`` of ``L_GR + lambda * L_DPO``.
+        sft_weight: weight of L_GR in the loss of ``"dpo"``, ``"sdpo"`` and ``"grpo"``.
+        preference_beta: weight of the log-ratios to the reference, in ``"grpo"`` of the divergence
+            from it; None: 0.1, for ``"sdpo"`` 1, for ``"grpo"`` 0.001.
         signals: the reward's signals by name, see :mod:`gflowgr.rewards.signals`.
         fusion: how signals become a reward: ``"sum"``, ``"weighted"`` or ``"mlp"``; the latter two
             are learned, see :mod:`gflowgr.rewards.fusion`.
         fusion_anchor: weight that keeps a learned fusion near the sum.
-        beta: exponent of the reward (``beta * log_reward``); ``"dpo"`` and ``"sdpo"`` use none.
+        beta: exponent of the reward (``beta * log_reward``); ``"dpo"``, ``"sdpo"`` and
+            ``"sprec"`` use none.
         log_reward_floor: least ``beta * log_reward``, nats; None: no floor.
         normalize: over what a token's probability is normalised. ``"vocab"``: the vocabulary;
             ``"level"``: the codebook of its position; ``"children"``: the children of the
@@ -126,7 +131,12 @@ class FlowSettings:
     @property
     def uses_reward(self) -> bool:
         """Whether the objective depends on rewards."""
-        return self.objective not in ("sft", "dpo", "sdpo")
+        return self.objective not in ("sft", "dpo", "sdpo", "sprec")
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the objective is one of those with supervised steps in between."""
+        return self.objective in ("sprec", "ipa")
 
     @property
     def label(self) -> str:
@@ -142,13 +152,17 @@ class FlowSettings:
 
     def _check_kind(self) -> None:
         """Refuse what the objective would ignore."""
+        if self.sft_weight > 0 and (self.in_rounds or not self.has_reference):
+            raise ValueError(
+                "sft_weight is of the objectives 'dpo', 'sdpo' and 'grpo'; got "
+                f"{self.sft_weight} with objective {self.objective!r}"
+            )
         if not self.has_reference:
-            for name, default in (("sft_weight", 0.0), ("preference_beta", None)):
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name} is of the objectives {', '.join(_REFERENCE_WEIGHTS)}; got "
-                        f"{getattr(self, name)} with objective {self.objective!r}"
-                    )
+            if self.preference_beta is not None:
+                raise ValueError(
+                    f"preference_beta is of the objectives {', '.join(_REFERENCE_WEIGHTS)}; got "
+                    f"{self.preference_beta} with objective {self.objective!r}"
+                )
             return
         if self.fusion != "sum":
             raise ValueError(

@@ -19,7 +19,7 @@ from .flow_settings import FlowSettings
 from .lora import has_lora
 from .objective import Head, flow_logs, flow_start, joint_loss, supervised_loss
 from .partition import PartitionHead
-from .preference_objective import preference_loss
+from .preference_objective import best_and_worst, preference_loss
 from .prompts import TIGER_PROMPT, PromptLayout
 from .reference import Reference
 from .saving import damage_named, load_heads, load_weights, read_parts, save_model
@@ -112,9 +112,11 @@ class GFlowModel(nn.Module):
         Args:
             input_ids: prompts [B, S].
             attention_mask: 1 for real prompt tokens [B, S].
-            tokens: trajectories [B, N, L]; n = 0 is the observed positive.
+            tokens: trajectories [B, N, L]; n = 0 is the observed positive. Alone (N = 1) it makes
+                a supervised step of the objectives ``"sprec"`` and ``"ipa"``.
             mask: true for real tokens [B, N, L].
-            log_reward: log R [B, N]; the flow objectives and ``"grpo"`` need it or ``signals``.
+            log_reward: log R [B, N]; the flow objectives, ``"grpo"`` and ``"ipa"`` need it or
+                ``signals``.
             signals: the reward's signals [B, N, K], >= 0, in the order of ``settings.signals``, for
                 the model's fusion.
             log_proposal: log-probability with which a sampler drew each trajectory [B, N]; NaN for
@@ -136,7 +138,8 @@ class GFlowModel(nn.Module):
                 where the settings ask for importance weights; or what the fused losses refuse.
         """
         settings = self.settings
-        if settings.objective == "sft":
+        alone = settings.in_rounds and tokens.shape[1] == 1
+        if settings.objective == "sft" or alone:
             tokens = tokens[:, :1]
             mask = None if mask is None else mask[:, :1]
             hidden, _ = self._states(input_ids, attention_mask, tokens, mask)
@@ -205,8 +208,11 @@ class GFlowModel(nn.Module):
                 f"objective {self.settings.objective!r} needs a reference: call freeze_reference() "
                 "before the training (GFlowGRTrainer does)"
             )
-        if self.settings.objective == "grpo":
+        if self.settings.uses_reward:
             log_reward = self._log_reward(log_reward, signals)
+        if self.settings.objective == "ipa":
+            assert log_reward is not None
+            tokens, mask = best_and_worst(tokens, mask, log_reward)
         trajectories = (input_ids, attention_mask, tokens, mask)
         reference = self.reference.states(self.backbone, *trajectories)
         hidden, _ = self._states(*trajectories)

@@ -125,7 +125,10 @@ def _objective(flow: FlowSettings) -> str:
     if not flow.has_reference:
         name = flow.objective.upper()
         return f"{name}, {_flow_heads(flow)}, lambda {flow.gfn_weight}, beta {flow.beta}"
-    text = f"{flow.label} against the model after SFT, beta {flow.reference_weight}"
+    start = "the model of the round" if flow.in_rounds else "the model after SFT"
+    text = f"{flow.label} against {start}, beta {flow.reference_weight}"
+    if flow.objective == "ipa":
+        text += f", lambda {flow.gfn_weight}"
     if flow.sft_weight > 0:
         text += f", {flow.sft_weight} x SFT + {flow.gfn_weight} x {flow.label}"
     return text

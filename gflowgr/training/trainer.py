@@ -24,6 +24,7 @@ from .callbacks import EpochOrder, LogBeforeSaving
 from .checkpoints import last_complete_checkpoint, named_write_errors, whole_or_nothing
 from .config import GFlowGRConfig
 from .flow_inputs import FlowInputs
+from .rounds import FreezeReference, Rounds
 
 __all__ = ["GFlowGRTrainer"]
 
@@ -98,6 +99,8 @@ class GFlowGRTrainer(Trainer):
             data_collator=PromptCollator(item_tokens, model.settings.max_history, model.prompt),
             callbacks=[EpochOrder(self._order), LogBeforeSaving(), *(callbacks or [])],
         )
+        if model.settings.in_rounds:
+            self.add_callback(FreezeReference(Rounds.of(model.settings, args)))
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 

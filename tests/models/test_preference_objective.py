@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gflowgr.errors import DataError
 from gflowgr.models import CausalConfig, GFlowModel, LoraSettings, prompt_tokens
+from gflowgr.models.preference_objective import best_and_worst
 
 BETA = {"dpo": 0.1, "sdpo": 1.0, "grpo": 1e-3}
 
@@ -28,7 +29,7 @@ def disturb(model: GFlowModel) -> None:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=g)
 
 
-def of(objective: str, model: GFlowModel) -> dict[str, Tensor]:
+def inputs_of(objective: str, model: GFlowModel) -> dict[str, Tensor]:
     """Inputs with as many trajectories as the objective takes."""
     inputs = make_inputs(model)
     if objective == "dpo":
@@ -65,7 +66,7 @@ def expected_loss(objective: str, now: Tensor, start: Tensor, inputs: dict[str, 
 def test_the_loss_is_that_of_its_definition(objective: str, normalize: str) -> None:
     settings: dict[str, Any] = {"objective": objective, "normalize": normalize, "gfn_weight": 0.5}
     model = make_model(**settings, sft_weight=2.0).eval()
-    inputs = of(objective, model)
+    inputs = inputs_of(objective, model)
     model.freeze_reference()
     start = log_pf(model, inputs)
     disturb(model)
@@ -85,10 +86,10 @@ def test_the_loss_is_that_of_its_definition(objective: str, normalize: str) -> N
     assert model.backbone.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
-def causal(folder: Path, lora: bool, tied: bool = True) -> GFlowModel:
+def causal(folder: Path, lora: bool, tied: bool = True, seed: int = 0) -> GFlowModel:
     path = str(causal_folder(folder, "qwen3", tie_word_embeddings=tied))
     settings = LoraSettings(r=4, alpha=8.0) if lora else None
-    return causal_model(CausalConfig(path, lora=settings), objective="sdpo")
+    return causal_model(CausalConfig(path, lora=settings), objective="sdpo", seed=seed)
 
 
 @pytest.mark.parametrize("kind", ["t5", "tied", "untied", "lora"])
@@ -125,7 +126,7 @@ def test_the_reference_is_the_model_as_it_was(kind: str, tmp_path: Path) -> None
 def test_autocast_keeps_the_two_models_apart() -> None:
     """Autocast caches its copies of weights: those of the reference must not serve the policy."""
     model = make_model(objective="sdpo").eval()
-    inputs = of("sdpo", model)
+    inputs = make_inputs(model)
     model.freeze_reference()
     disturb(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -135,30 +136,81 @@ def test_autocast_keeps_the_two_models_apart() -> None:
         assert mixed[name].item() == pytest.approx(exact[name].item(), rel=0.05), name
 
 
-def test_checkpoints_carry_the_reference_and_saved_models_do_not(tmp_path: Path) -> None:
-    model = make_model(objective="sdpo").eval()
-    inputs = of("sdpo", model)
+@pytest.mark.parametrize("kind", ["t5", "lora"])
+def test_checkpoints_carry_the_reference_and_saved_models_do_not(kind: str, tmp_path: Path) -> None:
+    def make(seed: int) -> GFlowModel:
+        if kind == "t5":
+            return make_model(objective="sdpo", seed=seed).eval()
+        return causal(tmp_path / "base", lora=True, seed=seed).eval()
+
+    model = make(0)
+    inputs = make_inputs(model)
     with pytest.raises(ValueError, match=r"'sdpo' needs a reference: call freeze_reference"):
         model(**inputs)
+    disturb(model)
     model.freeze_reference()
     disturb(model)
     wanted = model(**inputs)["loss"]
     model.save_checkpoint(tmp_path / "checkpoint")
-    other = make_model(objective="sdpo", seed=9).eval()
+    other = make(9)
     other.load_weights(tmp_path / "checkpoint")
     torch.testing.assert_close(other(**inputs)["loss"], wanted)
 
     model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model" / "reference.safetensors").exists()
     assert GFlowModel.from_pretrained(tmp_path / "model").reference is None
+    (tmp_path / "checkpoint" / "reference.safetensors").unlink()
     with pytest.raises(DataError, match=r"reference\.safetensors: no reference to be read"):
-        other.load_weights(tmp_path / "model")
+        other.load_weights(tmp_path / "checkpoint")
 
 
 def test_the_group_of_grpo_needs_rewards() -> None:
     model = make_model(objective="grpo")
     model.freeze_reference()
-    inputs = of("grpo", model)
+    inputs = make_inputs(model)
     del inputs["log_reward"]
     with pytest.raises(ValueError, match=r"log_reward or signals is required by .* 'grpo'"):
         model(**inputs)
+
+
+def test_ipa_compares_the_best_with_the_worst_generated_trajectory() -> None:
+    """Prompt 0: trajectories 3 and 1; prompt 1: equal rewards; prompt 2: the first of equal ones.
+
+    The positive has the best reward and is no candidate.
+    """
+    model = make_model(objective="ipa", gfn_weight=0.5).eval()
+    inputs = make_inputs(model)
+    inputs["log_reward"] = torch.tensor(
+        [[9.0, 0.1, 0.5, 0.7], [9.0, 0.3, 0.3, 5.0], [9.0, 0.2, 0.8, 0.8]]
+    )
+    assert not inputs["mask"][1, 3].any()
+    tokens, mask = best_and_worst(inputs["tokens"], inputs["mask"], inputs["log_reward"])
+    for b, chosen in ((0, [0, 3, 1]), (2, [0, 2, 1])):
+        assert torch.equal(tokens[b], inputs["tokens"][b, chosen])
+    assert mask.any(-1).tolist() == [[True] * 3, [True, False, False], [True] * 3]
+
+    model.freeze_reference()
+    start = log_pf(model, inputs)
+    disturb(model)
+    now = log_pf(model, inputs)
+    output = model(**inputs)
+    delta = (now - start).sum(-1)
+    gaps = [0.1 * (delta[0, 1] - delta[0, 3]).item(), 0.1 * (delta[2, 1] - delta[2, 2]).item()]
+    expected = sum(math.log(1 + math.exp(gap)) for gap in gaps) / 2
+    nll = -now[:, 0].sum().item() / 3
+    assert output["loss_preference"].item() == pytest.approx(expected, rel=1e-3)
+    assert output["loss"].item() == pytest.approx(nll + 0.5 * expected, rel=1e-4)
+    with pytest.raises(ValueError, match="N >= 3 trajectories for objective 'ipa'; got 2"):
+        best_and_worst(inputs["tokens"][:, :2], inputs["mask"][:, :2], inputs["log_reward"][:, :2])
+
+
+@pytest.mark.parametrize("objective", ["sprec", "ipa"])
+def test_a_positive_alone_makes_a_supervised_step(objective: str) -> None:
+    model = make_model(objective=objective).eval()
+    inputs = make_inputs(model)
+    alone = {**inputs, "tokens": inputs["tokens"][:, :1], "mask": inputs["mask"][:, :1]}
+    del alone["log_reward"]
+    output = model(**alone)
+    supervised = make_model(objective="sft").eval()(**alone)
+    assert set(output) == {"loss", "loss_gr"}
+    torch.testing.assert_close(output["loss"], supervised["loss"])
