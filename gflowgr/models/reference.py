@@ -2,7 +2,7 @@
 
 Only what trains can differ from it, so only that is kept: with LoRA the adapters and the identifier
 tokens' rows (which make the reference the model with its adapters switched off), else the weights
-of the backbone.
+of the backbone. Memory: one more copy of what trains, and nothing of a backward pass.
 """
 
 from __future__ import annotations

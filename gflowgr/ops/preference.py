@@ -33,11 +33,14 @@ from gflowgr.ops import checks
 from gflowgr.ops.flow_definitions import compute_dtype, full_mask
 
 __all__ = [
+    "check_rejected",
+    "check_reward",
     "dpo_loss",
     "group_advantages",
     "grpo_definition",
     "grpo_loss",
     "k3_divergence",
+    "log_ratios",
     "reduce_prompts",
     "sdpo_definition",
     "sdpo_loss",
