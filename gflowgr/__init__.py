@@ -27,11 +27,16 @@ if TYPE_CHECKING:
     from .models import FlowSettings as FlowSettings
     from .models import GFlowModel as GFlowModel
     from .ops import db_loss as db_loss
+    from .ops import dpo_loss as dpo_loss
     from .ops import fused_db_loss as fused_db_loss
+    from .ops import fused_dpo_loss as fused_dpo_loss
+    from .ops import fused_grpo_loss as fused_grpo_loss
     from .ops import fused_subtb_loss as fused_subtb_loss
     from .ops import fused_tb_loss as fused_tb_loss
     from .ops import fused_vargrad_loss as fused_vargrad_loss
+    from .ops import grpo_loss as grpo_loss
     from .ops import logprobs_from_logits as logprobs_from_logits
+    from .ops import sdpo_loss as sdpo_loss
     from .ops import subtb_loss as subtb_loss
     from .ops import tb_loss as tb_loss
     from .ops import trajectory_logprobs as trajectory_logprobs
@@ -56,11 +61,16 @@ _HOME = {
     "models": ("FlowSettings", "GFlowModel"),
     "ops": (
         "db_loss",
+        "dpo_loss",
         "fused_db_loss",
+        "fused_dpo_loss",
+        "fused_grpo_loss",
         "fused_subtb_loss",
         "fused_tb_loss",
         "fused_vargrad_loss",
+        "grpo_loss",
         "logprobs_from_logits",
+        "sdpo_loss",
         "subtb_loss",
         "tb_loss",
         "trajectory_logprobs",

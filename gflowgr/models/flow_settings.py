@@ -12,9 +12,23 @@ from .partition import PartitionMode
 
 __all__ = ["FlowSettings", "Normalize", "Objective", "Reduction"]
 
-Objective = Literal["sft", "tb", "db", "subtb"]
+Objective = Literal["sft", "tb", "db", "subtb", "dpo", "sdpo", "grpo", "sprec", "ipa"]
 Normalize = Literal["vocab", "level", "children"]
 Reduction = Literal["prompt", "mean", "sum"]
+
+_LABELS = {
+    "sft": "SFT",
+    "tb": "GFlowGR-TB",
+    "db": "GFlowGR-DB",
+    "subtb": "GFlowGR-SubTB",
+    "dpo": "DPO",
+    "sdpo": "S-DPO",
+    "grpo": "GRPO",
+    "sprec": "SPRec",
+    "ipa": "IPA",
+}
+# Of log-ratios to the reference, or of the divergence from it, as released with each method.
+_REFERENCE_WEIGHTS = {"dpo": 0.1, "sdpo": 1.0, "grpo": 1e-3, "sprec": 0.1, "ipa": 0.1}
 
 
 @dataclass(frozen=True)
@@ -24,25 +38,36 @@ class FlowSettings:
     Attributes:
         objective: ``"sft"``: next-token prediction of the positive alone; joint with it over the
             prompt's trajectories: ``"tb"``, trajectory balance; ``"db"``, detailed balance;
-            ``"subtb"``, balance of all sub-trajectories.
+            ``"subtb"``, balance of all sub-trajectories. The baselines, against a frozen reference
+            (the model when the fine-tuning began): ``"dpo"``, the positive against one other
+            trajectory; ``"sdpo"``, against several; ``"grpo"``, the policy gradient of the
+            reward in the group of the positive and the trajectories that the model generated;
+            and in rounds, see :mod:`gflowgr.training.rounds`: ``"sprec"``, self-play by SFT and
+            DPO in turn; ``"ipa"``, SFT and DPO between generated trajectories.
         partition: how ``"tb"`` has log Z: ``"learned"``, ``"scalar"`` or ``"vargrad"``. The others
             have it in the flow of the empty prefix.
         subtb_lambda: a sub-trajectory of m tokens has the weight ``subtb_lambda^m``.
         forward_looking: the state flow of ``"db"`` and ``"subtb"`` is a learned residual plus the
             partial reward ``beta * log(1 + r_sim of the prefix)``; see
             :func:`~gflowgr.models.state_flow.partial_log_reward`.
-        gfn_weight: lambda of the joint loss ``L_GR + lambda * L_GFN``.
+        gfn_weight: lambda of the joint loss ``L_GR + lambda * L_GFN``; for the baselines, of
+            ``sft_weight * L_GR + lambda * L_baseline``, for ``"ipa"`` of ``L_GR + lambda * L_DPO``.
+        sft_weight: weight of L_GR in the loss of ``"dpo"``, ``"sdpo"`` and ``"grpo"``.
+        preference_beta: weight of the log-ratios to the reference, in ``"grpo"`` of the divergence
+            from it; None: 0.1, for ``"sdpo"`` 1, for ``"grpo"`` 0.001.
         signals: the reward's signals by name, see :mod:`gflowgr.rewards.signals`.
         fusion: how signals become a reward: ``"sum"``, ``"weighted"`` or ``"mlp"``; the latter two
             are learned, see :mod:`gflowgr.rewards.fusion`.
         fusion_anchor: weight that keeps a learned fusion near the sum.
-        beta: exponent of the reward (``beta * log_reward``).
+        beta: exponent of the reward (``beta * log_reward``); ``"dpo"``, ``"sdpo"`` and
+            ``"sprec"`` use none.
         log_reward_floor: least ``beta * log_reward``, nats; None: no floor.
         normalize: over what a token's probability is normalised. ``"vocab"``: the vocabulary;
             ``"level"``: the codebook of its position; ``"children"``: the children of the
             prefix-tree node.
         reduction: ``"prompt"``: mean over prompts of the sum over trajectories (the paper's);
-            ``"mean"`` over trajectories; ``"sum"``.
+            ``"mean"`` over trajectories; ``"sum"``. The baselines' losses are one number per
+            prompt, and ``"mean"`` is ``"prompt"``.
         importance_clip: weigh each drawn trajectory's flow loss by ``P_F / proposal``, detached
             and at most this, to estimate the on-policy loss from off-policy samples; None: no
             weights (all these losses are valid off-policy as they are).
@@ -54,6 +79,8 @@ class FlowSettings:
     subtb_lambda: float = 0.9
     forward_looking: bool = False
     gfn_weight: float = 1.0
+    sft_weight: float = 0.0
+    preference_beta: float | None = None
     signals: list[str] = field(default_factory=lambda: ["r_a", "r_yhat", "r_sim"])
     fusion: FusionMode = "sum"
     fusion_anchor: float = 1.0
@@ -74,13 +101,15 @@ class FlowSettings:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}; got {value!r}")
-        for name in ("gfn_weight", "beta", "subtb_lambda", "importance_clip"):
+        for name in ("gfn_weight", "beta", "subtb_lambda", "importance_clip", "preference_beta"):
             number: float | None = getattr(self, name)
             if number is not None and not (math.isfinite(number) and number > 0):
                 hint = "; for no flow loss: objective 'sft'" if name == "gfn_weight" else ""
                 raise ValueError(f"{name} must be finite and > 0; got {number}{hint}")
-        if not (math.isfinite(self.fusion_anchor) and self.fusion_anchor >= 0):
-            raise ValueError(f"fusion_anchor must be finite and >= 0; got {self.fusion_anchor}")
+        for name in ("fusion_anchor", "sft_weight"):
+            number = getattr(self, name)
+            if not (math.isfinite(number) and number >= 0):
+                raise ValueError(f"{name} must be finite and >= 0; got {number}")
         if self.log_reward_floor is not None and not math.isfinite(self.log_reward_floor):
             raise ValueError(f"log_reward_floor must be finite; got {self.log_reward_floor}")
         if self.max_history < 1:
@@ -92,3 +121,56 @@ class FlowSettings:
             )
         if self.forward_looking and "r_sim" not in self.signals:
             raise ValueError(f"forward_looking needs the signal 'r_sim'; signals: {self.signals}")
+        self._check_kind()
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective is one of those against a frozen reference."""
+        return self.objective in _REFERENCE_WEIGHTS
+
+    @property
+    def uses_reward(self) -> bool:
+        """Whether the objective depends on rewards."""
+        return self.objective not in ("sft", "dpo", "sdpo", "sprec")
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the objective is one of those with supervised steps in between."""
+        return self.objective in ("sprec", "ipa")
+
+    @property
+    def label(self) -> str:
+        """The method's name in tables."""
+        return _LABELS[self.objective]
+
+    @property
+    def reference_weight(self) -> float:
+        """``preference_beta``, or what it is by default."""
+        if self.preference_beta is not None:
+            return self.preference_beta
+        return _REFERENCE_WEIGHTS[self.objective]
+
+    def _check_kind(self) -> None:
+        """Refuse what the objective would ignore."""
+        if self.sft_weight > 0 and (self.in_rounds or not self.has_reference):
+            raise ValueError(
+                "sft_weight is of the objectives 'dpo', 'sdpo' and 'grpo'; got "
+                f"{self.sft_weight} with objective {self.objective!r}"
+            )
+        if not self.has_reference:
+            if self.preference_beta is not None:
+                raise ValueError(
+                    f"preference_beta is of the objectives {', '.join(_REFERENCE_WEIGHTS)}; got "
+                    f"{self.preference_beta} with objective {self.objective!r}"
+                )
+            return
+        if self.fusion != "sum":
+            raise ValueError(
+                f"fusion {self.fusion!r} is learned by flow losses; objective {self.objective!r} "
+                "needs 'sum'"
+            )
+        if self.importance_clip is not None:
+            raise ValueError(
+                f"importance_clip is of the flow objectives; got {self.importance_clip} with "
+                f"objective {self.objective!r}"
+            )

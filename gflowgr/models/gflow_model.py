@@ -20,7 +20,9 @@ from .flow_settings import FlowSettings
 from .lora import has_lora
 from .objective import Head, flow_logs, flow_start, joint_loss, supervised_loss
 from .partition import PartitionHead
+from .preference_objective import best_and_worst, preference_loss
 from .prompts import TIGER_PROMPT, PromptLayout
+from .reference import Reference
 from .saving import damage_named, load_heads, load_weights, read_parts, save_model
 from .state_flow import StateFlow, partial_log_reward
 from .vocabulary import IdentifierVocabulary
@@ -63,13 +65,14 @@ class GFlowModel(nn.Module):
         self.partition: PartitionHead | None = None
         self.state_flow: StateFlow | None = None
         self.fusion: RewardFusion | None = None
+        self.reference: Reference | None = None
         if settings.objective == "sft":
             return
         width = output_head(backbone)[0].shape[1]
         self.fusion = RewardFusion(len(settings.signals), settings.fusion)
         if settings.objective in ("db", "subtb"):
             self.state_flow = StateFlow(width, tree.max_length)
-        elif settings.partition != "vargrad":
+        elif settings.objective == "tb" and settings.partition != "vargrad":
             self.partition = PartitionHead(width, settings.partition)
 
     def with_settings(self, **changes: Any) -> GFlowModel:
@@ -115,9 +118,11 @@ class GFlowModel(nn.Module):
         Args:
             input_ids: prompts [B, S].
             attention_mask: 1 for real prompt tokens [B, S].
-            tokens: trajectories [B, N, L]; n = 0 is the observed positive.
+            tokens: trajectories [B, N, L]; n = 0 is the observed positive. Alone (N = 1) it makes
+                a supervised step of the objectives ``"sprec"`` and ``"ipa"``.
             mask: true for real tokens [B, N, L].
-            log_reward: log R [B, N]; the flow objectives need it or ``signals``.
+            log_reward: log R [B, N]; the flow objectives, ``"grpo"`` and ``"ipa"`` need it or
+                ``signals``.
             signals: the reward's signals [B, N, K], >= 0, in the order of ``settings.signals``, for
                 the model's fusion.
             log_proposal: log-probability with which a sampler drew each trajectory [B, N]; NaN for
@@ -130,13 +135,17 @@ class GFlowModel(nn.Module):
             ``loss_gfn``; ``log_z`` and the group estimate ``log_z_group``, means over prompts, and
             ``log_z_gap_rms``, the root mean square of their difference; ``loss_fusion`` (how far a
             learned fusion is from the sum) and ``importance`` (mean weight) where there is one.
+            For the baselines ``loss_preference``, ``reference_divergence`` (per token), and
+            ``preference_margin`` and ``preference_accuracy``: by how much and how often the
+            positive has gained more over the reference than the best of the others.
 
         Raises:
             ValueError: neither or both of ``log_reward`` and ``signals``, or no ``log_proposal``
                 where the settings ask for importance weights; or what the fused losses refuse.
         """
         settings = self.settings
-        if settings.objective == "sft":
+        alone = settings.in_rounds and tokens.shape[1] == 1
+        if settings.objective == "sft" or alone:
             tokens = tokens[:, :1]
             mask = None if mask is None else mask[:, :1]
             hidden, _ = self._states(input_ids, attention_mask, tokens, mask)
@@ -144,6 +153,9 @@ class GFlowModel(nn.Module):
             return {"loss": loss, "loss_gr": loss.detach()}
         if mask is None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
+        if settings.has_reference:
+            prompts = (input_ids, attention_mask, tokens, mask)
+            return self._preference(*prompts, log_reward, signals)
         log_reward = self._log_reward(log_reward, signals)
         hidden, pooled = self._states(input_ids, attention_mask, tokens, mask)
         target = self._target(hidden, pooled, tokens, mask)
@@ -181,7 +193,39 @@ class GFlowModel(nn.Module):
         self.train(was_training)
         return log_pf.sum(-1)
 
+    def freeze_reference(self) -> None:
+        """Make the model as it is now the reference of the preference objectives."""
+        self.reference = Reference.of(self.backbone)
+
     # ---- parts of the objective ----
+
+    def _preference(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        log_reward: Tensor | None,
+        signals: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """:meth:`forward` of the objectives against a reference."""
+        if self.reference is None:
+            raise ValueError(
+                f"objective {self.settings.objective!r} needs a reference: call freeze_reference() "
+                "before the training (GFlowGRTrainer does)"
+            )
+        if self.settings.uses_reward:
+            log_reward = self._log_reward(log_reward, signals)
+        if self.settings.objective == "ipa":
+            assert log_reward is not None
+            tokens, mask = best_and_worst(tokens, mask, log_reward)
+        trajectories = (input_ids, attention_mask, tokens, mask)
+        reference = self.reference.states(self.backbone, *trajectories)
+        hidden, _ = self._states(*trajectories)
+        loss, logs = preference_loss(
+            self.settings, self._head(), hidden, tokens, mask, reference, log_reward
+        )
+        return {"loss": loss, **logs}
 
     def _states(
         self, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor | None
@@ -282,12 +326,21 @@ class GFlowModel(nn.Module):
     def save_checkpoint(
         self, folder: Path | str, state: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Save what :meth:`load_weights` reads: with LoRA the adapters instead of the backbone."""
+        """Save what :meth:`load_weights` reads: with LoRA the adapters instead of the backbone;
+        and the reference, if there is one (``reference.safetensors``)."""
         save_model(self, Path(folder), whole=not has_lora(self.backbone), state=state)
+        if self.reference is not None:
+            self.reference.save(Path(folder))
 
     def load_weights(self, folder: Path | str) -> None:
-        """Load the weights that :meth:`save_checkpoint` wrote into this model, in place."""
+        """Load the weights that :meth:`save_checkpoint` wrote into this model, in place.
+
+        Raises:
+            DataError: the objective needs a reference, and the folder has none for this model.
+        """
         load_weights(self, Path(folder))
+        if self.settings.has_reference:
+            self.reference = Reference.load(Path(folder), self.backbone)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> GFlowModel:

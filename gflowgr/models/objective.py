@@ -27,7 +27,15 @@ from ..ops.flow_definitions import (
 from .flow_settings import FlowSettings
 from .state_flow import partial_log_reward
 
-__all__ = ["Head", "flow_logs", "flow_start", "group_log_z", "joint_loss", "supervised_loss"]
+__all__ = [
+    "Head",
+    "flow_logs",
+    "flow_start",
+    "group_log_z",
+    "joint_loss",
+    "positive_nll",
+    "supervised_loss",
+]
 
 Head = dict[str, Any]
 """The output head as the ops take it: weight, bias, tree, normalize."""
@@ -94,7 +102,7 @@ def joint_loss(
         ratio = (log_pf.detach().sum(-1) - log_proposal).exp().clamp(max=settings.importance_clip)
         ratio = ratio.masked_fill(log_proposal.isnan(), 1.0)
         flow = _flow_loss(settings, log_pf, log_reward, target, mask, ratio)
-        return weight * flow + _nll(settings, log_pf, mask), log_pf.detach(), ratio
+        return weight * flow + positive_nll(settings, log_pf, mask), log_pf.detach(), ratio
     kind = _kind(settings, target)
     balance: dict[str, Any] = {}
     if target is not None:
@@ -124,7 +132,7 @@ def flow_logs(
     """The loss's terms and log Z beside its group estimate, from what the loss has made anyway."""
     group = group_log_z(settings, log_pf, log_reward, mask)
     logs = {
-        "loss_gr": _nll(settings, log_pf, mask),
+        "loss_gr": positive_nll(settings, log_pf, mask),
         "loss_gfn": _flow_loss(settings, log_pf, log_reward, target, mask),
         "log_z_group": group.nanmean(),
     }
@@ -197,7 +205,7 @@ def _flow_loss(
     return reduce_trajectories(losses, mask.any(-1), settings.reduction)
 
 
-def _nll(settings: FlowSettings, log_pf: Tensor, mask: Tensor) -> Tensor:
+def positive_nll(settings: FlowSettings, log_pf: Tensor, mask: Tensor) -> Tensor:
     """L_GR: token-summed NLL of the positives; mean over prompts, or their sum."""
     total = -log_pf[:, 0].sum()
     if settings.reduction == "sum":

@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
 
 
+def check_allowed(
+    name: str, bias: Tensor, tokens: Tensor, mask: Tensor, data: checks.DataChecks
+) -> None:
+    """Register the check that the bias `name` forbids no valid token."""
+    data.add(
+        lambda: mask & (bias[tokens.clamp(0, len(bias) - 1)] == -math.inf),
+        lambda i: (
+            f"{checks.at('tokens', i)} = {tokens[i].item()} is forbidden, "
+            f"{name}[{tokens[i].item()}] = -inf: its log-probability is -inf, no loss is finite"
+        ),
+    )
+
+
 class JointCall:
     """The checked arguments that all fused losses share, and what they do with them."""
 
@@ -46,16 +59,7 @@ class JointCall:
             log_reward, self.mask, self.options.floor, "hidden", self.data
         )
         if self.inputs.bias is not None:
-            self._check_allowed(self.inputs.bias, self.inputs.tokens)
-
-    def _check_allowed(self, bias: Tensor, tokens: Tensor) -> None:
-        self.data.add(
-            lambda: self.mask & (bias[tokens.clamp(0, len(bias) - 1)] == -math.inf),
-            lambda i: (
-                f"{checks.at('tokens', i)} = {tokens[i].item()} is forbidden, "
-                f"bias[{tokens[i].item()}] = -inf: its log-probability is -inf, no loss is finite"
-            ),
-        )
+            check_allowed("bias", self.inputs.bias, self.inputs.tokens, self.mask, self.data)
 
     def run(
         self, kind: str, target: Tensor | None, *, lam: float = 1.0, return_log_pf: bool

@@ -111,7 +111,7 @@ class RunConfig:
         data: which data.
         collaborative: the collaborative model.
         model: the generator: TIGER (``kind: tiger``) or a decoder-only model (``kind: causal``).
-        flow: objective of the GFlowGR fine-tuning.
+        flow: objective of the fine-tuning, GFlowGR's or a baseline's.
         sft: arguments of the first, supervised training
             (:class:`~gflowgr.training.GFlowGRConfig`).
         finetune: arguments of the fine-tuning, the same for GFlowGR and for continued SFT.
@@ -150,6 +150,10 @@ class RunConfig:
         for section in ("sft", "finetune"):
             _check_training_arguments(section, getattr(self, section), self.seed)
         finetune = training_arguments(self.finetune, "unused", self.seed)
+        try:
+            finetune.check_objective(self.flow)
+        except ValueError as error:
+            raise ConfigError(f"finetune: {error}") from error
         if finetune.sampler_settings.needs_scores and self.collaborative.kind == "none":
             raise ConfigError(
                 f"finetune.sampler is {finetune.sampler!r}, which needs a collaborative model; "

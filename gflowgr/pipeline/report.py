@@ -85,9 +85,10 @@ def _report(result: RunResult, rows: list[TableRow], rules: dict[str, str]) -> R
         "identifiers": result.identifiers_name,
         "training examples": f"{len(result.split.train):,}",
         "generator": config.model.summary(),
-        "objective": f"{config.flow.objective.upper()}, {_flow_heads(config.flow)}, lambda "
-        f"{config.flow.gfn_weight}, beta {config.flow.beta}, softmax over {config.flow.normalize}",
-        "reward": f"{config.flow.fusion} of {', '.join(config.flow.signals)}",
+        "objective": f"{_objective(config.flow)}, softmax over {config.flow.normalize}",
+        "reward": f"{config.flow.fusion} of {', '.join(config.flow.signals)}"
+        if config.flow.uses_reward
+        else "none",
         "seed": config.seed,
         "command": _command(),
     }
@@ -117,6 +118,20 @@ def _report(result: RunResult, rows: list[TableRow], rules: dict[str, str]) -> R
 def _data_folder(result: RunResult) -> str:
     path = result.split.dataset.path
     return "FOLDER" if path is None else str(path)
+
+
+def _objective(flow: FlowSettings) -> str:
+    """The objective and its constants."""
+    if not flow.has_reference:
+        name = flow.objective.upper()
+        return f"{name}, {_flow_heads(flow)}, lambda {flow.gfn_weight}, beta {flow.beta}"
+    start = "the model of the round" if flow.in_rounds else "the model after SFT"
+    text = f"{flow.label} against {start}, beta {flow.reference_weight}"
+    if flow.objective == "ipa":
+        text += f", lambda {flow.gfn_weight}"
+    if flow.sft_weight > 0:
+        text += f", {flow.sft_weight} x SFT + {flow.gfn_weight} x {flow.label}"
+    return text
 
 
 def _flow_heads(flow: FlowSettings) -> str:

@@ -210,7 +210,7 @@ def _training_stages(
     say: Say,
     progress: bool,
 ) -> dict[str, _TrainedStage]:
-    """SFT, then from the same start and with the same budget: continued SFT and GFlowGR."""
+    """SFT, then from the same start and with the same budget: continued SFT and ``flow``."""
     supervised = FlowSettings(
         objective="sft", normalize=config.flow.normalize, max_history=config.flow.max_history
     )
@@ -242,7 +242,7 @@ def _training_stages(
             config.finetune,
             None,
         )
-    label = f"GFlowGR-{config.flow.objective.upper()}"
+    label = config.flow.label
     stages[label] = train(
         "gflowgr",
         label,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ..models.flow_settings import FlowSettings
 from ..trajectories import SamplerSettings
 
 __all__ = ["GFlowGRConfig"]
@@ -86,6 +87,12 @@ class GFlowGRConfig(TrainingArguments):
     fusion_learning_rate: float = field(
         default=1e-3, metadata={"help": "Learning rate of a learned fusion of reward signals."}
     )
+    round_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Objectives sprec and ipa: optimiser steps of a round (ipa: default all)."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations without a new best."},
@@ -111,6 +118,7 @@ class GFlowGRConfig(TrainingArguments):
             "pool_size",
             "eval_max_users",
             "early_stopping_patience",
+            "round_steps",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -135,6 +143,48 @@ class GFlowGRConfig(TrainingArguments):
         """The sampler that these arguments describe."""
         options = self.sampler_options or {}
         return SamplerSettings(kind=self.sampler, pool_size=self.pool_size, **options)
+
+    def check_objective(self, settings: FlowSettings) -> None:
+        """Check that the trajectories asked for are those that the objective is made for.
+
+        Raises:
+            ValueError: they are not.
+        """
+        objective, count = settings.objective, self.num_trajectories
+        if objective in ("dpo", "sprec") and count != 2:
+            raise ValueError(
+                f"num_trajectories must be 2 for objective {objective!r}, the chosen and one "
+                f"rejected; got {count}; for several rejected ones: 'sdpo'"
+            )
+        least = {"sdpo": 2, "grpo": 2, "ipa": 3}.get(objective, 1)
+        if count < least:
+            raise ValueError(
+                f"num_trajectories must be >= {least} for objective {objective!r}; got {count}"
+            )
+        if self.round_steps is not None and not settings.in_rounds:
+            raise ValueError(
+                f"round_steps is of the objectives 'sprec' and 'ipa'; got {self.round_steps} with "
+                f"objective {objective!r}"
+            )
+        if objective == "sprec" and (self.round_steps is None or self.round_steps % 2):
+            raise ValueError(
+                "round_steps must be even for objective 'sprec', half of it SFT and half DPO; got "
+                f"{self.round_steps}"
+            )
+        sampler = self.sampler_settings
+        replayed = sampler.replay_share > 0 or sampler.replay_from is not None
+        present = [*sampler.weights] == ["on_policy"] and not replayed
+        if objective in ("grpo", "sprec") and not (present and sampler.refresh_steps == 1):
+            raise ValueError(
+                f"objective {objective!r} needs trajectories of the present model in each step: "
+                "sampler 'on_policy' with sampler_options {'refresh_steps': 1} and nothing "
+                f"replayed; got {self.sampler!r} with {self.sampler_options}"
+            )
+        if objective == "ipa" and not present:
+            raise ValueError(
+                "objective 'ipa' needs trajectories of the present model: sampler 'on_policy' and "
+                f"nothing replayed; got {self.sampler!r} with {self.sampler_options}"
+            )
 
     def _check_sampler(self) -> None:
         known = [f.name for f in fields(SamplerSettings) if f.name not in ("kind", "pool_size")]

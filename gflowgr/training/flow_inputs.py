@@ -26,6 +26,7 @@ from ..trajectories import (
     make_sampler,
 )
 from .config import GFlowGRConfig
+from .rounds import Rounds
 
 __all__ = ["FlowInputs", "make_reward", "sample_request"]
 
@@ -65,6 +66,8 @@ class FlowInputs:
         self.reads_model = False  # whether a call uses the model's parameters
         if model.settings.objective == "sft":
             return
+        args.check_objective(model.settings)
+        self.rounds = Rounds.of(model.settings, args)
         vargrad = model.settings.objective == "tb" and model.settings.partition == "vargrad"
         if vargrad and args.num_trajectories < 2:
             raise ValueError(
@@ -112,13 +115,14 @@ class FlowInputs:
         Args:
             inputs: a batch of :class:`~gflowgr.training.batches.PromptCollator`, on the device.
             epoch: number of the epoch.
-            step: optimiser steps done.
+            step: optimiser steps done; it may be one for the positives alone, see
+                :mod:`~gflowgr.training.rounds`.
             progress: share of the training done, in [0, 1].
             log_probs: gives log P(trajectory | prompt) [B, N] for the model's inputs; called only
                 if a signal asks for it.
         """
         flow = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        if self.sampler is None:
+        if self.sampler is None or self.rounds.is_supervised(step):
             return flow | self._trajectories(inputs["target"][:, None]), {}
         request = sample_request(inputs, epoch, step, progress, self.scores(inputs))
         chosen = self.sampler.sample(request)

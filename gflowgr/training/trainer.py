@@ -34,13 +34,15 @@ from .callbacks import EpochOrder, LogBeforeSaving
 from .checkpoints import last_complete_checkpoint, named_write_errors, whole_or_nothing
 from .config import GFlowGRConfig
 from .flow_inputs import FlowInputs
+from .rounds import FreezeReference, Rounds
 from .sharing import SharedRecommender, sum_over_processes
 
 __all__ = ["GFlowGRTrainer"]
 
 
 class GFlowGRTrainer(Trainer):
-    """Trains a :class:`~gflowgr.models.GFlowModel` by SFT or by a joint SFT + flow objective.
+    """Trains a :class:`~gflowgr.models.GFlowModel` by SFT, jointly with a flow objective, or by a
+    baseline's objective against the model as it was when the training began.
 
     Everything of ``transformers.Trainer`` works as usual (resume, early stopping, accumulation,
     AMP, ``accelerate launch``), but for ``nn.DataParallel``: one process has one device. Beside the
@@ -115,6 +117,8 @@ class GFlowGRTrainer(Trainer):
             data_collator=PromptCollator(item_tokens, model.settings.max_history, model.prompt),
             callbacks=[EpochOrder(self._order), LogBeforeSaving(), *(callbacks or [])],
         )
+        if model.settings.in_rounds:
+            self.add_callback(FreezeReference(Rounds.of(model.settings, args)))
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if self.is_fsdp_enabled:
@@ -126,6 +130,11 @@ class GFlowGRTrainer(Trainer):
             raise ValueError(f"fsdp_config: version must be 2 (FSDP2); got {version}")
         if has_lora(model.backbone):
             raise ValueError("a model with LoRA is not sharded: use DDP, without fsdp")
+        if model.settings.has_reference:
+            raise ValueError(
+                f"objective {model.settings.objective!r} keeps a frozen reference, which is not "
+                "sharded: use DDP, without fsdp"
+            )
 
     def train(
         self,
@@ -146,6 +155,9 @@ class GFlowGRTrainer(Trainer):
             FloatingPointError: the loss or the gradient became NaN or infinite.
             OutputError: a checkpoint cannot be written.
         """
+        model = self.accelerator.unwrap_model(self.model)
+        if model.settings.has_reference and model.reference is None:
+            model.freeze_reference()  # a checkpoint has its own
         checkpoint = resume_from_checkpoint or None
         if checkpoint is True:
             with self.args.main_process_first(local=False):  # it removes what is incomplete

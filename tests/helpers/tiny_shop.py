@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gflowgr.collaborative import EmbeddingScorer
 from gflowgr.data import LeaveOneOut, generate_builtin
-from gflowgr.models import FlowSettings, GFlowModel, TigerConfig, build_tiger
+from gflowgr.models import FlowSettings, GFlowModel, TigerConfig, build_tiger, prompt_tokens
 from gflowgr.pipeline.prepare import Catalogue, make_catalogue
 from gflowgr.training import GFlowGRConfig
 
@@ -35,6 +36,24 @@ def make_model(*, dropout: float = 0.0, seed: int = 0, **settings: Any) -> GFlow
     torch.manual_seed(seed)
     settings = {"objective": "tb", "max_history": MAX_HISTORY, **settings}
     return GFlowModel(backbone, catalogue.tree, catalogue.vocabulary, FlowSettings(**settings))
+
+
+def make_inputs(model: GFlowModel) -> dict[str, Tensor]:
+    """3 prompts with 4 trajectories; the last trajectory of prompt 1 is padding."""
+    items = torch.tensor([[3, 50, 120, 7], [9, 8, 77, 0], [199, 0, 64, 65]])
+    histories = torch.tensor([[5, 6, 7], [100, -1, -1], [1, 2, -1]])
+    input_ids, attention_mask = prompt_tokens(histories, model.item_tokens())
+    tokens = model.item_tokens()[items]
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, 3] = False
+    rewards = torch.tensor([[14.5, 0.4, 1.2, 2.5], [5.3, 0.9, 0.5, 1.0], [11.0, 3.0, 0.1, 2.0]])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "tokens": tokens,
+        "mask": mask,
+        "log_reward": rewards.log(),
+    }
 
 
 def make_scorer(num_items: int = 200) -> EmbeddingScorer:

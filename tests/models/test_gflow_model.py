@@ -9,30 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_shop import make_model, shop_catalogue
+from tiny_shop import make_inputs, make_model, shop_catalogue
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 from gflowgr.errors import DataError
-from gflowgr.models import FlowSettings, GFlowModel, PartitionHead, prompt_tokens
-
-
-def make_inputs(model: GFlowModel) -> dict[str, Tensor]:
-    """3 prompts with 4 trajectories; the last trajectory of prompt 1 is padding."""
-    items = torch.tensor([[3, 50, 120, 7], [9, 8, 77, 0], [199, 0, 64, 65]])
-    histories = torch.tensor([[5, 6, 7], [100, -1, -1], [1, 2, -1]])
-    input_ids, attention_mask = prompt_tokens(histories, model.item_tokens())
-    tokens = model.item_tokens()[items]
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    mask[1, 3] = False
-    rewards = torch.tensor([[14.5, 0.4, 1.2, 2.5], [5.3, 0.9, 0.5, 1.0], [11.0, 3.0, 0.1, 2.0]])
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "tokens": tokens,
-        "mask": mask,
-        "log_reward": rewards.log(),
-    }
+from gflowgr.models import FlowSettings, GFlowModel, PartitionHead
 
 
 def expected_loss(model: GFlowModel, inputs: dict[str, Tensor]) -> dict[str, float]:
@@ -123,7 +105,7 @@ def test_tb_needs_rewards() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "dpo"}, "objective must be one of"),
+        ({"objective": "ppo"}, "objective must be one of"),
         ({"partition": "none"}, "partition must be one of"),
         ({"normalize": "all"}, "normalize must be one of"),
         ({"beta": -1.0}, "beta must be finite and > 0; got -1.0"),
@@ -139,6 +121,15 @@ def test_tb_needs_rewards() -> None:
         ({"reduction": "none"}, "reduction must be one of"),
         ({"fusion": "max"}, "fusion must be one of"),
         ({"fusion_anchor": -1.0}, "fusion_anchor must be finite and >= 0; got -1.0"),
+        (
+            {"sft_weight": 1.0},
+            "sft_weight is of the objectives 'dpo', .* got 1.0 with .*'sft'",
+        ),
+        ({"preference_beta": 1.0, "objective": "db"}, "preference_beta is of the objectives dpo"),
+        ({"preference_beta": 0.0, "objective": "dpo"}, "preference_beta must be finite and > 0"),
+        ({"sft_weight": -1.0, "objective": "dpo"}, "sft_weight must be finite and >= 0; got -1.0"),
+        ({"fusion": "mlp", "objective": "grpo"}, "fusion 'mlp' is learned by flow losses"),
+        ({"importance_clip": 2.0, "objective": "grpo"}, "importance_clip is of the flow object"),
         ({"signals": []}, "signals must be a list of names"),
         ({"signals": ["r_b"]}, "'r_b' is neither one of"),
         ({"objective": "tb", "forward_looking": True}, "forward_looking needs objective 'db'"),
