@@ -108,7 +108,7 @@ def _bars(op: str, shape: AnyShape, row: Row) -> list[Bar]:
 def _step_bars(op: str, shape: StepShape, row: Row, add: Callable[..., None]) -> None:
     if not _full(shape):
         return
-    if op == "step-hidden":
+    if op == "beam-hidden":
         add("times faster than all logits first", row.speedup_logits, 20.0)
     elif shape.vocab == 1027:
         add("ms", row.ms, 0.7, most=True)
@@ -126,13 +126,13 @@ def _flat(best: dict[tuple[str, str], Row]) -> list[Bar]:
     groups: dict[int, list[Row]] = {}
     for (op, name), row in best.items():
         shape = read_shape(name)
-        if op == "step" and isinstance(shape, StepShape) and _full(shape):
+        if op == "beam" and isinstance(shape, StepShape) and _full(shape):
             groups.setdefault(shape.vocab, []).append(row)
     found = []
     for vocab, members in groups.items():
         times = [row.ms for row in members if row.ms]
         if len(times) > 1:
-            what = f"step, {_ROWS}, V {vocab}: the slowest catalogue over the fastest"
+            what = f"beam, {_ROWS}, V {vocab}: the slowest catalogue over the fastest"
             contended = any(row.contended for row in members)
             found.append(Bar(what, max(times) / min(times), _FLAT, True, contended))
     return found

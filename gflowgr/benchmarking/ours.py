@@ -19,7 +19,7 @@ _OPS = {
     "head": ("head_",),
     "children": ("children_",),
     "reductions": ("flow_loss",),
-    "step": ("beam_step",),
+    "beam": ("beam_step",),
     "walk": ("tree_walk",),
 }
 """First letters of the registered ops that do the work of a group."""

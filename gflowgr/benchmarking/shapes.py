@@ -10,15 +10,15 @@ GROUPS = {
     "logprobs": ("logprobs", "logprobs-frozen"),
     "children": ("children", "children-frozen"),
     "reductions": ("tb", "db", "subtb", "vargrad"),
-    "decode": ("step", "step-hidden", "search", "score"),
+    "decode": ("beam", "beam-hidden", "search", "score"),
     "tree": ("tree-build", "tree-walk", "tree-available", "tree-files"),
-    "train": ("train-step",),
+    "step": ("step",),
 }
 """Groups of ops; each op is one table."""
 
 OPS = tuple(op for group in GROUPS.values() for op in group)
 
-FLOAT32_OPS = (*GROUPS["reductions"], *GROUPS["decode"], *GROUPS["tree"], *GROUPS["train"])
+FLOAT32_OPS = (*GROUPS["reductions"], *GROUPS["decode"], *GROUPS["tree"], *GROUPS["step"])
 """Ops that are measured in float32 only: it is what they compute in."""
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,13 +30,13 @@ LENGTH = 4
 """Tokens of an identifier in the decode and tree benchmarks."""
 
 HIDDEN = 512
-"""Width of the states of ``step-hidden``."""
+"""Width of the states of ``beam-hidden``."""
 
 MODELS = ("t5", "gpt2", "qwen3")
 """Models of ``search``."""
 
 TRAINED = ("t5", "qwen3")
-"""Models of ``train-step``."""
+"""Models of ``step``."""
 
 _SMALL = 2  # prompts of a warm-up
 
@@ -91,13 +91,13 @@ class StepShape:
     @property
     def text(self) -> str:
         """As ``--shapes`` reads it."""
-        return f"step:{self.prompts}x{self.beams}x{self.vocab}x{_short(self.items)}"
+        return f"beam:{self.prompts}x{self.beams}x{self.vocab}x{_short(self.items)}"
 
     name = text
 
     def sizes(self, op: str) -> str:
         """For a title."""
-        width = f", d {HIDDEN}" if op == "step-hidden" else ""
+        width = f", d {HIDDEN}" if op == "beam-hidden" else ""
         rows = f"prompts {self.prompts}, beams {self.beams}"
         return f"{rows}{width}, V {self.vocab}, items {self.items:,}"
 
@@ -229,7 +229,7 @@ BEAUTY_ITEMS = 12101
 """Items of Amazon Beauty."""
 
 _FORMS = {
-    "step": ("step:PROMPTSxBEAMSxVxITEMS", "step:64x20x33124x10m"),
+    "beam": ("beam:PROMPTSxBEAMSxVxITEMS", "beam:64x20x33124x10m"),
     "score": ("score:PROMPTSxSOURCExITEMS", "score:4x60x12101"),
     "tree": ("tree:ITEMS", "tree:10m"),
 } | {model: (f"{model}:PROMPTSxSOURCExBEAMSxITEMS", f"{model}:8x60x20x12101") for model in MODELS}
@@ -259,7 +259,7 @@ def read_ops(names: list[str]) -> list[str]:
 
 
 def read_shape(text: str) -> AnyShape:
-    """A named shape, ``BxNxLxdxV``, or a kind and its numbers (``step:``, ``t5:``, ``tree:``, ...).
+    """A named shape, ``BxNxLxdxV``, or a kind and its numbers (``beam:``, ``t5:``, ``tree:``, ...).
 
     Numbers may end in k (thousand) or m (million). Raises ValueError, saying what was expected.
     """
@@ -287,7 +287,7 @@ def _read_kind(text: str, kind: str, rest: str) -> AnyShape:
     if sizes is None or len(sizes) != form.count("x") + 1:
         raise ValueError(f"shape {text!r}: expected {form}, such as {example}")
     _check_sizes(text, sizes)
-    if kind == "step":
+    if kind == "beam":
         shape = StepShape(*sizes)
         if shape.vocab < LENGTH * CODES:
             raise ValueError(f"shape {text!r}: V must be at least {LENGTH * CODES}")
@@ -329,9 +329,9 @@ def default_shapes(op: str, device: str) -> list[AnyShape]:
     gpu = device == "cuda"
     if op in GROUPS["tree"]:
         return [TreeShape(items) for items in (BEAUTY_ITEMS, 1_000_000, 10_000_000)]
-    if op in ("step", "step-hidden"):
+    if op in ("beam", "beam-hidden"):
         rows = ((1, 20), (8, 20), (64, 20), (512, 20)) if gpu else ((1, 10), (8, 20), (64, 20))
-        vocabularies = (1027, 33124) if op == "step" else (33124,)
+        vocabularies = (1027, 33124) if op == "beam" else (33124,)
         # Catalogues outermost: one is built, and serves all that follow.
         return [
             StepShape(prompts, beams, vocab, items)
@@ -345,7 +345,7 @@ def default_shapes(op: str, device: str) -> list[AnyShape]:
         return [SearchShape(*search, 20, BEAUTY_ITEMS) for search in searches]
     if op == "score":
         return [ScoreShape(4, 60, BEAUTY_ITEMS)]
-    if op in GROUPS["train"]:
+    if op in GROUPS["step"]:
         times = 8 if gpu else 1
         return [
             TrainShape("t5", 128 * times, 80, 4, BEAUTY_ITEMS),
@@ -362,9 +362,9 @@ def default_shapes(op: str, device: str) -> list[AnyShape]:
 
 def fits(op: str, shape: AnyShape) -> bool:
     """Whether a shape is of the kind that an op is measured at."""
-    kinds = {"step": StepShape, "step-hidden": StepShape, "search": SearchShape}
+    kinds = {"beam": StepShape, "beam-hidden": StepShape, "search": SearchShape}
     kinds |= {"score": ScoreShape} | dict.fromkeys(GROUPS["tree"], TreeShape)
-    kinds |= dict.fromkeys(GROUPS["train"], TrainShape)
+    kinds |= dict.fromkeys(GROUPS["step"], TrainShape)
     return isinstance(shape, kinds.get(op, Shape))
 
 

@@ -1,4 +1,4 @@
-"""Steps of a beam search: from logits (``step``), or from hidden states (``step-hidden``).
+"""Steps of a beam search: from logits (``beam``), or from hidden states (``beam-hidden``).
 
 A run makes the step at depths 1, 2 and 3 of the tree, each on beams at random nodes of that depth
 and the same logits or states; a time is that of one of the three on average. The first step of a
@@ -40,9 +40,9 @@ Step = Callable[[Inputs, int], Kept]
 
 
 def step_case(op: str, shape: StepShape, device: torch.device, peers: tuple[str, ...]) -> Case:
-    """``step`` or ``step-hidden``."""
+    """``beam`` or ``beam-hidden``."""
     catalogue = random_catalogue(shape.items, shape.vocab, device)
-    hidden = op == "step-hidden"
+    hidden = op == "beam-hidden"
     reference = _hidden_children_step if hidden else _logits_step
     case = Case(
         op,
@@ -83,7 +83,7 @@ def _add_variants(
         case.floors = {"logits": Floor(0.0, nbytes, bare)}
     floor = "children" if hidden else "logits"
     timing = {"trains": False, "scale": 1 / len(DEPTHS)}
-    case.add_ours("step", partial(_steps, ours), "float64", floor=floor, **timing)
+    case.add_ours("beam", partial(_steps, ours), "float64", floor=floor, **timing)
     if case.device.type == "cuda":
         _add_graph(case, ours, floor)
 

@@ -1,4 +1,4 @@
-"""Whole training steps (``train-step``): SFT, set-wise TB, and TB with a forward per trajectory.
+"""Whole training steps (``step``): SFT, set-wise TB, and TB with a forward per trajectory.
 
 Every variant is a :class:`~gflowgr.training.GFlowGRTrainer` of its own over the same random split,
 and a step is what the trainer does with a collated batch: collaborative scores, sampling, rewards,

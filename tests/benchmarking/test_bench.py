@@ -22,7 +22,7 @@ from gflowgr.cli import main
 
 Capture = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")
-LOSSES = [op for op in OPS if op not in (*GROUPS["decode"], *GROUPS["tree"])]
+LOSSES = [op for op in OPS if op not in (*GROUPS["decode"], *GROUPS["tree"], *GROUPS["step"])]
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +193,7 @@ def test_help_teaches(capsys: Capture) -> None:
         "letter, llm, tiger",
         "gflowgr bench head children",
         "exit code",
-        "step:PROMPTS",
+        "beam:PROMPTS",
     ):
         assert explained in " ".join(text.split())
 

@@ -47,7 +47,7 @@ def bench(*arguments: Any) -> int:
 
 
 def test_every_variant_is_right(tmp_path: Path) -> None:
-    shapes = ("step:2x3x1027x300", "t5:2x5x3x60", "score:1x5x40", "tree:500")
+    shapes = ("beam:2x3x1027x300", "t5:2x5x3x60", "score:1x5x40", "tree:500")
     out = tmp_path / "results"
     assert bench("decode", "tree", "--shapes", *shapes, "--out", out) == 0
     rows = json.loads((out / "bench.json").read_text())["rows"]
@@ -61,13 +61,13 @@ def test_every_variant_is_right(tmp_path: Path) -> None:
     def variants(op: str) -> set[str]:
         return {row["variant"] for row in rows if row["op"] == op}
 
-    assert variants("step") >= {
+    assert variants("beam") >= {
         "gflowgr/torch",
         "CSR, top-k of the candidates",
         "CSR, top-k of the vocabulary",
         "transformers, dict trie",
     }
-    assert variants("step-hidden") >= {"gflowgr/torch", "logits first, plain torch"}
+    assert variants("beam-hidden") >= {"gflowgr/torch", "logits first, plain torch"}
     assert variants("search") == {"gflowgr", "generate, dict trie"}
     assert variants("score") == {
         "gflowgr",
@@ -101,7 +101,7 @@ def test_a_wrong_step_is_neither_timed_nor_compared(
         return found._replace(scores=found.scores + 1e-3)
 
     monkeypatch.setattr(step_cases, "beam_step", off)
-    shape = ("step", "--shapes", "step:2x3x1027x300", "--peers", "csr")
+    shape = ("beam", "--shapes", "beam:2x3x1027x300", "--peers", "csr")
     assert bench(*shape, "--out", tmp_path / "o") == 1
     rows = json.loads((tmp_path / "o" / "bench.json").read_text())["rows"]
     ours = [row for row in rows if not row["family"]]
@@ -212,7 +212,7 @@ def test_equal_is_every_element() -> None:
 
 def test_what_comes_before_the_clock_and_scaled_times() -> None:
     """``prepare`` runs once for each new inputs; ``scale`` is of the times."""
-    case = build_case("step", read_shape("step:1x1x1027x20"), CPU, torch.float32, ())
+    case = build_case("beam", read_shape("beam:1x1x1027x20"), CPU, torch.float32, ())
     prepared = []
 
     def forward(inputs: Any) -> None:
@@ -249,19 +249,19 @@ def row(op: str, shape: str, ms: float, **values: Any) -> report.Row:
 
 def test_bars_are_judged_by_our_fastest_variant() -> None:
     rows = [
-        row("step", "step:64x20x1027x12101", 0.9),
-        row("step", "step:64x20x1027x12101", 0.5),
-        row("step", "step:64x20x1027x10m", 0.8),
-        row("step", "step:8x20x1027x10m", 9.0),  # nothing is asked of it
+        row("beam", "beam:64x20x1027x12101", 0.9),
+        row("beam", "beam:64x20x1027x12101", 0.5),
+        row("beam", "beam:64x20x1027x10m", 0.8),
+        row("beam", "beam:8x20x1027x10m", 9.0),  # nothing is asked of it
         row("search", "t5:64x60x20x12101", 1, speedup_transformers=9, memory_transformers=0.5),
         row("tree-build", "tree:10m", 1500, bytes_per_item=4.9, contended=True),
     ]
     assert [bar.text for bar in judge_bars(rows)] == [
-        "met: step, step:64x20x1027x12101: ms 0.5, at most 0.7",
-        "MISSED: step, step:64x20x1027x10m: ms 0.8, at most 0.7",
+        "met: beam, beam:64x20x1027x12101: ms 0.5, at most 0.7",
+        "MISSED: beam, beam:64x20x1027x10m: ms 0.8, at most 0.7",
         "met: search, t5:64x60x20x12101: times faster than generate 9, at least 8",
         "MISSED: search, t5:64x60x20x12101: of the memory of generate 0.5, at most 0.333",
         "met: tree-build, tree:10m: bytes per item 4.9, at most 5 (CONTENDED)",
         "met: tree-build, tree:10m: seconds 1.5, at most 2 (CONTENDED)",
-        "MISSED: step, 64x20, V 1027: the slowest catalogue over the fastest 1.6, at most 1.5",
+        "MISSED: beam, 64x20, V 1027: the slowest catalogue over the fastest 1.6, at most 1.5",
     ]

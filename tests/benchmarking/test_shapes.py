@@ -41,7 +41,7 @@ def test_numbers_are_a_shape() -> None:
 
 
 def test_a_kind_and_its_numbers_are_a_shape() -> None:
-    assert read_shape("step:64x20x33124x10m") == StepShape(64, 20, 33124, 10_000_000)
+    assert read_shape("beam:64x20x33124x10m") == StepShape(64, 20, 33124, 10_000_000)
     assert read_shape("T5:8x60x20x12k") == SearchShape("t5", 8, 60, 20, 12_000)
     assert read_shape("qwen3:1x512x20x12101") == SearchShape("qwen3", 1, 512, 20, 12101)
     assert read_shape("score:4x60x12101") == ScoreShape(4, 60, 12101)
@@ -54,7 +54,7 @@ def test_a_kind_and_its_numbers_are_a_shape() -> None:
 def test_a_shape_fits_the_ops_of_its_kind() -> None:
     kinds = (
         "2x2x2x2x2",
-        "step:1x1x1024x1",
+        "beam:1x1x1024x1",
         "t5:1x1x1x1",
         "score:1x1x1",
         "tree:1",
@@ -62,19 +62,19 @@ def test_a_shape_fits_the_ops_of_its_kind() -> None:
     )
     fitting = {text: [op for op in OPS if fits(op, read_shape(text))] for text in kinds}
     assert sorted(op for ops in fitting.values() for op in ops) == sorted(OPS)
-    assert fitting["step:1x1x1024x1"] == ["step", "step-hidden"]
+    assert fitting["beam:1x1x1024x1"] == ["beam", "beam-hidden"]
     assert fitting["score:1x1x1"] == ["score"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("step:1x2x3", "expected step:PROMPTSxBEAMSxVxITEMS, such as step:64x20x33124x10m"),
-        ("step:1x2x1023x9", "V must be at least 1024"),
+        ("beam:1x2x3", "expected beam:PROMPTSxBEAMSxVxITEMS, such as beam:64x20x33124x10m"),
+        ("beam:1x2x1023x9", "V must be at least 1024"),
         ("tree:10g", "expected tree:ITEMS, such as tree:10m"),
         ("train-qwen3:1x10x4x9", "SOURCE must be a multiple of 4"),
         ("t5:0x1x1x1", "every size must be at least 1"),
-        ("bart:1x1x1x1", "'bart' is none of step, score, tree, t5, gpt2, qwen3"),
+        ("bart:1x1x1x1", "'bart' is none of beam, score, tree, t5, gpt2, qwen3"),
         ("big", "shape 'big' is neither a name \\(letter, llm, tiger"),
         ("1x2x3x4", "five whole numbers such as 256x4x4x512x33024"),
         ("1x2x3x4x-5", "nor BxNxLxdxV"),
@@ -97,9 +97,9 @@ def test_groups_stand_for_their_ops() -> None:
         "vargrad",
     ]
     assert read_ops(["children", "children"]) == ["children", "children-frozen"]
-    assert read_ops(["decode"]) == ["step", "step-hidden", "search", "score"]
-    with pytest.raises(ValueError, match="op 'beam' is unknown; groups: head, logprobs"):
-        read_ops(["beam"])
+    assert read_ops(["decode"]) == ["beam", "beam-hidden", "search", "score"]
+    with pytest.raises(ValueError, match="op 'ray' is unknown; groups: head, logprobs"):
+        read_ops(["ray"])
 
 
 def test_every_op_has_shapes_on_both_devices() -> None:

@@ -23,7 +23,7 @@ SMALL = TrainShape("t5", 2, 8, 3, 50)
 
 def bench(*arguments: Any) -> int:
     shared = ("--no-progress", "--no-memory", "--repeats", "1")
-    return main(["bench", "train", *shared, *map(str, arguments)])
+    return main(["bench", "step", *shared, *map(str, arguments)])
 
 
 @pytest.mark.parametrize("model", ["t5", "qwen3"])
@@ -77,7 +77,7 @@ def test_a_step_is_the_trainers_and_leaves_the_weights(monkeypatch: pytest.Monke
         return compute(self, model, *arguments, **options)
 
     monkeypatch.setattr(train_step.GFlowGRTrainer, "compute_loss", counted)
-    case = train_step_case("train-step", SMALL, torch.device("cpu"), ())
+    case = train_step_case("step", SMALL, torch.device("cpu"), ())
     seen.clear()
     inputs = case.make_inputs(3)
     assert inputs["input_ids"].shape == (2, 8 + 1)  # two items of four tokens, and eos
@@ -91,7 +91,7 @@ def test_a_step_is_the_trainers_and_leaves_the_weights(monkeypatch: pytest.Monke
 
 def test_the_bar_is_for_the_published_sizes() -> None:
     def row(shape: str, speedup: float) -> report.Row:
-        named = ("train-step", shape, shape, "float32", "cpu", OURS, "", "", "ok", "")
+        named = ("step", shape, shape, "float32", "cpu", OURS, "", "", "ok", "")
         return report.Row(*named, None, None, ms=10.0, speedup_sft=speedup)
 
     rows = [
@@ -100,8 +100,7 @@ def test_the_bar_is_for_the_published_sizes() -> None:
         row("train-t5:2x80x4x12101", 0.1),
     ]
     assert [bar.text for bar in judge_bars(rows)] == [
-        "met: train-step, train-t5:128x80x4x12101: times the cost of an SFT step 1.11, "
-        "at most 1.15",
-        "MISSED: train-step, train-qwen3:32x256x4x12101: times the cost of an SFT step 1.25, "
+        "met: step, train-t5:128x80x4x12101: times the cost of an SFT step 1.11, at most 1.15",
+        "MISSED: step, train-qwen3:32x256x4x12101: times the cost of an SFT step 1.25, "
         "at most 1.15",
     ]
