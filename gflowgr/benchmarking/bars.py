@@ -109,7 +109,8 @@ def _step_bars(op: str, shape: StepShape, row: Row, add: Callable[..., None]) ->
     if not _full(shape):
         return
     if op == "beam-hidden":
-        add("times faster than all logits first", row.speedup_logits, 20.0)
+        if shape.vocab == 33124:
+            add("times faster than all logits first", row.speedup_logits, 20.0)
     elif shape.vocab == 1027:
         add("ms", row.ms, 0.7, most=True)
     elif shape.vocab == 33124:
