@@ -198,8 +198,22 @@ def fused_grpo_loss(
 ) -> Tensor | Logged:
     """GRPO from hidden states: :func:`gflowgr.ops.grpo_loss` with its log-probabilities made here.
 
-    ``reward`` [B, N] is the trajectories' reward, not its log; ``beta`` >= 0 weighs the divergence
-    from the reference. Other arguments, the result and errors as in :func:`fused_dpo_loss`.
+    Args:
+        hidden: [B, N, L, d]; ``hidden[b, n, l]`` predicts ``tokens[b, n, l]``.
+        weight: [V, d] output head.
+        tokens: [B, N, L] integer token ids, a prompt's group of N trajectories.
+        ref_hidden: [B, N, L, d'] states of the reference.
+        ref_weight: [V, d'] head of the reference.
+        reward: [B, N] rewards of the trajectories, not their logs; finite where valid.
+        bias, tree, mask, temperature, normalize, sparse_grad: as in
+            :func:`gflowgr.ops.trajectory_logprobs`; ``ref_bias`` [V] is the reference's.
+        beta: weight >= 0 of the divergence from the reference, in nats per token.
+        reduction: as in :func:`gflowgr.ops.grpo_loss`.
+        sft_weight: weight >= 0 of the supervised term; see the module's docstring.
+        return_log_pf: return ``(loss, log_pf, ref_log_pf)``, both [B, N, L] detached, for logs.
+
+    Returns:
+        A scalar, or [B] for reduction "none"; float32, or float64 if any floating input is.
 
     Source: Shao et al. 2024 (arXiv 2402.03300).
     """

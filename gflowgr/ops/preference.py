@@ -61,8 +61,17 @@ def dpo_loss(
     """DPO: ``-log sigmoid(beta (Delta_0 - Delta_1))`` of a chosen and a rejected trajectory.
 
     ``Delta_n`` is ``sum_l (log_pf - ref_log_pf)`` of trajectory n. Trajectory 0 is the chosen one,
-    trajectory 1 the rejected one; N must be 2, and for more it is :func:`sdpo_loss`, whose other
-    arguments, result and errors these are.
+    trajectory 1 the rejected one; for several rejected ones: :func:`sdpo_loss`.
+
+    Args:
+        log_pf: [B, 2, L] token log-probabilities, nats: the chosen trajectory, the rejected one.
+        ref_log_pf: [B, 2, L] of the reference.
+        mask: [B, 2, L] bool, a prefix of each row; None = all true.
+        beta: weight > 0 of the log-ratios.
+        reduction: "none" ([B]), "sum", "mean" or "prompt"; see the module's docstring.
+
+    Returns:
+        A scalar, or [B] for "none".
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
     """
