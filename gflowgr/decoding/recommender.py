@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..data import pad_histories
+from ..models.evaluating import evaluating
 from ..models.gflow_model import GFlowModel
 from ..models.prompts import prompt_tokens
-from ._evaluating import evaluating
 from .beam import Normalize, constrained_beam_search
 
 __all__ = ["GenerativeRecommender"]

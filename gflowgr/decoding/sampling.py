@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..models.decoders import decoder_for
+from ..models.evaluating import evaluating
 from ..tree import PrefixTree
-from ._evaluating import evaluating
 from ._tree_walk import TreeWalk, log1mexp, nothing
 from .admissible import admissible_for
 from .keyed_noise import prompt_keys

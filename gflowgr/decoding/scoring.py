@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..models.decoders import GenericDecoder, StepDecoder, decoder_for, decoder_kind
+from ..models.evaluating import evaluating
 from ..tree import PrefixTree
-from ._evaluating import evaluating
 from ._rows import distinct, parents_of
 from .tree_head import EdgeNormalize, TreeHead, check_options
 

@@ -16,6 +16,7 @@ from ..ops.flow_definitions import reduce_trajectories
 from ..rewards.fusion import RewardFusion
 from ..tree import PrefixTree
 from .backbone import output_head, trajectory_hidden_states
+from .evaluating import evaluating
 from .flow_settings import FlowSettings
 from .lora import has_lora
 from .objective import Head, flow_logs, flow_start, joint_loss, supervised_loss
@@ -186,11 +187,9 @@ class GFlowModel(nn.Module):
     @torch.no_grad()
     def log_probs(self, flow: dict[str, Tensor]) -> Tensor:
         """log P(trajectory | prompt) [B, N] of the inputs of :meth:`forward`, without dropout."""
-        was_training = self.training
-        self.eval()
         names = ("input_ids", "attention_mask", "tokens", "mask")
-        _, log_pf = self.log_pf(*(flow[name] for name in names))
-        self.train(was_training)
+        with evaluating(self):
+            _, log_pf = self.log_pf(*(flow[name] for name in names))
         return log_pf.sum(-1)
 
     def freeze_reference(self) -> None:
@@ -294,10 +293,8 @@ class GFlowModel(nn.Module):
     ) -> Tensor:
         """A start for :meth:`start_flow` from a batch [L], see
         :func:`gflowgr.models.objective.flow_start`; arguments as those of :meth:`forward`."""
-        was_training = self.training
-        self.eval()
-        _, log_pf = self.log_pf(input_ids, attention_mask, tokens, mask)
-        self.train(was_training)
+        with evaluating(self):
+            _, log_pf = self.log_pf(input_ids, attention_mask, tokens, mask)
         log_reward = self._log_reward(log_reward, signals)
         return flow_start(self.settings, log_pf, log_reward, tokens, mask)
 

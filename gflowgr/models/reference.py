@@ -17,6 +17,7 @@ from torch.func import functional_call
 from .. import files
 from ..errors import DataError
 from .backbone import output_head, trajectory_hidden_states
+from .evaluating import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,12 +56,10 @@ class Reference:
     ) -> ReferenceStates:
         """What the reference makes of trajectories, without dropout; arguments as those of
         :func:`gflowgr.models.trajectory_hidden_states`."""
-        was_training = backbone.training
-        backbone.eval()
         weights = {f"backbone.{name}": value for name, value in self.weights.items()}
         inputs = (input_ids, attention_mask, tokens, mask)
-        states = functional_call(_States(backbone), weights, inputs)
-        backbone.train(was_training)
+        with evaluating(backbone):
+            states = functional_call(_States(backbone), weights, inputs)
         return cast(ReferenceStates, states)
 
     def save(self, folder: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..decoding import constrained_beam_search, item_logprobs, sample_items
+from ..models.evaluating import evaluating
 from .base import Floats, Ints, SampleRequest
 
 if TYPE_CHECKING:
@@ -81,37 +82,35 @@ class BackboneProposer:
         barred = torch.from_numpy(exclude).to(input_ids.device)
         tree = _tree(model, input_ids.device)
         normalize, temperature = model.settings.normalize, self.temperature
-        was_training = model.training
-        model.eval()
-        if self.method == "beam":
-            found = constrained_beam_search(
-                model.backbone,
-                input_ids,
-                attention_mask,
-                tree,
-                num_beams=count,
-                normalize=normalize,
-                temperature=temperature,
-                exclude=barred,
-            )
-            items, log_probs = found.items, found.scores
-        else:
-            drawn = sample_items(
-                model.backbone,
-                input_ids,
-                attention_mask,
-                tree,
-                count,
-                # Another step of the same epoch never asks for the same example again.
-                seed=self.seed + 0x9E3779B1 * (request.epoch + 1),
-                replacement=self.method == "sample",
-                normalize=normalize,
-                temperature=temperature,
-                exclude=barred,
-                keys=torch.from_numpy(request.examples),
-            )
-            items, log_probs = drawn.items, drawn.log_probs
-        model.train(was_training)
+        with evaluating(model):
+            if self.method == "beam":
+                found = constrained_beam_search(
+                    model.backbone,
+                    input_ids,
+                    attention_mask,
+                    tree,
+                    num_beams=count,
+                    normalize=normalize,
+                    temperature=temperature,
+                    exclude=barred,
+                )
+                items, log_probs = found.items, found.scores
+            else:
+                drawn = sample_items(
+                    model.backbone,
+                    input_ids,
+                    attention_mask,
+                    tree,
+                    count,
+                    # Another step of the same epoch never asks for the same example again.
+                    seed=self.seed + 0x9E3779B1 * (request.epoch + 1),
+                    replacement=self.method == "sample",
+                    normalize=normalize,
+                    temperature=temperature,
+                    exclude=barred,
+                    keys=torch.from_numpy(request.examples),
+                )
+                items, log_probs = drawn.items, drawn.log_probs
         return Proposals(items.cpu().numpy(), log_probs.float().cpu().numpy())
 
     def log_probs(self, request: SampleRequest, items: Ints) -> Floats:
