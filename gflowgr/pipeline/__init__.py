@@ -3,7 +3,7 @@
 from .config import ConfigError, RunConfig
 from .quickstart import quickstart_config
 from .report import run_and_report
-from .stages import RunResult, run
+from .run import RunResult, run
 
 __all__ = [
     "ConfigError",

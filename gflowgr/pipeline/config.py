@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import torch
 
-from ..errors import GFlowGRError
 from ..models.causal_lm_build import CausalConfig
 from ..models.gflow_model import FlowSettings
 from ..models.lora import LoraSettings
 from ..models.tiger import TigerConfig
+from .yaml_file import ConfigError, apply_override, expand, read_yaml
 
 if TYPE_CHECKING:
     from ..training.config import GFlowGRConfig
@@ -31,10 +29,6 @@ __all__ = [
     "RunConfig",
     "training_arguments",
 ]
-
-
-class ConfigError(GFlowGRError, ValueError):
-    """A configuration that cannot be run; the message names the key."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +127,6 @@ class RunConfig:
     caveats: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.flow.objective == "sft":
-            raise ConfigError("flow.objective is 'sft': there is nothing to fine-tune with")
         if self.data.max_history != self.flow.max_history:
             object.__setattr__(
                 self, "flow", dataclasses.replace(self.flow, max_history=self.data.max_history)
@@ -171,24 +163,15 @@ class RunConfig:
         Raises:
             ConfigError: not YAML, an unknown key, a value of a wrong type, an unset variable.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: not UTF-8 text, byte {error.start:,}") from error
-        values = _parse_yaml(text, str(path))
-        if not isinstance(values, dict):
-            found = type(values).__name__
-            raise ConfigError(f"{path}: expected sections such as 'data:', got {found}")
+        values = read_yaml(path)
         for override in overrides:
-            _apply_override(values, override)
+            apply_override(values, override)
         return cls.from_dict(values, source=str(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> RunConfig:
         """Build from nested dictionaries; see :meth:`load` for the errors."""
-        built: RunConfig = _build(cls, _expand(dict(values), source), source)
+        built: RunConfig = _build(cls, expand(dict(values), source), source)
         return built
 
     def to_dict(self) -> dict[str, Any]:
@@ -263,58 +246,6 @@ def _check_type(where: str, value: Any, annotation: Any) -> None:
             return
         names.append("nothing" if kind is type(None) else plain.__name__)
     raise ConfigError(f"{where} must be {' or '.join(names)}, got {value!r}")
-
-
-def _expand(value: Any, source: str) -> Any:
-    """Replace ``${NAME}`` in every text."""
-    if isinstance(value, dict):
-        return {key: _expand(item, source) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, source) for item in value]
-    if not isinstance(value, str):
-        return value
-
-    def lookup(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if name not in os.environ:
-            raise ConfigError(f"{source}: {value!r} needs the environment variable {name}; set it")
-        return os.environ[name]
-
-    return re.sub(r"\$\{(\w+)\}", lookup, value)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """As in YAML 1.2, and not 1.1: ``5e-4`` is a number, ``no`` and ``on`` are texts."""
-
-    boolean = "tag:yaml.org,2002:bool"
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != boolean]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    words = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
-    Loader.add_implicit_resolver(boolean, words, list("tTfF"))
-    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"--set {override!r} must be section.key=value")
-    target = values
-    *parents, last = path.split(".")
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {override!r}: {parent} is not a section")
-    target[last] = _parse_yaml(text, f"--set {override!r}")
 
 
 def training_arguments(values: Mapping[str, Any], output_dir: str, seed: int) -> GFlowGRConfig:

@@ -49,6 +49,12 @@ class Catalogue:
     tokens: np.ndarray
     tokenizer: PreTrainedTokenizerBase | None = None
 
+    @property
+    def leaf_of(self) -> np.ndarray:
+        """The identifier of each item, int64 [items]; items that share one have the same."""
+        leaves: np.ndarray = self.tree.leaf_of(torch.arange(self.tree.num_items)).numpy()
+        return leaves
+
 
 def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
     """The dataset of ``config.path``, or the built-in one (generated once, then read again)."""

@@ -20,7 +20,7 @@ from ..evaluation import (
 from ..models.flow_settings import FlowSettings
 from .config import RunConfig
 from .processes import is_first_process
-from .stages import RunResult, run
+from .run import RunResult, run
 
 __all__ = ["run_and_report"]
 

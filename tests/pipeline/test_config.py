@@ -70,7 +70,6 @@ def test_samplers_are_named_mixed_and_tuned(tmp_path: Path) -> None:
         ({"output_dir": 7}, "output_dir must be str, got 7"),
         ({"evaluation": {"max_users": "all"}}, "max_users must be int or nothing, got 'all'"),
         ({"evaluation": {"collision": "no"}}, "collision must be one of ['item', 'string'], got"),
-        ({"flow": {"objective": "sft"}}, "flow.objective is 'sft': there is nothing to fine-tune"),
         ({"flow": {"beta": -1.0}}, "beta must be finite and > 0; got -1.0"),
         ({"flow": {"signals": "r_a"}}, "flow: signals must be list, got 'r_a'"),
         ({"flow": {"signals": ["r_b"]}}, "signals: 'r_b' is neither one of"),

@@ -159,7 +159,7 @@ def test_interrupted_between_the_last_step_and_the_end_of_a_stage(
 
     with monkeypatch.context() as patch:
         patch.setattr(GFlowGRTrainer, "training_step", None)  # SFT must not train
-        patch.setattr("gflowgr.pipeline.stages._mark_done", _stop_after_mark(folder / "sft"))
+        patch.setattr("gflowgr.pipeline.stages.mark_done", _stop_after_mark(folder / "sft"))
         assert train(config) == 130
     weights = "sft/model/model.safetensors"
     assert (folder / weights).read_bytes() == (finished_run / weights).read_bytes()
@@ -245,6 +245,13 @@ def test_folder_of_another_run_is_left_alone(
     assert "seed: 1 there, 2 here" in error
     assert "beta" in error
     assert contents(finished_run) == before
+
+
+def test_fine_tuning_by_sft_alone_is_refused_before_any_work(tmp_path: Path) -> None:
+    values = tiny_run(tmp_path / "run") | {"flow": {"objective": "sft"}}
+    with pytest.raises(ConfigError, match="objective is 'sft': there is nothing to fine-tune"):
+        run(RunConfig.from_dict(values))
+    assert not (tmp_path / "run").exists()
 
 
 def test_item_vectors_of_another_catalogue(tmp_path: Path) -> None:
