@@ -77,7 +77,7 @@ def flow_calibration(
     """
     log_probs, log_reward = _check(log_probs, log_reward, beta, leaf_of)
     if leaf_of is not None:
-        log_probs = log_probs - _log_group_size(leaf_of.to(log_probs.device))
+        log_probs = log_probs - log_group_size(leaf_of.to(log_probs.device))
     log_reward = beta * log_reward
     both = log_probs.isfinite() & log_reward.isfinite()
     total_p = log_probs.logsumexp(1, keepdim=True)
@@ -93,7 +93,7 @@ def flow_calibration(
     return FlowCalibration(*(measure.cpu() for measure in measures))
 
 
-def _log_group_size(leaf_of: Tensor) -> Tensor:
+def log_group_size(leaf_of: Tensor) -> Tensor:
     """Log of the number of items that share each item's identifier [items]; 0 without one."""
     sizes = leaf_of.clamp_min(0).bincount(weights=(leaf_of >= 0).double())
     return torch.where(leaf_of >= 0, sizes[leaf_of.clamp_min(0)], 1.0).log()

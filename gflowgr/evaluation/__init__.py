@@ -1,7 +1,9 @@
-"""Evaluation: full ranking, metrics with their rules, tables, reports and plots."""
+"""Evaluation: full ranking, metrics with their rules, analysis, tables, reports and plots."""
 
 from __future__ import annotations
 
+from gflowgr.evaluation.analysis import Analysis, analyse
+from gflowgr.evaluation.calibration import Calibration, measure_calibration
 from gflowgr.evaluation.evaluate import Evaluation, evaluate
 from gflowgr.evaluation.recommender import Recommender, ScoringRecommender
 from gflowgr.evaluation.report import (
@@ -14,15 +16,19 @@ from gflowgr.evaluation.report import (
 from gflowgr.evaluation.tables import TableRow, format_table
 
 __all__ = [
+    "Analysis",
+    "Calibration",
     "Evaluation",
     "Example",
     "Recommender",
     "Report",
     "ScoringRecommender",
     "TableRow",
+    "analyse",
     "evaluate",
     "example_recommendations",
     "format_table",
     "machine_summary",
+    "measure_calibration",
     "write_report",
 ]

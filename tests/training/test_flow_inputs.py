@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from tiny_shop import make_args, make_model, make_scorer, shop
 
+from gflowgr.evaluation.calibration import catalogue_log_reward
 from gflowgr.training.batches import PromptCollator
-from gflowgr.training.calibrating import _catalogue_log_reward
 from gflowgr.training.flow_inputs import FlowInputs
 
 
@@ -30,7 +30,7 @@ def test_catalogue_rewards_are_those_of_training(tmp_path: Path) -> None:
         {**flow, "tokens": every, "mask": torch.ones_like(every, dtype=torch.bool)}
     )
     scores = make_scorer().score(batch["histories"], None)
-    catalogue = _catalogue_log_reward(
+    catalogue = catalogue_log_reward(
         make_inputs.reward,
         model.item_tokens(),
         batch["target"],
