@@ -196,7 +196,7 @@ def evaluation_stage(
     settings: EvaluationConfig,
     split: LeaveOneOut,
     recommender: Recommender,
-    leaf_of: np.ndarray,
+    leaf_of: np.ndarray | None,
     folder: Path,
     screen: Screen,
 ) -> Evaluation:
@@ -206,7 +206,7 @@ def evaluation_stage(
         settings: the rules.
         split: the data.
         recommender: what is evaluated.
-        leaf_of: the identifier of each item [items].
+        leaf_of: the identifier of each item [items]; needed by the rule "string".
         folder: of this evaluation.
         screen: where to report.
     """
