@@ -28,6 +28,7 @@ __all__ = ["Outcome", "Resources", "cell_states", "run_experiment", "select_cell
 
 _POLL_SECONDS = 0.2
 _FACTS = "experiment.json"
+_WORK = (sys.executable, "-m", f"{__package__}.work")
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ class _Scheduler:
         }
         with log.open("a", encoding="utf-8") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.work"],
+                _WORK,
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,

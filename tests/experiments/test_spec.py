@@ -1,0 +1,160 @@
+"""What an experiment's file may say, what it becomes, and what is refused before any work."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_experiment import tiny_experiment
+
+from gflowgr.experiments import ExperimentSpec, cells_of, shipped_specs
+from gflowgr.experiments.cells import check_claims, claim
+from gflowgr.pipeline import ConfigError
+
+
+def spec_of(**changes: Any) -> ExperimentSpec:
+    return ExperimentSpec.from_dict(tiny_experiment() | changes)
+
+
+def test_cells_are_the_product_of_datasets_identifiers_seeds_and_methods() -> None:
+    two = {"data": {"users": 100, "items": 100}, "identifiers": ["kmeans", "rqvae"]}
+    spec = spec_of(seeds=[1, 2], datasets={"one": {}, "two": two})
+    ids = [cell.id for cell in cells_of(spec)]
+    assert len(set(ids)) == len(ids)
+    assert ids[:4] == [
+        "one/seed_1/collaborative",
+        "one/seed_1/identifiers/sft",
+        "one/seed_1/identifiers/sft_continued",
+        "one/seed_1/identifiers/gflowgr_tb",
+    ]
+    # 2 seeds: one collaborative model per dataset, and a start and 2 methods per identifiers.
+    assert len(ids) == 2 * (2 + 3 * (1 + 2))
+    assert "two/seed_2/rqvae/gflowgr_tb" in ids
+
+
+def test_every_cell_comes_after_those_that_it_needs() -> None:
+    seen: set[str] = set()
+    for cell in cells_of(spec_of(seeds=[1, 2])):
+        assert seen.issuperset(cell.needs), cell.id
+        seen.add(cell.id)
+
+
+def test_methods_share_everything_but_their_own_settings() -> None:
+    spec = spec_of()
+    track = spec.tracks[0]
+    sft, flow = (spec.config(track, method) for method in spec.methods)
+    assert (sft.flow.objective, flow.flow.objective) == ("sft", "tb")
+    for part in ("seed", "data", "collaborative", "model", "sft", "finetune", "evaluation"):
+        assert getattr(sft, part) == getattr(flow, part), part
+
+
+def test_a_dataset_may_change_the_base() -> None:
+    spec = spec_of(datasets={"one": {}, "two": {"sft": {"max_steps": 99}}})
+    steps = [spec.config(track).sft["max_steps"] for track in spec.tracks]
+    assert steps == [12, 99]
+    assert spec.config(spec.tracks[1]).sft["learning_rate"] == 1e-2, "the rest of it stays"
+
+
+def test_variants_change_one_thing_of_their_method() -> None:
+    spec = spec_of(
+        ablations={"GFlowGR-TB": {"without r_a": {"flow": {"signals": ["r_sim"]}}}},
+        grids={"GFlowGR-TB": {"flow.gfn_weight": [0.5, 1.0], "finetune.num_trajectories": [2, 3]}},
+    )
+    variants = {method.name: method for method in spec.methods if method.group != "main"}
+    assert list(variants) == [
+        "GFlowGR-TB without r_a",
+        "GFlowGR-TB gfn_weight=0.5",
+        "GFlowGR-TB gfn_weight=1.0",
+        "GFlowGR-TB num_trajectories=2",
+        "GFlowGR-TB num_trajectories=3",
+    ]
+    assert {method.of for method in variants.values()} == {"GFlowGR-TB"}
+    config = spec.config(spec.tracks[0], variants["GFlowGR-TB gfn_weight=0.5"])
+    assert config.flow.gfn_weight == 0.5
+    # What the method itself has, by the defaults, too, is not trained a second time.
+    aliases = [name for name, method in variants.items() if method.alias]
+    assert aliases == ["GFlowGR-TB gfn_weight=1.0", "GFlowGR-TB num_trajectories=3"]
+    assert len(cells_of(spec)) == 2 + 2 + 3
+
+
+def test_a_spec_survives_json() -> None:
+    spec = spec_of(grids={"GFlowGR-TB": {"flow.beta": [1.0, 2.0]}})
+    again = ExperimentSpec.from_plain(json.loads(json.dumps(spec.to_dict())))
+    assert again == spec
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"datsets": {}}, "unknown key 'datsets'; known: name, title"),
+        ({"seeds": []}, "seeds is missing or empty"),
+        ({"seeds": [1, 1]}, r"seeds must be different integers, got \[1, 1\]"),
+        ({"seeds": [1.5]}, r"seeds must be different integers, got \[1.5\]"),
+        ({"methods": {}}, "methods is missing or empty"),
+        ({"baseline": "SFT"}, "baseline 'SFT' is no method"),
+        ({"base": {"modle": {}}}, "base: unknown section 'modle'; known: data, collaborative"),
+        ({"base": {"data": {"identifiers": "x"}}}, "data.identifiers: name them in the list"),
+        ({"datasets": {"a/b": {}}}, "datasets: 'a/b' names a folder"),
+        ({"datasets": {"a": {"identifiers": []}}}, "a: identifiers must be a list of different"),
+        ({"datasets": {"a": {"flow": {"bata": 1.0}}}}, "a: flow: unknown key 'bata'; did you mean"),
+        ({"methods": {"A": {"sft": {}}}}, "methods: A: unknown section 'sft'; known: flow, finetu"),
+        ({"methods": {"A": {"flow": {"beta": -1.0}}}}, "A: flow: beta must be finite and > 0"),
+        ({"methods": {"SFT": {}}}, "methods: 'SFT' is too like 'the start'"),
+        ({"methods": {"A-B": {}, "a b": {}}}, "methods: 'a b' is too like 'A-B'"),
+        ({"ablations": {"X": {}}}, "ablations: 'X' is no method; there are SFT continued"),
+        ({"grids": {"GFlowGR-TB": {"sft.max_steps": [1]}}}, "grids: GFlowGR-TB: unknown section"),
+        ({"grids": {"GFlowGR-TB": {"flow.beta": 1.0}}}, "flow.beta must be a list, got 1.0"),
+        ({"grids": {"GFlowGR-TB": {"flow.bta": [1.0]}}}, "unknown key 'bta'; did you mean 'beta'"),
+        ({"name": 3}, "name must be str, got 3"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(change: dict[str, Any], message: str) -> None:
+    values = copy.deepcopy(tiny_experiment()) | change
+    if "methods" in change or "datasets" in change:
+        values.pop("baseline")
+    with pytest.raises(ConfigError, match=message):
+        ExperimentSpec.from_dict(values)
+
+
+def test_overrides_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = tiny_experiment() | {"title": "${SHOP} twice"}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match="needs the environment variable SHOP"):
+        ExperimentSpec.load(tmp_path / "spec.yaml")
+    monkeypatch.setenv("SHOP", "Both")
+    spec = ExperimentSpec.load(tmp_path / "spec.yaml", ["base.sft.max_steps=7", "seeds=[9]"])
+    assert (spec.title, spec.seeds) == ("Both twice", [9])
+    assert spec.config(spec.tracks[0]).sft["max_steps"] == 7
+
+
+@pytest.mark.parametrize("name", shipped_specs())
+def test_shipped_experiments_can_be_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GFLOWGR_DATA", "/data")
+    spec = ExperimentSpec.load(name)
+    assert spec.name == name
+    assert len(spec.seeds) == 3
+    assert spec.baseline == "SFT continued"
+
+
+def test_a_folder_of_other_values_is_refused(tmp_path: Path) -> None:
+    spec = spec_of()
+    start = cells_of(spec)[1]
+    claim(start, spec, tmp_path)
+    check_claims(spec, cells_of(spec), tmp_path)
+    longer = ExperimentSpec.from_dict(tiny_experiment(sft={"max_steps": 50}))
+    with pytest.raises(ConfigError, match=r"sft.max_steps: 12 there, 50 here.*delete these in it"):
+        check_claims(longer, cells_of(longer), tmp_path)
+
+
+def test_where_the_data_lie_is_not_what_results_are_made_from() -> None:
+    here, there = (
+        ExperimentSpec.from_dict(tiny_experiment(data={"path": f"{place}/Beauty"}))
+        for place in ("/here", "/there")
+    )
+    for one, other in zip(cells_of(here), cells_of(there), strict=True):
+        assert one.made_from(here) == other.made_from(there)
+        assert "/here" not in json.dumps(one.made_from(here))
