@@ -104,10 +104,11 @@ class InteractionLevel:
 
     Args:
         behaviour_values: behaviour name -> value, such as ``{"purchase": 10, "click": 1}``; None:
-            :func:`default_behaviour_values`. ``"impression"`` is the value of an item that was
-            shown and passed over, 0 unless given.
+            :func:`default_behaviour_values`.
         behaviour_names: names by behaviour code, as the dataset has them.
         default_value: value of an observed item whose behaviour is not recorded.
+        side: which side behaviour the sampler ``"impressions"`` takes; its value is that of
+            ``behaviour_values``, else 3 for a cart and 0 for an impression.
 
     Raises:
         ValueError: a value is negative or not finite, or a behaviour has none.
@@ -121,6 +122,7 @@ class InteractionLevel:
         behaviour_names: Sequence[str] = (),
         *,
         default_value: float = _LIKED,
+        side: str = "impression",
     ) -> None:
         if behaviour_values is None:
             behaviour_values = default_behaviour_values(behaviour_names)
@@ -136,7 +138,9 @@ class InteractionLevel:
         table = [behaviour_values[name] for name in behaviour_names]
         # Shown (-3), augmented (-2) and not recorded (-1) come last, where negative indices find
         # them.
-        shown = behaviour_values.get("impression", 0.0)
+        shown = behaviour_values.get(side, 0.0 if side == "impression" else _PAPER.get(side))
+        if shown is None:
+            raise ValueError(f"behaviour_values has no value for the side behaviour {side!r}")
         self._table = torch.tensor([*table, shown, 0.0, default_value], dtype=torch.float32)
 
     def __call__(self, context: SignalContext) -> Tensor:
@@ -219,12 +223,13 @@ def make_signals(
     behaviour_values: Mapping[str, float] | None = None,
     behaviour_names: Sequence[str] = (),
     default_value: float = _LIKED,
+    side: str = "impression",
 ) -> list[RewardSignal]:
     """The signals of these names, see the module's docstring.
 
     Args:
         names: of :data:`SIGNALS`, or ``"module:Class"``.
-        behaviour_values, behaviour_names, default_value: of :class:`InteractionLevel`.
+        behaviour_values, behaviour_names, default_value, side: of :class:`InteractionLevel`.
 
     Raises:
         ValueError: an unknown name, a class that cannot be had or is no signal, two signals of one
@@ -233,8 +238,11 @@ def make_signals(
     made: list[RewardSignal] = []
     for name in check_signal_names(names):
         if name == "r_a":
-            level = InteractionLevel(behaviour_values, behaviour_names, default_value=default_value)
-            made.append(level)
+            made.append(
+                InteractionLevel(
+                    behaviour_values, behaviour_names, default_value=default_value, side=side
+                )
+            )
         elif name == "r_yhat":
             made.append(EstimatedScore())
         elif name == "r_generation":

@@ -216,6 +216,7 @@ def make_reward(model: GFlowModel, args: GFlowGRConfig, split: LeaveOneOut) -> B
         behaviour_values=args.behaviour_values,
         behaviour_names=split.dataset.behaviour_names,
         default_value=args.default_behaviour_value,
+        side=args.sampler_settings.side,
     )
     return BehaviourAwareReward(signals, model.fusion)
 

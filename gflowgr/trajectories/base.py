@@ -73,7 +73,7 @@ class TrajectorySet:
         items: item ids [B, N]; -1 where a user has no further admissible item.
         behaviours: behaviour code of each item [B, N], :data:`NOT_RECORDED` for an observed one
             without a code, :data:`AUGMENTED` for an item the user was not observed with,
-            :data:`SHOWN` for an impression.
+            :data:`SHOWN` for one of a side behaviour.
         difficulty: for each augmented item [B, N - 1], the share of the catalogue that the
             collaborative model scores below it, or None without a model.
         log_proposal: log-probability [B, N] with which the backbone proposed each item when it

@@ -246,28 +246,34 @@ class LogSampler(TrajectorySampler):
 
 
 class ImpressionSampler(TrajectorySampler):
-    """Items that the user was shown and did not engage with: the reward table's lowest level.
+    """Items of a side behaviour: shown and not engaged with, or put into the cart and not bought.
 
-    They come from the side behaviour ``"impression"``, in another random order for each example and
-    epoch. Left out is whatever the user engaged with at another time. Where there are fewer than
-    N - 1, unobserved items fill up.
+    They come in another random order for each example and epoch. Left out is whatever the user
+    engaged with at another time. Where there are fewer than N - 1, unobserved items fill up.
 
     Args:
         pool: knows what may be sampled.
         num_trajectories: N, the positive included.
         split: the data.
+        side: which side behaviour.
 
     Raises:
-        ValueError: the data have no impressions.
+        ValueError: the data do not have it.
     """
 
-    def __init__(self, pool: CandidatePool, num_trajectories: int, split: LeaveOneOut) -> None:
+    def __init__(
+        self,
+        pool: CandidatePool,
+        num_trajectories: int,
+        split: LeaveOneOut,
+        side: str = "impression",
+    ) -> None:
         super().__init__(pool, num_trajectories)
         data = split.dataset
-        shown = data.side.get("impression")
+        shown = data.side.get(side)
         if shown is None or not len(shown.values):
             raise ValueError(
-                "the sampler 'impressions' needs the side behaviour 'impression', which "
+                f"the sampler 'impressions' needs the side behaviour {side!r}, which "
                 f"{data.name} does not have; it has {list(data.side) or 'none'}"
             )
         pairs, engaged = (

@@ -55,6 +55,7 @@ class SamplerSettings:
         window: logs: events before and after the positive that count as its neighbours.
         session_gap: logs: longest pause within a session, in the data's time units; None: the
             window alone.
+        side: impressions: the side behaviour that they are, such as ``"cart"``.
         method: on_policy: ``"beam"``, ``"sample"`` or ``"sample_without_replacement"``.
         temperature: on_policy, confidence: divides the backbone's logits.
         num_proposals: on_policy, confidence: items asked for per prompt (default 2 (N - 1)).
@@ -78,6 +79,7 @@ class SamplerSettings:
     alpha: float = 0.75
     window: int = 10
     session_gap: float | None = None
+    side: str = "impression"
     method: ProposalMethod = "beam"
     temperature: float = 1.0
     num_proposals: int | None = None
@@ -198,7 +200,7 @@ def make_sampler(
                 pool, count, split, window=settings.window, session_gap=settings.session_gap
             )
         if name == "impressions":
-            return ImpressionSampler(pool, count, split)
+            return ImpressionSampler(pool, count, split, settings.side)
         fallback = build(settings.fallback or ("curriculum" if has_scores else "random"))
         if name == "on_policy":
             return OnPolicySampler(

@@ -66,6 +66,22 @@ def test_behaviours_decide_r_a(behaviours: list[int], values: list[float]) -> No
     assert parts["r_a"].tolist() == [values]
 
 
+@pytest.mark.parametrize(
+    ("side", "given", "value"),
+    [("cart", {}, 3.0), ("cart", {"cart": 2.0}, 2.0), ("wish", {"wish": 1.0}, 1.0)],
+)
+def test_a_side_behaviour_has_a_value(side: str, given: dict[str, float], value: float) -> None:
+    values = {"click": 1.0, "purchase": 10.0, **given}
+    made = make_signals(["r_a"], behaviour_values=values, behaviour_names=NAMES, side=side)
+    context = dataclasses.replace(CONTEXT, behaviours=torch.tensor([[1, SHOWN, AUGMENTED, 0]]))
+    assert BehaviourAwareReward(made)(context).parts["r_a"][0, 1] == value
+
+
+def test_a_side_behaviour_without_a_value_is_refused() -> None:
+    with pytest.raises(ValueError, match="no value for the side behaviour 'wish'"):
+        make_signals(["r_a"], side="wish")
+
+
 @pytest.mark.parametrize(("given", "value"), [({}, 0.0), ({"impression": 0.25}, 0.25)])
 def test_an_impression_is_worth_what_the_values_say(given: dict[str, float], value: float) -> None:
     """Beside an augmented item, which is always worth nothing."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_world import LEAF_OF, NUM_ITEMS, ask, world, world_pool
 
-from gflowgr.data import Ragged
+from gflowgr.data import LeaveOneOut, Ragged
 from gflowgr.trajectories import (
     AUGMENTED,
     NOT_RECORDED,
@@ -264,6 +264,17 @@ def test_impressions_are_what_the_user_passed_over_then_unobserved_items() -> No
 def test_impressions_differ_between_epochs() -> None:
     sampler = ImpressionSampler(world_pool(), 2, world(impressions=True))
     assert (sampler.sample(ask(epoch=0)).items != sampler.sample(ask(epoch=1)).items).any()
+
+
+def test_another_side_behaviour_may_take_their_place() -> None:
+    shop = world(impressions=True)
+    carts = replace(shop.dataset, side={"cart": shop.dataset.side["impression"]})
+    named = ImpressionSampler(world_pool(), 2, LeaveOneOut(carts), side="cart")
+    plain = ImpressionSampler(world_pool(), 2, shop)
+    asked = ask()
+    np.testing.assert_array_equal(named.sample(asked).items, plain.sample(asked).items)
+    with pytest.raises(ValueError, match="needs the side behaviour 'impression', which world does"):
+        ImpressionSampler(world_pool(), 2, LeaveOneOut(carts))
 
 
 def test_data_without_impressions_are_refused() -> None:
