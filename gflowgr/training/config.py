@@ -11,7 +11,15 @@ from transformers import TrainingArguments
 from ..models.flow_settings import FlowSettings
 from ..trajectories import SamplerSettings
 
-__all__ = ["GFlowGRConfig"]
+__all__ = ["GFlowGRConfig", "multiplies_bf16"]
+
+
+def multiplies_bf16(on_cpu: bool) -> bool:
+    """Whether the CPU, or the accelerator, has instructions for products of bfloat16 numbers."""
+    if on_cpu:
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @dataclass
@@ -29,6 +37,14 @@ class GFlowGRConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the rate."})
     report_to: str | list[str] | None = field(
         default="none", metadata={"help": "Where to report to; by default nowhere."}
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Products in bfloat16 (autocast); weights and optimiser are float32. None: if "
+            "the device has instructions for it (a GPU since Ampere; a CPU with AVX512-BF16 or "
+            "AMX) and fp16 is not asked for; false: all in float32."
+        },
     )
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Users per call."})
     metric_for_best_model: str | None = field(
@@ -111,6 +127,8 @@ class GFlowGRConfig(TrainingArguments):
     def __post_init__(self) -> None:
         # Said outright, because several processes on a CPU share the work only then.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and multiplies_bf16(self.use_cpu)
         super().__post_init__()
         for name in (
             "num_trajectories",

@@ -68,6 +68,7 @@ def make_args(folder: Path, **options: Any) -> GFlowGRConfig:
         "learning_rate": 3e-3,
         "max_steps": 2,
         "seed": 3,
+        "bf16": False,  # the default differs between machines
         "logging_steps": 1,
         "save_strategy": "no",
         "disable_tqdm": True,
