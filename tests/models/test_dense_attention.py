@@ -124,6 +124,6 @@ def test_copies_keep_it_and_files_do_not(tmp_path: Path) -> None:
     use_dense_attention(model)
     assert use_dense_attention(copy.deepcopy(model))
     model.save_pretrained(tmp_path)
-    assert "dense" not in (tmp_path / "config.json").read_text()
+    assert "gflowgr_dense" not in (tmp_path / "config.json").read_text()
     loaded = T5ForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
