@@ -6,6 +6,7 @@ from __future__ import annotations
 from .bench import add_bench
 from .data import add_data
 from .evaluate import add_evaluate
+from .experiment import add_experiment
 from .identifiers import add_identifiers
 from .info import add_info
 from .recommend import add_recommend
@@ -16,6 +17,7 @@ __all__ = ["COMMANDS"]
 COMMANDS = (
     add_quickstart,
     add_train,
+    add_experiment,
     add_evaluate,
     add_recommend,
     add_data,

@@ -121,7 +121,10 @@ class ExperimentSpec:
         Raises:
             ConfigError: anything that would make some cell fail; the message names it.
         """
-        path = shipped_specs().get(str(path), Path(path))
+        shipped = shipped_specs()
+        path = shipped.get(str(path), Path(path))
+        if not path.is_file():
+            raise ConfigError(f"{path}: No such file or directory; shipped: {', '.join(shipped)}")
         values = read_yaml(path)
         for override in overrides:
             apply_override(values, override)
