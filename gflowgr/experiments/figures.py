@@ -271,14 +271,21 @@ def plot_calibration(points: Mapping[str, tuple[np.ndarray, np.ndarray]], path: 
         axes.plot(log_r, log_p, ".", **spots)
         axes.axline((0.0, 0.0), slope=1, color="black", linewidth=1, linestyle="--", label="P ∝ R")
         _frame(axes, name, "y")
-        if place:
-            axes.sharex(all_axes[0])
-            axes.sharey(all_axes[0])
+        axes.set_xlim(*_limits([pair[1] for pair in found.values()]))
+        axes.set_ylim(*_limits([pair[0] for pair in found.values()]))
         axes.set_xlabel("log R, centred (nats)", fontsize=8)
         if place % 4 == 0:
             axes.set_ylabel("log P, centred (nats)", fontsize=8)
     _figure_legend(figure, all_axes[:1], 1)
     return _write(figure, path)
+
+
+def _limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Ends of an axis that holds all values."""
+    low = min(float(each.min()) for each in values)
+    high = max(float(each.max()) for each in values)
+    margin = 0.04 * (high - low) or 1.0
+    return low - margin, high + margin
 
 
 def _grid(

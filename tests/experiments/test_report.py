@@ -110,7 +110,8 @@ def test_the_page_is_sound_and_needs_nothing_else(out: Path) -> None:
     assert all(link[0] == "#" and link[1:] in page.ids for link in page.links)
     assert page.links
     assert not page.tags & {"script", "link", "iframe"}
-    assert "http" not in text and "url(" not in text
+    assert "http" not in text
+    assert "url(" not in text
     assert len(page.images) == len(list((out / "figures").iterdir())) >= 9
     for image in page.images:
         assert (image["src"] or "").startswith("data:image/png;base64,")
@@ -205,7 +206,8 @@ def test_the_readme_gets_the_main_tables(
     assert readme(monkeypatch, "--check", "--root", str(tmp_path)) == 1
     assert readme(monkeypatch, "--root", str(tmp_path)) == 0
     text = path.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
     assert "old" not in text
     assert f"above {BASELINE} on all metrics: {FULL}" in text
     assert "without r_a" not in text
