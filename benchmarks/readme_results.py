@@ -4,9 +4,9 @@
     python benchmarks/readme_results.py --check   # fails if it is not up to date
 
 Read are ``benchmarks/results/*/results.json`` that ``gflowgr experiment`` wrote. The section lies
-between ``<!-- results: begin -->`` and ``<!-- results: end -->``. Per dataset and identifiers it has
-the main methods' means over seeds with standard deviation, the p-values of their differences to the
-baseline, and one sentence that :func:`gflowgr.experiments.summary.verdict` derives from these.
+between ``<!-- results: begin -->`` and ``<!-- results: end -->``. For each dataset and
+identifiers: the main methods' means over seeds with standard deviation, the p-values of their
+differences to the baseline, and one sentence that :func:`gflowgr.experiments.summary.verdict` derives from these.
 """
 
 from __future__ import annotations
