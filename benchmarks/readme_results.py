@@ -6,7 +6,8 @@
 Read are ``benchmarks/results/*/results.json`` that ``gflowgr experiment`` wrote. The section lies
 between ``<!-- results: begin -->`` and ``<!-- results: end -->``. For each dataset and
 identifiers: the main methods' means over seeds with standard deviation, the p-values of their
-differences to the baseline, and one sentence that :func:`gflowgr.experiments.summary.verdict` derives from these.
+differences to the baseline, and one sentence derived from these by
+:func:`gflowgr.experiments.summary.verdict`.
 """
 
 from __future__ import annotations
