@@ -11,6 +11,7 @@ from gflowgr.benchmarking.shapes import (
     ScoreShape,
     SearchShape,
     StepShape,
+    ThroughputShape,
     TrainShape,
     TreeShape,
     default_shapes,
@@ -102,6 +103,9 @@ def _bars(op: str, shape: AnyShape, row: Row) -> list[Bar]:
             add("ms to load by memory-map", ms, 10.0, most=True)
     elif isinstance(shape, TrainShape) and shape in default_shapes(op, "cpu") and row.speedup_sft:
         add("times the cost of an SFT step", 1 / row.speedup_sft, 1.15, most=True)
+    elif isinstance(shape, ThroughputShape) and shape in default_shapes(op, "cpu"):
+        rate = shape.examples / (ms / 1e3) if ms else 0.0
+        add(f"{rate:,.0f} examples/s, times the plain Trainer's", row.speedup_transformers, 3.0)
     return found
 
 

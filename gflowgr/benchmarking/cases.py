@@ -21,10 +21,12 @@ from gflowgr.benchmarking.shapes import (
     SearchShape,
     Shape,
     StepShape,
+    ThroughputShape,
     TrainShape,
     TreeShape,
 )
 from gflowgr.benchmarking.step_cases import step_case
+from gflowgr.benchmarking.throughput import throughput_case
 from gflowgr.benchmarking.train_step import train_step_case
 from gflowgr.benchmarking.tree_cases import tree_case
 from gflowgr.tree import PrefixTree
@@ -51,6 +53,8 @@ def build_case(
         return tree_case(op, shape, peers)
     if isinstance(shape, TrainShape):
         return train_step_case(op, shape, device, peers)
+    if isinstance(shape, ThroughputShape):
+        return throughput_case(op, shape, device, peers)
     if op in GROUPS["reductions"]:
         return _reduction_case(op, shape, device, dtype, peers)
     if op in GROUPS["children"]:

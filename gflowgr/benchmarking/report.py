@@ -91,6 +91,9 @@ class Row:
     fastest_separate_peer: str = ""
     speedup_separate: float | None = None
     memory_separate: float | None = None
+    fastest_tb_peer: str = ""
+    speedup_tb: float | None = None
+    memory_tb: float | None = None
 
 
 FAMILIES = (
@@ -105,6 +108,7 @@ FAMILIES = (
     "decoder_pairs",  # every prompt once through the encoder, every pair through the decoder
     "sft",  # a supervised training step
     "separate",  # a forward per trajectory
+    "tb",  # a training of GFlowGR-TB
 )
 
 

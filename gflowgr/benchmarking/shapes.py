@@ -13,12 +13,19 @@ GROUPS = {
     "decode": ("beam", "beam-hidden", "search", "score"),
     "tree": ("tree-build", "tree-walk", "tree-available", "tree-files"),
     "step": ("step",),
+    "train": ("train",),
 }
 """Groups of ops; each op is one table."""
 
 OPS = tuple(op for group in GROUPS.values() for op in group)
 
-FLOAT32_OPS = (*GROUPS["reductions"], *GROUPS["decode"], *GROUPS["tree"], *GROUPS["step"])
+FLOAT32_OPS = (
+    *GROUPS["reductions"],
+    *GROUPS["decode"],
+    *GROUPS["tree"],
+    *GROUPS["step"],
+    *GROUPS["train"],
+)
 """Ops that are measured in float32 only: it is what they compute in."""
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,6 +44,9 @@ MODELS = ("t5", "gpt2", "qwen3")
 
 TRAINED = ("t5", "qwen3")
 """Models of ``step``."""
+
+SIZES = ("small", "tiger")
+"""Sizes of T5 of ``train``."""
 
 _SMALL = 2  # prompts of a warm-up
 
@@ -209,7 +219,37 @@ class TrainShape:
         return replace(self, prompts=min(self.prompts, _SMALL))
 
 
-AnyShape = Shape | StepShape | SearchShape | ScoreShape | TreeShape | TrainShape
+@dataclass(frozen=True)
+class ThroughputShape:
+    """A whole training: sizes of T5, prompts of a step, steps, items."""
+
+    model: str
+    prompts: int
+    steps: int
+    items: int
+
+    @property
+    def examples(self) -> int:
+        """Of all steps."""
+        return self.prompts * self.steps
+
+    @property
+    def text(self) -> str:
+        """As ``--shapes`` reads it."""
+        return f"sft-{self.model}:{self.prompts}x{self.steps}x{_short(self.items)}"
+
+    name = text
+
+    def sizes(self, op: str) -> str:
+        """For a title."""
+        return f"{self.steps} steps of {self.prompts} prompts, items {self.items:,}"
+
+    def small(self) -> ThroughputShape:
+        """The same of a few steps."""
+        return replace(self, steps=min(self.steps, _SMALL))
+
+
+AnyShape = Shape | StepShape | SearchShape | ScoreShape | TreeShape | TrainShape | ThroughputShape
 
 NAMED = {
     shape.name: shape
@@ -236,6 +276,9 @@ _FORMS = {
 _FORMS |= {
     f"train-{model}": (f"train-{model}:PROMPTSxSOURCExNxITEMS", f"train-{model}:64x80x4x12101")
     for model in TRAINED
+}
+_FORMS |= {
+    f"sft-{size}": (f"sft-{size}:PROMPTSxSTEPSxITEMS", f"sft-{size}:128x16x12101") for size in SIZES
 }
 """Shapes of all benchmarks but the losses': how they are written, and an example."""
 
@@ -297,6 +340,8 @@ def _read_kind(text: str, kind: str, rest: str) -> AnyShape:
         if trained.source % LENGTH:
             raise ValueError(f"shape {text!r}: SOURCE must be a multiple of {LENGTH}")
         return trained
+    if kind.startswith("sft-"):
+        return ThroughputShape(kind.removeprefix("sft-"), *sizes)
     if kind == "tree":
         return TreeShape(*sizes)
     if kind == "score":
@@ -351,6 +396,10 @@ def default_shapes(op: str, device: str) -> list[AnyShape]:
             TrainShape("t5", 128 * times, 80, 4, BEAUTY_ITEMS),
             TrainShape("qwen3", 32 * times, 256, 4, BEAUTY_ITEMS),
         ]
+    if op in GROUPS["train"]:
+        if gpu:
+            return [ThroughputShape("tiger", 1024, 64, BEAUTY_ITEMS)]
+        return [ThroughputShape("small", 128, 16, BEAUTY_ITEMS)]
     if op in GROUPS["reductions"]:
         names = ["losses"]
     elif op in GROUPS["children"]:
@@ -365,6 +414,7 @@ def fits(op: str, shape: AnyShape) -> bool:
     kinds = {"beam": StepShape, "beam-hidden": StepShape, "search": SearchShape}
     kinds |= {"score": ScoreShape} | dict.fromkeys(GROUPS["tree"], TreeShape)
     kinds |= dict.fromkeys(GROUPS["step"], TrainShape)
+    kinds |= dict.fromkeys(GROUPS["train"], ThroughputShape)
     return isinstance(shape, kinds.get(op, Shape))
 
 

@@ -22,7 +22,11 @@ from gflowgr.cli import main
 
 Capture = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")
-LOSSES = [op for op in OPS if op not in (*GROUPS["decode"], *GROUPS["tree"], *GROUPS["step"])]
+LOSSES = [
+    op
+    for op in OPS
+    if op not in (*GROUPS["decode"], *GROUPS["tree"], *GROUPS["step"], *GROUPS["train"])
+]
 
 
 @pytest.fixture(autouse=True)
