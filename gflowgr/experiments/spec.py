@@ -176,7 +176,7 @@ class ExperimentSpec:
             slugs[method.slug] = method.name
         spec = cls(
             name=values["name"],
-            title=values.get("title", values["name"]),
+            title=values.get("title") or values["name"],
             baseline=baseline,
             seeds=seeds,
             base=base,
