@@ -120,6 +120,7 @@ class _Trainer:
             per_device_train_batch_size=shape.prompts,
             num_trajectories=shape.trajectories,
             max_steps=2,
+            bf16=False,
             disable_tqdm=True,
             report_to="none",
         )

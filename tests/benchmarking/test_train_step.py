@@ -85,7 +85,7 @@ def test_a_step_is_the_trainers_and_leaves_the_weights(monkeypatch: pytest.Monke
     first, second = (ours.run(inputs)() for _ in range(2))
     assert seen == ["tb", "tb"]
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    other = ours.run(case.make_inputs(4))()
+    other = ours.run(case.make_inputs(5))()  # other prompts: 4 draws the same two
     assert not torch.equal(first[0], other[0])
 
 
