@@ -63,8 +63,7 @@ def _experiment(args: argparse.Namespace) -> int:
         select_cells,
         shipped_specs,
     )
-    from ..experiments.report import format_summary, write_report
-    from ..experiments.results import read_results
+    from ..experiments.report import write_report
     from ..pipeline import ConfigError
 
     if args.list:
@@ -87,8 +86,8 @@ def _experiment(args: argparse.Namespace) -> int:
         outcome = run_experiment(
             spec, out, resources, only=args.only, say=_say, progress=not args.no_progress
         )
-    path = write_report(out)
-    print(f"\n{format_summary(read_results(out))}\n\nReport: {path}")
+    path, summary = write_report(out)
+    print(f"\n{summary}\n\nReport: {path} and {path.with_suffix('.html').name}")
     if not args.report and outcome.failed:
         print(f"gflowgr: failed: {outcome.message}", file=sys.stderr)
         return 1

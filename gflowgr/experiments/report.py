@@ -20,7 +20,7 @@ from .sections import MAIN_GROUPS, differences_of, experiment_document
 from .statistics import METRICS, STATISTICS_RULES
 from .summary import Setting, summarise, to_json, verdict
 
-__all__ = ["format_summary", "write_report"]
+__all__ = ["write_report"]
 
 _PLACES = ("path", "embeddings", "output_dir")
 _COLUMNS = (
@@ -29,14 +29,14 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def write_report(out: Path | str) -> Path:
+def write_report(out: Path | str) -> tuple[Path, str]:
     """Write the report of what is complete in an experiment's folder, into that folder.
 
     Written: ``results.json`` and ``results.csv`` (all numbers), ``report.md`` with its figures in
     ``figures/``, and ``report.html``, the same in one file. What is not complete is named.
 
     Returns:
-        the path of ``report.md``.
+        the path of ``report.md``, and the main tables for the screen, with a verdict each.
 
     Raises:
         DataError: no experiment there, a damaged file, or cells that do not fit each other.
@@ -52,13 +52,12 @@ def write_report(out: Path | str) -> Path:
     files.write_text(out / "report.html", to_html(document, out))
     path = out / "report.md"
     files.write_text(path, to_markdown(document))
-    return path
+    return path, _screen_text(results, settings)
 
 
-def format_summary(results: ExperimentResults) -> str:
-    """The main tables, for the screen: mean, spread and a verdict per setting."""
+def _screen_text(results: ExperimentResults, settings: list[Setting]) -> str:
     parts = []
-    for setting in summarise(results):
+    for setting in settings:
         rows = [
             TableRow(row.method, *_shown(row.metrics)) for row in setting.of_group(*MAIN_GROUPS)
         ]

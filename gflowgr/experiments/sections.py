@@ -151,13 +151,19 @@ def _picture(
     return [Picture(file, title, alt)] if draw(out / file) else []
 
 
+def _short_rules(setting: Setting) -> list[tuple[str, str]]:
+    """What must stand under every table; all rules are under the main one."""
+    shown = ("Users", "Collisions", "Seen items")
+    return [(title, setting.rules[title]) for title in shown if title in setting.rules]
+
+
 class _Setting:
     """The section of one dataset and set of identifiers."""
 
     def __init__(self, results: ExperimentResults, setting: Setting, out: Path) -> None:
         self.results, self.setting, self.out = results, setting, out
         self.main = setting.of_group(*MAIN_GROUPS)
-        self.rules = list(setting.rules.items())
+        self.rules = _short_rules(setting)
 
     def section(self) -> Section:
         parts = {
@@ -189,7 +195,7 @@ class _Setting:
         names = [row.method for row in shown]
         note = ("Best", "the largest mean of a column, in bold")
         return [
-            score_table("Test users", self.main, [note, *self.rules]),
+            score_table("Test users", self.main, [note, *self.setting.rules.items()]),
             *self._figure(
                 "metrics",
                 "Mean ± standard deviation over seeds; single seeds in grey (popularity: see the "
@@ -395,7 +401,7 @@ def _grids(results: ExperimentResults, settings: Sequence[Setting], out: Path) -
         }
         for setting in settings:
             if rows[setting.title]:
-                notes = list(setting.rules.items())
+                notes = _short_rules(setting)
                 title = f"{of}, {key}: {setting.title}"
                 blocks.append(grid_table(title, key, rows[setting.title], notes))
         alt = f"R@10 and N@10 of {of} over the values of {key}, per dataset and identifiers"

@@ -83,7 +83,7 @@ class Track:
     @property
     def folder(self) -> str:
         """Folder of the track."""
-        return f"{self.seed_folder}/{_slug(Path(self.identifiers or 'identifiers').name)}"
+        return f"{self.seed_folder}/{_slug(Path(self.identifiers or 'default').name)}"
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def out(written: Path) -> Path:
 
 
 def track(out: Path) -> Path:
-    return out / "shop" / "seed_1" / "identifiers"
+    return out / "shop" / "seed_1" / "default"
 
 
 def test_every_row_is_evaluated_on_the_same_users(out: Path) -> None:

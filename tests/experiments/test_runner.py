@@ -116,15 +116,15 @@ def test_two_callers_in_one_folder_divide_the_cells(tmp_path: Path) -> None:
 def test_a_failure_leaves_only_what_needs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAILING", "shop/seed_1/identifiers/sft")
+    monkeypatch.setenv("FAILING", "shop/seed_1/default/sft")
     outcome, said = carry_out(tmp_path / "out")
-    assert list(outcome.failed) == ["shop/seed_1/identifiers/sft"]
+    assert list(outcome.failed) == ["shop/seed_1/default/sft"]
     assert outcome.left == [
-        "shop/seed_1/identifiers/sft_continued",
-        "shop/seed_1/identifiers/gflowgr_tb",
+        "shop/seed_1/default/sft_continued",
+        "shop/seed_1/default/gflowgr_tb",
     ]
     assert sum(id_.startswith("shop/seed_2") for id_ in outcome.done) == 4
-    assert "shop/seed_1/identifiers/sft: FAILED: ArithmeticError: the loss is nan" in said
+    assert "shop/seed_1/default/sft: FAILED: ArithmeticError: the loss is nan" in said
     assert "1 cells failed" in outcome.message
     assert "2 cells need them and were left" in outcome.message
     # The next call tries again.
@@ -134,17 +134,17 @@ def test_a_failure_leaves_only_what_needs_it(
 
 
 def test_a_killed_cell_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DYING", "shop/seed_2/identifiers/gflowgr_tb")
+    monkeypatch.setenv("DYING", "shop/seed_2/default/gflowgr_tb")
     _, said = carry_out(tmp_path / "out")
-    assert "shop/seed_2/identifiers/gflowgr_tb: FAILED: killed by SIGKILL" in said
+    assert "shop/seed_2/default/gflowgr_tb: FAILED: killed by SIGKILL" in said
 
 
 def test_only_what_matches_and_what_it_needs(tmp_path: Path) -> None:
     outcome, _ = carry_out(tmp_path / "out", only="*/seed_2/*/gflowgr_tb")
     assert outcome.done == [
         "shop/seed_2/collaborative",
-        "shop/seed_2/identifiers/sft",
-        "shop/seed_2/identifiers/gflowgr_tb",
+        "shop/seed_2/default/sft",
+        "shop/seed_2/default/gflowgr_tb",
     ]
     with pytest.raises(ConfigError, match=r"--only 'Beauty/\*' matches no cell, such as 'shop/"):
         select_cells(two_seeds(), "Beauty/*")
@@ -184,15 +184,15 @@ def test_states_tell_what_is_done_running_and_left(tmp_path: Path) -> None:
         assert process.stdout.readline() == "held\n"
         states = cell_states(cells, out)
         process.communicate("")
-    assert states["shop/seed_1/identifiers/gflowgr_tb"] == "done"
-    assert states["shop/seed_2/identifiers/gflowgr_tb"] == "running"
-    assert states["shop/seed_2/identifiers/sft"] == "to do"
-    assert cell_states(cells, out)["shop/seed_2/identifiers/gflowgr_tb"] == "to do"
+    assert states["shop/seed_1/default/gflowgr_tb"] == "done"
+    assert states["shop/seed_2/default/gflowgr_tb"] == "running"
+    assert states["shop/seed_2/default/sft"] == "to do"
+    assert cell_states(cells, out)["shop/seed_2/default/gflowgr_tb"] == "to do"
 
 
 def test_facts_for_the_report(tmp_path: Path) -> None:
     carry_out(tmp_path / "out")
     facts = json.loads((tmp_path / "out" / "experiment.json").read_text())
-    assert facts["datasets"] == {"shop": {"identifiers": ["identifiers"]}}
+    assert facts["datasets"] == {"shop": {"identifiers": ["default"]}}
     assert [method["slug"] for method in facts["methods"]] == ["sft_continued", "gflowgr_tb"]
     assert facts["seeds"] == [1, 2]

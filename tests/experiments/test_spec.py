@@ -27,9 +27,9 @@ def test_cells_are_the_product_of_datasets_identifiers_seeds_and_methods() -> No
     assert len(set(ids)) == len(ids)
     assert ids[:4] == [
         "one/seed_1/collaborative",
-        "one/seed_1/identifiers/sft",
-        "one/seed_1/identifiers/sft_continued",
-        "one/seed_1/identifiers/gflowgr_tb",
+        "one/seed_1/default/sft",
+        "one/seed_1/default/sft_continued",
+        "one/seed_1/default/gflowgr_tb",
     ]
     # 2 seeds: one collaborative model per dataset, and a start and 2 methods per identifiers.
     assert len(ids) == 2 * (2 + 3 * (1 + 2))
