@@ -7,13 +7,19 @@ import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from ..errors import DataError, OutputError
 from ..files import read_json
 
-__all__ = ["last_complete_checkpoint", "named_write_errors", "whole_or_nothing"]
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+    from .config import GFlowGRConfig
+
+__all__ = ["has_ended", "last_complete_checkpoint", "named_write_errors", "whole_or_nothing"]
 
 
 def last_complete_checkpoint(folder: Path | str) -> Path | None:
@@ -37,6 +43,21 @@ def last_complete_checkpoint(folder: Path | str) -> Path | None:
             pass
         shutil.rmtree(path)
     return None
+
+
+def has_ended(state: TrainerState, args: GFlowGRConfig) -> bool:
+    """Whether the training that left ``state`` was complete: all its steps, or stopped early."""
+    if args.max_steps > 0:
+        if state.global_step >= args.max_steps:
+            return True
+    elif (state.epoch or 0) >= args.num_train_epochs:
+        return True
+    callbacks: Any = state.stateful_callbacks
+    stopping = callbacks.get("EarlyStoppingCallback")
+    if stopping is None or args.early_stopping_patience is None:
+        return False
+    waited = stopping["attributes"]["early_stopping_patience_counter"]
+    return bool(waited >= args.early_stopping_patience)
 
 
 @contextlib.contextmanager

@@ -32,9 +32,15 @@ from ..models.sharded import (
 from .batches import LengthBucketSampler, ProcessBatches, PromptCollator
 from .calibrating import catalogue_calibration
 from .callbacks import EpochOrder, LogBeforeSaving
-from .checkpoints import last_complete_checkpoint, named_write_errors, whole_or_nothing
+from .checkpoints import (
+    has_ended,
+    last_complete_checkpoint,
+    named_write_errors,
+    whole_or_nothing,
+)
 from .config import GFlowGRConfig
 from .flow_inputs import FlowInputs
+from .optimiser import parameter_groups
 from .rounds import FreezeReference, Rounds
 from .sharing import SharedRecommender, sum_over_processes
 
@@ -169,25 +175,11 @@ class GFlowGRTrainer(Trainer):
             checkpoint = str(found)
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-            if self._has_ended(state):
+            if has_ended(state, self.args):
                 return self._adopt(Path(checkpoint), state)
             self._flow_inputs.load_state(Path(checkpoint))
         self._logged_since = time.perf_counter()
         return super().train(checkpoint, trial, ignore_keys_for_eval)
-
-    def _has_ended(self, state: TrainerState) -> bool:
-        args = self.args
-        if args.max_steps > 0:
-            if state.global_step >= args.max_steps:
-                return True
-        elif (state.epoch or 0) >= args.num_train_epochs:
-            return True
-        callbacks: Any = state.stateful_callbacks
-        stopping = callbacks.get("EarlyStoppingCallback")
-        if stopping is None or args.early_stopping_patience is None:
-            return False
-        waited = stopping["attributes"]["early_stopping_patience_counter"]
-        return bool(waited >= args.early_stopping_patience)
 
     def _adopt(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
         """The model and state that the ended training would have left."""
@@ -282,21 +274,9 @@ class GFlowGRTrainer(Trainer):
             model = self.model if model is None else model
             args = self.args
             decayed = set(self.get_decay_parameter_names(model))
-            groups: dict[str, dict[str, Any]] = {
-                "decayed": {"params": [], "weight_decay": args.weight_decay},
-                "others": {"params": [], "weight_decay": 0.0},
-                "flow": {"params": [], "weight_decay": 0.0, "lr": args.partition_learning_rate},
-                "fusion": {"params": [], "weight_decay": 0.0, "lr": args.fusion_learning_rate},
-            }
-            group_of = {"partition": "flow", "state_flow": "flow", "fusion": "fusion"}
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    part = name.removeprefix("module.").partition(".")[0]
-                    group = group_of.get(part, "decayed" if name in decayed else "others")
-                    groups[group]["params"].append(parameter)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(args)
-            present = [group for group in groups.values() if group["params"]]
-            self.optimizer = optimizer_class(present, **options)
+            groups = parameter_groups(model, decayed, args)
+            self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     # ---- logs ----
