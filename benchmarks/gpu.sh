@@ -32,4 +32,14 @@ step python -m gflowgr bench tree --out "$results/bench_tree"
 python -m pip install cut-cross-entropy liger-kernel trl || echo "== not all peers were installed"
 # Losses, decoding and training steps; the steps of a beam search in CUDA graphs too.
 step python -m gflowgr bench --device cuda --dtype bfloat16 float32 --out "$results/bench_gpu"
+# The paper's table, as far as the time goes (EXPERIMENT_SECONDS); the same call goes on with it.
+if [ -n "${GFLOWGR_DATA:-}" ]; then
+    timeout "${EXPERIMENT_SECONDS:-1200}" python -m gflowgr experiment paper_main --out runs/paper_main
+    code=$?
+    [ $code -eq 0 ] || [ $code -eq 124 ] || { echo "== failed: the experiment"; status=1; }
+    step python -m gflowgr experiment paper_main --out runs/paper_main --report
+    step benchmarks/keep_experiment.sh runs/paper_main "$results/paper_main"
+else
+    echo "== GFLOWGR_DATA is not set: no experiment"
+fi
 exit $status
