@@ -21,7 +21,7 @@ from typing import Any
 from gflowgr import files
 from gflowgr.evaluation.tables import TableRow, format_table
 from gflowgr.experiments.statistics import METRICS
-from gflowgr.experiments.summary import verdict
+from gflowgr.experiments.summary import labelled, verdict
 from gflowgr.experiments.tables import format_p
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
@@ -92,9 +92,9 @@ def _setting(setting: dict[str, Any], baseline: str) -> str:
         if row["to_baseline"] and row["method"] != baseline:
             found = row["to_baseline"]["metrics"]
             note = "p " + ", ".join(format_p(found[metric]["p"]) for metric in METRICS)
-            if row["group"] == "main":
+            if row["group"] in ("start", "main"):
                 pairs = {metric: (found[metric]["mean"], found[metric]["p"]) for metric in METRICS}
-                differences[row["method"]] = pairs
+                differences[labelled(row["method"], row["group"])] = pairs
         means = {metric: spread["mean"] for metric, spread in spreads.items()}
         sds = {m: spread["sd"] for m, spread in spreads.items() if spread["sd"] is not None}
         rows.append(TableRow(row["method"], means, sds, note))

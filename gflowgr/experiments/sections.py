@@ -14,7 +14,7 @@ from .document import Block, Bullets, Code, Document, Paragraph, Picture, Sectio
 from .figures import Point
 from .results import ABLATION, GRID, MAIN, REFERENCE, START, CellResult, ExperimentResults
 from .statistics import METRICS, STATISTICS_RULES
-from .summary import Comparison, Group, Row, Setting, Spread, verdict
+from .summary import Comparison, Group, Row, Setting, Spread, labelled, verdict
 from .tables import (
     breakdown_table,
     cost_table,
@@ -54,13 +54,13 @@ _COSTS = {
 
 
 def differences_of(setting: Setting, baseline: str) -> dict[str, dict[str, tuple[float, float]]]:
-    """What :func:`~gflowgr.experiments.summary.verdict` takes, for the main methods."""
+    """What :func:`~gflowgr.experiments.summary.verdict` takes: the main methods and their start."""
     return {
-        row.method: {
+        labelled(row.method, row.group): {
             metric: (difference.mean, difference.p)
             for metric, difference in row.to_baseline.metrics.items()
         }
-        for row in setting.of_group(MAIN)
+        for row in setting.of_group(START, MAIN)
         if row.to_baseline is not None and row.method != baseline
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from .results import ABLATION, REFERENCE, CellResult, ExperimentResults, MethodFacts
+from .results import ABLATION, REFERENCE, START, CellResult, ExperimentResults, MethodFacts
 from .statistics import METRICS, Difference, mean_and_spread, paired_bootstrap, user_differences
 
 __all__ = ["Comparison", "Group", "Row", "Setting", "Spread", "summarise", "verdict"]
@@ -266,6 +266,11 @@ def _breakdown(cells: Mapping[int, CellResult]) -> dict[str, list[Group]]:
             for name in names
         ]
     return found
+
+
+def labelled(method: str, group: str) -> str:
+    """The name in a verdict: a start that is above the baseline must not pass for a method."""
+    return f"{method} (the start of all)" if group == START else method
 
 
 def verdict(differences: Mapping[str, Mapping[str, tuple[float, float]]], baseline: str) -> str:

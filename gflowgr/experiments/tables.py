@@ -38,7 +38,7 @@ def _column(
     spreads = [find(row) for row in rows]
     shown = [None if s is None else f"{s.mean:.{decimals}f}" for s in spreads]
     there = [(s.mean, text) for s, text in zip(spreads, shown, strict=True) if s is not None]
-    top = max(there)[1] if best and len(there) > 1 else None
+    top = max(there)[1] if best and len({*there}) > 1 else None
     return [
         _NONE if s is None else Cell(_spread_text(s, decimals), text == top)
         for s, text in zip(spreads, shown, strict=True)
@@ -125,7 +125,7 @@ def cost_table(title: str, rows: Sequence[Row], baseline: str) -> Table:
     }
     notes = [
         ("Ratios", f"to {baseline}, mean over the seeds that both have"),
-        ("s", "training and validation, mean over seeds, on the machine of each run"),
+        ("s", "training and validation, mean over seeds, with whatever else ran on the machine"),
         ("ms per step", "training alone"),
         ("Peak memory", " and ".join(sorted(kinds)) + " memory of the process" if kinds else "-"),
     ]
