@@ -59,6 +59,7 @@ def test_a_shape_fits_the_ops_of_its_kind() -> None:
         "score:1x1x1",
         "tree:1",
         "train-t5:1x4x2x9",
+        "sft-small:2x1x9",
     )
     fitting = {text: [op for op in OPS if fits(op, read_shape(text))] for text in kinds}
     assert sorted(op for ops in fitting.values() for op in ops) == sorted(OPS)
