@@ -100,7 +100,8 @@ def _setting(setting: dict[str, Any], baseline: str) -> str:
         rows.append(TableRow(row["method"], means, sds, note))
     if not rows:
         return ""
-    table = format_table(rows, columns=METRICS, style="markdown").replace("| note |", "| p of each |")
+    table = format_table(rows, columns=METRICS, style="markdown")
+    table = table.replace("| note |", "| p of each |", 1)
     sentence = verdict(differences, baseline)
     title = f"{setting['dataset']}, {setting['identifiers']} identifiers"
     return f"{title}:\n\n{table}\n\n" + (f"{sentence}\n\n" if sentence else "")

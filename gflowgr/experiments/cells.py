@@ -8,13 +8,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .. import files
 from ..pipeline import ConfigError
 from .spec import ExperimentSpec, Method, Track
 
-__all__ = ["BUSY", "Cell", "cells_of", "check_claims", "claim", "locked"]
+__all__ = ["BUSY", "Cell", "alone", "cells_of", "check_claims", "claim", "locked"]
 
 BUSY = 75
 """Exit status of a process whose cell is being worked on elsewhere."""
@@ -141,12 +141,24 @@ def locked(cell: Cell, out: Path) -> Iterator[bool]:
 
     Machines that share the folder see each other's locks, if its file system has them (NFS 4 has).
     """
-    path = out / ".locks" / cell.id.replace("/", "__")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with _lock_file(out, cell.id) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
         yield True
+
+
+@contextlib.contextmanager
+def alone(folder: str, out: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block of the same folder: one prepares, all read."""
+    with _lock_file(out, folder) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _lock_file(out: Path, name: str) -> TextIO:
+    path = out / ".locks" / name.replace("/", "__")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a")

@@ -35,7 +35,7 @@ from ..pipeline.processes import quiet_transformers
 from ..pipeline.run import check_reward, finetune, reference_recommenders, train_supervised
 from ..pipeline.stages import Screen, collaborative_stage, evaluation_stage
 from ..rewards import BehaviourAwareReward, make_signals
-from .cells import BUSY, Cell, cells_of, claim, locked
+from .cells import BUSY, Cell, alone, cells_of, claim, locked
 from .spec import ExperimentSpec
 
 __all__ = ["run_cell"]
@@ -124,9 +124,10 @@ def run_cell(spec: ExperimentSpec, cell: Cell, out: Path, screen: Screen) -> Non
 def _ground(spec: ExperimentSpec, cell: Cell, out: Path, screen: Screen) -> _Ground:
     config = spec.config(cell.track, cell.method)
     data_folder = out / cell.track.data_folder
-    dataset = load_data(config.data, data_folder, _DATA_SEED)
-    split = split_data(dataset, config.data.max_history, data_folder)
-    claim_data(data_folder, {"data": digest_of(dataset)})
+    with alone(cell.track.data_folder, out):
+        dataset = load_data(config.data, data_folder, _DATA_SEED)
+        split = split_data(dataset, config.data.max_history, data_folder)
+        claim_data(data_folder, {"data": digest_of(dataset)})
     check_reward(config, split)
     check_generator(config.model)
     collaborative = collaborative_stage(

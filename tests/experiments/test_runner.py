@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from gflowgr.experiments import (
     runner,
     select_cells,
 )
-from gflowgr.experiments.cells import locked
+from gflowgr.experiments.cells import alone, locked
 from gflowgr.pipeline import ConfigError
 
 _STAND_IN = """
@@ -188,6 +189,24 @@ def test_states_tell_what_is_done_running_and_left(tmp_path: Path) -> None:
     assert states["shop/seed_2/default/gflowgr_tb"] == "running"
     assert states["shop/seed_2/default/sft"] == "to do"
     assert cell_states(cells, out)["shop/seed_2/default/gflowgr_tb"] == "to do"
+
+
+def test_one_process_prepares_a_dataset_while_the_others_wait(tmp_path: Path) -> None:
+    inside, seen = list[int](), list[int]()
+
+    def prepare(who: int) -> None:
+        with alone("shop", tmp_path):
+            inside.append(who)
+            time.sleep(0.02)
+            seen.append(len(inside))
+            inside.remove(who)
+
+    threads = [threading.Thread(target=prepare, args=(who,)) for who in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1, 1, 1, 1]
 
 
 def test_facts_for_the_report(tmp_path: Path) -> None:
