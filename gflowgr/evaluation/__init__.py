@@ -9,6 +9,7 @@ from gflowgr.evaluation.recommender import Recommender, ScoringRecommender
 from gflowgr.evaluation.report import (
     Example,
     Report,
+    command_as_typed,
     example_recommendations,
     machine_summary,
     write_report,
@@ -25,6 +26,7 @@ __all__ = [
     "ScoringRecommender",
     "TableRow",
     "analyse",
+    "command_as_typed",
     "evaluate",
     "example_recommendations",
     "format_table",

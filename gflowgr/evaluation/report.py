@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +88,13 @@ def machine_summary() -> dict[str, str]:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         summary["accelerator"] = ", ".join(names)
     return summary
+
+
+def command_as_typed() -> str:
+    """The running command, without the folders that things lie in on this machine."""
+    program = Path(sys.argv[0]).name
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["gflowgr" if program == "__main__.py" else program, *words])
 
 
 def _processor() -> str:

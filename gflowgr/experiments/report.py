@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import io
-import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import __version__, files
-from ..evaluation import TableRow, format_table, machine_summary
+from ..evaluation import TableRow, command_as_typed, format_table, machine_summary
 from .document import to_markdown
 from .page import to_html
 from .results import ExperimentResults, read_results
@@ -87,7 +85,7 @@ def _facts(results: ExperimentResults) -> dict[str, Any]:
         "seeds": results.seeds,
         "datasets": results.datasets,
         "caveats": results.caveats,
-        "command": _command(),
+        "command": command_as_typed(),
         "versions": _versions(),
         "machine": machine_summary(),
         "statistics": STATISTICS_RULES,
@@ -101,12 +99,6 @@ def _versions() -> dict[str, str]:
     for name in ("torch", "transformers", "numpy"):
         found[name] = importlib.metadata.version(name)
     return found
-
-
-def _command() -> str:
-    """The command as typed, without the folders that things lie in on this machine."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
-    return shlex.join([Path(words[0]).name, *words[1:]])
 
 
 def _without_places(values: Any, key: str = "") -> Any:

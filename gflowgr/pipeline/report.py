@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from .. import __version__, files
 from ..evaluation import (
     Report,
     TableRow,
+    command_as_typed,
     example_recommendations,
     format_table,
     machine_summary,
@@ -62,7 +61,7 @@ def _results(result: RunResult) -> dict[str, Any]:
             config[section][key] = Path(config[section][key]).name
     return {
         "gflowgr": __version__,
-        "command": _command(),
+        "command": command_as_typed(),
         "config": config,
         "identifiers": result.identifiers_name,
         "data": result.split.dataset.summary(),
@@ -90,7 +89,7 @@ def _report(result: RunResult, rows: list[TableRow], rules: dict[str, str]) -> R
         if config.flow.uses_reward
         else "none",
         "seed": config.seed,
-        "command": _command(),
+        "command": command_as_typed(),
     }
     for entry in result.rows:
         facts = entry.training
@@ -139,8 +138,3 @@ def _flow_heads(flow: FlowSettings) -> str:
     if flow.objective == "tb":
         return f"Z {flow.partition}"
     return "F learned" + (", forward-looking" if flow.forward_looking else "")
-
-
-def _command() -> str:
-    """The command as typed, without the folder that the program lies in."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

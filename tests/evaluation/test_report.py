@@ -15,6 +15,7 @@ from gflowgr.evaluation import (
     Report,
     ScoringRecommender,
     TableRow,
+    command_as_typed,
     evaluate,
     example_recommendations,
     format_table,
@@ -174,3 +175,20 @@ def test_machine_summary_names_no_machine() -> None:
     summary = machine_summary()
     assert {"processor", "accelerator", "system", "torch"} <= set(summary)
     assert platform.node() not in " ".join(summary.values()) or not platform.node()
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        (
+            ["/usr/bin/gflowgr", "train", "--config", "/home/me/run.yaml"],
+            "gflowgr train --config run.yaml",
+        ),
+        (["/x/gflowgr/__main__.py", "train", "--set", "a=b c"], "gflowgr train --set 'a=b c'"),
+    ],
+)
+def test_the_command_is_recorded_without_places(
+    typed: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", typed)
+    assert command_as_typed() == shown
