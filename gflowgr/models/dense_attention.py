@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .cheap_dropout import cheap_dropout
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -80,7 +82,7 @@ def _attention(
     # Said outright: autocast would take the softmax to float32, and copy it there and back.
     weights = torch.softmax(scores, -1, dtype=scores.dtype)
     if dropout:
-        weights = nn.functional.dropout(weights, dropout)
+        weights = cheap_dropout(weights, dropout)
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 

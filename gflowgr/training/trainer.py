@@ -19,6 +19,7 @@ from ..collaborative import CollaborativeModel
 from ..data import LeaveOneOut
 from ..decoding import GenerativeRecommender
 from ..evaluation import evaluate
+from ..models.cheap_dropout import use_cheap_dropout
 from ..models.dense_attention import use_dense_attention
 from ..models.gflow_model import GFlowModel
 from ..models.lora import has_lora
@@ -99,6 +100,7 @@ class GFlowGRTrainer(Trainer):
         self.split = split
         self.collaborative = collaborative
         use_dense_attention(model.backbone)
+        use_cheap_dropout(model)
         if isinstance(collaborative, nn.Module):
             collaborative.to(args.device).eval().requires_grad_(False)
         self._flow_inputs = FlowInputs(model, args, split, collaborative)
