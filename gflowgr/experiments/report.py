@@ -14,7 +14,8 @@ from ..evaluation import TableRow, command_as_typed, format_table, machine_summa
 from .document import to_markdown
 from .page import to_html
 from .results import ExperimentResults, read_results
-from .sections import MAIN_GROUPS, differences_of, experiment_document
+from .sections import differences_of, experiment_document
+from .setting_section import MAIN_GROUPS
 from .statistics import METRICS, STATISTICS_RULES
 from .summary import Setting, summarise, to_json, verdict
 
