@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TypeAlias
 
-__all__ = ["Commands", "add_model_and_data", "command"]
+__all__ = ["Commands", "add_model_and_data", "add_overrides", "command"]
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -23,6 +23,18 @@ def command(
         description=text[0].upper() + text[1:] + ".",
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    """Declare ``--set KEY=VALUE``, which gives ``overrides``, a list of such texts."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help=f"change one value, such as {example} (may be repeated)",
     )
 
 

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ._parsers import Commands, command
+from ._parsers import Commands, add_overrides, command
 
 __all__ = ["add_experiment"]
 
@@ -40,14 +40,7 @@ def add_experiment(commands: Commands) -> None:
     parser.add_argument("--workers", type=int, metavar="K", help="cells at a time (default: GPUs)")
     parser.add_argument("--threads", type=int, metavar="T", help="CPU threads of each cell")
     parser.add_argument("--only", metavar="PATTERN", help="cells whose id matches, and their needs")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="change one value, such as base.sft.max_steps=200 (may be repeated)",
-    )
+    add_overrides(parser, "base.sft.max_steps=200")
     parser.add_argument("--dry-run", action="store_true", help="show the cells; do nothing")
     parser.add_argument("--report", action="store_true", help="write the report; run nothing")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from ._parsers import Commands, command
+from ._parsers import Commands, add_overrides, command
 
 __all__ = ["add_quickstart", "add_train"]
 
@@ -53,14 +53,7 @@ def add_train(commands: Commands) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run (YAML)")
     parser.add_argument("--output-dir", metavar="FOLDER", help="instead of the file's output_dir")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="change one value, such as sft.max_steps=200 (may be repeated)",
-    )
+    add_overrides(parser, "sft.max_steps=200")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     parser.set_defaults(run=_train)
 
