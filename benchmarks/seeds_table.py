@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from gflowgr.evaluation.metrics import gains, hits
+
 METRICS = ("R@5", "R@10", "N@5", "N@10", "utility@10")
 BASELINE, METHOD = "SFT continued", "GFlowGR-TB"
 _DRAWS = 2_000
@@ -60,9 +62,8 @@ def per_user(run: Path, method: str) -> dict[str, np.ndarray]:
     users, ranks, items = (np.load(folder / f"{name}.npy") for name in ("users", "ranks", "items"))
     values = {}
     for k in (5, 10):
-        hit = (ranks >= 0) & (ranks < k)
-        values[f"R@{k}"] = hit.astype(float)
-        values[f"N@{k}"] = np.where(hit, 1.0 / np.log2(np.maximum(ranks, 0) + 2.0), 0.0)
+        values[f"R@{k}"] = hits(ranks, k).astype(float)
+        values[f"N@{k}"] = gains(ranks, k)
     truth = np.load(run / "data" / "truth.npy")[users].astype(np.float64)
     gained = np.take_along_axis(truth, np.maximum(items, 0), axis=1)
     gained = np.where(items >= 0, gained, truth.min(axis=1, keepdims=True))

@@ -13,22 +13,35 @@ MISS = -1
 
 
 def recall(ranks: np.ndarray, k: int) -> float:
-    """Share of users whose target is among the first ``k``; ranks [n] are 0-based, -1 = miss."""
-    return float(_hits(ranks, k).mean()) if len(ranks) else 0.0
+    """Mean of :func:`hits` over users, 0 without users."""
+    return float(hits(ranks, k).mean()) if len(ranks) else 0.0
 
 
 def ndcg(ranks: np.ndarray, k: int) -> float:
-    """Mean of ``1 / log2(rank + 2)`` over users, 0 for a target beyond the first ``k``."""
-    if len(ranks) == 0:
-        return 0.0
-    gains = 1.0 / np.log2(np.maximum(ranks, 0) + 2.0)
-    return float(np.where(_hits(ranks, k), gains, 0.0).mean())
+    """Mean of :func:`gains` over users, 0 without users."""
+    return float(gains(ranks, k).mean()) if len(ranks) else 0.0
 
 
-def _hits(ranks: np.ndarray, k: int) -> np.ndarray:
+def hits(ranks: np.ndarray, k: int) -> np.ndarray:
+    """Whether each user's target is among the first ``k``, bool [n].
+
+    Args:
+        ranks: int [n], 0-based, -1 = not in the list.
+
+    Raises:
+        ValueError: ``k`` below 1.
+    """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     return (ranks >= 0) & (ranks < k)
+
+
+def gains(ranks: np.ndarray, k: int) -> np.ndarray:
+    """Discounted gain of each user, ``1 / log2(rank + 2)`` for a hit, else 0; float64 [n].
+
+    Arguments and errors as those of :func:`hits`.
+    """
+    return np.where(hits(ranks, k), 1.0 / np.log2(np.maximum(ranks, 0) + 2.0), 0.0)
 
 
 def ranks_in_lists(lists: np.ndarray, targets: np.ndarray) -> np.ndarray:

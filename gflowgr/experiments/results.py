@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import files
 from ..errors import DataError
+from ..evaluation.analysis import Group
 from .statistics import METRICS, per_user
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "ExperimentResults",
     "MethodFacts",
     "MissingCell",
-    "Stratum",
     "read_results",
 ]
 
@@ -77,15 +77,6 @@ class MissingCell:
 
 
 @dataclass(frozen=True)
-class Stratum:
-    """Metrics of one part of the users, such as those whose target was rarely seen in training."""
-
-    name: str
-    users: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
 class Analysis:
     """What was measured beside the ranking metrics; empty where nothing was.
 
@@ -99,7 +90,7 @@ class Analysis:
     """
 
     diversity: dict[str, float] = field(default_factory=dict)
-    breakdown: dict[str, list[Stratum]] = field(default_factory=dict)
+    breakdown: dict[str, list[Group]] = field(default_factory=dict)
     pearson: float | None = None
     spearman: float | None = None
     log_p: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
@@ -355,7 +346,7 @@ def _analysis(path: Path, metrics: Mapping[str, float]) -> Analysis:
                 diversity[key] = float(value)
         breakdown = {
             str(title): [
-                Stratum(str(part["name"]), int(part["users"]), _numbers(path, part["metrics"], ""))
+                Group(str(part["name"]), int(part["users"]), _numbers(path, part["metrics"], ""))
                 for part in parts
             ]
             for title, parts in (facts.get("breakdown") or {}).items()

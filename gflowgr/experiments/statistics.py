@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..evaluation.metrics import gains, hits
+
 __all__ = [
     "DRAWS",
     "METRICS",
@@ -59,15 +61,11 @@ def per_user(ranks: np.ndarray) -> np.ndarray:
     """Each metric of :data:`METRICS` for each user, float64 [n, 4]; their means are the metrics.
 
     Args:
-        ranks: int [n], 0-based place of the user's one target, -1 = not in the list. Recall is 1
-            for a target among the first k, NDCG then ``1 / log2(place + 2)``.
+        ranks: int [n], 0-based place of the user's one target, -1 = not in the list.
     """
-    gains = 1.0 / np.log2(np.maximum(ranks, 0) + 2.0)
-    columns = []
-    for metric in METRICS:
-        hit = (ranks >= 0) & (ranks < int(metric[2:]))
-        columns.append(np.where(hit, 1.0 if metric[0] == "R" else gains, 0.0))
-    return np.stack(columns, axis=1)
+    of = {"R": hits, "N": gains}
+    columns = [of[metric[0]](ranks, int(metric[2:])) for metric in METRICS]
+    return np.stack(columns, axis=1).astype(np.float64)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
