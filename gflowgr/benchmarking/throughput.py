@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -109,7 +110,7 @@ class _World:
         }
 
 
-class _Row:
+class _Row(ABC):
     """A way of training: a fresh trainer for each round, and the loss that it minimises."""
 
     def __init__(self, world: _World, **options: Any) -> None:
@@ -122,9 +123,9 @@ class _Row:
         """Of the products."""
         return "bfloat16" if self.trainer.args.bf16 else "float32"
 
+    @abstractmethod
     def make(self, model: GFlowModel, split: LeaveOneOut) -> Any:
         """A trainer of ``model``."""
-        raise NotImplementedError
 
     def loss(self, model: GFlowModel, batch: Mapping[str, Tensor]) -> Tensor:
         """Token-summed negative log-likelihood, mean over prompts."""
@@ -158,6 +159,7 @@ class _Row:
         with torch.autocast(device, torch.bfloat16, enabled=half):
             return self.loss(model, _first_examples(self.world, inputs)), self.precision
 
+    @abstractmethod
     def ready(self, model: GFlowModel) -> None:
         """What the trainer does to a model."""
 
@@ -196,6 +198,9 @@ class _Plain(_Row):
         args = TrainingArguments(**self.world.arguments(self.folder.name, bf16=False))
         backbone: Any = model.backbone
         return Trainer(backbone, args, train_dataset=split.train, data_collator=collator)
+
+    def ready(self, model: GFlowModel) -> None:
+        """Nothing."""
 
     def loss(self, model: GFlowModel, batch: Mapping[str, Tensor]) -> Tensor:
         tokens = self.world.model.item_tokens().to(model.device)[batch["target"]]

@@ -11,6 +11,7 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -37,6 +38,9 @@ from ..pipeline.stages import Screen, collaborative_stage, evaluation_stage
 from ..rewards import BehaviourAwareReward, make_signals
 from .cells import BUSY, Cell, alone, cells_of, claim, locked
 from .spec import ExperimentSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["run_cell"]
 
@@ -71,6 +75,7 @@ class _Ground:
     dataset: Dataset
     split: LeaveOneOut
     collaborative: CollaborativeModel | None
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 def run_cell(spec: ExperimentSpec, cell: Cell, out: Path, screen: Screen) -> None:
@@ -129,7 +134,7 @@ def _ground(spec: ExperimentSpec, cell: Cell, out: Path, screen: Screen) -> _Gro
         split = split_data(dataset, config.data.max_history, data_folder)
         claim_data(data_folder, {"data": digest_of(dataset)})
     check_reward(config, split)
-    check_generator(config.model)
+    tokenizer = check_generator(config.model)
     collaborative = collaborative_stage(
         config.collaborative,
         split,
@@ -137,7 +142,7 @@ def _ground(spec: ExperimentSpec, cell: Cell, out: Path, screen: Screen) -> _Gro
         config.seed,
         screen,
     )
-    return _Ground(config, dataset, split, collaborative)
+    return _Ground(config, dataset, split, collaborative, tokenizer)
 
 
 def _catalogue(ground: _Ground, folder: Path) -> Catalogue:
@@ -154,7 +159,7 @@ def _catalogue(ground: _Ground, folder: Path) -> Catalogue:
         folder=folder,
     )
     claim_data(folder, {"identifiers": digest_of(identifiers)})
-    return make_catalogue(name, identifiers, check_generator(config.model))
+    return make_catalogue(name, identifiers, ground.tokenizer)
 
 
 def _evaluate(

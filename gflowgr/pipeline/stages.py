@@ -58,6 +58,13 @@ def collaborative_stage(
 ) -> CollaborativeModel | None:
     """The collaborative model of ``settings``, if any; one to be trained is kept in ``folder``.
 
+    Args:
+        settings: which, and how it is trained.
+        split: the data that it is trained and validated on.
+        folder: where a trained one is kept; one that is there already is loaded.
+        seed: of its initial weights, the order of batches and the dropout.
+        screen: where to report.
+
     Raises:
         ConfigError: a table of item vectors that does not fit the data.
     """
