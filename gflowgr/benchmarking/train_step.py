@@ -263,11 +263,11 @@ def train_step_case(
 
 
 def _draw(world: _World, trainers: Sequence[_Trainer], seed: int) -> Inputs:
-    """A collated batch on the device, which the trainers hold."""
+    """A collated batch as the trainers hold it, its prompts on the device."""
     rng = np.random.default_rng([_SEED, seed])
     chosen = rng.choice(world.full, world.shape.prompts, replace=False)
     batch = trainers[0].collate([world.split.train[int(index)] for index in chosen])
-    inputs = Inputs({name: value.to(world.device) for name, value in batch.items()})
+    inputs = Inputs(trainers[0].trainer._prepare_inputs(batch))
     for trainer in trainers:
         trainer.hold(inputs)
     return inputs

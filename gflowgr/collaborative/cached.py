@@ -70,9 +70,8 @@ class CachedScores:
         self._rows = np.load(self._path, mmap_mode="r", allow_pickle=False)
 
     def rows(self, examples: torch.Tensor) -> torch.Tensor:
-        """Standardised scores [B, items] of examples [B], float32 on their device."""
-        rows = np.asarray(self._rows[examples.cpu().numpy()], dtype=np.float32)
-        return torch.from_numpy(rows).to(examples.device)
+        """Standardised scores [B, items] of examples [B], float32, on the host."""
+        return torch.from_numpy(np.asarray(self._rows[examples.numpy()], dtype=np.float32))
 
     def _score(self, begin: int, end: int) -> np.ndarray:
         histories = [self._examples[index]["history"] for index in range(begin, end)]

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from gflowgr.collaborative.base import check_score_inputs, load_saved, save_model
+from gflowgr.transfer import to_device
 
 
 class EmbeddingScorer:
@@ -58,7 +59,7 @@ class EmbeddingScorer:
         """See :meth:`gflowgr.collaborative.CollaborativeModel.score`."""
         lengths = check_score_inputs(histories, items, self.num_items)
         device = self._unit.device
-        histories, lengths = histories.to(device).long(), lengths.to(device)
+        histories, lengths = to_device(histories.long(), device), to_device(lengths, device)
         real = (histories >= 0).unsqueeze(-1)
         vectors = self._unit[histories.clamp_min(0)] * real
         user = vectors.sum(1) / lengths.clamp_min(1).unsqueeze(1)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gflowgr.collaborative.base import check_score_inputs, load_saved, save_model
 from gflowgr.collaborative.loss import catalogue_cross_entropy, sampled_cross_entropy
 from gflowgr.errors import DataError
+from gflowgr.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ class SASRec(nn.Module):
 
     def _states(self, histories: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         device = self.items.weight.device
-        histories, lengths = histories.to(device).long(), lengths.to(device)
         width = min(max(int(lengths.max()) if len(lengths) else 0, 1), self.settings.max_length)
+        histories, lengths = to_device(histories.long(), device), to_device(lengths, device)
         if histories.shape[1] > width:
             skip = (lengths - width).clamp_min(0)
             columns = skip[:, None] + torch.arange(width, device=device)
@@ -209,8 +210,10 @@ class SASRec(nn.Module):
             items = items.to(states.device).long()
             scores = torch.einsum("bd,bmd->bm", states, self.items.weight[items])
             prior = self.empty_scores[items]
-        empty = lengths.to(states.device)[:, None] == 0
-        return torch.where(empty, prior, scores) if bool(empty.any()) else scores
+        empty = lengths == 0
+        if not bool(empty.any()):
+            return scores
+        return torch.where(to_device(empty, states.device)[:, None], prior, scores)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each atomically."""

@@ -9,6 +9,8 @@ devices it is SDPA.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,10 +52,17 @@ def use_dense_attention(model: PreTrainedModel) -> bool:
     if base.config._attn_implementation != "sdpa":
         return base.config._attn_implementation == _NAME
     AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    AttentionMaskInterface.register(_NAME, partial(_mask, sdpa_mask))
     for module in (base, base.get_encoder(), base.get_decoder()):
         module.config._attn_implementation = _NAME
     return True
+
+
+def _mask(make: Callable[..., Tensor | None], *args: Any, **options: Any) -> Tensor | None:
+    """None where a mask would hide nothing; on other devices the host would wait to see that."""
+    if torch.device(options["device"]).type != "cpu":
+        options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return make(*args, **options)
 
 
 def _attention(

@@ -6,7 +6,7 @@ all: B prompts, N trajectories each, L tokens, width d, vocabulary V.
 
 from __future__ import annotations
 
-from gflowgr.ops.checks import set_validation, validation_enabled
+from gflowgr.ops.checks import set_validation, validation, validation_enabled
 from gflowgr.ops.fused import fused_db_loss, fused_subtb_loss, fused_tb_loss, fused_vargrad_loss
 from gflowgr.ops.fused_preference import fused_dpo_loss, fused_grpo_loss
 from gflowgr.ops.logits import logprobs_from_logits
@@ -30,6 +30,7 @@ __all__ = [
     "subtb_loss",
     "tb_loss",
     "trajectory_logprobs",
+    "validation",
     "validation_enabled",
     "vargrad_log_z",
     "vargrad_loss",

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,6 +50,16 @@ def set_validation(enabled: bool) -> bool:
         raise TypeError(f"enabled must be a bool, got {enabled!r}")
     previous, _validate = _validate, enabled
     return previous
+
+
+@contextmanager
+def validation(enabled: bool) -> Iterator[None]:
+    """Switch the data checks on or off within; see :func:`set_validation`."""
+    previous = set_validation(enabled)
+    try:
+        yield
+    finally:
+        set_validation(previous)
 
 
 def validation_enabled() -> bool:

@@ -25,6 +25,7 @@ from ..trajectories import (
     TrajectorySet,
     make_sampler,
 )
+from ..transfer import to_device
 from .config import GFlowGRConfig
 from .rounds import Rounds
 
@@ -113,7 +114,8 @@ class FlowInputs:
         """The model's inputs, and what is logged of trajectories and rewards.
 
         Args:
-            inputs: a batch of :class:`~gflowgr.training.batches.PromptCollator`, on the device.
+            inputs: a batch of :class:`~gflowgr.training.batches.PromptCollator`, its prompts on the
+                device and the rest on the host, where it is read.
             epoch: number of the epoch.
             step: optimiser steps done; it may be one for the positives alone, see
                 :mod:`~gflowgr.training.rounds`.
@@ -123,7 +125,8 @@ class FlowInputs:
         """
         flow = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         if self.sampler is None or self.rounds.is_supervised(step):
-            return flow | self._trajectories(inputs["target"][:, None]), {}
+            targets = to_device(inputs["target"], flow["input_ids"].device)
+            return flow | self._trajectories(targets[:, None]), {}
         request = sample_request(inputs, epoch, step, progress, self.scores(inputs))
         chosen = self.sampler.sample(request)
         return self.rewarded(flow, request, chosen, log_probs)
@@ -146,14 +149,14 @@ class FlowInputs:
         assert self.sampler is not None
         assert self.reward is not None
         device = prompts["input_ids"].device
-        items = torch.from_numpy(chosen.items).to(device)
-        logs = _difficulty_quantiles(chosen.difficulty)
+        items = to_device(chosen.items, device)
+        logs = _difficulty_quantiles(chosen)
         flow = prompts | self._trajectories(items)
         context = SignalContext(
             flow["tokens"],
             flow["mask"],
             items,
-            torch.from_numpy(chosen.behaviours).to(device),
+            to_device(chosen.behaviours, device),
             request.scores,
             lambda: log_probs(flow),
         )
@@ -163,7 +166,7 @@ class FlowInputs:
             proposed = chosen.log_proposal
             if proposed is None:
                 proposed = torch.full(items.shape, torch.nan)
-            flow["log_proposal"] = proposed.to(device)
+            flow["log_proposal"] = to_device(proposed, device)
         with torch.no_grad():
             self.sampler.observe(request, chosen, self.reward.fusion(flow["signals"]))
         return flow, logs
@@ -194,10 +197,11 @@ class FlowInputs:
         if self.collaborative is None:
             return None
         if self.cache is not None:
-            return self.cache.rows(inputs["example"])
-        with torch.no_grad():
-            scores = self.collaborative.score(inputs["histories"], None)
-        return scores.to(inputs["input_ids"].device)
+            scores = self.cache.rows(inputs["example"])
+        else:
+            with torch.no_grad():
+                scores = self.collaborative.score(inputs["histories"], None)
+        return to_device(scores, inputs["input_ids"].device)
 
     def _trajectories(self, items: Tensor) -> dict[str, Tensor]:
         tokens = self.item_tokens[items.clamp_min(0)]
@@ -227,7 +231,7 @@ def sample_request(
     """What a sampler is asked for a batch; arguments as of :class:`FlowInputs`' call."""
 
     def array(name: str) -> npt.NDArray[np.int64]:
-        values: npt.NDArray[np.int64] = inputs[name].cpu().numpy()
+        values: npt.NDArray[np.int64] = inputs[name].numpy()
         return values
 
     return SampleRequest(
@@ -244,10 +248,11 @@ def sample_request(
     )
 
 
-def _difficulty_quantiles(difficulty: Tensor | None) -> Logs:
-    if difficulty is None or bool(difficulty.isnan().all()):
+def _difficulty_quantiles(chosen: TrajectorySet) -> Logs:
+    # Asked of the items, which the host has: the difficulty may be on the device.
+    if chosen.difficulty is None or not (chosen.items[:, 1:] >= 0).any():
         return {}
-    values = difficulty.float()
+    values = chosen.difficulty.float()
     return {f"difficulty/q{q}": values.nanquantile(q / 100) for q in (10, 50, 90)}
 
 
@@ -263,7 +268,7 @@ def _signal_means(names: list[str], signals: Tensor, chosen: TrajectorySet) -> L
     for kind, which in kinds.items():
         if which.any():
             part = signals[:, :1] if kind == "reward" else signals[:, 1:]
-            weight = torch.from_numpy(which / which.sum()).to(signals)
+            weight = to_device((which / which.sum()).astype(np.float32), signals.device)
             means = torch.einsum("bn,bnk->k", weight, part)
             logs |= {f"{kind}/{name}": means[k] for k, name in enumerate(names)}
     return logs

@@ -30,6 +30,8 @@ from ..models.sharded import (
     whole_parameters,
     whole_state,
 )
+from ..ops import validation, validation_enabled
+from ..transfer import to_device
 from .batches import LengthBucketSampler, ProcessBatches, PromptCollator
 from .calibrating import catalogue_calibration
 from .callbacks import EpochOrder, LogBeforeSaving
@@ -43,9 +45,12 @@ from .config import GFlowGRConfig
 from .flow_inputs import FlowInputs
 from .optimiser import parameter_groups
 from .rounds import FreezeReference, Rounds
-from .sharing import SharedRecommender, sum_over_processes
+from .sharing import SharedRecommender
+from .step_log import StepLog
 
 __all__ = ["GFlowGRTrainer"]
+
+_PROMPTS = ("input_ids", "attention_mask")
 
 
 class GFlowGRTrainer(Trainer):
@@ -58,7 +63,7 @@ class GFlowGRTrainer(Trainer):
     ``log_z_group`` and their distance ``log_z_gap_rms``), the mean of each reward signal
     (``reward/...``; ``reward_augmented/...``: of augmented items), quantiles of the sampled items'
     difficulty, ``seconds`` of training (without evaluation) since the last entry, and tokens per
-    second.
+    second. On a GPU the ops' data checks run in the first step only.
 
     Args:
         model: backbone, tree and settings.
@@ -116,9 +121,7 @@ class GFlowGRTrainer(Trainer):
         )
         self._flow_started = False
         self._saves_checkpoint = False
-        self._logged: dict[str, list[Tensor]] = {}
-        self._logged_tokens: Tensor | int = 0
-        self._logged_since = time.perf_counter()
+        self._step_log = StepLog()
         super().__init__(
             model=model,
             args=args,
@@ -180,7 +183,7 @@ class GFlowGRTrainer(Trainer):
             if has_ended(state, self.args):
                 return self._adopt(Path(checkpoint), state)
             self._flow_inputs.load_state(Path(checkpoint))
-        self._logged_since = time.perf_counter()
+        self._step_log.restart()
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _adopt(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
@@ -194,6 +197,11 @@ class GFlowGRTrainer(Trainer):
 
     # ---- the objective ----
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Samplers and collaborative models read the rest, and reading it back would be a wait.
+        prompts = {n: to_device(inputs[n], self.args.device) for n in _PROMPTS}
+        return inputs | prompts
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -202,8 +210,14 @@ class GFlowGRTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Sample trajectories, reward them, and compute the model's objective."""
+        # On a GPU, to look at values is to wait; a later bad one shows in the logged loss.
+        looks = not self._flow_started or self.args.device.type == "cpu"
+        with validation(looks and validation_enabled()):
+            output = self._objective(model, inputs)
+        return (output["loss"], output) if return_outputs else output["loss"]
+
+    def _objective(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
         plain = self.accelerator.unwrap_model(model)
-        first = not self._flow_started
         with self._whole(plain) if self._flow_inputs.reads_model else nullcontext():
             flow, logs = self._flow_inputs(
                 inputs,
@@ -213,20 +227,18 @@ class GFlowGRTrainer(Trainer):
                 log_probs=plain.log_probs,
             )
         processes, share = self.args.world_size, self._share(len(inputs["example"]))
-        if first:
+        if not self._flow_started:
             # Once: reading the flag from the device would make every step wait for it.
             self._flow_started = True
             if not plain.flow_started:
                 self._start_flow(plain, flow, share)
-        output = model(**flow)
+        output: dict[str, Tensor] = model(**flow)
         # The gradient is the mean over processes.
         summed = self.model.settings.reduction == "sum"
         output["loss"] = output["loss"] * (processes if summed else share)
-        self._remember(logs | {k: v for k, v in output.items() if k != "loss"}, share)
-        # Summed on the device: reading the number here would make every step wait for it.
-        seen = flow["attention_mask"].sum() + flow["mask"].sum()
-        self._logged_tokens = self._logged_tokens + seen
-        return (output["loss"], output) if return_outputs else output["loss"]
+        logs |= {k: v for k, v in output.items() if k != "loss"}
+        self._step_log.add(logs, share, flow["attention_mask"].sum() + flow["mask"].sum())
+        return output
 
     def _whole(self, model: GFlowModel) -> AbstractContextManager[None]:
         if is_sharded(model):
@@ -283,10 +295,6 @@ class GFlowGRTrainer(Trainer):
 
     # ---- logs ----
 
-    def _remember(self, values: dict[str, Tensor], share: Tensor | float) -> None:
-        for name, value in values.items():
-            self._logged.setdefault(name, []).append(value.detach().float() * share)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averages since the last log.
 
@@ -295,16 +303,7 @@ class GFlowGRTrainer(Trainer):
         """
         if "loss" in logs:
             self._check_finite(logs)
-            sums = {n: (float(torch.stack(v).sum()), len(v)) for n, v in self._logged.items()}
-            sums = sum_over_processes(sums | {"tokens": (float(self._logged_tokens), 1)})
-            tokens, _ = sums.pop("tokens")
-            for name, (total, count) in sums.items():
-                logs[name] = total / count
-            self._logged.clear()
-            now = time.perf_counter()
-            logs["seconds"] = max(now - self._logged_since, 1e-9)
-            logs["tokens_per_second"] = tokens / logs["seconds"]
-            self._logged_tokens, self._logged_since = 0, now
+            logs.update(self._step_log.entry())
         super().log(logs, start_time)
 
     def _check_finite(self, logs: dict[str, float]) -> None:
@@ -356,7 +355,7 @@ class GFlowGRTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         # What follows should count training time only.
-        self._logged_since += time.perf_counter() - began
+        self._step_log.leave_out(time.perf_counter() - began)
         return metrics
 
     # ---- checkpoints: the model's own format ----

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..transfer import to_device
+
 if TYPE_CHECKING:
     from .pool import CandidatePool
 
@@ -215,7 +217,7 @@ def difficulty(request: SampleRequest, items: Ints) -> Tensor | None:
     """
     if request.scores is None or items.shape[1] == 0:
         return None
-    index = torch.from_numpy(items).to(request.scores.device)
+    index = to_device(items, request.scores.device)
     chosen = request.scores.gather(1, index.clamp_min(0))
     # Compared into floats, because to sum booleans is ten times slower on a CPU.
     below = torch.empty_like(request.scores, dtype=torch.float32)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..data import Ragged
+from ..transfer import to_device
 from .base import (
     AUGMENTED,
     NOT_RECORDED,
@@ -137,9 +138,9 @@ class CandidatePool:
         assert request.scores is not None
         offsets = self._barred.offsets
         rows = self._barred.slices(offsets[request.users], offsets[request.users + 1])
-        where = (torch.from_numpy(rows.row_of_values()), torch.from_numpy(rows.values).long())
+        where = (rows.row_of_values(), rows.values.astype(np.int64))
         scores = request.scores.clone()
-        scores[where[0].to(scores.device), where[1].to(scores.device)] = inadmissible
+        scores[tuple(to_device(part, scores.device) for part in where)] = inadmissible
         return scores
 
     # ---- draws ----

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import Ragged
+from ..transfer import to_device
 from .base import NOT_RECORDED, SHOWN, Candidates, Ints, SampleRequest, TrajectorySampler
 from .pool import CandidatePool
 from .schedules import Schedule
@@ -137,7 +138,7 @@ class CurriculumSampler(TrajectorySampler):
         scores = self.pool.admissible_scores(request, torch.inf)
         whole = self.pool_size >= self.pool.num_items
         if not whole:
-            drawn = torch.from_numpy(self._draw_pool(request)).to(scores.device)
+            drawn = to_device(self._draw_pool(request), scores.device)
             scores = scores.gather(1, drawn.clamp_min(0)).masked_fill(drawn < 0, torch.inf)
         available = (scores < torch.inf).sum(dim=1, keepdim=True)
         # Room for items that share an identifier; a step to either side at a time.
@@ -158,19 +159,20 @@ class CurriculumSampler(TrajectorySampler):
 def _at_ranks(scores: Tensor, ranks: Tensor) -> Tensor:
     """Columns [B, W] that have these ranks among the row's scores [B, M]; ties: first come first.
 
-    What lies outside all ranks is not put in order, which on a CPU takes a fifth of the time.
+    On a CPU, what lies outside all ranks is not put in order, which takes a fifth of the time.
     """
     # Score and column in one integer: numbers whose order is that of the pairs.
     bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 and 0.0 are a tie
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
     keys += torch.arange(keys.shape[1], device=keys.device)
-    low, high = int(ranks.min()), int(ranks.max()) + 1
+    low = 0
     if keys.device.type == "cpu":
+        low, high = int(ranks.min()), int(ranks.max()) + 1
         part = np.partition(keys.numpy(), (low, high - 1), axis=1)[:, low:high]
         part.sort(axis=1)
         ordered = torch.from_numpy(part)
     else:
-        ordered = keys.sort(dim=1).values[:, low:high]
+        ordered = keys.sort(dim=1).values
     return ordered.gather(1, ranks - low) & 0xFFFFFFFF
 
 

@@ -33,9 +33,9 @@ def one_bad_reward() -> Tensor:
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Data checks off for one test."""
-    previous = ops.set_validation(False)
-    yield
-    ops.set_validation(previous)
+    with ops.validation(False):
+        yield
+    assert ops.validation_enabled()
 
 
 def test_values_are_checked_by_default() -> None:

@@ -1,0 +1,23 @@
+"""Copies from the host to a device that nobody waits for."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["to_device"]
+
+
+def to_device(values: Tensor | npt.NDArray[np.generic], device: torch.device | str) -> Tensor:
+    """``values`` on ``device``; a copy from the host to a CUDA device runs behind the host's back.
+
+    A plain ``.to(device)`` makes the host wait until the device has done all its work so far. A
+    copy from pinned memory does not, and PyTorch keeps that memory until the copy is done.
+    """
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # nothing to do where it is already
+    return tensor.to(device, non_blocking=True)
