@@ -14,10 +14,15 @@ def to_device(values: Tensor | npt.NDArray[np.generic], device: torch.device | s
     """``values`` on ``device``; a copy from the host to a CUDA device runs behind the host's back.
 
     A plain ``.to(device)`` makes the host wait until the device has done all its work so far. A
-    copy from pinned memory does not, and PyTorch keeps that memory until the copy is done.
+    copy from pinned memory does not, and PyTorch keeps that memory until the copy is done. A copy
+    to the host is waited for: its reader could come before the values.
+
+    Args:
+        values: any shape and dtype; what is on ``device`` already is returned as it is.
+        device: where to.
     """
     tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
     device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # nothing to do where it is already
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -27,6 +27,7 @@ def hits(ranks: np.ndarray, k: int) -> np.ndarray:
 
     Args:
         ranks: int [n], 0-based, -1 = not in the list.
+        k: length of the list that counts.
 
     Raises:
         ValueError: ``k`` below 1.

@@ -54,7 +54,8 @@ class BehaviourAwareReward:
 
         Raises:
             ValueError: a signal is of a wrong shape, negative, NaN or infinite (values are looked
-                at unless ``GFLOWGR_VALIDATE=0``).
+                at while data checks are on, see :func:`gflowgr.ops.set_validation`; a bad value
+                that nobody looks at becomes NaN, so that the loss tells).
         """
         absent = context.items < 0
         values = []
@@ -67,10 +68,11 @@ class BehaviourAwareReward:
                 )
             values.append(value.detach().float().masked_fill(absent, 0.0))
         measured = torch.stack(values, dim=-1)
-        # Written so that NaN is found too.
-        if validation_enabled() and not bool(((measured >= 0) & (measured < math.inf)).all()):
-            wrong = ~((measured >= 0) & (measured < math.inf))
-            b, n, k = wrong.nonzero()[0].tolist()
+        good = (measured >= 0) & (measured < math.inf)  # not so for NaN
+        if not validation_enabled():
+            return measured.masked_fill(~good, math.nan)
+        if not bool(good.all()):
+            b, n, k = (~good).nonzero()[0].tolist()
             raise ValueError(
                 f"the signal {self.names[k]!r} is {measured[b, n, k].item()} at [{b}, {n}]; "
                 "signals must be finite and >= 0 (are the collaborative model's scores finite?)"

@@ -63,7 +63,8 @@ class GFlowGRTrainer(Trainer):
     ``log_z_group`` and their distance ``log_z_gap_rms``), the mean of each reward signal
     (``reward/...``; ``reward_augmented/...``: of augmented items), quantiles of the sampled items'
     difficulty, ``seconds`` of training (without evaluation) since the last entry, and tokens per
-    second. On a GPU the ops' data checks run in the first step only.
+    second. On a GPU the data checks run in the first step only; a bad value in a later one ends the
+    training at its next log, as a loss that is NaN.
 
     Args:
         model: backbone, tree and settings.

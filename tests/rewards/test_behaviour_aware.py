@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from gflowgr.ops import validation
 from gflowgr.rewards import (
     BehaviourAwareReward,
     SignalContext,
     default_behaviour_values,
     make_signals,
 )
+from gflowgr.rewards.fusion import FusionMode, RewardFusion
 from gflowgr.trajectories import AUGMENTED, SHOWN
 
 ITEMS = torch.tensor([[0, 1, 2, -1]])
@@ -169,6 +171,15 @@ def test_a_signal_of_ones_own() -> None:
 def test_bad_signals_are_named(signals: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         reward(*signals)
+
+
+@pytest.mark.parametrize("mode", get_args(FusionMode))
+def test_a_bad_value_that_nobody_looks_at_is_nan(mode: FusionMode) -> None:
+    """A sum's floor must not hide it: the loss is what tells then."""
+    made = make_signals(["r_sim", f"{__name__}:Negative"])
+    with validation(False):
+        log_reward = BehaviourAwareReward(made, RewardFusion(2, mode))(CONTEXT).log_reward
+    assert log_reward.isnan().tolist() == [[False, False, True, False]]
 
 
 def test_bad_values_are_named() -> None:
