@@ -366,8 +366,9 @@ class PrefixTree:
             leaves = torch.arange(self.num_leaves, dtype=torch.int32, device=self.device)
             if self._item_begin is not None:
                 leaves = leaves.repeat_interleave(self._item_begin.diff().to(torch.int64))
-            self._leaf_of_item = self._item_ids.new_full((self.num_items,), -1)
-            self._leaf_of_item[self._item_ids.to(torch.int64)] = leaves
+            inverse = self._item_ids.new_full((self.num_items,), -1)
+            inverse[self._item_ids.to(torch.int64)] = leaves
+            self._leaf_of_item = inverse  # only when filled: other threads read it
         return torch.where(items >= 0, self._leaf_of_item[items.clamp(min=0)].to(torch.int64), -1)
 
     def identifiers(self, items: Any) -> Tensor:

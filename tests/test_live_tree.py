@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import Tensor
 
 from gflowgr.live_tree import LiveTree
 from gflowgr.tree import PrefixTree
@@ -114,3 +116,22 @@ def test_readers_see_only_whole_versions_while_writers_change_it() -> None:
     assert len(seen) > 2
     assert live.version == 3 * rounds * writers
     assert live.tree.item_ids.tolist() == list(range(10))
+
+
+def test_the_first_readers_of_a_tree_may_come_together() -> None:
+    """The inverse of the items map, made by the first look-up, is seen by others only when full."""
+    items = torch.randperm(50_000)
+    tokens = torch.stack([torch.arange(50_000) // 250, torch.arange(50_000) % 250], -1)
+    built = PrefixTree.from_identifiers(tokens, items=items)
+    wanted = built.leaf_of(items)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            fresh = PrefixTree(built.buffer)
+            together = threading.Barrier(4)
+
+            def look_up(tree: PrefixTree = fresh, barrier: threading.Barrier = together) -> Tensor:
+                barrier.wait()
+                return tree.leaf_of(items)
+
+            for found in [pool.submit(look_up) for _ in range(4)]:
+                assert torch.equal(found.result(), wanted)
