@@ -16,6 +16,7 @@ examples:
   gflowgr experiment smoke --out runs/smoke             the built-in data, minutes on two cores
   GFLOWGR_DATA=/data gflowgr experiment small --out runs/small --workers 2
   gflowgr experiment small --out runs/small --only '*/seed_42/*'
+  gflowgr experiment small --out runs/small --rehearse  minutes, before the hours
   gflowgr experiment small --out runs/small --dry-run   what is done and what is left
   gflowgr experiment small --out runs/small --report    the report of what is there
 
@@ -42,6 +43,11 @@ def add_experiment(commands: Commands) -> None:
     parser.add_argument("--only", metavar="PATTERN", help="cells whose id matches, and their needs")
     add_overrides(parser, "base.sft.max_steps=200")
     parser.add_argument("--dry-run", action="store_true", help="show the cells; do nothing")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="only four steps of every cell, in FOLDER/rehearsal: does anything fail?",
+    )
     parser.add_argument("--report", action="store_true", help="write the report; run nothing")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=_experiment)
@@ -52,6 +58,7 @@ def _experiment(args: argparse.Namespace) -> int:
         ExperimentSpec,
         Resources,
         cell_states,
+        rehearsal_of,
         run_experiment,
         select_cells,
         shipped_specs,
@@ -68,6 +75,8 @@ def _experiment(args: argparse.Namespace) -> int:
             raise ConfigError(f"{'--out' if name == 'out' else 'SPEC'} is missing; see --help")
     out = Path(args.out)
     spec = ExperimentSpec.load(args.spec, args.overrides)
+    if args.rehearse:
+        spec, out = rehearsal_of(spec), out / "rehearsal"
     if args.dry_run:
         states = cell_states(select_cells(spec, args.only), out)
         for cell, state in states.items():

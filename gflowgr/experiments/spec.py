@@ -13,7 +13,7 @@ from ..pipeline import ConfigError, RunConfig
 from ..pipeline.config import training_arguments
 from ..pipeline.yaml_file import apply_override, expand, read_yaml
 
-__all__ = ["ExperimentSpec", "Method", "Track", "shipped_specs"]
+__all__ = ["ExperimentSpec", "Method", "Track", "Values", "merge", "shipped_specs"]
 
 Values = dict[str, Any]
 
@@ -218,9 +218,9 @@ class ExperimentSpec:
             ConfigError: it cannot be run.
         """
         own = {k: v for k, v in self.datasets[track.dataset].items() if k != "identifiers"}
-        values = _merge(self.base, own)
+        values = merge(self.base, own)
         if method is not None:
-            values = _merge(values, method.settings)
+            values = merge(values, method.settings)
         where = f"{self.name}: {track.dataset}" + (f": {method.name}" if method else "")
         values["data"] = {**values.get("data", {}), "identifiers": track.identifiers}
         return RunConfig.from_dict(
@@ -276,7 +276,7 @@ def _methods(source: str, values: Mapping[str, Any]) -> Iterator[Method]:
         _known(of, main, f"{source}: ablations")
         for what, settings in variants.items():
             settings = _checked(settings, f"{source}: ablations: {of}: {what}")
-            yield Method(f"{of} {what}", _merge(main[of], settings), "ablation", of)
+            yield Method(f"{of} {what}", merge(main[of], settings), "ablation", of)
     for of, grid in values.get("grids", {}).items():
         _known(of, main, f"{source}: grids")
         for key, points in grid.items():
@@ -285,7 +285,7 @@ def _methods(source: str, values: Mapping[str, Any]) -> Iterator[Method]:
             if not isinstance(points, list):
                 raise ConfigError(f"{source}: grids: {of}: {key} must be a list, got {points!r}")
             for value in points:
-                settings = _merge(main[of], {section: {name: value}})
+                settings = merge(main[of], {section: {name: value}})
                 yield Method(f"{of} {name}={value}", settings, "grid", of, key, value)
 
 
@@ -314,7 +314,7 @@ def _known(name: str, methods: Values, where: str) -> None:
         raise ConfigError(f"{where}: {name!r} is no method; there are {', '.join(methods)}")
 
 
-def _merge(values: Values, changes: Values) -> Values:
+def merge(values: Values, changes: Values) -> Values:
     """``changes`` over ``values``, section by section."""
     merged = json.loads(json.dumps(values))
     for section, changed in changes.items():

@@ -197,7 +197,7 @@ def _common_reward(ground: _Ground) -> BehaviourAwareReward:
     signals = make_signals(
         names,
         behaviour_values=ground.config.finetune.get("behaviour_values"),
-        behaviour_names=ground.dataset.behaviour_names,
+        behaviour_names=ground.split.dataset.behaviour_names,  # stars have names there only
     )
     return BehaviourAwareReward(signals)
 

@@ -167,7 +167,7 @@ def check_reward(config: RunConfig, split: LeaveOneOut) -> None:
             config.flow.signals,
             behaviour_values=config.finetune.get("behaviour_values"),
             behaviour_names=split.dataset.behaviour_names,
-            side=config.finetune.get("sampler_options", {}).get("side", "impression"),
+            side=(config.finetune.get("sampler_options") or {}).get("side", "impression"),
         )
     except ValueError as error:
         raise ConfigError(f"flow.signals, finetune.behaviour_values: {error}") from error

@@ -1,6 +1,6 @@
 """Cells are done once each, in order, by several processes, and a failure stops only what needs it.
 
-A small program stands in for the cells' own; :mod:`test_work` runs those.
+A small program stands in for the cells' own; :mod:`test_experiment_run` runs those.
 """
 
 from __future__ import annotations
