@@ -198,7 +198,15 @@ class _Scheduler:
     def run(self, progress: bool) -> Outcome:
         from tqdm.auto import tqdm
 
-        with tqdm(total=self.total, unit="cell", desc=self.spec.name, disable=not progress) as bar:
+        bar = tqdm(
+            total=self.total,
+            initial=sum(cell.is_complete(self.out) for cell in self.open.values()),
+            unit="cell",
+            desc=self.spec.name,
+            smoothing=0.0,  # cells are few and end in bursts
+            disable=not progress,
+        )
+        with bar:
             try:
                 while self._step(bar):
                     time.sleep(_POLL_SECONDS)
