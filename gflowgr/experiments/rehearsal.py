@@ -24,7 +24,7 @@ _SHRUNK: Values = {
     "collaborative": {"epochs": 1},
     "sft": _TRAINING,
     "finetune": _TRAINING,
-    "evaluation": {"max_users": 64},
+    "evaluation": {"max_users": 4},  # the exact catalogue is computed for each
 }
 
 

@@ -184,7 +184,7 @@ def _evaluate(
             ground.split,
             _common_reward(ground),
             ground.collaborative,
-            users=_CALIBRATION_USERS,
+            users=min(_CALIBRATION_USERS, len(evaluation.users)),
             progress=False,
         )
     analysis = analyse(evaluation, ground.split, tokens, calibration)

@@ -47,7 +47,7 @@ def test_every_cell_is_four_steps(name: str, monkeypatch: pytest.MonkeyPatch) ->
             config = small.config(track, method)
             assert config.sft["max_steps"] == config.finetune["max_steps"] == 4
             assert config.collaborative.epochs == 1
-            assert config.evaluation.max_users == 64
+            assert config.evaluation.max_users == 4
 
 
 def test_stars_are_rewards_in_every_cell(rated: Path, tmp_path: Path) -> None:
