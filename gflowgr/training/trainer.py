@@ -21,6 +21,7 @@ from ..decoding import GenerativeRecommender
 from ..evaluation import evaluate
 from ..models.cheap_dropout import use_cheap_dropout
 from ..models.dense_attention import use_dense_attention
+from ..models.feed_forward import use_direct_feed_forward
 from ..models.gflow_model import GFlowModel
 from ..models.lora import has_lora
 from ..models.sharded import (
@@ -106,6 +107,7 @@ class GFlowGRTrainer(Trainer):
         self.split = split
         self.collaborative = collaborative
         use_dense_attention(model.backbone)
+        use_direct_feed_forward(model.backbone)
         use_cheap_dropout(model)
         if isinstance(collaborative, nn.Module):
             collaborative.to(args.device).eval().requires_grad_(False)
