@@ -99,14 +99,13 @@ def _backward_torch(grad: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, 
     d_hidden, d_weight, d_bias, used = children_torch.backward(
         grad, inputs, tree, log_pf, need_hidden, need_weight, need_bias
     )
-    empty = weight.new_empty(0)
     rows = used if sparse else tokens.new_empty(0)
     if d_weight is not None and sparse:
         d_weight = d_weight[used]
     return (
         hidden.new_empty(0) if d_hidden is None else d_hidden,
-        empty if d_weight is None else d_weight,
-        empty if d_bias is None else d_bias,
+        weight.new_empty(0) if d_weight is None else d_weight,
+        weight.new_empty(0) if d_bias is None else d_bias,
         rows,
     )
 

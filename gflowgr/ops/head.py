@@ -108,14 +108,13 @@ def backward_definition(
             d_head.addmm_(slopes.T, states[part])
         if d_bias is not None:
             d_bias += slopes.sum(0)
-    empty = lse.new_zeros(0)
-    d_hidden = empty
+    d_hidden = lse.new_zeros(0)
     if d_states is not None:
         d_hidden = hidden.new_zeros(hidden.shape).index_copy(0, rows, d_states.to(hidden.dtype))
     return (
         d_hidden,
-        empty if d_head is None else d_head.to(weight.dtype),
-        empty if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        lse.new_zeros(0) if d_head is None else d_head.to(weight.dtype),
+        lse.new_zeros(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
     )
 
 
@@ -263,11 +262,10 @@ def _head_backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> Gradients:
-    empty = lse.new_empty(0)
     return (
-        torch.empty_like(hidden).contiguous() if need_hidden else empty,
-        torch.empty_like(weight).contiguous() if need_weight else empty,
-        torch.empty_like(bias).contiguous() if need_bias and bias is not None else empty,
+        torch.empty_like(hidden).contiguous() if need_hidden else lse.new_empty(0),
+        torch.empty_like(weight).contiguous() if need_weight else lse.new_empty(0),
+        torch.empty_like(bias).contiguous() if need_bias and bias is not None else lse.new_empty(0),
     )
 
 

@@ -197,8 +197,8 @@ def _head_flow_loss(
     with definitions.without_autocast(hidden.device):
         outputs = _RUN[name](hidden, weight, bias, targets, *rest)
     needs = rest[-5:]
-    empty = log_reward.new_zeros(0)
-    gradients = [x if n else empty.to(x.dtype) for x, n in zip(outputs[2:], needs, strict=True)]
+    # An operator's outputs must not be one another: a tensor without elements for each.
+    gradients = [x if n else x.new_zeros(0) for x, n in zip(outputs[2:], needs, strict=True)]
     return (*outputs[:2], *gradients)  # type: ignore[return-value]
 
 
