@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import __version__, files
 from ..evaluation import TableRow, command_as_typed, format_table, machine_summary
+from .cells import alone
 from .document import to_markdown
 from .page import to_html
 from .results import ExperimentResults, read_results
@@ -45,12 +46,13 @@ def write_report(out: Path | str) -> tuple[Path, str]:
     results = read_results(out)
     settings = summarise(results)
     facts = _facts(results)
-    document = experiment_document(results, settings, facts, out)
-    files.write_json(out / "results.json", facts | {"settings": to_json(settings)})
-    files.write_text(out / "results.csv", _csv(results, settings))
-    files.write_text(out / "report.html", to_html(document, out))
     path = out / "report.md"
-    files.write_text(path, to_markdown(document))
+    with alone("report", out):  # several callers of an experiment end at the same time
+        document = experiment_document(results, settings, facts, out)
+        files.write_json(out / "results.json", facts | {"settings": to_json(settings)})
+        files.write_text(out / "results.csv", _csv(results, settings))
+        files.write_text(out / "report.html", to_html(document, out))
+        files.write_text(path, to_markdown(document))
     return path, _screen_text(results, settings)
 
 

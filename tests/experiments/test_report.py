@@ -8,12 +8,14 @@ import re
 import runpy
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from experiment_folder import BASELINE, FULL, METHODS, write_experiment
 
+from gflowgr.experiments.cells import alone
 from gflowgr.experiments.document import Bullets, Document, Paragraph, to_markdown
 from gflowgr.experiments.report import write_report
 from gflowgr.experiments.results import read_results
@@ -156,6 +158,17 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     assert not re.search(r"\d ± ", text)
     assert "### Ablations" not in text
     assert "## Grids" not in text
+
+
+def test_callers_that_end_together_write_one_after_the_other(tmp_path: Path) -> None:
+    out = write_experiment(tmp_path / "out", seeds=(42,))
+    with ThreadPoolExecutor(1) as pool:
+        with alone("report", out):
+            other = pool.submit(write_report, out)
+            with pytest.raises(TimeoutError):
+                other.result(timeout=1)
+            assert not (out / "report.md").exists()
+        assert other.result(timeout=60)[0].is_file()
 
 
 def test_the_screen_has_the_main_table_and_a_sentence(out: Path) -> None:
