@@ -71,11 +71,19 @@ def section(root: Path) -> str:
 
 
 def _experiment(facts: dict[str, Any], folder: str) -> str:
-    seeds = ", ".join(map(str, facts["seeds"]))
+    rows = [row for setting in facts["settings"] for row in setting["rows"]]
+    done = sorted({seed for row in rows for seed in row["seeds"]})
+    seeds = ", ".join(map(str, done))
+    if len(done) > 1:
+        seeds = f"mean ± standard deviation over seeds {seeds}"
+    elif facts["seeds"] != done:
+        seeds = f"one seed, {seeds} (of {', '.join(map(str, facts['seeds']))})"
+    else:
+        seeds = f"one seed, {seeds}"
     machine = facts["machine"]
     where = machine["processor"] if machine["accelerator"] == "none" else machine["accelerator"]
     text = f"**{facts['title']}** ([report]({folder}/report.md); `{facts['command']}`; {where}). "
-    text += f"Test users; mean ± standard deviation over seeds {seeds}; p: paired bootstrap over "
+    text += f"Test users; {seeds}; p: paired bootstrap over "
     text += f"users of the difference to {facts['baseline']}."
     if facts["missing"]:
         text += f" {len(facts['missing'])} results are missing."

@@ -160,6 +160,12 @@ class ExperimentResults:
     cells: list[CellResult]
     missing: list[MissingCell]
 
+    @property
+    def seeds_done(self) -> list[int]:
+        """The seeds that have results."""
+        done = {cell.seed for cell in self.cells}
+        return [seed for seed in self.seeds if seed in done]
+
     def settings(self) -> Iterator[tuple[str, str]]:
         """(dataset, identifiers), in the experiment's order."""
         for dataset, names in self.datasets.items():

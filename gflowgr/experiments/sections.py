@@ -61,7 +61,9 @@ def experiment_document(
 
 def _introduction(results: ExperimentResults, settings: Sequence[Setting]) -> list[Block]:
     seeds = ", ".join(map(str, results.seeds))
-    several = len(results.seeds) > 1
+    several = len(results.seeds_done or results.seeds) > 1
+    if results.seeds_done and len(results.seeds_done) < len(results.seeds):
+        seeds = f"{', '.join(map(str, results.seeds_done))} (of {seeds})"
     blocks: list[Block] = [
         Paragraph(
             f"Experiment {results.name}. Every method starts from the same supervised model (SFT) "

@@ -160,6 +160,15 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     assert "## Grids" not in text
 
 
+def test_one_seed_of_several_is_said(tmp_path: Path) -> None:
+    out = write_experiment(tmp_path / "out", seeds=(42, 43))
+    for path in (out / "Shop" / "seed_43").rglob("analysis.json"):
+        path.unlink()
+    text = write_report(out)[0].read_text()
+    assert "One seed: 42 (of 42, 43)." in text
+    assert "One seed: nothing is known" in text
+
+
 def test_callers_that_end_together_write_one_after_the_other(tmp_path: Path) -> None:
     out = write_experiment(tmp_path / "out", seeds=(42,))
     with ThreadPoolExecutor(1) as pool:
