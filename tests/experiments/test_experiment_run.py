@@ -112,6 +112,7 @@ def test_shipped_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["experiment", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
+        "beauty",
         "behaviours",
         "paper_ablation",
         "paper_grid",
@@ -126,7 +127,7 @@ def test_shipped_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["--out", "x"], "SPEC is missing"),
         (["smoke"], "--out is missing"),
-        (["nonsense", "--out", "x"], "nonsense: No such file or directory; shipped: behaviours,"),
+        (["nonsense", "--out", "x"], "nonsense: No such file or directory; shipped: beauty,"),
         (["smoke", "--out", "x", "--workers", "0"], "workers must be >= 1; got 0"),
         (["smoke", "--out", "x", "--only", "moon"], "--only 'moon' matches no cell"),
     ],
