@@ -62,6 +62,11 @@ def use_direct_feed_forward(model: nn.Module) -> None:
 
     The results are the same to the last bit. Nothing of it is saved with the model; subclasses are
     left as they are.
+
+    Args:
+        model: any; changed in place.
     """
     for module in model.modules():
-        module.__class__ = _DIRECT.get(type(module), type(module))
+        direct = _DIRECT.get(type(module))
+        if direct is not None:
+            module.__class__ = direct

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from head_case import Case
 from torch import Tensor
 
 from gflowgr.kernels import head, head_launch
@@ -27,21 +28,6 @@ SHAPES = [
 ]  # rows, width, vocabulary
 
 
-@dataclass
-class Case:
-    """Inputs of the head; every third row is masked and poisoned."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    targets: Tensor
-    temperature: float = 0.7
-
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, float]:
-        return self.hidden, self.weight, self.bias, self.targets, self.temperature
-
-
 def make_case(
     rows: int,
     width: int,
@@ -51,6 +37,7 @@ def make_case(
     bias: bool = True,
     seed: int = 0,
 ) -> Case:
+    """Inputs of the head; every third row is masked and poisoned."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, width, generator=g) / math.sqrt(width)
     targets = torch.randint(0, vocabulary, (rows,), generator=g)
@@ -61,6 +48,7 @@ def make_case(
         weight.to(dtype),
         torch.randn(vocabulary, generator=g).to(dtype) if bias else None,
         targets,
+        temperature=0.7,
     )
 
 
@@ -108,13 +96,13 @@ def clean(grad: Tensor) -> Tensor:
 
 
 def backward(case: Case, grad: Tensor, *need: bool) -> tuple[Tensor, Tensor, Tensor]:
-    log_pf, lse, _ = head.head_logprobs(*case.inputs, False)
-    return head.head_backward(grad, *case.inputs[:4], log_pf, lse, case.temperature, *need)
+    log_pf, lse, _ = head.head_logprobs(*case.arguments, False)
+    return head.head_backward(grad, *case.arguments[:4], log_pf, lse, case.temperature, *need)
 
 
 def joint(case: Case, grad: Tensor, *need: bool) -> tuple[Tensor, ...]:
     return head.head_joint(
-        *case.inputs, 1, lambda first, log_pf: grad[first : first + len(log_pf)], *need
+        *case.arguments, 1, lambda first, log_pf: grad[first : first + len(log_pf)], *need
     )
 
 
@@ -148,7 +136,7 @@ def test_logprobs(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     case = make_case(*shape, dtype)
     expected = define(case)
     for jacobian in (False, True):
-        log_pf, lse, derivative = head.head_logprobs(*case.inputs, jacobian)
+        log_pf, lse, derivative = head.head_logprobs(*case.arguments, jacobian)
         assert log_pf.dtype == lse.dtype == derivative.dtype == torch.float32
         assert_close(log_pf, expected.log_pf.detach())
         assert_close(lse, expected.lse)
@@ -202,7 +190,7 @@ def test_several_blocks(
             assert_close(actual, wanted, dtype)
     assert len(sizes) > 2
     assert all((rows == shape[0]) == by_columns for rows, _ in sizes)
-    _, lse, derivative = head.head_logprobs(*case.inputs, True)
+    _, lse, derivative = head.head_logprobs(*case.arguments, True)
     assert_close(lse, define(case).lse)
     assert_close(derivative, define(case).gradients(torch.ones(shape[0]))[0], dtype)
 
@@ -246,7 +234,7 @@ def test_vocabulary_shards() -> None:
         shards.append(
             replace(case, weight=case.weight[first:last], bias=case.bias[first:last], targets=local)
         )
-    parts = [head.head_logprobs(*shard.inputs, False)[:2] for shard in shards]
+    parts = [head.head_logprobs(*shard.arguments, False)[:2] for shard in shards]
     for shard, (log_pf, lse) in zip(shards, parts, strict=True):
         away = (shard.targets >= shard.weight.shape[0]) & (case.targets >= 0)
         assert away.any()
@@ -262,7 +250,7 @@ def test_vocabulary_shards() -> None:
     d_hidden = torch.zeros_like(case.hidden)
     for shard, (first, last) in zip(shards, ((0, cut), (cut, 90)), strict=True):
         here, d_weight, d_bias = head.head_backward(
-            grad, *shard.inputs[:4], log_pf, lse, case.temperature, True, True, True
+            grad, *shard.arguments[:4], log_pf, lse, case.temperature, True, True, True
         )
         d_hidden += here
         assert_close(d_weight, gradients[1][first:last])
@@ -283,7 +271,7 @@ def test_forbidden_tokens(run) -> None:
     for actual, wanted in zip(results, define(case).gradients(clean(grad)), strict=True):
         assert_close(actual, wanted)
     assert (results[1][~case.bias.isfinite()] == 0).all()
-    log_pf = head.head_logprobs(*case.inputs, False)[0]
+    log_pf = head.head_logprobs(*case.arguments, False)[0]
     assert_close(log_pf, define(case).log_pf.detach())
 
 
@@ -301,7 +289,7 @@ def test_extreme_logits(peak: int, dtype: torch.dtype, redone: list[bool]) -> No
     log_pf, d_hidden, d_weight, _ = joint(case, grad, True, True, False)
     torch.testing.assert_close(log_pf.double(), expected.log_pf.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
-        head.head_logprobs(*case.inputs, False)[0], log_pf, rtol=1e-6, atol=1e-6
+        head.head_logprobs(*case.arguments, False)[0], log_pf, rtol=1e-6, atol=1e-6
     )
     wanted = expected.gradients(clean(grad))
     assert_close(d_hidden, wanted[0], dtype)
@@ -350,7 +338,7 @@ def test_joint_loss_over_whole_prompts(dtype: torch.dtype) -> None:
         centred = 2 * (residual - residual.mean(1, keepdim=True))
         return centred[..., None].expand(-1, -1, steps).reshape(-1)
 
-    results = head.head_joint(*case.inputs, branches * steps, upstream, True, True, True)
+    results = head.head_joint(*case.arguments, branches * steps, upstream, True, True, True)
     expected = define(case)
     residual = expected.log_pf.view(prompts, branches, steps).sum(-1) - reward
     loss = (residual - residual.mean(1, keepdim=True)).square().sum()
@@ -394,7 +382,7 @@ def test_repeats_its_bits_and_ignores_autocast() -> None:
 
 def test_no_rows() -> None:
     case = make_case(0, 5, 11)
-    assert [t.shape for t in head.head_logprobs(*case.inputs, True)] == [(0,), (0,), (0, 5)]
+    assert [t.shape for t in head.head_logprobs(*case.arguments, True)] == [(0,), (0,), (0, 5)]
     for run in (backward, joint):
         d_hidden, d_weight, d_bias = run(case, torch.empty(0), True, True, True)[-3:]
         assert d_hidden.shape == (0, 5)
@@ -409,4 +397,4 @@ def test_refusals() -> None:
         joint(case, torch.ones(3), True, True, True)
     wide = replace(case, hidden=case.hidden.double(), weight=case.weight.double())
     with pytest.raises(TypeError, match="float64"):
-        head.head_logprobs(*wide.inputs, False)
+        head.head_logprobs(*wide.arguments, False)
