@@ -36,7 +36,7 @@ class Model(nn.Module):
         return self.gru(inputs, state)[0].view(batch, count, length, WIDTH)
 
 
-def main() -> None:
+def main(steps: int = 1000) -> None:
     torch.manual_seed(0)
     # Identifiers: 3 codes of 8 each; level l uses the token ids 1 + 8 l ... 8 + 8 l.
     codes = torch.randperm(CODES**3)[:ITEMS]
@@ -53,7 +53,7 @@ def main() -> None:
         ]
     )
     users = torch.arange(USERS)
-    for step in range(1, 1001):
+    for step in range(1, steps + 1):
         items = torch.stack([torch.randperm(ITEMS)[:32] for _ in range(USERS)])
         tokens = item_tokens[items]
         loss = gflowgr.fused_tb_loss(
@@ -69,7 +69,7 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 250 == 0:
+        if step % (steps // 4) == 0:
             left = distance(model, tree, item_tokens, log_reward)
             print(f"step {step:5}  loss {loss.item():8.4f}  distance {left:.4f}")
 

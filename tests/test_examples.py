@@ -1,30 +1,76 @@
-"""The examples run as their comments say, or, where that takes hours, are at least well formed."""
+"""The examples do what their comments say, and the package reads what they write."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+import runpy
+import shlex
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+from gflowgr import cli
+from gflowgr.pipeline import RunConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+CONFIGURATIONS = sorted(EXAMPLES.glob("*.yaml"))
 
 
-def test_the_losses_in_a_loop_of_ones_own_reach_the_rewards() -> None:
-    command = [sys.executable, str(EXAMPLES / "custom_trainer.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    left = [float(found) for found in re.findall(r"distance ([0-9.]+)", done.stdout)]
-    assert left == sorted(left, reverse=True)
-    assert left[-1] < 0.15
+def commands(path: Path) -> list[list[str]]:
+    """Words of the ``gflowgr`` commands in a file, after the program's name."""
+    text = re.sub(r"\\\n[# ]*", " ", path.read_text())
+    start = r"^[# ]*(?:\w+=\S+ +)*(?:exec \S+/bin/)?"
+    lines = re.findall(start + r"gflowgr\"? +(.*)$", text, flags=re.MULTILINE)
+    return [shlex.split(line.replace('"$@"', "")) for line in lines]
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
-def test_configurations_are_well_formed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gflowgr.pipeline import RunConfig
+def test_the_losses_in_a_loop_of_ones_own_reach_the_rewards(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The script itself, with fewer users and items, so that a few seconds are enough."""
+    script = runpy.run_path(str(EXAMPLES / "custom_trainer.py"))
+    script["main"].__globals__.update(USERS=2, ITEMS=32)
+    script["main"](steps=400)
+    printed = capsys.readouterr().out
+    steps = re.findall(r"^step +(\d+)  loss +(\S+)  distance (\S+)$", printed, re.MULTILINE)
+    assert [int(step) for step, _, _ in steps] == [100, 200, 300, 400]
+    losses, left = ([float(row[column]) for row in steps] for column in (1, 2))
+    assert losses[-1] < losses[0] / 10
+    assert all(later < earlier for earlier, later in pairwise(left))
+    assert left[-1] < 0.25
 
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.name)
+def test_a_configuration_is_read_as_it_is_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("GFLOWGR_DATA", "GFLOWGR_MODEL"):
-        monkeypatch.setenv(name, "/somewhere")
-    assert RunConfig.load(path).output_dir
+        monkeypatch.setenv(name, f"/the/{name}")
+    written = yaml.safe_load(re.sub(r"\$\{(\w+)\}", r"/the/\1", path.read_text()))
+    config = RunConfig.load(path)
+    assert path.stem in config.output_dir  # two examples never share a folder
+
+    def compare(given: Mapping[str, Any], read: Mapping[str, Any], where: str) -> None:
+        for key, value in given.items():
+            if isinstance(value, Mapping):
+                compare(value, read[key], f"{where}.{key}")
+            else:
+                assert read[key] == value, f"{where}.{key}"
+
+    compare(written, config.to_dict(), path.name)
+
+
+@pytest.mark.parametrize(
+    "path", [*CONFIGURATIONS, EXAMPLES / "quickstart.sh"], ids=lambda path: path.name
+)
+def test_the_commands_that_an_example_gives_are_understood(path: Path) -> None:
+    found = commands(path)
+    assert found  # every example says how it is run
+    for words in found:
+        args = cli._parser().parse_args(words)
+        if path.suffix == ".yaml":
+            assert Path(args.config).name == path.name

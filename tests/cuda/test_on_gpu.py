@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,20 @@ def shop(items: int, codes: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, A
     random = np.random.default_rng(seed)
     offsets = np.cumsum([0, *codes[:-1]])
     return np.stack([random.integers(0, n, items) for n in codes], 1) + offsets
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within, whatever waits for the GPU raises; that it does is tried first."""
+    ready = torch.ones((), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            ready.item()
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -154,13 +169,21 @@ def test_nothing_waits_for_the_gpu(cuda: Any) -> None:
         value.cuda() if isinstance(value, Tensor) else value
         for value in (case.hidden, case.weight, None, case.tokens, None, case.tree.buffer, 1.0)
     )
-    grad, dense = case.grad.cuda(), torch.zeros_like(case.weight, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    grad = case.grad.cuda()
+
+    def work() -> list[Tensor]:
+        dense = torch.zeros_like(case.weight, device="cuda")
         log_pf, slopes, plan, _ = cuda.children_logprobs(*inputs, case.saved())
-        cuda.children_backward(grad, *inputs, log_pf, slopes, plan, True, dense, False, False)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        d_hidden, *_ = cuda.children_backward(
+            grad, *inputs, log_pf, slopes, plan, True, dense, False, False
+        )
+        return [log_pf, d_hidden, dense]
+
+    expected = work()
+    with no_waiting():
+        found = work()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(bool(tensor.any()) for tensor in found)
 
 
 # ---------------------------------------------------------------------- a beam search's step
@@ -248,10 +271,10 @@ def test_beam_step_in_a_graph(shape: tuple[int, int, int], normalize: str, cuda:
 def test_beam_step_waits_for_nothing(normalize: str, cuda: Any) -> None:
     step = Step(8, 4, 2000, torch.bfloat16, 0)
     with gflowgr.backend("cuda"):
-        step.run(normalize, hidden=True)  # the sizes of the codebooks are read once per tree
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step.run(normalize)
-            step.run(normalize, hidden=True)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        # The sizes of the codebooks are read once per tree: here.
+        expected = [step.run(normalize, hidden=hidden) for hidden in (False, True)]
+        with no_waiting():
+            found = [step.run(normalize, hidden=hidden) for hidden in (False, True)]
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert (one.scores > -torch.inf).any()

@@ -17,7 +17,7 @@ from identifier_shop import IdentifierShop, tiny_t5
 from small_models import small_model
 from torch import Tensor, nn
 
-from gflowgr.decoding import SampledItems, item_logprobs, sample_items
+from gflowgr.decoding import SampledItems, _tree_walk, item_logprobs, sample_items
 from gflowgr.decoding.keyed_noise import keyed_gumbel, keyed_uniform, prompt_keys
 from gflowgr.trajectories import keyed_random
 
@@ -343,15 +343,59 @@ def test_bad_arguments_are_named(
         draw(IdentifierShop(ITEMS, model=MODEL, seed=2), **arguments)
 
 
-def test_noise_is_the_hash_of_the_trajectory_samplers() -> None:
-    seed, key = -7, np.array([0, 1, 2**40], dtype=np.uint64)
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
-        bits = keyed_random._mix(np.uint64(seed % 2**64))
-        bits = keyed_random._mix(bits + key * golden)
-    expected = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    found = keyed_uniform(seed, torch.tensor([0, 1, 2**40]))
-    assert found.tolist() == expected.tolist()
+def split_mix(bits: int) -> int:
+    """SplitMix64's finaliser in plain integers, as its authors give it (Steele et al., 2014)."""
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+    return bits ^ (bits >> 31)
+
+
+def test_the_hash_of_the_noise_is_split_mix() -> None:
+    # The generator seeded with 0 adds the golden ratio and finalises: its published first outputs.
+    golden = 0x9E3779B97F4A7C15
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [split_mix((n + 1) * golden % 2**64) for n in range(3)] == published
+    for seed, *keys in ((-7, 0), (-7, 1), (3, 2**40), (0, -1, 5), (2**63 + 5, 11, -(2**50), 0)):
+        bits = split_mix(seed % 2**64)
+        for key in keys:
+            bits = split_mix((bits + key * golden) % 2**64)
+        found = keyed_uniform(seed, *(torch.tensor([key]) for key in keys))
+        assert found.tolist() == [((bits >> 12) + 0.5) / 2**52]
+
+
+def test_the_trajectory_samplers_hash_is_split_mix_too() -> None:
+    seed, key, row, columns = -7, 3, 2**40, 4
+    base = split_mix((seed + split_mix(key)) % 2**64)
+    start = split_mix((base + row * 0x9E3779B97F4A7C15) % 2**64)
+    bits = [split_mix((start + n * 0xD1B54A32D192ED03) % 2**64) for n in range(1, columns + 1)]
+    found = keyed_random.keyed_uniform(seed, key, np.array([row]), columns)
+    assert found.tolist() == [[(word >> 11) / 2**53 for word in bits]]
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_no_noise_is_used_twice(replacement: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by two nodes nor by a node and an item: else the draws would depend on each other."""
+    name = "keyed_uniform" if replacement else "keyed_gumbel"
+    used: list[tuple[int, ...]] = []
+
+    def recorded(seed: int, *keys: Tensor) -> Tensor:
+        used.extend(torch.stack(torch.broadcast_tensors(*keys), -1).flatten(0, -2).tolist())
+        return (keyed_uniform if replacement else keyed_gumbel)(seed, *keys)
+
+    monkeypatch.setattr(_tree_walk, name, recorded)
+    # Two ways on everywhere and two beams: no padding, whose noise nobody looks at.
+    identifiers = [(2, 4), (2, 5), (3, 4), (3, 5)] * 2
+    draw(IdentifierShop(identifiers, model=MODEL, seed=2), 1, replacement=replacement)
+    assert len(used) == (2 * 3 if replacement else 2 * (1 + 2 + 4 + 4))
+    assert len({tuple(row) for row in used}) == len(used)
+
+
+def test_items_of_one_identifier_are_drawn_equally_often() -> None:
+    shop, count = IdentifierShop([(2, 3), (2, 4), (2, 3), (2, 4)], model=MODEL, seed=2), 5_000
+    drawn = draw(shop, count)
+    for row in range(2):
+        exact = shop.sampling(row)
+        assert p_value(drawn.items[row].bincount(minlength=4), exact * count) > LEVEL
 
 
 def test_noise_is_uniform_and_never_at_the_ends() -> None:

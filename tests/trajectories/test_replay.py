@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from sampling_world import NUM_ITEMS, FakeProposer, ask, world, world_pool
 from tiny_shop import make_model
 
+from gflowgr.data import Ragged
 from gflowgr.errors import DataError
 from gflowgr.trajectories import (
+    CandidatePool,
     ConfidenceSampler,
     CurriculumSampler,
     LogSampler,
@@ -26,7 +28,10 @@ from gflowgr.trajectories import (
     ReplayBuffer,
     ReplayedSampler,
     ReplaySampler,
+    SampleRequest,
     SamplerSettings,
+    TrajectorySampler,
+    TrajectorySet,
     make_sampler,
 )
 
@@ -158,6 +163,24 @@ def test_the_share_is_replayed_and_the_rest_is_new() -> None:
         assert len(set(chosen.items[row, 3:].tolist()) & set(new.items[row, 1:].tolist())) >= 1
 
 
+def test_kept_items_are_drawn_without_replacement_in_proportion_to_their_rewards() -> None:
+    rows, rewards = 10_000, np.array([1.0, 2.0, 5.0])
+    known = Ragged.from_lengths(np.array([1]), np.zeros(1, np.int32))
+    pool = CandidatePool(known, np.arange(4), 0)  # one user, who knows item 0
+    sampler = ReplaySampler(RandomSampler(pool, 3), 1.0)
+    for item, reward in enumerate(rewards, start=1):
+        add(sampler.buffer, step=0, user=0, item=item, priority=np.log(reward))
+    examples = np.arange(rows)
+    asked = SampleRequest(examples, examples * 0, examples * 0, 0, 0.0, None, step=1)
+    first, second = sampler.sample(asked).items[:, 1:].T - 1
+    share = rewards / rewards.sum()
+    for i in range(3):
+        for j in range(3):
+            found = ((first == i) & (second == j)).mean()
+            expected = 0.0 if i == j else share[i] * share[j] / (1 - share[i])
+            assert abs(found - expected) <= 4 * (expected * (1 - expected) / rows) ** 0.5
+
+
 def test_logged_items_are_not_replayed_as_augmented_ones() -> None:
     sampler = ReplaySampler(LogSampler(world_pool(), 3, world()), 1.0)
     asked = ask()
@@ -167,6 +190,50 @@ def test_logged_items_are_not_replayed_as_augmented_ones() -> None:
     assert not (
         world_pool().is_known(asked.users, np.maximum(held.items, 0)) & (held.items >= 0)
     ).any()
+
+
+# ---- samplers that hold others ----
+
+
+class Learner(RandomSampler):
+    """Remembers how many rewards it was told, and that as its state."""
+
+    told = 0
+
+    def observe(
+        self, request: SampleRequest, chosen: TrajectorySet, log_reward: torch.Tensor
+    ) -> None:
+        self.told += log_reward.numel()
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {"told": np.array(self.told)}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        self.told = int(state["told"])
+
+
+def holders(first: Learner, second: Learner, folder: Path) -> dict[str, TrajectorySampler]:
+    on_policy = OnPolicySampler(FakeProposer(), second)
+    return {
+        "mixture": MixtureSampler({"a": first, "b": second}, {"a": 1, "b": 1}),
+        "replay": MixtureSampler({"a": first, "b": ReplaySampler(second, 0.5)}, {"a": 1, "b": 1}),
+        "on_policy": MixtureSampler({"a": first, "b": on_policy}, {"a": 1, "b": 1}),
+        "recording": RecordingSampler(
+            MixtureSampler({"a": first, "b": second}, {"a": 1, "b": 1}), folder
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["mixture", "replay", "on_policy", "recording"])
+def test_rewards_and_states_reach_every_sampler_within_another(kind: str, tmp_path: Path) -> None:
+    learners = [Learner(world_pool(), 4) for _ in range(2)]
+    sampler = holders(learners[0], learners[1], tmp_path / "one")[kind]
+    asked = ask(np.arange(5))
+    sampler.observe(asked, sampler.sample(asked), torch.ones(5, 4))
+    assert [learner.told for learner in learners] == [20, 20]
+    restored = [Learner(world_pool(), 4) for _ in range(2)]
+    holders(restored[0], restored[1], tmp_path / "two")[kind].load_state_dict(sampler.state_dict())
+    assert [learner.told for learner in restored] == [20, 20]
 
 
 # ---- recordings ----
