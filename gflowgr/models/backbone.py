@@ -45,9 +45,12 @@ class PromptState:
     attention_mask: Tensor
 
     def pooled(self) -> Tensor:
-        """Mean of the prompt's real positions [B, d] (input of the partition head)."""
+        """Mean of the prompt's real positions [B, d] (input of the partition head), in float32 or
+        wider: the sum of a long prompt's states overflows float16."""
         real = self.attention_mask.bool().unsqueeze(-1)
-        return self.hidden.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp_min(1)
+        dtype = torch.promote_types(self.hidden.dtype, torch.float32)
+        total = self.hidden.masked_fill(~real, 0.0).sum(1, dtype=dtype)
+        return total / real.sum(1).clamp_min(1)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..full_precision import FullPrecision, at_least_float32, in_float32
+
 __all__ = ["PartitionHead", "PartitionMode"]
 
 PartitionMode = Literal["learned", "scalar", "vargrad"]
 
 
-class PartitionHead(nn.Module):
+class PartitionHead(FullPrecision):
     """Estimates log Z(U) from the pooled prompt state.
 
     ``learned`` is a small MLP whose last layer starts at zero, so that log Z starts as one
@@ -20,7 +22,8 @@ class PartitionHead(nn.Module):
     (:func:`gflowgr.vargrad_log_z`) of the first batch: started at zero, the first
     trajectory-balance step of a fine-tuned model would push every trajectory up, negatives
     included.
-    ``vargrad`` has no parameter, and no head is made for it.
+    ``vargrad`` has no parameter, and no head is made for it. Parameters and arithmetic are float32,
+    whatever the backbone's precision.
 
     Args:
         hidden_size: width d of the pooled prompt state.
@@ -46,10 +49,9 @@ class PartitionHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """log Z [B], in float32 or wider, from the pooled prompt states [B, d]."""
-        wide = torch.promote_types(self.constant.dtype, torch.float32)
-        log_z = self.constant.to(wide).expand(pooled.shape[0])
+        log_z = at_least_float32(self.constant).expand(pooled.shape[0])
         if self.mlp is not None:
-            log_z = log_z + self.mlp(pooled).squeeze(-1).to(wide)
+            log_z = log_z + in_float32(self.mlp, pooled).squeeze(-1)
         return log_z
 
     @torch.no_grad()

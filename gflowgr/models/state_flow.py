@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..full_precision import FullPrecision, at_least_float32, in_float32
+
 __all__ = ["StateFlow", "partial_log_reward"]
 
 
-class StateFlow(nn.Module):
+class StateFlow(FullPrecision):
     """Estimates log F(U, s_l) from the decoder state that predicts the token after s_l.
 
     A small MLP whose last layer starts at zero, plus one constant per prefix length:
     :meth:`initialise` sets the constants so that the first residuals are near zero on average.
     Started at zero, the first step of a fine-tuned model would push every trajectory up.
+    Parameters and arithmetic are float32, whatever the backbone's precision.
 
     Args:
         hidden_size: width d of the decoder states.
@@ -34,9 +37,8 @@ class StateFlow(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """log F [B, N, L], in float32 or wider, from decoder states [B, N, L, d]."""
-        residual = self.mlp(hidden).squeeze(-1)
-        wide = torch.promote_types(residual.dtype, torch.float32)
-        return residual.to(wide) + self.constant[: hidden.shape[2]].to(wide)
+        residual = in_float32(self.mlp, hidden).squeeze(-1)
+        return residual + at_least_float32(self.constant[: hidden.shape[2]])
 
     @torch.no_grad()
     def initialise(self, log_flow: Tensor) -> None:

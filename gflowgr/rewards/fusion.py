@@ -24,18 +24,21 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..full_precision import FullPrecision, at_least_float32, in_float32
+
 __all__ = ["FusionMode", "RewardFusion"]
 
 FusionMode = Literal["sum", "weighted", "mlp"]
 _TINY = 1e-6
 
 
-class RewardFusion(nn.Module):
+class RewardFusion(FullPrecision):
     """Fuses K signals per trajectory into log R.
 
     ``sum``: their sum; ``weighted``: ``sum_k w_k r_k`` with learned ``w >= 0`` (a softplus) of
     mean 1, all 1 at the start; ``mlp``: ``softplus(softplus^-1(sum) + net(log(1 + r)))`` with a
-    network whose last layer starts at zero, so that it starts as the sum.
+    network whose last layer starts at zero, so that it starts as the sum. Parameters and arithmetic
+    are float32, whatever the backbone's precision.
 
     Args:
         num_signals: K.
@@ -73,24 +76,26 @@ class RewardFusion(nn.Module):
         """Weight of each signal [K], of mean 1; all 1 unless the mode is ``"weighted"``."""
         if self.raw is None:
             return torch.ones(self.num_signals)
-        positive = nn.functional.softplus(self.raw)
+        positive = nn.functional.softplus(at_least_float32(self.raw))
         return self.num_signals * positive / positive.sum()
 
     def forward(self, signals: Tensor) -> Tensor:
-        """log R [B, N] of signals [B, N, K], each >= 0."""
+        """log R [B, N], in float32 or wider, of signals [B, N, K], each >= 0."""
         if signals.shape[-1] != self.num_signals:
             raise ValueError(
                 f"signals must have {self.num_signals} components; got {signals.shape[-1]}"
             )
+        signals = at_least_float32(signals)
         if self.raw is not None:
             signals = signals * self.weights().to(signals)
         total = signals.sum(-1).clamp_min(_TINY)
         if self.net is None:
             return total.log()
-        change = self.net(signals.log1p()).squeeze(-1).to(total)
+        change = in_float32(self.net, signals.log1p()).squeeze(-1).to(total)
         inverse = total + torch.log(-torch.expm1(-total))
         return (nn.functional.softplus(inverse + change) + _TINY).log()
 
     def departure(self, signals: Tensor, log_reward: Tensor) -> Tensor:
         """``(log R - log R_sum)^2`` [B, N], which the anchor weighs."""
-        return (log_reward - signals.sum(-1).clamp_min(_TINY).log()).square()
+        total = at_least_float32(signals).sum(-1)
+        return (log_reward - total.clamp_min(_TINY).log()).square()

@@ -14,61 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCAB, padded_prompts, small_model
-from tiny_shop import shop_catalogue
+from joint_cases import CASES, IDENTIFIERS, ITEMS, make_inputs, make_model
+from small_models import VOCAB
 from torch import Tensor
 
 import gflowgr
-from gflowgr import PrefixTree
 from gflowgr.models import FlowSettings, GFlowModel
-
-# Identifiers of 2 to 4 tokens, none a prefix of another.
-IDENTIFIERS = [
-    [5, 20, 40, 50],
-    [5, 20, 41],
-    [5, 21, 40, 50],
-    [6, 20, 40, 51],
-    [6, 22],
-    [7, 23, 42, 52],
-    [7, 23, 43, 52],
-    [7, 24, 42],
-]
-LENGTH = 4
-# Prompt 1 has a padding trajectory; the positive comes first, and no set has an item twice.
-ITEMS = torch.tensor([[0, 1, 3, 5], [4, 2, 7, -1], [6, 5, 0, 4], [1, 0, 6, 2]])
-
-
-def make_model(*, backbone: str = "t5", **settings: Any) -> GFlowModel:
-    tree = PrefixTree.from_identifiers([torch.tensor(tokens) for tokens in IDENTIFIERS])
-    vocabulary = shop_catalogue().vocabulary  # only checkpoints read it
-    torch.manual_seed(0)
-    flow = FlowSettings(**settings)
-    model = GFlowModel(small_model(backbone), tree, vocabulary, flow).eval()
-    for name, parameter in model.named_parameters():
-        if not name.startswith("backbone."):  # heads of zeros would prove little
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def make_inputs(settings: FlowSettings) -> dict[str, Tensor]:
-    input_ids, attention_mask = padded_prompts("right")
-    padded = [tokens + [-1] * (LENGTH - len(tokens)) for tokens in IDENTIFIERS]
-    tokens = torch.tensor(padded)[ITEMS.clamp_min(0)]
-    mask = (tokens >= 0) & (ITEMS >= 0).unsqueeze(-1)
-    generator = torch.Generator().manual_seed(1)
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "tokens": tokens.masked_fill(~mask, 99_999),  # padding may hold anything
-        "mask": mask,
-    }
-    if settings.objective != "sft":
-        inputs["signals"] = 5 * torch.rand(4, 4, 3, generator=generator)
-    if settings.importance_clip is not None:
-        proposal = -4 + torch.randn(4, 4, generator=generator)
-        proposal[:, 0] = math.nan
-        inputs["log_proposal"] = proposal
-    return inputs
 
 
 def competitors(prefix: list[int], settings: FlowSettings) -> list[int]:
@@ -207,37 +158,11 @@ def definition(model: GFlowModel, inputs: dict[str, Tensor]) -> Tensor:
     return supervised + settings.gfn_weight * flow
 
 
-CASES = {
-    "sft": {"objective": "sft"},
-    "sft-children": {"objective": "sft", "normalize": "children"},
-    "tb": {"objective": "tb"},
-    "tb-children": {"objective": "tb", "normalize": "children", "gfn_weight": 0.3, "beta": 2.0},
-    "tb-level-scalar": {"objective": "tb", "normalize": "level", "partition": "scalar"},
-    "tb-vargrad": {"objective": "tb", "partition": "vargrad", "log_reward_floor": 1.0},
-    "tb-vargrad-children": {"objective": "tb", "partition": "vargrad", "normalize": "children"},
-    "tb-mean": {"objective": "tb", "reduction": "mean"},
-    "tb-importance": {"objective": "tb", "importance_clip": 0.5, "reduction": "mean"},
-    "tb-weighted": {"objective": "tb", "fusion": "weighted", "fusion_anchor": 0.5},
-    "tb-mlp-sum": {"objective": "tb", "fusion": "mlp", "reduction": "sum", "gfn_weight": 10.0},
-    "db": {"objective": "db"},
-    "db-children": {"objective": "db", "normalize": "children", "gfn_weight": 0.3},
-    "db-forward-looking": {"objective": "db", "forward_looking": True, "beta": 0.7},
-    "subtb": {"objective": "subtb", "subtb_lambda": 0.5},
-    "subtb-children": {"objective": "subtb", "normalize": "children", "forward_looking": True},
-    "subtb-importance": {"objective": "subtb", "importance_clip": 2.0},
-    "gpt2-sft": {"backbone": "gpt2", "objective": "sft"},
-    "gpt2-tb-children": {"backbone": "gpt2", "objective": "tb", "normalize": "children"},
-    "qwen3-tb": {"backbone": "qwen3", "objective": "tb", "fusion": "weighted"},
-    "qwen3-db-children": {"backbone": "qwen3", "objective": "db", "normalize": "children"},
-    "llama-subtb": {"backbone": "llama", "objective": "subtb", "forward_looking": True},
-}
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_the_definition(case: str) -> None:
     model = make_model(**CASES[case])
     exact = copy.deepcopy(model).double()
-    inputs = make_inputs(model.settings)
+    inputs = make_inputs(model)
     output = model(**inputs)
     output["loss"].backward()
     loss = definition(exact, inputs)
@@ -268,7 +193,7 @@ def test_padding_tokens_reach_neither_loss_nor_gradient(case: str) -> None:
     results = []
     for filler in (0, 7):
         model = make_model(**CASES[case])
-        inputs = make_inputs(model.settings)
+        inputs = make_inputs(model)
         inputs["tokens"] = inputs["tokens"].masked_fill(~inputs["mask"], filler)
         inputs["signals"][1, 3] = filler
         loss = model(**inputs)["loss"]
@@ -281,7 +206,7 @@ def test_padding_tokens_reach_neither_loss_nor_gradient(case: str) -> None:
 @pytest.mark.parametrize("objective", ["tb", "db", "subtb"])
 def test_terms_of_the_loss_are_logged(objective: str) -> None:
     model = make_model(objective=objective, gfn_weight=0.01)
-    inputs = make_inputs(model.settings)
+    inputs = make_inputs(model)
     out = model(**inputs)
     joint = out["loss_gr"] + 0.01 * out["loss_gfn"]
     torch.testing.assert_close(out["loss"].detach(), joint)
@@ -305,7 +230,7 @@ def test_state_flow_starts_with_residuals_near_zero(objective: str, forward_look
         assert model.state_flow is not None
         torch.nn.init.zeros_(model.state_flow.mlp[-1].weight)
         torch.nn.init.zeros_(model.state_flow.constant)
-        inputs = make_inputs(model.settings)
+        inputs = make_inputs(model)
         assert not model.flow_started
         if started:
             model.start_flow(model.estimate_flow(**inputs))
@@ -317,9 +242,25 @@ def test_state_flow_starts_with_residuals_near_zero(objective: str, forward_look
     assert losses[True] < 0.5 * losses[False]
 
 
+@pytest.mark.parametrize("case", ["tb-importance", "subtb-importance"])
+def test_importance_weights_are_clipped(case: str) -> None:
+    """The cases above have ratios on both sides of their clip, so that ignoring it would show."""
+    model = make_model(**CASES[case])
+    inputs = make_inputs(model)
+    drawn = inputs["mask"].any(-1) & ~inputs["log_proposal"].isnan()
+    ratios = (model.log_probs(inputs) - inputs["log_proposal"]).exp()[drawn]
+    clip = model.settings.importance_clip
+    assert clip is not None
+    assert int((ratios < 0.9 * clip).sum()) >= 3
+    assert int((ratios > 1.1 * clip).sum()) >= 3
+    positives = inputs["mask"].any(-1)[:, 0].sum()
+    mean = (ratios.clamp(max=clip).sum() + positives) / inputs["mask"].any(-1).sum()
+    torch.testing.assert_close(model(**inputs)["importance"], mean)
+
+
 def test_importance_weights_need_the_proposal() -> None:
     model = make_model(objective="tb", importance_clip=1.0)
-    inputs = make_inputs(model.settings)
+    inputs = make_inputs(model)
     del inputs["log_proposal"]
     with pytest.raises(ValueError, match="log_proposal is required"):
         model(**inputs)
