@@ -31,9 +31,11 @@ _REASONS = {
     errno.EPERM: "no permission to write there",
     errno.EIO: "the device reported an input/output error",
 }
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 
 
-def _output_error(error: OSError, path: Path) -> OutputError:
+def output_error(error: OSError, path: Path) -> OutputError:
+    """The OutputError that says why ``path`` cannot be written."""
     code = error.errno if error.errno is not None else errno.EIO
     reason = _REASONS.get(code, error.strerror or str(error))
     return OutputError(code, f"cannot write: {reason}", str(path))
@@ -49,12 +51,25 @@ def _is_write_failure(error: OSError, temporary: Path) -> bool:
     return error.filename is not None and str(error.filename) == str(temporary)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def fsync_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk: a rename is durable only then.
+
+    Some file systems cannot do that, which is no error.
+    """
+    try:
+        fsync(path)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise output_error(error, path) from error
 
 
 @contextlib.contextmanager
@@ -78,23 +93,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
-        raise _output_error(error, target) from error
+        raise output_error(error, target) from error
     try:
         yield temporary
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, target)
     except OSError as error:
         if _is_write_failure(error, temporary):
-            raise _output_error(error, target) from error
+            raise output_error(error, target) from error
         raise
     finally:
         # Gone already when the rename went through.
         with contextlib.suppress(OSError):
             temporary.unlink()
-    # The rename itself is durable only once the folder is flushed; some file systems cannot do
-    # that.
-    with contextlib.suppress(OSError):
-        _fsync(target.parent)
+    fsync_folder(target.parent)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -209,7 +221,7 @@ def ensure_writable(folder: str | os.PathLike[str], *, min_free_bytes: int = 1 <
     except OutputError:
         raise
     except OSError as error:
-        raise _output_error(error, folder) from error
+        raise output_error(error, folder) from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()

@@ -18,13 +18,12 @@ from ..tree import PrefixTree
 from .backbone import output_head, trajectory_hidden_states
 from .evaluating import evaluating
 from .flow_settings import FlowSettings
-from .lora import has_lora
 from .objective import Head, flow_logs, flow_start, joint_loss, supervised_loss
 from .partition import PartitionHead
 from .preference_objective import best_and_worst, preference_loss
 from .prompts import TIGER_PROMPT, PromptLayout
 from .reference import Reference
-from .saving import damage_named, load_heads, load_weights, read_parts, save_model
+from .saving import check_manifest, damage_named, load_heads, load_weights, read_parts, save_model
 from .state_flow import StateFlow, partial_log_reward
 from .vocabulary import IdentifierVocabulary
 
@@ -317,24 +316,28 @@ class GFlowModel(nn.Module):
         """Save an ordinary ``transformers`` checkpoint (with the tokenizer, if there is one; LoRA
         added into the weights), ``tree.safetensors``, the flow heads and the learned fusion
         (``heads.safetensors``) and ``gflowgr.json``; of a model sharded by FSDP2 its gathered
-        ``state``."""
-        save_model(self, Path(folder), state=state)
+        ``state``.
+
+        A model that is in the folder is replaced, other files stay. What is written holds no
+        pickle and no local path, and a manifest with which :meth:`from_pretrained` checks it.
+        """
+        save_model(self, Path(folder), whole=True, state=state)
 
     def save_checkpoint(
         self, folder: Path | str, state: Mapping[str, Tensor] | None = None
     ) -> None:
         """Save what :meth:`load_weights` reads: with LoRA the adapters instead of the backbone;
         and the reference, if there is one (``reference.safetensors``)."""
-        save_model(self, Path(folder), whole=not has_lora(self.backbone), state=state)
-        if self.reference is not None:
-            self.reference.save(Path(folder))
+        save_model(self, Path(folder), whole=False, state=state)
 
     def load_weights(self, folder: Path | str) -> None:
         """Load the weights that :meth:`save_checkpoint` wrote into this model, in place.
 
         Raises:
-            DataError: the objective needs a reference, and the folder has none for this model.
+            DataError: the folder is damaged, or the objective needs a reference, and the folder has
+                none for this model.
         """
+        check_manifest(Path(folder))
         load_weights(self, Path(folder))
         if self.settings.has_reference:
             self.reference = Reference.load(Path(folder), self.backbone)

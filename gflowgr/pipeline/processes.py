@@ -5,10 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-__all__ = ["device", "first_process_first", "is_first_process", "quiet_transformers"]
+from ..folders import output_lock
+
+__all__ = [
+    "device",
+    "first_process_first",
+    "is_first_process",
+    "quiet_transformers",
+    "working_alone",
+]
 
 
 def is_first_process() -> bool:
@@ -25,6 +34,17 @@ def first_process_first() -> Iterator[None]:
     from accelerate import PartialState  # type: ignore[import-untyped]
 
     with PartialState().main_process_first():
+        yield
+
+
+@contextlib.contextmanager
+def working_alone(folder: Path) -> Iterator[None]:
+    """Only the processes of this run work in ``folder``; may be nested.
+
+    Raises:
+        OutputError: another run works there; the message says which.
+    """
+    with output_lock(folder) if is_first_process() else contextlib.nullcontext():
         yield
 
 

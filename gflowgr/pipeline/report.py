@@ -18,7 +18,7 @@ from ..evaluation import (
 )
 from ..models.flow_settings import FlowSettings
 from .config import RunConfig
-from .processes import is_first_process
+from .processes import is_first_process, working_alone
 from .run import RunResult, run
 
 __all__ = ["run_and_report"]
@@ -33,7 +33,15 @@ def run_and_report(
         config: what to do.
         say: receives the text for the screen.
         progress: show progress bars.
+
+    Raises:
+        OutputError: the folder cannot be written, or another run works in it.
     """
+    with working_alone(Path(config.output_dir)):
+        return _run_and_report(config, say, progress)
+
+
+def _run_and_report(config: RunConfig, say: Callable[[str], None], progress: bool) -> RunResult:
     result = run(config, say=say, progress=progress)
     if not is_first_process():
         return result

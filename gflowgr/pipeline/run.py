@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files
 from ..collaborative import CollaborativeModel, Popularity, SASRec
 from ..data import LeaveOneOut
 from ..decoding import GenerativeRecommender
@@ -29,7 +28,12 @@ from .prepare import (
     published_identifiers,
     split_data,
 )
-from .processes import first_process_first, is_first_process, quiet_transformers
+from .processes import (
+    first_process_first,
+    is_first_process,
+    quiet_transformers,
+    working_alone,
+)
 from .stages import Screen, TrainedStage, collaborative_stage, evaluation_stage, train_stage
 
 __all__ = [
@@ -91,14 +95,19 @@ def run(
         ConfigError: ``flow.objective`` is "sft", ``config.output_dir`` holds a run of another
             configuration or other data, or the data have a behaviour without a reward.
         DataError: the data are damaged, or do not fit the identifiers.
+        OutputError: the folder cannot be written, or another run works in it.
     """
     if config.flow.objective == "sft":
         raise ConfigError("flow.objective is 'sft': there is nothing to fine-tune with")
     quiet_transformers()
+    with working_alone(Path(config.output_dir)):
+        return _run(config, say, progress)
+
+
+def _run(config: RunConfig, say: Callable[[str], None], progress: bool) -> RunResult:
     output = Path(config.output_dir)
     screen = Screen(say, progress) if is_first_process() else Screen(_silent, False)
     with first_process_first():
-        files.ensure_writable(output)
         claim_configuration(output, config)
         screen.say(f"Output: {output}")
         dataset = load_data(config.data, output, config.seed)

@@ -1,7 +1,8 @@
 """The stages of a run, each in its folder: a collaborative model, a training, an evaluation.
 
 Every stage writes its result whole and then ``done.json``; one that was killed goes on from its
-last complete checkpoint, and one that is done is read.
+last complete checkpoint, and one that is done is read. What a result's manifest finds damaged is
+done again, and that is said.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 from .. import files
 from ..collaborative import CollaborativeModel, EmbeddingScorer, SASRecConfig
 from ..data import LeaveOneOut
+from ..errors import DataError
 from ..evaluation import Evaluation, Recommender, evaluate
+from ..folders import MANIFEST_NAME, find_damage, remove_leftovers, write_manifest
 from ..models.gflow_model import GFlowModel
 from .config import CollaborativeConfig, ConfigError, EvaluationConfig, training_arguments
 from .processes import device, first_process_first, is_first_process
@@ -34,6 +37,9 @@ __all__ = [
 ]
 
 _ARRAYS = ("users", "ranks", "items")
+_FACTS = ("name", "which", "metrics", "rules")
+_LOG = "log_history.json"
+_DONE = "done.json"
 
 
 @dataclass(frozen=True)
@@ -134,11 +140,12 @@ def train_stage(
         seed: of data order, dropout and sampling.
         screen: where to report.
     """
-    if not is_done(folder):
+    if not is_done(folder, screen, _LOG, model=True):
         from transformers import PrinterCallback, TrainerCallback
 
         from ..training import GFlowGRTrainer, last_complete_checkpoint
         from ..training.progress import ProgressBar
+        from ..training.sharing import first_process_finds
 
         screen.say(f"Stage: {label}")
         checkpoints = folder / "checkpoints"
@@ -150,8 +157,9 @@ def train_stage(
             make(), args, split, collaborative=collaborative, callbacks=callbacks
         )
         trainer.remove_callback(PrinterCallback)
-        with first_process_first():
-            resume = last_complete_checkpoint(checkpoints)
+        if is_first_process():
+            remove_leftovers(folder, "model")
+        resume = first_process_finds(lambda: last_complete_checkpoint(checkpoints, screen.say))
         if resume is not None:
             screen.say(f"  resuming from {resume.name}")
         outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -159,7 +167,8 @@ def train_stage(
         trainer.save_model(str(folder / "model"))
         with first_process_first():
             if is_first_process():
-                files.write_json(folder / "log_history.json", trainer.state.log_history)
+                files.write_json(folder / _LOG, trainer.state.log_history)
+                write_manifest(folder, [_LOG])
                 mark_done(
                     folder,
                     {
@@ -172,8 +181,8 @@ def train_stage(
                 )
     return TrainedStage(
         GFlowModel.from_pretrained(folder / "model").to(device()),
-        files.read_json(folder / "done.json"),
-        files.read_json(folder / "log_history.json"),
+        files.read_json(folder / _DONE),
+        files.read_json(folder / _LOG),
     )
 
 
@@ -217,7 +226,8 @@ def evaluation_stage(
         folder: of this evaluation.
         screen: where to report.
     """
-    if is_done(folder):
+    names = [f"{name}.npy" for name in _ARRAYS]
+    if is_done(folder, screen, *names):
         return _read_evaluation(folder)
     screen.say(f"Stage: evaluation of {recommender.name}")
     evaluation = evaluate(
@@ -234,21 +244,52 @@ def evaluation_stage(
     folder.mkdir(parents=True, exist_ok=True)
     for name in _ARRAYS:
         files.save_npy(folder / f"{name}.npy", getattr(evaluation, name))
-    facts = {name: getattr(evaluation, name) for name in ("name", "which", "metrics", "rules")}
+    write_manifest(folder, names)
+    facts = {name: getattr(evaluation, name) for name in _FACTS}
     mark_done(folder, facts)
     return evaluation
 
 
 def _read_evaluation(folder: Path) -> Evaluation:
     arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _ARRAYS}
-    return Evaluation(**files.read_json(folder / "done.json"), **arrays)
+    facts = files.read_json(folder / _DONE, expect=dict)
+    if not set(_FACTS) <= set(facts):
+        raise DataError(f"{folder / _DONE} must have {', '.join(_FACTS)}; got {', '.join(facts)}")
+    return Evaluation(**{name: facts[name] for name in _FACTS}, **arrays)
 
 
-def is_done(folder: Path) -> bool:
-    """Whether the stage of this folder is complete."""
-    return (folder / "done.json").is_file()
+def is_done(folder: Path, screen: Screen, *names: str, model: bool = False) -> bool:
+    """Whether the stage of this folder is complete; one that is damaged is not, which is said.
+
+    Args:
+        folder: of the stage.
+        screen: where to say what is damaged.
+        *names: the files of its result.
+        model: it also has a saved model, in the folder ``model``.
+    """
+    if not (folder / _DONE).is_file():
+        return False
+    damage = _damage(folder, names, model)
+    if damage is not None:
+        screen.say(f"{folder}: {damage}; this stage is done again")
+    return damage is None
+
+
+def _damage(folder: Path, names: tuple[str, ...], model: bool) -> str | None:
+    try:
+        files.read_json(folder / _DONE, expect=dict)
+    except DataError as error:
+        return str(error)
+    missing = next((name for name in names if not (folder / name).is_file()), None)
+    if missing is not None:
+        return f"{missing} is missing"
+    # Folders of earlier versions have no manifests.
+    places = [folder, folder / "model"] if model else [folder]
+    checked = [place for place in places if (place / MANIFEST_NAME).is_file()]
+    found = ((place, find_damage(place)) for place in checked)
+    return next((f"in {place.name} {text}" for place, text in found if text is not None), None)
 
 
 def mark_done(folder: Path, facts: dict[str, Any]) -> None:
     """Record that the stage of this folder is complete, and facts about it."""
-    files.write_json(folder / "done.json", facts)
+    files.write_json(folder / _DONE, facts)

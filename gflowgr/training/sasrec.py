@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +18,6 @@ from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -28,9 +29,11 @@ from gflowgr.collaborative import SASRec, SASRecConfig
 from gflowgr.collaborative.base import CONFIG_NAME, WEIGHTS_NAME
 from gflowgr.data import LeaveOneOut, pad_histories
 from gflowgr.evaluation.metrics import ndcg, ranks_of_targets, recall
-from gflowgr.training.checkpoints import last_complete_checkpoint, whole_or_nothing
+from gflowgr.folders import MANIFEST_NAME, find_damage, output_lock, write_manifest
+from gflowgr.training.checkpoints import CheckpointTrainer, last_complete_checkpoint
 from gflowgr.training.packing import EpochBatches, PackedLoader, PackedSequences
 from gflowgr.training.progress import ProgressBar
+from gflowgr.training.sharing import first_process_finds
 
 SETTINGS_NAME = "sasrec_training.json"
 # A folder of its own: whatever else is in output_dir, checkpoints of other stages say, is not ours.
@@ -79,7 +82,7 @@ def train_sasrec(
     Raises:
         ValueError: an argument out of range, a config for another catalogue, or a run with other
             settings in ``output_dir`` while ``resume`` is true.
-        OutputError: ``output_dir`` cannot be written.
+        OutputError: ``output_dir`` cannot be written, or another process trains there.
     """
     folder = Path(output_dir)
     config = SASRecConfig(num_items=split.num_items) if config is None else config
@@ -134,24 +137,37 @@ def train_sasrec(
         use_cpu=not torch.accelerator.is_available(),
         log_level="error",
     )
-    # The first process prepares the folder while the others wait.
+    first = arguments.process_index == 0
     with arguments.main_process_first(local=False):
-        if arguments.process_index == 0:
-            files.ensure_writable(folder)
-            if not resume:
-                _remove_run(folder)
-        finished = _is_finished(folder, settings)
-        if arguments.process_index == 0 and not finished:
-            files.write_json(folder / SETTINGS_NAME, {"settings": settings, "finished": False})
-        checkpoint = None if finished else last_complete_checkpoint(folder / CHECKPOINTS_NAME)
+        finished = resume and _is_finished(folder, settings)
     if finished:
         return SASRec.load(folder)
+    with output_lock(folder) if first else contextlib.nullcontext():
+        # The first process prepares the folder while the others wait.
+        with arguments.main_process_first(local=False):
+            if first:
+                if not resume:
+                    _remove_run(folder)
+                files.write_json(folder / SETTINGS_NAME, {"settings": settings, "finished": False})
+        return _train(arguments, split, config, settings, folder, progress)
 
-    torch.manual_seed(seed)
+
+def _train(
+    arguments: TrainingArguments,
+    split: LeaveOneOut,
+    config: SASRecConfig,
+    settings: dict[str, Any],
+    folder: Path,
+    progress: bool,
+) -> SASRec:
+    """Train, or go on, and leave the best model in ``folder``."""
+    epochs, patience = settings["epochs"], settings["patience"]
+    checkpoint = first_process_finds(lambda: last_complete_checkpoint(folder / CHECKPOINTS_NAME))
+    torch.manual_seed(settings["seed"])
     model = SASRec(config)
     shares = (split.item_counts + 1) / (split.item_counts + 1).sum()
     model.empty_scores.copy_(torch.from_numpy(np.log(shares)))
-    trainer = SASRecTrainer(model, arguments, split, eval_users=eval_users)
+    trainer = SASRecTrainer(model, arguments, split, eval_users=settings["eval_users"])
     trainer.add_callback(_LogEachEpoch())
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=patience))
     if progress:
@@ -164,6 +180,7 @@ def train_sasrec(
     trainer.accelerator.wait_for_everyone()  # the others may still read the best checkpoint
     if trainer.is_world_process_zero():
         best.save(folder)
+        write_manifest(folder, [WEIGHTS_NAME, CONFIG_NAME])
         files.write_json(
             folder / SETTINGS_NAME,
             {
@@ -179,7 +196,7 @@ def train_sasrec(
     return best
 
 
-class SASRecTrainer(Trainer):
+class SASRecTrainer(CheckpointTrainer):
     """Feeds packed sequences and evaluates by ranking the full catalogue."""
 
     model: SASRec
@@ -255,11 +272,6 @@ class SASRecTrainer(Trainer):
         )
         return metrics
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        with whole_or_nothing(folder):
-            super()._save_checkpoint(model, trial)
-
     def adopt_best(self, checkpoint: Path) -> None:
         """Take the best weights of a run whose training had ended when it was killed."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -296,11 +308,18 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
             + ", ".join(f"{key} = {old.get(key)!r}, now {settings[key]!r}" for key in changed)
             + "; choose another output_dir, or resume=False to replace it"
         )
-    return bool(found.get("finished")) and (folder / WEIGHTS_NAME).is_file()
+    if not found.get("finished"):
+        return False
+    if not (folder / MANIFEST_NAME).is_file():  # earlier versions wrote none
+        return (folder / WEIGHTS_NAME).is_file()
+    damage = find_damage(folder)
+    if damage is not None:
+        warnings.warn(f"{folder}: {damage}; SASRec is trained anew", stacklevel=3)
+    return damage is None
 
 
 def _remove_run(folder: Path) -> None:
     if (folder / CHECKPOINTS_NAME).is_dir():
         shutil.rmtree(folder / CHECKPOINTS_NAME)
-    for name in (SETTINGS_NAME, WEIGHTS_NAME, CONFIG_NAME):
+    for name in (SETTINGS_NAME, MANIFEST_NAME, WEIGHTS_NAME, CONFIG_NAME):
         (folder / name).unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,13 @@ import torch
 
 from ..evaluation import Recommender
 
-__all__ = ["SharedRecommender", "gathered", "process", "sum_over_processes"]
+__all__ = [
+    "SharedRecommender",
+    "first_process_finds",
+    "gathered",
+    "process",
+    "sum_over_processes",
+]
 
 T = TypeVar("T")
 
@@ -32,6 +38,20 @@ def gathered(value: T) -> list[T]:
     values: list[T | None] = [None] * count
     torch.distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def first_process_finds(work: Callable[[], T]) -> T:
+    """What ``work`` gives the first process, in all of them; its ValueError is raised in all."""
+    found: tuple[T | None, ValueError | None] = (None, None)
+    if process()[0] == 0:
+        try:
+            found = work(), None
+        except ValueError as error:
+            found = None, error
+    value, failure = gathered(found)[0]
+    if failure is not None:
+        raise failure
+    return cast(T, value)
 
 
 def sum_over_processes(values: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from ..collaborative import CollaborativeModel
@@ -24,6 +24,7 @@ from ..models.dense_attention import use_dense_attention
 from ..models.feed_forward import use_direct_feed_forward
 from ..models.gflow_model import GFlowModel
 from ..models.lora import has_lora
+from ..models.saving import write_checkpoint
 from ..models.sharded import (
     announce_sharding,
     is_sharded,
@@ -37,16 +38,17 @@ from .batches import LengthBucketSampler, ProcessBatches, PromptCollator
 from .calibrating import catalogue_calibration
 from .callbacks import EpochOrder, LogBeforeSaving
 from .checkpoints import (
+    CheckpointTrainer,
+    check_checkpoint,
     has_ended,
     last_complete_checkpoint,
     named_write_errors,
-    whole_or_nothing,
 )
 from .config import GFlowGRConfig
 from .flow_inputs import FlowInputs
 from .optimiser import parameter_groups
 from .rounds import FreezeReference, Rounds
-from .sharing import SharedRecommender
+from .sharing import SharedRecommender, first_process_finds
 from .step_log import StepLog
 
 __all__ = ["GFlowGRTrainer"]
@@ -54,7 +56,7 @@ __all__ = ["GFlowGRTrainer"]
 _PROMPTS = ("input_ids", "attention_mask")
 
 
-class GFlowGRTrainer(Trainer):
+class GFlowGRTrainer(CheckpointTrainer):
     """Trains a :class:`~gflowgr.models.GFlowModel` by SFT, jointly with a flow objective, or by a
     baseline's objective against the model as it was when the training began.
 
@@ -168,26 +170,33 @@ class GFlowGRTrainer(Trainer):
 
         Raises:
             ValueError: True was given, and there is no complete checkpoint.
+            DataError: the folder given is no complete checkpoint.
             FloatingPointError: the loss or the gradient became NaN or infinite.
-            OutputError: a checkpoint cannot be written.
+            OutputError: a checkpoint cannot be written, or another process trains in this folder.
         """
         model = self.accelerator.unwrap_model(self.model)
         if model.settings.has_reference and model.reference is None:
             model.freeze_reference()  # a checkpoint has its own
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            with self.args.main_process_first(local=False):  # it removes what is incomplete
-                found = last_complete_checkpoint(str(self.args.output_dir))
-            if found is None:
-                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir}")
-            checkpoint = str(found)
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = first_process_finds(lambda: self._checkpoint(resume_from_checkpoint))
         if checkpoint is not None:
-            state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if has_ended(state, self.args):
-                return self._adopt(Path(checkpoint), state)
-            self._flow_inputs.load_state(Path(checkpoint))
+                return self._adopt(checkpoint, state)
+            self._flow_inputs.load_state(checkpoint)
         self._step_log.restart()
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        place = None if checkpoint is None else str(checkpoint)
+        return super().train(place, trial, ignore_keys_for_eval)
+
+    def _checkpoint(self, asked: str | bool) -> Path:
+        if asked is not True:
+            check_checkpoint(Path(str(asked)))
+            return Path(str(asked))
+        found = last_complete_checkpoint(str(self.args.output_dir))
+        if found is None:
+            raise ValueError(f"there is no complete checkpoint in {self.args.output_dir}")
+        return found
 
     def _adopt(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
         """The model and state that the ended training would have left."""
@@ -363,11 +372,6 @@ class GFlowGRTrainer(Trainer):
 
     # ---- checkpoints: the model's own format ----
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with whole_or_nothing(folder):
-            super()._save_checkpoint(model, trial)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model (:meth:`gflowgr.models.GFlowModel.save_pretrained`).
 
@@ -391,17 +395,12 @@ class GFlowGRTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir or ".")
-        if self._saves_checkpoint:
-            model.save_checkpoint(folder, state)
+        if self._saves_checkpoint:  # into an empty folder of the checkpoint's
+            write_checkpoint(model, folder, state)
         else:
             model.save_pretrained(folder, state)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         self.accelerator.unwrap_model(model or self.model).load_weights(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is not None:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -263,8 +263,13 @@ def _without_tree(folder: Path) -> None:
     ],
 )
 def test_damaged_checkpoint_is_refused(damage: Any, message: str, tmp_path: Path) -> None:
+    """By its manifest, and where a folder has none by what the files themselves say."""
     make_model().save_pretrained(tmp_path)
     damage(tmp_path)
+    with pytest.raises(DataError, match=r"incomplete or damaged|it has no gflowgr\.json") as caught:
+        GFlowModel.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    (tmp_path / "manifest.json").unlink()
     with pytest.raises(DataError, match=message) as caught:
         GFlowModel.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value)

@@ -151,8 +151,10 @@ def test_training_learns_and_leaves_the_best_model(tmp_path: Path) -> None:
     assert result.metrics["N@10"] == pytest.approx(max(validation), abs=1e-6)
     assert result.metrics["N@10"] > 0.6 > 3 * validation[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock",
         "checkpoint-7",
         "config.json",
+        "manifest.json",
         "model.safetensors",
         "sasrec_training.json",
     ]
