@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,31 @@ def test_a_refused_change_changes_nothing(live: LiveTree) -> None:
             call()
         assert live.snapshot == before
     assert live.add([(1, 5)], [3]).version == 1  # the lock is free
+
+
+def test_a_published_tree_waits_for_a_change_under_way_and_is_not_lost_to_it(
+    live: LiveTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    with_items = PrefixTree.with_items
+
+    def slow(self: PrefixTree, *change: Any) -> PrefixTree:
+        inside.set()
+        assert go_on.wait(20)
+        return with_items(self, *change)
+
+    monkeypatch.setattr(PrefixTree, "with_items", slow)
+    other = PrefixTree.from_identifiers([(9,)])
+    with ThreadPoolExecutor(2) as pool:
+        adding = pool.submit(live.add, [(1, 5)], [3])
+        assert inside.wait(20)
+        publishing = pool.submit(live.publish, other)
+        too_early = wait([publishing], timeout=0.2).done
+        go_on.set()
+        assert adding.result().version == 1
+        assert publishing.result() == (other, 2)
+    assert not too_early
+    assert live.tree is other
 
 
 def test_readers_see_only_whole_versions_while_writers_change_it() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import DataError
 from .backbone import output_head
 from .families import causal_refusal
+from .hub import model_folder
 from .lora import LoraSettings
 from .prompts import PromptLayout
 from .vocabulary import IdentifierVocabulary
@@ -42,7 +43,8 @@ class CausalConfig:
     """A decoder-only generator.
 
     Attributes:
-        path: folder of a ``transformers`` checkpoint with its tokenizer.
+        path: folder of a ``transformers`` checkpoint with its tokenizer, or its id on the Hugging
+            Face hub (``"owner/name"``; for an unchanging model pass a ``revision``).
         template: the prompt's text; ``{history}`` stands for the identifiers of the history.
         separator: text between two items.
         rows: first embeddings of the identifier tokens: ``"text"``: of each code, the mean over its
@@ -54,6 +56,9 @@ class CausalConfig:
             ``"flex_attention"``.
         max_prompt: most tokens of a prompt (none: what the model's positions allow); the oldest
             items that do not fit are dropped.
+        revision: branch, tag or commit of a model on the hub.
+        pad_to_multiple_of: rows of embedding and head are filled up to a multiple of this, which
+            matrix products on a GPU like (64, say); the rows beyond the tokens are no item's.
         kind: tells the generators of a configuration apart.
     """
 
@@ -66,11 +71,18 @@ class CausalConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
     max_prompt: int | None = None
+    revision: str | None = None
+    pad_to_multiple_of: int | None = None
     kind: Literal["causal"] = "causal"
 
     def __post_init__(self) -> None:
         if self.template.count("{history}") != 1:
             raise ValueError(f"template must have {{history}} once; got {self.template!r}")
+        multiple: Any = self.pad_to_multiple_of
+        if multiple is not None and (
+            isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1
+        ):
+            raise ValueError(f"pad_to_multiple_of must be an integer >= 1; got {multiple!r}")
         if self.dtype == "bfloat16" and self.lora is None:
             raise ValueError(
                 "dtype is 'bfloat16', in which small updates of the weights are lost: use lora, or "
@@ -85,17 +97,15 @@ class CausalConfig:
 
 
 def load_tokenizer(config: CausalConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder ``config.path``.
+    """The tokenizer of the model ``config.path``.
 
     Raises:
         DataError: there is none, or it is damaged.
     """
     from transformers import AutoTokenizer
 
-    if not Path(config.path).is_dir():
-        raise DataError(f"model.path: {config.path} is not a folder")
     with _named(config):
-        tokenizer = AutoTokenizer.from_pretrained(config.path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(_folder(config), local_files_only=True)
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
@@ -148,11 +158,15 @@ def check_causal_lm(config: CausalConfig) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _named(config), torch.device("meta"):
-        sizes = AutoConfig.from_pretrained(config.path, local_files_only=True)
+        sizes = AutoConfig.from_pretrained(_folder(config), local_files_only=True)
         model = AutoModelForCausalLM.from_config(sizes)
     refusal = causal_refusal(model)
     if refusal is not None:
         raise TypeError(f"model.path: {type(model).__name__} cannot be trained: {refusal}")
+
+
+def _folder(config: CausalConfig) -> Path:
+    return model_folder(config.path, revision=config.revision)
 
 
 @contextmanager
@@ -162,6 +176,8 @@ def _named(config: CausalConfig) -> Iterator[None]:
 
     try:
         yield
+    except DataError as error:
+        raise DataError(f"model.path: {error}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"model.path: {config.path}: {reason}") from error
@@ -188,15 +204,17 @@ def load_causal_lm(
     }
     with _named(config), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        folder = _folder(config)
         if config.from_config:
-            sizes = AutoConfig.from_pretrained(config.path, local_files_only=True)
+            sizes = AutoConfig.from_pretrained(folder, local_files_only=True)
             model = AutoModelForCausalLM.from_config(sizes, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                config.path, local_files_only=True, **options
-            )
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        rows, multiple = model.get_input_embeddings().num_embeddings, config.pad_to_multiple_of
+        wanted = max(rows, len(tokenizer))
+        wanted += -wanted % (multiple or 1)
+        if wanted > rows:
+            model.resize_token_embeddings(wanted, mean_resizing=False)
     return cast("PreTrainedModel", model)
 
 

@@ -18,6 +18,7 @@ from ..tree import PrefixTree
 from .backbone import output_head, trajectory_hidden_states
 from .evaluating import evaluating
 from .flow_settings import FlowSettings
+from .hub import model_folder, push_model
 from .objective import Head, flow_logs, flow_start, joint_loss, supervised_loss
 from .partition import PartitionHead
 from .preference_objective import best_and_worst, preference_loss
@@ -343,17 +344,54 @@ class GFlowModel(nn.Module):
             self.reference = Reference.load(Path(folder), self.backbone)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> GFlowModel:
-        """Load what :meth:`save_pretrained` wrote.
+    def from_pretrained(
+        cls, place: Path | str, *, revision: str | None = None, token: str | None = None
+    ) -> GFlowModel:
+        """Load what :meth:`save_pretrained` or :meth:`push_to_hub` wrote.
+
+        Args:
+            place: a folder, or the id of a model on the hub (``"owner/name"``).
+            revision: branch, tag or commit on the hub.
+            token: access token of the hub; by default the stored one.
 
         Raises:
-            DataError: the folder is not a gflowgr checkpoint, of an unknown format, or damaged.
+            DataError: there is no such model, it is not a gflowgr checkpoint, of an unknown format,
+                or damaged.
         """
-        parts = read_parts(Path(folder))
-        with damage_named(Path(folder)):
+        folder = model_folder(place, revision=revision, token=token)
+        parts = read_parts(folder)
+        with damage_named(folder):
             model = cls(**parts)
-            load_heads(model, Path(folder))
+            load_heads(model, folder)
         return model
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Upload a gflowgr model",
+    ) -> str:
+        """Save the model into a repository of the hub, which is made if it is not there.
+
+        Files of an earlier model in the repository are replaced in the same commit.
+
+        Args:
+            repo_id: ``"owner/name"``, or a name of your own.
+            card: README.md; none: a card is written from the model, unless the repository has one.
+            private: of a new repository; none: as its owner has set.
+            token: access token; by default the stored one.
+            message: of the commit.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            ValueError: ``repo_id`` is no id.
+        """
+        return push_model(self, repo_id, card=card, private=private, token=token, message=message)
 
     # ---- as the Trainer calls them ----
 

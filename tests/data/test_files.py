@@ -21,6 +21,7 @@ from gflowgr.files import (
     write_json,
     write_json_gz,
 )
+from gflowgr.folders import find_damage, fresh_folder, write_manifest
 
 
 def refuse(code: int) -> Any:
@@ -221,3 +222,85 @@ def test_a_gz_name_on_plain_text(tmp_path: Path) -> None:
     (tmp_path / "inter.json.gz").write_text("{}")
     with pytest.raises(DataError, match="not a gzip file"):
         read_json(tmp_path / "inter.json.gz")
+
+
+# ---- what survives a loss of power ----
+
+
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is flushed to the disk and renamed, in order."""
+    done: list[str] = []
+    fsync, replace, rename = os.fsync, os.replace, Path.rename
+
+    def noted_fsync(handle: int) -> None:
+        fsync(handle)
+        done.append("flush " + Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+
+    def noted_replace(source: Any, target: Any) -> None:
+        replace(source, target)
+        done.append(f"rename to {Path(target).name}")
+
+    def noted_rename(self: Path, target: Any) -> Path:
+        done.append(f"rename to {Path(target).name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    return done
+
+
+def test_a_file_is_flushed_before_its_rename_and_its_folder_after_it(
+    tmp_path: Path, flushed: list[str]
+) -> None:
+    write_json(tmp_path / "run" / "a.json", {})
+    temporary, renamed, folder = flushed
+    assert temporary.startswith("flush .a.")
+    assert (renamed, folder) == ("rename to a.json", "flush run")
+
+
+def test_a_manifest_is_written_when_all_else_is_on_the_disk(
+    tmp_path: Path, flushed: list[str]
+) -> None:
+    (tmp_path / "inner").mkdir()
+    for name in ("a.bin", "inner/b.bin"):
+        (tmp_path / name).write_bytes(b"x")
+    write_manifest(tmp_path)
+    assert sorted(flushed[:2]) == ["flush a.bin", "flush b.bin"]
+    assert flushed[2:4] == [f"flush {tmp_path.name}", "flush inner"]
+    assert flushed[4].startswith("flush .manifest.")
+    assert flushed[5:] == ["rename to manifest.json", f"flush {tmp_path.name}"]
+    assert find_damage(tmp_path) is None
+
+
+def test_a_folder_is_swapped_in_whole_and_its_parent_flushed(
+    tmp_path: Path, flushed: list[str]
+) -> None:
+    with fresh_folder(tmp_path / "model", is_own=lambda name: True) as fresh:
+        (fresh / "a.bin").write_bytes(b"x")
+    assert flushed[-2:] == ["rename to model", f"flush {tmp_path.name}"]
+    assert sorted(os.listdir(tmp_path)) == ["model"]
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["swapped", "beside other files"])
+def test_an_interrupted_save_leaves_the_folder_as_it_was(foreign: bool, tmp_path: Path) -> None:
+    def save(content: bytes, interrupted: bool = False) -> None:
+        with fresh_folder(tmp_path / "model", is_own=lambda name: name == "a.bin") as fresh:
+            (fresh / "a.bin").write_bytes(content)
+            if interrupted:
+                raise KeyboardInterrupt
+
+    save(b"old")
+    if foreign:
+        (tmp_path / "model" / "README.md").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        save(b"new", interrupted=True)
+    assert (tmp_path / "model" / "a.bin").read_bytes() == b"old"
+    assert find_damage(tmp_path / "model") is None
+    save(b"new")
+    assert (tmp_path / "model" / "a.bin").read_bytes() == b"new"
+    assert find_damage(tmp_path / "model") is None
+    wanted = ["README.md"] * foreign + ["a.bin", "manifest.json"]
+    assert sorted(os.listdir(tmp_path / "model")) == wanted
+    assert os.listdir(tmp_path) == ["model"]

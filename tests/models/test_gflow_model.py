@@ -276,5 +276,5 @@ def test_damaged_checkpoint_is_refused(damage: Any, message: str, tmp_path: Path
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is not a gflowgr checkpoint"):
+    with pytest.raises(DataError, match="nothing is not a folder, nor the id of a model"):
         GFlowModel.from_pretrained(tmp_path / "nothing")
