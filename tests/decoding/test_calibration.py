@@ -88,6 +88,12 @@ def test_the_invalid_mass_of_a_model_is_what_leaves_the_tree(family: str) -> Non
     torch.testing.assert_close(report.invalid_mass, 1 - valid, rtol=0, atol=1e-6)
 
 
+def test_a_tiny_invalid_mass_keeps_its_digits() -> None:
+    log_probs = torch.tensor([[-1e-12]], dtype=torch.float64)
+    result = flow_calibration(log_probs, torch.zeros(1, 1))
+    torch.testing.assert_close(result.invalid_mass.item(), 1e-12, rtol=1e-9, atol=0)
+
+
 def test_the_summary_is_json_with_quartiles_over_prompts() -> None:
     log_reward = REWARD.expand(3, -1)
     log_probs = torch.stack([REWARD[0], REWARD[0].flip(0), torch.zeros(4)]) - 4

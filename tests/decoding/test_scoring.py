@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import MT5Config, MT5ForConditionalGeneration
 
 from gflowgr.decoding import item_logprobs
+from gflowgr.decoding.tree_head import TreeHead
 from gflowgr.identifiers import read_index
 from gflowgr.models import IdentifierVocabulary, TigerConfig, build_tiger
 from gflowgr.models.decoders import T5Decoder
@@ -272,3 +273,25 @@ def test_the_catalogue_of_beauty(data_root) -> None:
             ).logits
         log_p = logits.log_softmax(-1).gather(-1, identifiers[some].unsqueeze(-1))
         close(values[row, some], log_p.sum((1, 2)))
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level", "children"])
+def test_edges_do_not_depend_on_how_many_nodes_are_computed_at_a_time(normalize: str) -> None:
+    tree = PrefixTree.from_identifiers([(2, 5), (2, 6), (3, 5), (3, 7), (4, 6)])
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(8, 4, generator=generator), torch.randn(8, generator=generator)
+    hidden = torch.randn(2, 3, 4, generator=generator)
+    parents, tokens = torch.tensor([[2, 0, 1, 0]]), torch.tensor([[6, 5, 7, 6]])
+    logits = (hidden @ weight.T + bias) / 0.7
+    for block_bytes in (1, 2 * 4 * 8 * 2, 2**20):
+        head = TreeHead(
+            (weight, bias), tree, normalize=normalize, temperature=0.7, block_bytes=block_bytes
+        )
+        chosen, normaliser = head.edges(hidden, 1, torch.tensor([[1, 2, 3]]), parents, tokens)
+        torch.testing.assert_close(chosen, logits[:, parents[0], tokens[0]])
+        columns = {
+            "vocab": [range(8)] * 3, "level": [range(5, 8)] * 3, "children": [[5, 6], [5, 7], [6]]
+        }[normalize]  # fmt: skip
+        for node in range(3):
+            expected = logits[:, node, list(columns[node])].logsumexp(-1)
+            torch.testing.assert_close(normaliser[:, node], expected)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from dict_trie import DictTrie
 from small_models import padded_prompts, small_model
+from tiny_shop import make_model
 from torch import Tensor
 
-from gflowgr.decoding import beam, constrained_beam_search
+from gflowgr.decoding import GenerativeRecommender, beam, constrained_beam_search
+from gflowgr.decoding._rows import distinct
 from gflowgr.models.decoders import GenericDecoder, StepDecoder
 from gflowgr.tree import PrefixTree
 
@@ -104,6 +106,51 @@ def test_unavailable_and_excluded_items_never_appear(name: str) -> None:
             assert not found.valid[row, len(left) :].any()
 
 
+def test_distinct_nodes_of_a_row_and_the_place_of_each_entry() -> None:
+    values = torch.tensor([[7, -1, 3, 7], [-1, -1, -1, -1], [5, 4, -1, 6]])
+    nodes, place = distinct(values)
+    assert nodes.tolist() == [[3, 7, -1], [-1, -1, -1], [4, 5, 6]]
+    assert place.tolist() == [[1, -1, 0, 1], [-1, -1, -1, -1], [1, 0, -1, 2]]
+
+
+class Fixed(StepDecoder):
+    """Given logits for the first token; of the others token 2 for sure."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.batch, self.device, self.head = len(logits), logits.device, None
+
+    def first(self) -> Tensor:
+        return self.logits.unsqueeze(1)
+
+    def advance(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        logits = torch.zeros(*tokens.shape, self.logits.shape[1])
+        logits[..., 2] = 50.0
+        return logits
+
+
+def test_a_search_goes_on_until_every_prompt_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Fixed(torch.tensor([[5.0, 0.0, 0.0], [0.0, 5.0, 0.0]]))
+    monkeypatch.setattr(beam, "decoder_for", lambda *_: decoder)
+    tree, ids = PrefixTree.from_identifiers([(0,), (1, 2)]), torch.zeros(2, 1).long()
+    found = constrained_beam_search(None, ids, ids + 1, tree, num_beams=2, num_return=1)  # type: ignore[arg-type]
+    assert found.items.tolist() == [[0], [1]]
+
+
+def test_no_beam_is_spent_on_a_prefix_whose_own_item_is_unavailable_and_its_other_excluded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = Fixed(torch.tensor([[0.0, 1.0, 0.0, 0.0, 0.0, 5.0]]))
+    monkeypatch.setattr(beam, "decoder_for", lambda *_: decoder)
+    tree, ids = PrefixTree.from_identifiers([(5, 2), (5, 2, 2), (1, 2)]), torch.zeros(1, 1).long()
+    options: dict[str, Any] = {
+        "available": torch.tensor([False, True, True]),
+        "exclude": torch.tensor([[1]]),
+    }
+    found = constrained_beam_search(None, ids, ids + 1, tree, num_beams=1, **options)  # type: ignore[arg-type]
+    assert found.items.tolist() == [[2]]
+
+
 class Counted(StepDecoder):
     """A decoder that counts its steps."""
 
@@ -193,3 +240,12 @@ def test_temperatures_must_be_positive_and_finite(temperature: float) -> None:
     tree = PrefixTree.from_identifiers([(3, 4)])
     with pytest.raises(ValueError, match="temperature must be above 0 and finite; got"):
         constrained_beam_search(small_model("gpt2"), ids, mask, tree, temperature=temperature)
+
+
+def test_a_recommender_searches_with_as_many_beams_as_items_are_asked_for() -> None:
+    recommender = GenerativeRecommender(make_model(), num_beams=2)
+    items, scores = recommender.recommend([np.array([5, 6, 7]), np.array([100])], 10)
+    for row in items.tolist():
+        assert min(row) >= 0
+        assert len(set(row)) == 10
+    assert np.isfinite(scores).all()

@@ -212,6 +212,7 @@ def test_registered_ops_pass_opcheck_and_compile_whole(backend: str, normalize: 
         ({"live": torch.ones(3).bool()}, r"live must have shape \[N=4\], as in tree"),
         ({"live": torch.ones(4)}, "live must have dtype bool"),
         ({"barred": torch.zeros(2).int()}, "barred must have dtype int64"),
+        ({"barred_leaves": torch.zeros(2).int()}, "barred_leaves must have dtype int64"),
         ({"live_leaves": torch.ones(9).bool()}, r"live_leaves must have shape \[N=2\]"),
         ({"tree": None}, "tree must be a gflowgr.PrefixTree, got NoneType"),
     ],

@@ -127,6 +127,21 @@ def test_gradcheck_of_the_joint_objective(kind: str, reduction: str) -> None:
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("upstream", [0.5, -1.0, 3.0])
+@pytest.mark.parametrize("normalize", ["vocab", "children"])
+def test_gradients_are_scaled_by_that_of_the_loss(normalize: str, upstream: float) -> None:
+    case, options, targets = make("tb", seed=6)
+    inputs = [x.requires_grad_() for x in (case.hidden, case.weight, *targets)]
+    loss = ops.fused_tb_loss(
+        case.hidden, case.weight, case.tokens, *targets, normalize=normalize, **options
+    )
+    plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+    scaled = torch.autograd.grad(upstream * loss, inputs)
+    for found, expected in zip(scaled, plain, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(found, upstream * expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_probabilities_for_logs_are_detached(kind: str) -> None:
     fused, _ = losses(kind)

@@ -145,6 +145,20 @@ def test_a_confident_row_keeps_its_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nearly_certain_row_of_a_shard_keeps_its_gradient(backend: str) -> None:
+    """Of log_pf, which other shards have made exact, 1 - p is taken without cancellation."""
+    hidden, weight = torch.tensor([[0.5, 0.25]]), torch.tensor([[1.0, -2.0]])
+    log_pf = torch.tensor([-1e-9])
+    with gflowgr.backend(backend):
+        d_hidden, d_weight, _ = torch.ops.gflowgr.head_backward(
+            torch.ones(1), hidden, weight, None, torch.zeros(1).long(), log_pf, torch.zeros(1), 1.0,
+            True, True, False,
+        )  # fmt: skip
+    torch.testing.assert_close(d_hidden, 1e-9 * weight, rtol=1e-6, atol=0)
+    torch.testing.assert_close(d_weight, 1e-9 * hidden, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("what", ["state", "a row of the head", "a bias"])
 def test_a_nan_in_what_counts_comes_out(backend: str, what: str) -> None:
     """Also where it is not the target's: otherwise a model that broke would look fine."""

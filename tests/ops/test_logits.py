@@ -64,6 +64,15 @@ def assert_value_and_gradient(
 # ------------------------------------------------------------------ values and gradients
 
 
+def test_a_nearly_certain_token_keeps_its_gradient(device: str) -> None:
+    """1 - p = 1e-9 is taken from the saved sum without cancellation."""
+    logits, saved = torch.zeros(1, 1, device=device), torch.zeros(1, device=device)
+    gradient = torch.ops.gflowgr.logits_backward(
+        saved + 1, logits, saved.long(), saved, saved + 1e-9, 1.0
+    )
+    torch.testing.assert_close(gradient.item(), 1e-9, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(

@@ -274,15 +274,27 @@ def test_a_forbidden_token_has_probability_zero(normalize: str) -> None:
     assert both.flatten().tolist() == [-math.inf, -math.inf]
 
 
-def test_unchecked_trajectories_outside_the_tree_have_probability_zero() -> None:
+@pytest.mark.parametrize(
+    ("normalize", "impossible"),
+    [
+        ("children", [[False, True], [False, False], [True, True]]),
+        # Tokens 0 and 1, then 2 and 3, in any combination.
+        ("level", [[False, False], [False, False], [True, False]]),
+    ],
+)
+def test_unchecked_trajectories_outside_the_tree_have_probability_zero(
+    normalize: str, impossible: list[list[bool]]
+) -> None:
     tree = PrefixTree.from_identifiers([[0, 2], [1, 3]])
-    tokens = torch.tensor([[[0, 3], [1, 3], [4, 2]]])
+    inputs = (
+        torch.randn(1, 3, 2, 4), torch.randn(5, 4), torch.tensor([[[0, 3], [1, 3], [4, 2]]])
+    )  # fmt: skip
     previous = set_validation(False)
     try:
-        log_pf = trajectory_logprobs(torch.randn(1, 3, 2, 4), torch.randn(5, 4), tokens, tree=tree)
+        log_pf = trajectory_logprobs(*inputs, tree=tree, normalize=normalize)
     finally:
         set_validation(previous)
-    assert log_pf.isneginf().tolist() == [[[False, True], [False, False], [True, True]]]
+    assert log_pf.isneginf().tolist() == [impossible]
 
 
 # ------------------------------------------------------------------ extremes and dtypes

@@ -339,9 +339,15 @@ def test_16_bit_inputs_are_computed_in_float32(kind: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_float64_input_makes_the_loss_float64(kind: str) -> None:
+    """Whichever it is; the others are widened, and nothing is rounded afterwards."""
     case = make_loss_case(2, 2, 3, seed=14)
-    loss = LOSSES[kind](case.log_pf.float(), case.log_reward, *case.target(kind), mask=case.mask)
-    assert loss.dtype == torch.float64
+    inputs = [value.float() for value in (case.log_pf, case.log_reward, *case.target(kind))]
+    expected = LOSSES[kind](*(value.double() for value in inputs), mask=case.mask)
+    for wide in range(len(inputs)):
+        mixed = [value.double() if n == wide else value for n, value in enumerate(inputs)]
+        loss = LOSSES[kind](*mixed, mask=case.mask)
+        assert loss.dtype == torch.float64
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------ torch.compile

@@ -41,6 +41,7 @@ class Fault:
     old: str
     new: str
     tests: list[str]
+    build: int = 0  # faults of C++ with one number share a build: none reaches another's tests
 
     @property
     def compiled(self) -> bool:
@@ -115,26 +116,54 @@ def run_tests(tests: Sequence[str], log: Path) -> int | None:
     return None
 
 
-def try_fault(fault: Fault, log: Path) -> str:
-    """``killed``, ``SURVIVED``, or what is wrong with the entry."""
-    path = COPY / fault.file
-    sound = path.read_text()
-    if sound.count(fault.old) != 1:
-        return f"BROKEN: its old text occurs {sound.count(fault.old)} times"
+def plant(faults: Sequence[Fault]) -> dict[Path, str]:
+    """Change the copy; gives what the changed files held.
+
+    Raises:
+        ValueError: a fault's old text does not occur exactly once.
+    """
+    sound: dict[Path, str] = {}
+    for fault in faults:
+        path = COPY / fault.file
+        text = path.read_text()
+        if text.count(fault.old) != 1:
+            raise ValueError(f"{fault.name}: its old text occurs {text.count(fault.old)} times")
+        sound.setdefault(path, text)
+        path.write_text(text.replace(fault.old, fault.new))
+    return sound
+
+
+def try_faults(faults: Sequence[Fault], logs: Path) -> int:
+    """Plant faults together, run each one's tests, print verdicts; gives how many survived."""
+    survived = 0
+    sound = plant(faults)
     try:
-        path.write_text(sound.replace(fault.old, fault.new))
-        if fault.compiled and not build():
-            return "BROKEN: it does not compile"
-        code = run_tests(fault.tests, log)
+        if faults[0].compiled and not build():
+            print(f"BROKEN: does not compile, {COPY / 'build.log'}: {[f.name for f in faults]}")
+            return len(faults)
+        for fault in faults:
+            log = logs / f"{re.sub(r'[^a-z0-9]+', '-', fault.name.lower())}.log"
+            begin = time.monotonic()
+            code = run_tests(fault.tests, log)
+            seconds = time.monotonic() - begin
+            survived += code in _NOT_FOUND
+            print(f"{_verdict(code):22} {seconds:4.0f} s  {fault.file}: {fault.name}", flush=True)
     finally:
-        path.write_text(sound)
-    if code == 0:
-        return "SURVIVED"
+        for path, text in sound.items():
+            path.write_text(text)
+    return survived
+
+
+# pytest's exit codes but 1 (a test failed): all passed, interrupted, its own error, usage, no test.
+_NOT_FOUND = (0, 2, 3, 4, 5)
+
+
+def _verdict(code: int | None) -> str:
     if code is None:
         return "killed (endless)"
     if code < 0:
         return f"killed (signal {-code})"
-    return "killed" if code == 1 else f"BROKEN: pytest ended with {code}"
+    return {0: "SURVIVED", 1: "killed"}.get(code, f"BROKEN (pytest: {code})")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,7 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     update_copy()
     os.environ["OMP_NUM_THREADS"] = "1"
-    import torch  # noqa: F401 (imported once, for all forks)
+    import hypothesis  # noqa: F401 (imported once, for all forks)
+    import pytest  # noqa: F401
+    import torch  # noqa: F401
     from transformers import Trainer  # noqa: F401
 
     logs = COPY / "logs"
@@ -159,19 +190,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code != 0:
         print(f"the tests fail without any fault: {logs / 'without-any-fault.log'}")
         return 1
-    failed, built = 0, False
+    groups: dict[str, list[Fault]] = {}
     for fault in chosen:
-        if fault.compiled and not built:
-            built = True
-            if not build():
-                print(f"the extensions cannot be built: {COPY / 'build.log'}")
-                return 1
-        log = logs / f"{re.sub(r'[^a-z0-9]+', '-', fault.name.lower())}.log"
-        begin = time.monotonic()
-        verdict = try_fault(fault, log)
-        failed += not verdict.startswith("killed")
-        seconds = time.monotonic() - begin
-        print(f"{verdict:10} {seconds:5.0f} s  {fault.file}: {fault.name}", flush=True)
+        groups.setdefault(f"build {fault.build}" if fault.compiled else fault.name, []).append(
+            fault
+        )
+    failed = sum(try_faults(group, logs) for group in groups.values())
     print(f"{len(chosen) - failed} of {len(chosen)} faults were found")
     return 1 if failed else 0
 

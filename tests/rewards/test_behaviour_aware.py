@@ -102,6 +102,29 @@ def test_generation_probability_is_per_token() -> None:
         reward("r_generation", log_probs=None)
 
 
+def test_tokens_beyond_the_positives_end_are_not_similar() -> None:
+    """Where the positive has ended, a padding token that equals a real one is no common token."""
+    mask = CONTEXT.mask.clone()
+    mask[0, 0, 2] = False
+    _, parts = reward("r_sim", mask=mask)
+    assert parts["r_sim"].tolist() == [[2.0, 2.0, 0.0, 0.0]]
+
+
+def test_a_signal_may_say_anything_of_padding_trajectories() -> None:
+    class Odd:
+        name = "r_odd"
+
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def __call__(self, context: SignalContext) -> torch.Tensor:
+            return torch.tensor([[1.0, 2.0, 3.0, self.value]])
+
+    for value in (math.nan, math.inf, -1.0, 5.0):
+        measured = BehaviourAwareReward([Odd(value)]).measure(CONTEXT)
+        assert measured.flatten().tolist() == [1.0, 2.0, 3.0, 0.0]
+
+
 @pytest.mark.parametrize("left_out", ["r_a", "r_yhat", "r_sim"])
 def test_each_signal_can_be_left_out(left_out: str) -> None:
     kept = [name for name in ("r_a", "r_yhat", "r_sim") if name != left_out]

@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from tiny_causal import causal_folder, causal_model
 from tiny_shop import make_args
 from tiny_trainer import Killed, StopAt, assert_equal_weights, make_trainer, weights
+from transformers import TrainerState
 
 from gflowgr.errors import DataError, OutputError
 from gflowgr.folders import output_lock, write_manifest
 from gflowgr.models import CausalConfig, LoraSettings
-from gflowgr.training.checkpoints import last_complete_checkpoint, named_write_errors
+from gflowgr.training.checkpoints import has_ended, last_complete_checkpoint, named_write_errors
 
 
 def write(folder: Path, *, run: str = "1", best: str | None = None) -> Path:
@@ -54,6 +55,37 @@ def test_none_is_found_where_there_is_none(tmp_path: Path) -> None:
     (write(tmp_path / "checkpoint-3") / "trainer_state.json").write_text("")
     with pytest.warns(UserWarning, match=r"checkpoint-3 is passed over: trainer_state\.json"):
         assert last_complete_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("state", "ended"),
+    [
+        ({"global_step": 9, "epoch": 9.9}, False),
+        ({"global_step": 10, "epoch": 10.0}, True),
+        ({"global_step": 4, "epoch": 4.0, "waited": 2}, False),
+        ({"global_step": 4, "epoch": 4.0, "waited": 3}, True),
+    ],
+)
+def test_a_training_has_ended_with_its_last_epoch_or_when_it_stopped_early(
+    state: dict[str, float], ended: bool, tmp_path: Path
+) -> None:
+    args = make_args(
+        tmp_path,
+        max_steps=-1,
+        num_train_epochs=10,
+        early_stopping_patience=3,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+    )
+    waited = {"early_stopping_patience_counter": state.get("waited", 0)}
+    left = TrainerState(  # type: ignore[call-arg]
+        global_step=int(state["global_step"]),
+        epoch=state["epoch"],
+        stateful_callbacks={"EarlyStoppingCallback": {"args": {}, "attributes": waited}},
+    )
+    assert has_ended(left, args) is ended
+    assert has_ended(left, make_args(tmp_path, max_steps=10)) is (state["global_step"] == 10)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from tiny_shop import make_args, make_model, make_scorer, shop
 
@@ -55,6 +57,28 @@ def test_generation_probability_is_computed_only_where_it_is_asked_for(tmp_path:
 
     flow, _ = make_inputs(batch, epoch=0, progress=0.0, log_probs=refuse)
     assert flow["signals"].shape == (2, 3, 3)
+
+
+def test_the_sampler_learns_the_rewards_of_what_it_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    make_inputs = FlowInputs(model, make_args(tmp_path, num_trajectories=4), shop(), make_scorer())
+    assert make_inputs.sampler is not None
+    assert make_inputs.reward is not None
+    told: list[tuple[np.ndarray, np.ndarray, torch.Tensor]] = []
+    monkeypatch.setattr(
+        make_inputs.sampler,
+        "observe",
+        lambda request, chosen, rewards: told.append((request.examples, chosen.items, rewards)),
+    )
+    batch = PromptCollator(model.item_tokens(), 8)([shop().train[i] for i in (3, 500)])
+    flow, _ = make_inputs(batch, epoch=0, progress=0.0, log_probs=model.log_probs)
+    ((examples, items, rewards),) = told
+    assert examples.tolist() == batch["example"].tolist()
+    tokens = model.item_tokens()[torch.from_numpy(items)]
+    assert torch.equal(tokens, flow["tokens"])
+    assert torch.equal(rewards, make_inputs.reward.fusion(flow["signals"]))
 
 
 def test_supervised_training_samples_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,20 @@ def test_the_backbone_proposes_admissible_items_and_says_how_likely(method: str)
         assert (found.log_probs > proposer.log_probs(request, found.items)).all()
     if method != "sample":
         assert all(len(set(row)) == 6 for row in found.items.tolist())
+
+
+@pytest.mark.parametrize("method", ["sample", "sample_without_replacement"])
+def test_every_epoch_and_seed_draws_other_proposals(method: str) -> None:
+    request, pool = shop_request()
+    barred, model = pool.barred(request.users), make_model()
+
+    def draws(seed: int, epoch: int) -> np.ndarray:
+        proposer = BackboneProposer(model, method, seed=seed)  # type: ignore[arg-type]
+        return proposer.propose(dataclasses.replace(request, epoch=epoch), 6, barred).items
+
+    first = draws(seed=0, epoch=0)
+    for other in (draws(seed=0, epoch=1), draws(seed=1, epoch=0)):
+        assert (other != first).any(axis=1).all()  # for every prompt
 
 
 def test_beam_search_finds_the_most_probable_admissible_items() -> None:

@@ -346,6 +346,8 @@ def test_settings_reach_the_samplers(tmp_path: Path) -> None:
     assert type(on_policy.fallback) is CurriculumSampler
     assert type(build(kind="on_policy", fallback="logs", window=2).fallback) is LogSampler
     assert build(kind="confidence", confidence_pool=17).pool_size == 17
+    replay = build(kind="random", replay_share=0.3, replay_slots=7, capacity=5)
+    assert (replay.share, replay.buffer.slots, replay.buffer.capacity) == (0.3, 7, 5)
     recorder = build(kind="random", record=str(tmp_path))
     recorder.sample(ask())
     again = build(replay_from=str(tmp_path))
