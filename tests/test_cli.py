@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +13,8 @@ from command_line import Capture, call, without_bars
 
 from gflowgr import __version__
 from gflowgr.cli import main
-from gflowgr.data import load_dataset
+from gflowgr.commands.importing import FORMATS, add_import, import_arguments
+from gflowgr.data import importers, load_dataset
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,35 @@ def test_a_table_is_imported(tmp_path: Path, capsys: Capture) -> None:
     dataset = load_dataset(tmp_path / "imported")
     assert (dataset.num_users, dataset.num_items) == (20, 6)
     assert "written to" in out
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_import_offers_every_parameter_of_its_importer(kind: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_import(parser.add_subparsers())
+    args = parser.parse_args(["import", kind, "file", "--out", "folder"])
+    offered = import_arguments(args)
+    _, _, *others = inspect.signature(getattr(importers, f"import_{kind}")).parameters.values()
+    assert offered == {parameter.name: parameter.default for parameter in others}
+
+
+def test_options_of_an_import_reach_its_importer(tmp_path: Path, capsys: Capture) -> None:
+    log, folder = tmp_path / "log.txt", tmp_path / "imported"
+    log.write_text("A;x;31.01.2019;buy\nA;y;01.02.2019;buy\nA;x;02.02.2019;buy\nA;y;1.1.2019;see\n")
+    options = ["--separator", ";", "--columns", "user", "item", "time", "kind", "--k-core", 1]
+    options += ["--time-format", "%d.%m.%Y", "--behaviour-column", "kind"]
+    options += ["--side-behaviours", "see", "--duplicates", "last"]
+    code, _, error = call(capsys, "data", "import", "table", log, "--out", folder, *options)
+    assert (code, error) == (0, "")
+    dataset = load_dataset(folder)
+    assert dataset.sequences.row(0).tolist() == [0, 1]
+    assert list(dataset.side) == ["see"]
+    # What a format does not know is refused, not ignored.
+    code, _, error = call(
+        capsys, "data", "import", "amazon", log, "--out", folder, "--separator", ";"
+    )
+    assert code == 2
+    assert "unrecognized arguments: --separator" in error
 
 
 def test_an_import_replaces_a_dataset_only_when_asked(tmp_path: Path, capsys: Capture) -> None:

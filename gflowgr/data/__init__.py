@@ -8,6 +8,7 @@ from gflowgr.data.importers import (
     ImportReport,
     import_amazon,
     import_movielens,
+    import_recbole,
     import_table,
     import_yelp,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "generate_builtin",
     "import_amazon",
     "import_movielens",
+    "import_recbole",
     "import_table",
     "import_yelp",
     "load_dataset",

@@ -15,6 +15,7 @@ from gflowgr.data import (
     LeaveOneOut,
     import_amazon,
     import_movielens,
+    import_recbole,
     import_yelp,
     load_dataset,
     save_dataset,
@@ -155,6 +156,59 @@ def test_amazon_bad_lines_are_counted_with_reasons(tmp_path: Path) -> None:
         import_amazon(path, k_core=1, progress=False)
 
 
+def test_amazon_metadata_without_any_of_the_items_is_an_error(tmp_path: Path) -> None:
+    reviews = write_lines(tmp_path / "r.json", [review_2014(*e) for e in EVENTS])
+    metadata = write_lines(tmp_path / "m.json", [{"asin": "other", "title": "A"}])
+    with pytest.raises(DataError, match=r"m\.json: metadata must have .* none of 2, .* 'y', 'x'"):
+        import_amazon(reviews, metadata, k_core=1, progress=False)
+
+
+def test_amazon_keys_of_reviews_and_metadata_are_spelled_alike(tmp_path: Path) -> None:
+    reviews = write_lines(tmp_path / "r.json", [review_2014("A", " x", 5, 1)])
+    metadata = write_lines(tmp_path / "m.json", [{"asin": "x ", "title": "Kite"}])
+    data, _ = import_amazon(reviews, metadata, k_core=1, progress=False)
+    assert data.texts == [{"title": "Kite", "categories": "", "asin": "x"}]
+
+
+def test_amazon_half_characters_can_be_saved(tmp_path: Path) -> None:
+    rows = [review_2023("A", "x", 5, 1), review_2023("\ud83d", "x", 5, 2)]
+    reviews = write_lines(tmp_path / "r.jsonl", rows)
+    metadata = write_lines(tmp_path / "m.jsonl", [{"parent_asin": "x", "title": "cut \ud83d"}])
+    data, report = import_amazon(reviews, metadata, k_core=1, max_bad_fraction=0.5, progress=False)
+    assert "user_id is half a character" in report.bad_examples[0]
+    save_dataset(data, tmp_path / "out")
+    assert load_dataset(tmp_path / "out").title(0) == "cut \ufffd"
+
+
+def test_amazon_numbers_beyond_all_measure_are_bad_lines(tmp_path: Path) -> None:
+    good = review_2023("A", "x", 5, 1)
+    rows = [
+        good,
+        {**good, "rating": 10**400},
+        {**good, "rating": 1e39},
+        {**good, "timestamp": 10**400},
+        {**good, "timestamp": True},
+        json.dumps(good).replace("5", "5" * 5000),
+        "[" * 100_000,
+    ]
+    path = write_lines(tmp_path / "r.jsonl", rows)
+    data, report = import_amazon(path, k_core=1, max_bad_fraction=1, progress=False)
+    assert (data.num_interactions, report.bad_lines) == (1, 6)
+
+
+def test_amazon_2023_csv_of_ratings(tmp_path: Path) -> None:
+    rows = ["user_id,parent_asin,rating,timestamp", "A,007,4.0,30588", "A,x,,1"]
+    path = write_lines(tmp_path / "Toys.csv.gz", rows)
+    data, report = import_amazon(path, k_core=1, max_bad_fraction=0.5, progress=False)
+    assert named(data, "asin") == {"A": ["007"]}
+    assert data.times is not None
+    assert data.times.tolist() == [30]
+    assert (report.lines, report.bad_lines) == (2, 1)
+    write_lines(path, rows[1:])
+    with pytest.raises(DataError, match="the first line must name the columns"):
+        import_amazon(path, k_core=1, progress=False)
+
+
 def test_an_imported_data_set_can_be_saved_split_and_read_again(tmp_path: Path) -> None:
     events = [(f"u{u}", f"i{(u + t) % 6}", 1 + t % 5, t) for u in range(6) for t in range(5)]
     path = write_lines(tmp_path / "r.json", [review_2014(*e) for e in events])
@@ -215,6 +269,8 @@ def test_yelp_bad_dates_are_bad_lines_or_bad_arguments(tmp_path: Path) -> None:
     assert "yesterday" in report.bad_examples[0]
     with pytest.raises(ValueError, match="start must be a day like 2019-01-31, got 'May'"):
         import_yelp(path, start="May")
+    with pytest.raises(ValueError, match="end must not be before start = '2020-01-01'"):
+        import_yelp(path, start="2020-01-01", end="2019-01-01")
 
 
 # ---- MovieLens ----
@@ -273,3 +329,70 @@ def test_movielens_bad_lines(tmp_path: Path) -> None:
 def test_movielens_folder_without_ratings(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no ratings\.csv or ratings\.dat"):
         import_movielens(tmp_path)
+
+
+def test_movielens_10m_is_utf8_and_1m_is_latin1(tmp_path: Path) -> None:
+    folder = movielens_dat(tmp_path / "ml-1m")
+    data, report = import_movielens(folder, k_core=1, progress=False)
+    assert data.title(0) == "Les Misérables (1995)"
+    assert report.notes["lines of metadata that are not UTF-8, read as Latin-1"] == 1
+    movies = folder / "movies.dat"
+    movies.write_bytes(movies.read_bytes().decode("latin-1").encode("utf-8"))
+    data, report = import_movielens(folder, k_core=1, progress=False)
+    assert data.title(0) == "Les Misérables (1995)"
+    assert "lines of metadata that are not UTF-8, read as Latin-1" not in report.notes
+
+
+def test_movielens_100k(tmp_path: Path) -> None:
+    (tmp_path / "u.data").write_text("196\t242\t3\t881250949\n186\t302\t4\t891717742\n")
+    flags = ["|".join("1" if at in on else "0" for at in range(19)) for on in ({5, 8}, {18})]
+    (tmp_path / "u.item").write_bytes(
+        f"242|Café <i>x</i> (1996)|24-Jan-1997||http://a|{flags[0]}\n"
+        f"302|L.A. (1997)|01-Jan-1997||http://b|{flags[1]}\n".encode("latin-1")
+    )
+    data, _ = import_movielens(tmp_path, k_core=1, progress=False)
+    assert data.texts == [
+        {"title": "Café x (1996)", "categories": "Comedy|Drama", "movieId": "242"},
+        {"title": "L.A. (1997)", "categories": "Western", "movieId": "302"},
+    ]
+    assert data.ratings is not None
+    assert data.ratings.tolist() == [3, 4]
+
+
+def test_movielens_csv_with_an_index_and_in_another_order(tmp_path: Path) -> None:
+    rows = [",movieId,userId,rating,timestamp", "0,10,1,4.0,100.0", "1,20,1,1_0,7", "2,30,1,3,1_0"]
+    path = write_lines(tmp_path / "ratings.csv", rows)
+    data, report = import_movielens(path, k_core=1, max_bad_fraction=1, progress=False)
+    assert named(data, "movieId") == {"1": ["10"]}
+    assert report.bad_lines == 2  # 1_0 is a number for Python only
+    write_lines(path, ["userId,movieId,stars,timestamp", "1,10,4.0,100"])
+    with pytest.raises(DataError, match=r"ratings\.csv: there is no column 'rating'"):
+        import_movielens(path, progress=False)
+
+
+# ---- RecBole ----
+
+
+def test_recbole_atomic_files(tmp_path: Path) -> None:
+    write_lines(
+        tmp_path / "ml.inter",
+        [
+            "user_id:token\titem_id:token\trating:float\ttimestamp:float",
+            "1\t10\t4\t8.8e8",
+            "1\t007\t3.5\t881250949.0",
+        ],
+    )
+    write_lines(
+        tmp_path / "ml.item",
+        ["item_id:token\ttitle:token_seq", '10\t"Toy Story', '007\tBond "x'],
+    )
+    data, _ = import_recbole(tmp_path, k_core=1)
+    assert data.texts == [
+        {"title": '"Toy Story', "item_id": "10"},
+        {"title": 'Bond "x', "item_id": "007"},
+    ]
+    assert data.ratings is not None
+    assert data.ratings.tolist() == [4, 3.5]
+    (tmp_path / "other.inter").write_text("")
+    with pytest.raises(DataError, match=r"one \.inter file; got ml\.inter, other\.inter"):
+        import_recbole(tmp_path)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
+import lzma
+import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +18,7 @@ from hypothesis import strategies as st
 
 from gflowgr.data import Dataset, ImportReport
 from gflowgr.data.importers.build import Events, build, k_core
-from gflowgr.data.importers.lines import BadLines, as_paths, read_lines
+from gflowgr.data.importers.lines import MAX_LINE, BadLines, as_paths, read_lines
 from gflowgr.errors import DataError
 
 Event = tuple[int, int, int]
@@ -137,6 +142,14 @@ def test_the_report_reads_well() -> None:
 # ---- lines ----
 
 
+def zipped(*members: bytes) -> bytes:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        for number, content in enumerate(members):
+            archive.writestr(f"{number}.csv", content)
+    return target.getvalue()
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_lines_are_numbered_and_blank_ones_skipped(tmp_path: Path, zipped: bool) -> None:
     content = b"\xef\xbb\xbfone\n\n\xff\xfe\nfour"
@@ -158,6 +171,50 @@ def test_a_truncated_gz_names_the_last_good_line(tmp_path: Path) -> None:
     path = tmp_path / "reviews.json.gz"
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"reviews\.json\.gz: the gzip .* truncated .after line \d"):
+        list(read_lines([path], BadLines(), progress=False))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes("é\nb\n".encode(encoding))
+    assert [line for _, line in read_lines([path], BadLines(), progress=False)] == ["é\n", "b\n"]
+
+
+def test_a_line_without_end_is_bad_and_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(b"a\n" + b"x" * (MAX_LINE + 10) + b"\nb\n")
+    bad = BadLines()
+    assert [line for _, line in read_lines([path], bad, progress=False)] == ["a\n", "b\n"]
+    assert bad.examples == [f"lines:2: longer than {MAX_LINE:,} bytes"]
+
+
+def test_a_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gflowgr.data.importers.lines._FREE_GROWTH", 1 << 16)
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(bytes(4 << 20)))
+    with pytest.raises(DataError, match=r"bomb\.gz: the packed file grows beyond"):
+        list(read_lines([path], BadLines(), progress=False))
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress, zipped])
+def test_other_packings_are_told_by_content(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(pack(b"one\ntwo\n"))
+    lines = [line for _, line in read_lines([path], BadLines(), progress=False)]
+    assert lines == ["one\n", "two\n"]
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(DataError, match=r"lines: the \w+ file is (truncated|damaged)"):
+        list(read_lines([path], BadLines(), progress=False))
+
+
+def test_archives_of_several_files_and_unknown_packings_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(zipped(b"one", b"two"))
+    with pytest.raises(DataError, match=r"must hold exactly one file .* got 2 \(0\.csv, 1\.csv\)"):
+        list(read_lines([path], BadLines(), progress=False))
+    path.write_bytes(b"\x28\xb5\x2f\xfd....")
+    with pytest.raises(DataError, match="packed with Zstandard; unpack it first"):
         list(read_lines([path], BadLines(), progress=False))
 
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import ast
-import html
+import csv
 import json
-import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gflowgr.data.dataset import Dataset
-from gflowgr.data.importers.build import Events, ImportReport, build, check_options
+from gflowgr.data.importers.build import (
+    Events,
+    ImportReport,
+    build,
+    check_found,
+    check_options,
+)
 from gflowgr.data.importers.lines import BadLines, as_paths, read_lines
+from gflowgr.data.importers.text import clean_text, named_key, read_rating, read_time
+from gflowgr.errors import DataError
 
 _MAX_TIME = 1 << 53
 
@@ -31,13 +39,14 @@ def import_amazon(
 
     Layouts, told by the keys of each line: 2014 and 2018 have ``reviewerID, asin, overall,
     unixReviewTime`` (seconds); 2023 has ``user_id, parent_asin`` (or ``asin``), ``rating,
-    timestamp`` (milliseconds). Stars become ``ratings``; stored times are Unix seconds.
+    timestamp`` (milliseconds). Stars become ``ratings``; stored times are Unix seconds. The 2023
+    release's ``.csv`` files of ratings, whose header has the same names, are read as well.
 
     Args:
-        reviews: review file or files.
+        reviews: review file or files, plain or packed.
         metadata: metadata file or files: ``asin`` or ``parent_asin`` with title and categories.
             Texts are {"title", "categories", "asin"}: a category path joined by " > ", several by "
-            | ".
+            | ". Entities, tags and scripts are removed from texts.
         k_core: keep users and items with at least this many reviews, iterated; 1 keeps all.
         duplicates: "all", "first" or "last" review of a user for an item.
         max_bad_fraction: more bad lines than this share is an error.
@@ -46,27 +55,30 @@ def import_amazon(
 
     Raises:
         FileNotFoundError, ValueError: wrong arguments.
-        DataError: truncated gzip, too many bad lines, nothing left after the k-core.
+        DataError: truncated gzip, too many bad lines, nothing left after the k-core, metadata of
+            none of the items.
     """
     check_options(k_core, duplicates, max_bad_fraction)
     paths = as_paths(reviews)
     meta_paths = None if metadata is None else as_paths(metadata)
     events, bad = Events(), BadLines()
-    for place, line in read_lines(paths, bad, progress=progress):
-        try:
-            user, item, stars, time = _parse_review(parse_object(line))
-        except ValueError as error:
-            bad.add(place, str(error), line)
-            continue
-        events.add(user, item, time, value=stars)
+    for path in paths:
+        for place, line, record in _read_reviews(path, bad, progress):
+            try:
+                review = parse_object(line) if record is None else record
+                user, item, stars, time = _parse_review(review)
+            except ValueError as error:
+                bad.add(place, str(error), line)
+                continue
+            events.add(user, item, time, value=stars)
 
     notes: dict[str, int] = {}
 
     def describe(keys: list[str]) -> list[dict[str, str]]:
-        found: dict[str, dict[str, str]] = {}
-        if meta_paths is not None:
-            found = _read_metadata(meta_paths, set(keys), max_bad_fraction, progress, notes)
-            notes["items without metadata"] = sum(key not in found for key in keys)
+        if meta_paths is None:
+            return [{"asin": key} for key in keys]
+        found = _read_metadata(meta_paths, set(keys), max_bad_fraction, progress, notes)
+        check_found(meta_paths, keys, found, notes)
         return [{**found.get(key, {}), "asin": key} for key in keys]
 
     return build(
@@ -94,9 +106,13 @@ def parse_object(line: str) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         try:
-            record = ast.literal_eval(line.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            with warnings.catch_warnings():  # of "\d" within its texts
+                warnings.simplefilter("ignore")
+                record = ast.literal_eval(line.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise ValueError(f"neither JSON ({error.msg}) nor a Python dict") from error
+    except ValueError as error:
+        raise ValueError("a number of thousands of digits") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(record, dict):
@@ -104,46 +120,96 @@ def parse_object(line: str) -> dict[str, Any]:
     return record
 
 
-def text_field(record: Mapping[str, Any], *keys: str) -> str:
-    """The first of ``keys`` that is there, which must be a non-empty text.
+def _first_field(record: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, Any]:
+    for key in keys:
+        if key in record:
+            return key, record[key]
+    raise ValueError(f"no {' or '.join(keys)}")
+
+
+def key_field(record: Mapping[str, Any], *keys: str) -> str:
+    """The first of ``keys`` that is there, which must be a text that can be a key.
 
     Raises:
         ValueError: none is there, or it is not a text.
     """
-    for key in keys:
-        if key in record:
-            value = record[key]
-            if not isinstance(value, str) or not value:
-                raise ValueError(f"{key} is {value!r:.40}, not a text")
-            return value
-    raise ValueError(f"no {' or '.join(keys)}")
+    name, value = _first_field(record, keys)
+    # A number here has lost its leading zeros ("0439886341"): it would be another item's key.
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {_short(value)}, not a text")
+    return named_key(value, name)
 
 
 def number_field(record: Mapping[str, Any], *keys: str) -> float:
-    """The first of ``keys`` that is there, which must be a finite number.
+    """The first of ``keys`` that is there, which must be a number that float32 can hold.
 
     Raises:
-        ValueError: none is there, or it is not a finite number.
+        ValueError: none is there, or it is no such number.
     """
-    for key in keys:
-        if key in record:
-            value = record[key]
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value):
-                raise ValueError(f"{key} is {value!r:.40}, not a number")
-            return value
-    raise ValueError(f"no {' or '.join(keys)}")
+    name, value = _first_field(record, keys)
+    if type(value) is not int and type(value) is not float:
+        raise ValueError(f"{name} is {_short(value)}, not a number")
+    try:
+        return read_rating(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is {error}") from None
+
+
+def _short(value: object) -> str:
+    return f"{value!r:.40}" if isinstance(value, str | float | bool) else f"{str(value)[:40]}"
+
+
+def _read_reviews(
+    path: Path, bad: BadLines, progress: bool
+) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
+    """Yield (place, line, record); the record of a line of JSON is left to the caller (None)."""
+    header: list[str] | None = None
+    table = ".csv" in path.suffixes
+    for place, line in read_lines([path], bad, progress=progress):
+        if not table:
+            yield place, line, None
+            continue
+        try:
+            fields = next(csv.reader([line.rstrip("\r\n")]), [])
+        except csv.Error as error:
+            bad.add(place, str(error), line)
+            continue
+        if header is None:
+            header = [field.strip() for field in fields]
+            if not {"rating", "overall"} & set(header):
+                raise DataError(
+                    f"{path}: the first line must name the columns user_id, parent_asin, rating, "
+                    f"timestamp; got {line.strip()[:80]!r}. Releases differ in the order of "
+                    "columns without names: read such a file with import_table and its columns=..."
+                )
+            bad.lines -= 1
+            continue
+        record: dict[str, Any] = dict(zip(header, fields, strict=False))
+        try:
+            for name in ("rating", "overall"):
+                if name in record:
+                    record[name] = read_rating(record[name])
+            for name in ("timestamp", "unixReviewTime"):
+                if name in record:
+                    record[name] = read_time(record[name])
+        except ValueError as error:
+            bad.add(place, f"{name} is {error}", line)
+            continue
+        yield place, line, record
 
 
 def _parse_review(record: Mapping[str, Any]) -> tuple[str, str, float, int]:
     """(user, item, stars, milliseconds)."""
-    user = text_field(record, "reviewerID", "user_id")
-    item = text_field(record, "parent_asin", "asin")
-    stars = float(number_field(record, "overall", "rating"))
-    if "timestamp" in record:
-        time = int(number_field(record, "timestamp"))
-    else:
-        time = 1000 * int(number_field(record, "unixReviewTime"))
+    user = key_field(record, "reviewerID", "user_id")
+    item = key_field(record, "parent_asin", "asin")
+    stars = number_field(record, "overall", "rating")
+    name, value = _first_field(record, ("timestamp", "unixReviewTime"))
+    if type(value) is not int and type(value) is not float:
+        raise ValueError(f"{name} is {_short(value)}, not a number")
+    try:
+        time = read_time(value) * (1 if name == "timestamp" else 1000)
+    except ValueError as error:
+        raise ValueError(f"{name} is {error}") from None
     if abs(time) > _MAX_TIME:
         raise ValueError(f"the time {time} is out of range")
     return user, item, stars, time
@@ -161,7 +227,7 @@ def _read_metadata(
     for place, line in read_lines(paths, bad, progress=progress):
         try:
             record = parse_object(line)
-            item = text_field(record, "parent_asin", "asin")
+            item = key_field(record, "parent_asin", "asin")
         except ValueError as error:
             bad.add(place, str(error), line)
             continue
@@ -169,7 +235,7 @@ def _read_metadata(
             title = record.get("title")
             categories = record.get("categories") or record.get("category")
             found[item] = {
-                "title": _clean(title) if isinstance(title, str) else "",
+                "title": clean_text(title) if isinstance(title, str) else "",
                 "categories": _join_categories(categories),
             }
     bad.check(", ".join(p.name for p in paths), max_bad_fraction)
@@ -177,16 +243,13 @@ def _read_metadata(
     return found
 
 
-def _clean(text: str) -> str:
-    return " ".join(html.unescape(text).split())
-
-
 def _join_categories(value: object) -> str:
     """[["a", "b"], ["c"]] (2014), ["a", "b"] (2018, 2023) or a text, as "a > b | c"."""
     if isinstance(value, str):
-        return _clean(value)
+        return clean_text(value)
     if not isinstance(value, list):
         return ""
     if any(isinstance(entry, list) for entry in value):
         return " | ".join(_join_categories(entry) for entry in value if entry)
-    return " > ".join(_clean(entry) for entry in value if isinstance(entry, str))
+    names = (clean_text(entry) for entry in value if isinstance(entry, str))
+    return " > ".join(name for name in names if name)

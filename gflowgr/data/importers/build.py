@@ -8,16 +8,16 @@ The same rules for every source, in this order:
 3. Iterated k-core: drop users and items with fewer than k events, until none is left to drop.
 4. Events are sorted by time within a user; ties keep the order of the file.
 5. Users are numbered by first appearance in the file, items by first appearance in the sequences,
-user
-   by user.
+   user by user.
 6. Side behaviours keep pairs of remaining users and items, from before the user's validation event.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -162,12 +162,34 @@ def k_core(user: np.ndarray, item: np.ndarray, k: int) -> tuple[np.ndarray, int]
 
 def check_options(core: int, duplicates: str, max_bad_fraction: float) -> None:
     """Raise ValueError for options no importer can use; called before long files are read."""
+    if isinstance(core, bool) or not isinstance(core, int | np.integer):
+        raise ValueError(f"k_core must be an integer; got {core!r}")
     if core < 1:
         raise ValueError(f"k_core must be at least 1 (1 keeps everything), got {core}")
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates must be one of {', '.join(DUPLICATES)}, got {duplicates!r}")
+    if isinstance(max_bad_fraction, bool) or not isinstance(
+        max_bad_fraction, int | float | np.integer | np.floating
+    ):
+        raise ValueError(f"max_bad_fraction must be a number; got {max_bad_fraction!r}")
     if not 0.0 <= max_bad_fraction <= 1.0:
         raise ValueError(f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}")
+
+
+def check_found(
+    paths: Sequence[Path], keys: list[str], found: Mapping[str, object], notes: dict[str, int]
+) -> None:
+    """Count the items that metadata say nothing about, in ``notes``.
+
+    Raises:
+        DataError: they know none of the items: these are other items, or keys of another form.
+    """
+    notes["items without metadata"] = missing = sum(key not in found for key in keys)
+    if missing == len(keys):
+        raise DataError(
+            f"{', '.join(p.name for p in paths)}: metadata must have rows of the items; got none "
+            f"of {len(keys):,}, whose keys are such as {', '.join(repr(key) for key in keys[:3])}"
+        )
 
 
 def build(
@@ -278,7 +300,10 @@ def build(
         kept_users=dataset.num_users,
         kept_items=dataset.num_items,
         kept_events=dataset.num_interactions,
-        notes=dict(notes or {}),
+        notes={
+            **({"lines that are not UTF-8, read as Latin-1": bad.latin} if bad.latin else {}),
+            **(notes or {}),
+        },
     )
     return dataset, report
 

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gflowgr.data.dataset import Dataset
-from gflowgr.data.importers.amazon import number_field, parse_object, text_field
-from gflowgr.data.importers.build import Events, ImportReport, build, check_options
+from gflowgr.data.importers.amazon import key_field, number_field, parse_object
+from gflowgr.data.importers.build import (
+    Events,
+    ImportReport,
+    build,
+    check_found,
+    check_options,
+)
 from gflowgr.data.importers.lines import BadLines, as_paths, read_lines
+from gflowgr.data.importers.text import text_of
 
 
 def import_yelp(
@@ -42,11 +49,14 @@ def import_yelp(
 
     Raises:
         FileNotFoundError, ValueError: wrong arguments.
-        DataError: truncated gzip, too many bad lines, nothing left after the k-core.
+        DataError: truncated gzip, too many bad lines, nothing left after the k-core, metadata of
+            none of the items.
     """
     check_options(k_core, duplicates, max_bad_fraction)
     first = None if start is None else _day("start", start)
     last = None if end is None else _day("end", end)
+    if first is not None and last is not None and first > last:
+        raise ValueError(f"end must not be before start = {start!r}; got {end!r}")
     paths = as_paths(reviews)
     meta_paths = None if metadata is None else as_paths(metadata)
     events, bad = Events(), BadLines()
@@ -55,27 +65,26 @@ def import_yelp(
     for place, line in read_lines(paths, bad, progress=progress):
         try:
             record = parse_object(line)
-            user = text_field(record, "user_id")
-            item = text_field(record, "business_id")
-            stars = float(number_field(record, "stars"))
-            when = datetime.datetime.fromisoformat(text_field(record, "date"))
-        except ValueError as error:
+            user = key_field(record, "user_id")
+            item = key_field(record, "business_id")
+            stars = number_field(record, "stars")
+            when = _moment(key_field(record, "date"))
+            seconds = int(when.timestamp())
+        except (ValueError, OverflowError) as error:
             bad.add(place, str(error), line)
             continue
         if (first is not None and when.date() < first) or (last is not None and when.date() > last):
             outside += 1
             continue
-        if when.tzinfo is None:
-            when = when.replace(tzinfo=datetime.timezone.utc)
-        events.add(user, item, int(when.timestamp()), value=stars)
+        events.add(user, item, seconds, value=stars)
     if first is not None or last is not None:
         notes["reviews outside the time window"] = outside
 
     def describe(keys: list[str]) -> list[dict[str, str]]:
-        found: dict[str, dict[str, str]] = {}
-        if meta_paths is not None:
-            found = _read_businesses(meta_paths, set(keys), max_bad_fraction, progress, notes)
-            notes["items without metadata"] = sum(key not in found for key in keys)
+        if meta_paths is None:
+            return [{"business_id": key} for key in keys]
+        found = _read_businesses(meta_paths, set(keys), max_bad_fraction, progress, notes)
+        check_found(meta_paths, keys, found, notes)
         return [{**found.get(key, {}), "business_id": key} for key in keys]
 
     return build(
@@ -92,10 +101,16 @@ def import_yelp(
     )
 
 
+def _moment(text: str) -> datetime.datetime:
+    # Python 3.10 does not know the Z of "2019-01-01T00:00:00Z".
+    when = datetime.datetime.fromisoformat(text.removesuffix("Z") + "+00:00" * text.endswith("Z"))
+    return when if when.tzinfo is not None else when.replace(tzinfo=datetime.timezone.utc)
+
+
 def _day(argument: str, text: str) -> datetime.date:
     try:
         return datetime.date.fromisoformat(text)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{argument} must be a day like 2019-01-31, got {text!r}") from error
 
 
@@ -111,17 +126,14 @@ def _read_businesses(
     for place, line in read_lines(paths, bad, progress=progress):
         try:
             record = parse_object(line)
-            item = text_field(record, "business_id")
+            item = key_field(record, "business_id")
         except ValueError as error:
             bad.add(place, str(error), line)
             continue
-        if item in wanted:
+        if item in wanted and item not in found:
             fields = {"title": "name", "description": "categories", "city": "city"}
             # Businesses without categories have null there.
-            found[item] = {
-                ours: text if isinstance(text := record.get(theirs), str) else ""
-                for ours, theirs in fields.items()
-            }
+            found[item] = {ours: text_of(record.get(theirs)) for ours, theirs in fields.items()}
     bad.check(", ".join(p.name for p in paths), max_bad_fraction)
     notes["bad metadata lines"] = bad.bad
     return found
