@@ -13,6 +13,7 @@ Environment switches:
                           torch are there; 0: never; 1: fail when it cannot be built
     GFLOWGR_CUDA_ARCHS    e.g. "8.0;9.0" (or TORCH_CUDA_ARCH_LIST); default: the visible GPUs, or
                           without one all from 8.0 that the toolkit knows
+    GFLOWGR_SANITIZE=1    for tests/sanitize.sh: with sanitizers of address and behaviour
     MAX_JOBS              compile jobs of ninja
 """
 
@@ -44,6 +45,14 @@ BUILD_ERRORS = (BaseError, CCompilerError, RuntimeError, OSError, subprocess.Sub
 
 def switch(name: str, default: str) -> str:
     return os.environ.get(name, "").strip().lower() or default
+
+
+# Undefined behaviour ends the process too, so that no test passes over it.
+SANITIZERS = (
+    ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+    if switch("GFLOWGR_SANITIZE", "0") == "1"
+    else []
+)
 
 
 def warn(message: str) -> None:
@@ -78,7 +87,8 @@ def find_torch() -> ModuleType | None:
 def compile_flags() -> list[str]:
     if os.name == "nt":
         return ["/O2", "/std:c++17"]
-    return ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
+    common = ["-std=c++17", "-fvisibility=hidden"]
+    return [*common, "-O1", "-g1", *SANITIZERS] if SANITIZERS else [*common, "-O3", "-g0"]
 
 
 def host_extension(torch: ModuleType | None) -> Extension | None:
@@ -93,9 +103,10 @@ def host_extension(torch: ModuleType | None) -> Extension | None:
         return None
     return Extension(
         "gflowgr._host",
-        ["csrc/host_bindings.cpp", "csrc/tree_build.cpp"],
+        ["csrc/host_bindings.cpp", "csrc/tree_build.cpp", "csrc/tree_check.cpp"],
         include_dirs=["csrc", include],
         extra_compile_args=compile_flags(),
+        extra_link_args=SANITIZERS,
         language="c++",
     )
 
@@ -173,6 +184,7 @@ def torch_extensions(torch: ModuleType | None) -> list[Extension]:
                     "gflowgr._C",
                     sorted(map(str, Path("csrc").glob("*_cpu.cpp"))),
                     extra_compile_args=flags,
+                    extra_link_args=SANITIZERS,
                     **common,
                 )
             ]

@@ -4,6 +4,7 @@
 // that holds them all is faster. How the work is cut does not depend on the number of threads.
 #include <algorithm>
 #include <limits>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -74,7 +75,12 @@ class NeededLogits {
     Keyed keyed;
     for (int64_t row = 0; row < count; ++row) {
       const int64_t node = p_.nodes[row];
-      if (p_.scores[row] == -std::numeric_limits<float>::infinity() || tree_.children(node).size() == 0) continue;
+      const NodeRange range = tree_.children(node);
+      if (p_.scores[row] == -std::numeric_limits<float>::infinity() || range.size() == 0) continue;
+      // Tokens ascend: no row of the head is read because a header says that it is there.
+      if (tree_.token(tree_.depth(node), range.end - 1) >= p_.vocabulary) {
+        throw std::out_of_range("the tree holds tokens beyond the vocabulary");
+      }
       keyed.emplace_back(p_.normalize == Normalize::children ? node : tree_.depth(node), row);
     }
     std::sort(keyed.begin(), keyed.end());

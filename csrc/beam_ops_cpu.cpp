@@ -9,8 +9,8 @@
 #include <tuple>
 
 #include "beam_step_cpu.h"
+#include "tree_layout.h"
 #include "tree_view_cpu.h"
-#include "tree_walk_cpu.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -68,9 +68,6 @@ struct Pass {
     step.tree = static_cast<const uint8_t*>(tree.data_ptr());
     STD_TORCH_CHECK(gflowgr::tree_total_bytes(step.tree, tree.numel()) == tree.numel(),
                     "tree: not the buffer of a prefix tree, or one of another format or size");
-    const auto* const header = reinterpret_cast<const int64_t*>(step.tree);
-    STD_TORCH_CHECK(header[gflowgr::kVocabSize] <= vocabulary, "the tree holds tokens up to ",
-                    header[gflowgr::kVocabSize] - 1, ", but the vocabulary has ", vocabulary);
     STD_TORCH_CHECK(scores.dim() == 2 && width >= 1 && temperature > 0.0,
                     "expected scores [B, K], width >= 1, temperature > 0");
     const gflowgr::TreeView view(step.tree);

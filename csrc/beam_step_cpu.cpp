@@ -5,6 +5,7 @@
 #include "beam_step_cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -129,6 +130,7 @@ class Step {
       Scratch scratch(p_);
       for (int64_t prompt = begin; prompt < end; ++prompt) one_prompt(prompt, scratch);
     });
+    if (beyond_) throw std::out_of_range("the tree holds tokens beyond the vocabulary");
   }
 
  private:
@@ -201,6 +203,12 @@ class Step {
       s.first[beam + 1] = s.first[beam] + static_cast<uint32_t>(s.ranges[beam].size());
       if (s.ranges[beam].size() == 0) continue;
       s.depth[beam] = tree_.depth(nodes[beam]);
+      // Tokens ascend: no logit is read because a header says that it is there.
+      if (tree_.token(s.depth[beam], s.ranges[beam].end - 1) >= p_.vocabulary) {
+        beyond_ = true;
+        s.ranges[beam] = {0, 0};
+        continue;
+      }
       const uint8_t* const codes = tree_.codes(s.depth[beam], s.ranges[beam].begin);
       const int64_t bytes = s.ranges[beam].size() * tree_.level(s.depth[beam])[kTokenBytes];
       for (int64_t at = 0; at < std::min(bytes + kLine, 8 * kLine); at += kLine) {
@@ -301,6 +309,7 @@ class Step {
   const float scale_;
   const bool restricted_;
   std::vector<float> normalisers_;  // empty: made where they are needed
+  mutable std::atomic<bool> beyond_{false};  // whether a token was met that has no logit
 };
 
 }  // namespace

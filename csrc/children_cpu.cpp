@@ -61,8 +61,6 @@ Arguments check(const Tensor& hidden, const Tensor& weight, const std::optional<
                       hidden.size(0) == tokens.size(0) && hidden.size(1) == tokens.size(1) &&
                       hidden.size(2) == tokens.size(2),
                   "expected hidden [B, N, L, d], weight [V, d] and tokens [B, N, L]");
-  STD_TORCH_CHECK(reinterpret_cast<const int64_t*>(result.tree)[gflowgr::kVocabSize] <= weight.size(0),
-                  "weight: the tree holds tokens beyond its ", weight.size(0), " rows");
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
                         mask->numel() == result.rows,
@@ -95,13 +93,21 @@ void parallel(int64_t count, const std::function<void(int64_t)>& body) {
   });
 }
 
+// No row of the head is touched because a header says that it is there.
+void check_token(int64_t token, const Tensor& head) {
+  STD_TORCH_CHECK(token >= 0 && token < head.size(0), "weight: the tree holds token ", token, ", beyond its ",
+                  head.size(0), " rows");
+}
+
 // A node with one child leaves no choice, unless the bias forbids that child.
-void forbid_only_children(const Arguments& given, const gflowgr::ChildrenPlan& plan, float* log_pf) {
+void forbid_only_children(const Arguments& given, const Tensor& weight, const gflowgr::ChildrenPlan& plan,
+                          float* log_pf) {
   const gflowgr::ChildrenHead& head = given.head;
   const auto* const bias = static_cast<const uint8_t*>(head.bias);
   for (int64_t i = plan.active(); i < given.rows; ++i) {
     const int64_t row = plan.rows[i];
     if (log_pf[row] != 0.0f || (given.mask != nullptr && !given.mask[row])) continue;
+    check_token(given.tokens[row], weight);
     float value;
     gflowgr::children_kernels().widen(bias + given.tokens[row] * gflowgr::bytes_of(head.bias_store),
                                       head.bias_store, &value, 1);
@@ -129,10 +135,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> children_logprobs(
   gflowgr::ChildrenPlan plan(static_cast<int64_t*>(plan_words.data_ptr()), given.rows);
   *static_cast<int64_t*>(invalid.data_ptr()) = gflowgr::plan_children(
       given.tree, nodes.get(), given.mask, given.trajectories, given.steps, plan, out);
-  if (given.head.bias != nullptr) forbid_only_children(given, plan, out);
+  if (given.head.bias != nullptr) forbid_only_children(given, weight, plan, out);
   STD_TORCH_CHECK(saved == 0 || saved >= plan.products(), "saved: ", saved, ", but there are ",
                   plan.products(), " products");
   const gflowgr::ChildrenWork work(given.tree, given.steps, plan, given.head, threads(), parallel);
+  for (const int64_t token : work.tokens()) check_token(token, weight);
   work.forward(out, saved == 0 ? nullptr : static_cast<float*>(slopes.data_ptr()));
   return {log_pf, slopes, plan_words, invalid};
 }
@@ -177,6 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> children_backward(
   STD_TORCH_CHECK(!need_bias || bias.has_value(), "need_bias: there is no bias");
   const gflowgr::ChildrenPlan plan(static_cast<int64_t*>(plan_words.data_ptr()), given.rows);
   const gflowgr::ChildrenWork work(given.tree, given.steps, plan, given.head, threads(), parallel);
+  for (const int64_t token : work.tokens()) check_token(token, weight);
 
   Tensor d_hidden = need_hidden ? torch::stable::empty_like(hidden) : torch::stable::new_empty(hidden, {0});
   gflowgr::ChildrenGradients gradients{static_cast<const float*>(grad.data_ptr()),

@@ -1,11 +1,15 @@
 // gflowgr._host: the host-side parts for Python, NumPy in and out.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "tree_build.h"
+#include "tree_check.h"
+#include "tree_layout.h"
 
 namespace py = pybind11;
 
@@ -83,16 +87,30 @@ py::tuple build_tree(const py::array& tokens, const py::object& items, int index
   return result_of(std::move(buffer), error);
 }
 
-// `tree`: a buffer whose header was checked; items and removed: distinct ids from 0.
+// A tree's buffer whose header was checked.
+const uint8_t* tree_of(const py::array& tree) {
+  if (!py::isinstance<py::array_t<uint8_t>>(tree) || tree.ndim() != 1 || !(tree.flags() & py::array::c_style)) {
+    throw py::type_error("tree: expected a contiguous array of uint8");
+  }
+  const auto* const data = static_cast<const uint8_t*>(tree.data());
+  if (gflowgr::tree_total_bytes(data, tree.shape(0)) != tree.shape(0)) {
+    throw py::value_error("tree: not the buffer of a prefix tree, or one of another format or size");
+  }
+  return data;
+}
+
+std::vector<int64_t> check_tree(const py::array& tree) {
+  const uint8_t* const data = tree_of(tree);
+  const py::gil_scoped_release release;
+  return gflowgr::check_tree(data);
+}
+
+// items and removed: distinct ids from 0.
 py::tuple update_tree(const py::array& tree, const py::array& tokens, const py::object& items,
                       const py::object& removed) {
   const gflowgr::TreeInput input = input_of(tokens, items, false);
   if (input.items == nullptr) throw py::value_error("items: expected int64 [rows]");
-  if (!py::isinstance<py::array_t<uint8_t>>(tree) || tree.ndim() != 1 ||
-      !(tree.flags() & py::array::c_style)) {
-    throw py::value_error("tree: expected a contiguous array of uint8");
-  }
-  const auto* const old = static_cast<const uint8_t*>(tree.data());
+  const uint8_t* const old = tree_of(tree);
   const py::ssize_t num_removed = py::len(removed);
   const int64_t* const gone = ids_of(removed, "removed", num_removed);
   gflowgr::TreeError error;
@@ -109,6 +127,7 @@ py::tuple update_tree(const py::array& tree, const py::array& tokens, const py::
 PYBIND11_MODULE(_host, module) {
   module.doc() = "Host-side parts of gflowgr in C++.";
   module.def("build_tree", &build_tree, py::arg("tokens"), py::arg("items"), py::arg("index_bytes"));
+  module.def("check_tree", &check_tree, py::arg("tree"));
   module.def("update_tree", &update_tree, py::arg("tree"), py::arg("tokens"), py::arg("items"),
              py::arg("removed"));
 }

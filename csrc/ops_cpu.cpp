@@ -6,6 +6,7 @@
 
 #include <optional>
 
+#include "tree_layout.h"
 #include "tree_walk_cpu.h"
 
 using torch::headeronly::ScalarType;

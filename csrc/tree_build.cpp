@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "tree_check.h"
 #include "tree_layout.h"
 #include "tree_merge.h"
 #include "tree_sort.h"
@@ -264,6 +265,7 @@ TreeBuffer build_tree(const TreeInput& input, TreeError* error) {
 
 TreeBuffer update_tree(const uint8_t* tree, const TreeInput& added, const int64_t* removed,
                        int64_t num_removed, TreeError* error) {
+  check_tree(tree);  // a walk of a damaged one would leave the buffer
   const int64_t* const header = reinterpret_cast<const int64_t*>(tree);
   const int32_t* const items = reinterpret_cast<const int32_t*>(tree + header[kItemIds]);
   const int64_t entries = header[kNumEntries];
@@ -271,9 +273,6 @@ TreeBuffer update_tree(const uint8_t* tree, const TreeInput& added, const int64_
   int64_t removals = 0, present = -1;
   for (int64_t entry = 0; entry < entries; ++entry) {
     const int64_t item = items[entry];
-    if (item < 0 || item >= header[kNumItems]) {
-      throw std::invalid_argument("damaged prefix tree: item ids are out of range");
-    }
     if (gone.has(item)) {
       ++removals;
     } else if (come.has(item)) {

@@ -50,8 +50,9 @@ TreeBuffer build_tree(const TreeInput& input, TreeError* error);
 
 // The buffer of the tree without `removed` (distinct ids), with the rows of `added` (`items` given; rows
 // may be 0) merged in: the same bits as a build of those rows, in one pass over the old tree to count and
-// one to write, O(nodes) beside sorting what is added. The old buffer, of at least its header's size, is
-// only read. An item may be removed and added at once. Throws std::invalid_argument for a damaged tree.
+// one to write, O(nodes) beside sorting what is added. The old buffer, whose
+// header was checked, is only read. An item may be removed and added at once. Throws std::invalid_argument
+// for a damaged tree (check_tree).
 TreeBuffer update_tree(const uint8_t* tree, const TreeInput& added, const int64_t* removed,
                        int64_t num_removed, TreeError* error);
 

@@ -45,4 +45,12 @@ constexpr int64_t tree_align(int64_t offset) {
   return (offset + kTreeAlign - 1) / kTreeAlign * kTreeAlign;
 }
 
+// Bytes that a buffer with this header must have, or -1 when it is no tree (bytes: its actual size).
+inline int64_t tree_total_bytes(const uint8_t* tree, int64_t bytes) {
+  if (bytes < 8 * kTreeWords) return -1;
+  const int64_t* const header = reinterpret_cast<const int64_t*>(tree);
+  if (header[kMagic] != kTreeMagic || header[kVersion] != kTreeVersion) return -1;
+  return header[kTotalBytes];
+}
+
 }  // namespace gflowgr

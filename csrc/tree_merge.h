@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <climits>
 #include <cstdint>
-#include <stdexcept>
 #include <vector>
 
 #include "tree_layout.h"
@@ -33,7 +32,7 @@ class ItemSet {
 
 // The rows of a tree, from its first identifier to its last, ascending items within one: a walk from the
 // root, depth first. Nodes of a level come in that very order, so every array is read once from front to
-// back. Throws std::invalid_argument for a buffer whose child ranges do not follow each other.
+// back. The tree was proved by check_tree.
 class TreeRows {
  public:
   explicit TreeRows(const uint8_t* tree)
@@ -49,8 +48,7 @@ class TreeRows {
     levels_.resize(length_ + 1);
     for (int level = 0; level < length_; ++level) {
       const int64_t* const word = header_ + kTreeWords + kLevelWords * level;
-      const int64_t end = level + 1 < length_ ? word[kLevelWords + kNodeBegin] : header_[kNumNodes];
-      levels_[level + 1] = {tree + word[kTokenOffset], word[kNodeBegin], end, word[kTokenBase],
+      levels_[level + 1] = {tree + word[kTokenOffset], word[kNodeBegin], word[kTokenBase],
                             static_cast<int>(word[kTokenBytes])};
     }
     rewind();
@@ -59,7 +57,6 @@ class TreeRows {
   void rewind() {
     path_.assign(length_ + 1, {});
     tokens.assign(length_, 0);
-    for (int depth = 1; depth <= length_; ++depth) path_[depth].next = levels_[depth].begin;
     depth_ = 0;
     entry_ = entries_end_ = 0;
   }
@@ -86,12 +83,11 @@ class TreeRows {
  private:
   struct Level {
     const uint8_t* stored = nullptr;
-    int64_t begin = 0, end = 0, base = 0;  // first node, last + 1, smallest token
+    int64_t begin = 0, base = 0;  // first node, smallest token
     int width = 1;
   };
   struct Place {
     int64_t node = 0, end = 0;  // a node of the path, its last sibling + 1
-    int64_t next = 0;           // the next node of this depth
   };
 
   int64_t child_begin(int64_t node) const {
@@ -103,7 +99,6 @@ class TreeRows {
     const int64_t node = path_[depth_].node;
     if (node >= inner_) return false;
     const int64_t begin = child_begin(node), end = child_begin(node + 1);
-    if (begin != path_[depth_ + 1].next || end < begin || end > levels_[depth_ + 1].end) damaged();
     if (begin == end) return false;
     path_[++depth_].end = end;
     enter(begin);
@@ -120,7 +115,6 @@ class TreeRows {
 
   void enter(int64_t node) {
     path_[depth_].node = node;
-    path_[depth_].next = node + 1;
     const Level& level = levels_[depth_];
     const int64_t at = node - level.begin;
     const int64_t token = level.width == 1   ? level.stored[at]
@@ -138,15 +132,9 @@ class TreeRows {
     } else if (rank_ != nullptr) {
       leaf += rank_[inner_];
     }
-    if (leaf < 0 || leaf >= header_[kNumLeaves]) damaged();
     entry_ = item_begin_ == nullptr ? leaf : item_begin_[leaf];
     entries_end_ = item_begin_ == nullptr ? leaf + 1 : item_begin_[leaf + 1];
-    if (entry_ < 0 || entries_end_ <= entry_ || entries_end_ > header_[kNumEntries]) damaged();
     return true;
-  }
-
-  [[noreturn]] static void damaged() {
-    throw std::invalid_argument("damaged prefix tree: ranges are not in order");
   }
 
   const int64_t* header_;

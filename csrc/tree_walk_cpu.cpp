@@ -114,11 +114,4 @@ template void tree_walk_cpu(const uint8_t*, const int32_t*, const bool*, int64_t
 template void tree_walk_cpu(const uint8_t*, const int64_t*, const bool*, int64_t*, int64_t, int64_t,
                             int64_t);
 
-int64_t tree_total_bytes(const uint8_t* tree, int64_t bytes) {
-  if (bytes < 8 * kTreeWords) return -1;
-  const int64_t* const header = reinterpret_cast<const int64_t*>(tree);
-  if (header[kMagic] != kTreeMagic || header[kVersion] != kTreeVersion) return -1;
-  return header[kTotalBytes];
-}
-
 }  // namespace gflowgr

@@ -12,7 +12,4 @@ template <typename Token>
 void tree_walk_cpu(const uint8_t* tree, const Token* tokens, const bool* mask, int64_t* nodes,
                    int64_t columns, int64_t row_begin, int64_t row_end);
 
-// Bytes that a buffer with this header must have, or -1 when it is no tree (bytes: its actual size).
-int64_t tree_total_bytes(const uint8_t* tree, int64_t bytes);
-
 }  // namespace gflowgr

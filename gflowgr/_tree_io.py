@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from gflowgr.errors import DataError
 from gflowgr.files import atomic_path
 
 _FORMAT = "gflowgr.prefix_tree"
+_MAX_HEADER = 1 << 16  # of save_file's it is some 130 bytes; a longer one is not read
 
 
 def write_buffer(path: str | os.PathLike[str], buffer: Tensor) -> None:
@@ -40,22 +40,29 @@ def read_buffer(path: str | os.PathLike[str], *, mmap: bool) -> Buffer:
 
 def _locate(path: Path) -> tuple[int, int]:
     """Offset and size of the buffer within a safetensors file; or DataError."""
-    size = os.path.getsize(path)
+    if path.is_dir():
+        raise DataError(f"{path}: a prefix tree must be a file; got a folder")
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise DataError(f"{path}: not a safetensors file (it is {size} bytes long)")
+        if length > _MAX_HEADER:
+            raise DataError(f"{path}: not a prefix tree saved by PrefixTree.save ({length} bytes)")
         head = file.read(length)
+    nbytes = size - 8 - length
+    expected = {
+        "__metadata__": {"format": _FORMAT},
+        "tree": {"dtype": "U8", "shape": [nbytes], "data_offsets": [0, nbytes]},
+    }
     try:
-        header = json.loads(head)
-        kind = header["__metadata__"]["format"]
-        entry: dict[str, Any] = header["tree"]
-        begin, end = entry["data_offsets"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a prefix tree saved by PrefixTree.save") from error
-    if kind != _FORMAT or entry["dtype"] != "U8" or end - begin != size - 8 - length:
+        # As text: to Python 0, 0.0 and False are equal.
+        same = json.dumps(json.loads(head), sort_keys=True) == json.dumps(expected, sort_keys=True)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: the header must be JSON; got {head[:200]!r}") from error
+    if not same:
         raise DataError(
-            f"{path}: expected format {_FORMAT} and {end - begin} bytes of tree, "
-            f"got {kind} and {size - 8 - length} bytes (truncated?)"
+            f"{path}: what PrefixTree.save writes must have, before {nbytes} bytes of tree, the "
+            f"header {expected}; got {head[:400]!r} (truncated?)"
         )
-    return 8 + length + begin, end - begin
+    return 8 + length, nbytes

@@ -206,7 +206,11 @@ def decode_header(words: Sequence[int]) -> TreeLayout:
         and min(sizes) > 0
         and layout.num_inner == layout.node_begin[length]
         and layout.index_bytes in (4, 8)
+        and (layout.index_bytes == 8 or layout.num_nodes < 2**31)
         and set(layout.token_bytes) <= {1, 2, 4}
+        and all(0 <= base <= MAX_TOKEN for base in layout.token_base)
+        and all(1 <= most <= layout.num_nodes for most in layout.max_children)
+        and 1 <= layout.vocab_size <= MAX_TOKEN + 1
         and 1 <= layout.num_leaves <= layout.num_entries <= layout.num_items <= MAX_ITEMS
     )
     if sound:

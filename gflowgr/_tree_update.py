@@ -15,13 +15,13 @@ import numpy.typing as npt
 from torch import Tensor
 
 from gflowgr._tree_build import explain, host_module, item_array, token_array
+from gflowgr._tree_check import check_numpy, read_layout
 from gflowgr._tree_layout import (
     Buffer,
     IdentifierError,
     TreeLayout,
     assemble,
     check_tokens,
-    decode_header,
     section,
 )
 
@@ -62,9 +62,11 @@ def updated(
         ids = item_array(items, array.shape[0])
     host = host_module()
     old = buffer.numpy()
+    layout = read_layout(old)
     try:
         if host is None:
-            return _update_numpy(old, array, ids, gone)
+            check_numpy(old, layout)
+            return _update_numpy(old, layout, array, ids, gone)
         new, error = host.update_tree(old, array, ids, gone)
         if error is not None:
             raise IdentifierError(*error)
@@ -81,13 +83,12 @@ def _ids(items: Any, name: str) -> npt.NDArray[np.int64]:
 
 def _update_numpy(
     old: Buffer,
+    layout: TreeLayout,
     tokens: npt.NDArray[Any],
     items: npt.NDArray[np.int64],
     removed: npt.NDArray[np.int64],
 ) -> Buffer:
     """The definition; see :func:`updated`."""
-    words = old[: len(old) // 8 * 8].view(np.int64)
-    layout = decode_header(words[: 16 + 5 * min(int(words[2]), 1 << 12)].tolist())
     old_tokens, old_items = _rows(old, layout)
     keep = ~np.isin(old_items, removed)
     if (~keep).sum() < len(removed):
@@ -123,8 +124,6 @@ def _rows(buffer: Buffer, layout: TreeLayout) -> tuple[npt.NDArray[np.int64], np
     """Tokens [entries, L] (-1 beyond the end) and item ids [entries], in sorted order."""
     inner, first = layout.num_inner, layout.node_begin
     begins = section(buffer, layout.child_begin, inner + 1, f"i{layout.index_bytes}").astype(int)
-    if begins[0] != 1 or begins[-1] != layout.num_nodes or (np.diff(begins) < 0).any():
-        raise ValueError("damaged prefix tree: ranges are not in order")
     ends = np.ones(layout.num_nodes, dtype=np.int64)  # leaves at each node
     ends[:inner] = 0
     if layout.leaf_rank:

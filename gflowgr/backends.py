@@ -169,6 +169,17 @@ def probe_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
     return "runs on CPU tensors only" if device.type != "cpu" else cpp_missing()
 
 
+def float32_only(probe: Probe) -> Probe:
+    """The probe of a backend that computes in float32: float64 is left to the definition."""
+
+    def answer(device: torch.device, dtype: torch.dtype) -> str | None:
+        if dtype == torch.float64:
+            return "computes in float32; float64 is left to the definition"
+        return probe(device, dtype)
+
+    return answer
+
+
 def probe_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Probe of Triton: CUDA tensors, or any under TRITON_INTERPRET=1."""
     if device.type != "cuda" and not triton_interpreted():

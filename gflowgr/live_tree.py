@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gflowgr.tree import PrefixTree
@@ -32,6 +33,9 @@ class LiveTree:
 
     Item ids keep their meaning from one version to the next. The size of the id space
     (``tree.num_items``) follows the highest id: make availability masks for the snapshot in use.
+
+    A copy (``copy``, ``pickle``, a worker process) begins with the current snapshot and is
+    independent: what changes in one is not seen by the other.
     """
 
     def __init__(self, tree: PrefixTree) -> None:
@@ -89,6 +93,17 @@ class LiveTree:
             self._current = Snapshot(tree, self._current.version + 1)
         return self._current
 
+    def __reduce__(self) -> tuple[Callable[[Snapshot], LiveTree], tuple[Snapshot]]:
+        # One look at the current snapshot: a change made meanwhile is in the copy whole or not at
+        # all. The copy has a lock of its own and goes its own way from there.
+        return _restored, (self._current,)
+
     def __repr__(self) -> str:
         tree, version = self._current
         return f"LiveTree(version={version}, {tree!r})"
+
+
+def _restored(snapshot: Snapshot) -> LiveTree:
+    live = LiveTree(snapshot.tree)
+    live._current = snapshot
+    return live

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from gflowgr._tree_available import any_in_ranges, live_nodes
 from gflowgr._tree_build import build, check_range, integer_tensor
+from gflowgr._tree_facts import accept, codebooks_of, moved
 from gflowgr._tree_io import read_buffer, write_buffer
 from gflowgr._tree_layout import Buffer, TreeLayout
 from gflowgr._tree_update import updated
@@ -22,7 +22,6 @@ from gflowgr.errors import DataError
 from gflowgr.ops.walk import (
     index_dtype,
     level_tokens,
-    read_header,
     tree_walk,
     unsigned,
     view_section,
@@ -40,13 +39,19 @@ class PrefixTree:
     Everything is vectorised on the tree's device. "-1" always means "none": no node, leaf or item.
     """
 
-    def __init__(self, buffer: Tensor) -> None:
-        """Wrap the :attr:`buffer` of a tree (uint8 [nbytes]); ValueError when it is none."""
-        layout = read_header(buffer)
-        if buffer.numel() != layout.total_bytes:
-            raise ValueError(
-                f"damaged prefix tree: {buffer.numel()} bytes, expected {layout.total_bytes}"
-            )
+    def __init__(self, buffer: Tensor, *, trust: bool = False) -> None:
+        """Wrap the :attr:`buffer` of a tree (uint8 [nbytes], contiguous, at a multiple of 8 bytes).
+
+        The whole structure is proved, once per buffer (0.1 s per 100 MB): the header's counts and
+        offsets against each other and the size, then every child range, token, leaf and item id
+        (:mod:`gflowgr._tree_check`). Raises ValueError naming the first value that is wrong,
+        TypeError for what is no tensor.
+
+        With ``trust`` only the header is looked at: for a buffer that you made yourself. One that
+        is damaged then gives wrong results or ends the process.
+        """
+        layout = accept(buffer, trust=trust)
+        self._codebooks = None if trust else codebooks_of(buffer)
         self._buffer = buffer
         self._layout = layout
         rows = layout.num_inner + 1
@@ -78,7 +83,14 @@ class PrefixTree:
             ValueError: no rows, an empty identifier, a negative token, padding before a token, an
                 item given twice; the message names the row.
         """
-        return cls(torch.from_numpy(build(tokens, items)))
+        return cls._built(torch.from_numpy(build(tokens, items)))
+
+    @classmethod
+    def _built(cls, buffer: Tensor) -> PrefixTree:
+        """The tree of a buffer that this package has just made."""
+        tree = cls(buffer, trust=True)
+        tree._codebooks = codebooks_of(buffer)  # while it is in the caches
+        return tree
 
     @classmethod
     def from_index_file(
@@ -103,29 +115,31 @@ class PrefixTree:
         write_buffer(path, self._buffer)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> PrefixTree:
-        """Read a tree written by :meth:`save`.
+    def load(
+        cls, path: str | os.PathLike[str], *, mmap: bool = False, trust: bool = False
+    ) -> PrefixTree:
+        """Read a tree written by :meth:`save`; a damaged or hostile file is refused.
 
-        With ``mmap`` the pages are read when touched and shared between processes, and only the
-        header is checked; without it the child ranges are checked too. Raises DataError naming the
-        file, and OSError where it cannot be opened.
+        Args:
+            mmap: map the file instead of reading it; processes share its pages. Whoever changes the
+                file while it is mapped changes the tree.
+            trust: check the header alone, for a file that you made yourself. Then a mapped file's
+                pages are read when touched; else the proof of the structure reads them all, once
+                (0.1 s per 100 MB).
+
+        Raises DataError naming the file, and OSError where it cannot be opened.
         """
         try:
-            tree = cls(torch.from_numpy(read_buffer(path, mmap=mmap)))
+            return cls(torch.from_numpy(read_buffer(path, mmap=mmap)), trust=trust)
+        except DataError:
+            raise
         except ValueError as error:
-            raise (
-                error if isinstance(error, DataError) else DataError(f"{path}: {error}")
-            ) from error
-        begins = tree._begins[[0, -1]] if mmap else tree._begins
-        ascending = bool((begins[1:] >= begins[:-1]).all())
-        if not ascending or int(begins[0]) != 1 or int(begins[-1]) != tree.num_nodes:
-            raise DataError(f"{path}: damaged prefix tree: child ranges are not in order")
-        return tree
+            raise DataError(f"{path}: {error}") from error
 
     def to(self, device: torch.device | str) -> PrefixTree:
         """This tree on ``device`` (itself when it is there already)."""
-        moved = self._buffer.to(device)
-        return self if moved is self._buffer else PrefixTree(moved)
+        there = moved(self._buffer, device)
+        return self if there is self._buffer else PrefixTree(there)
 
     def share_memory_(self) -> PrefixTree:
         """Move the buffer to shared memory, so that worker processes get it without a copy."""
@@ -133,7 +147,10 @@ class PrefixTree:
         return self
 
     def __reduce__(self) -> tuple[Callable[[Tensor], PrefixTree], tuple[Tensor]]:
-        return PrefixTree, (self._buffer,)
+        return PrefixTree, (self._buffer,)  # what comes out of a pickle is proved again
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrefixTree:
+        return self  # immutable
 
     def __repr__(self) -> str:
         return (
@@ -188,19 +205,14 @@ class PrefixTree:
     @property
     def vocab_size(self) -> int:
         """Largest token id + 1."""
-        return self._layout.vocab_size
+        return max(codebook.stop for codebook in self.codebooks)
 
-    @functools.cached_property
+    @property
     def codebooks(self) -> tuple[range, ...]:
         """Per position of the identifiers, the range from the smallest to the largest token."""
-        layout = self._layout
-        last = [
-            unsigned(stored, width).max()
-            for stored, width in zip(self._tokens, layout.token_bytes, strict=True)
-        ]
-        sizes = torch.stack(last).tolist()  # waits for the device once
-        bases = layout.token_base
-        return tuple(range(b, b + int(n) + 1) for b, n in zip(bases, sizes, strict=True))
+        if self._codebooks is None:
+            self._codebooks = codebooks_of(self._buffer)
+        return self._codebooks
 
     @property
     def nbytes(self) -> int:
@@ -427,7 +439,9 @@ class PrefixTree:
         return self._changed(updated(self._buffer.cpu(), tokens, items, removed=items))
 
     def _changed(self, buffer: Buffer | None) -> PrefixTree:
-        return self if buffer is None else PrefixTree(torch.from_numpy(buffer)).to(self.device)
+        return (
+            self if buffer is None else PrefixTree._built(torch.from_numpy(buffer)).to(self.device)
+        )
 
     def as_prefix_allowed_tokens_fn(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -30,6 +32,21 @@ def test_changes_make_new_versions_and_leave_old_snapshots(live: LiveTree) -> No
     other = PrefixTree.from_identifiers([(9,)])
     assert live.publish(other) == (other, 4)
     assert "version=4" in repr(live)
+
+
+def test_a_copy_begins_with_the_current_snapshot_and_goes_its_own_way(live: LiveTree) -> None:
+    live.add([(1, 5)], [3])
+    for other in (pickle.loads(pickle.dumps(live)), copy.deepcopy(live), copy.copy(live)):
+        assert other.version == 1
+        assert torch.equal(other.tree.buffer, live.tree.buffer)
+        assert other.remove([0]).version == 2  # it has a lock of its own
+        assert live.version == 1
+        assert live.tree.leaf_of([0]).tolist() == [1]
+
+
+def test_a_copy_made_during_changes_is_a_whole_snapshot(live: LiveTree) -> None:
+    with live._lock:  # a writer is at work, and nobody waits for it
+        assert pickle.loads(pickle.dumps(live)).version == 0
 
 
 def test_nothing_to_do_is_no_new_version(live: LiveTree) -> None:

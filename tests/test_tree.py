@@ -316,14 +316,14 @@ class TestFiles:
         assert small.share_memory_().buffer.is_shared()
         assert small.items(small.num_leaves - 1).tolist() == [0, 3]
 
-    def test_a_mapped_tree_is_not_read_whole(self, tmp_path: Path) -> None:
+    def test_a_mapped_and_trusted_tree_is_not_read_whole(self, tmp_path: Path) -> None:
         tokens = np.random.default_rng(0).integers(0, 256, (1_000_000, 4), dtype=np.int32)
         PrefixTree.from_identifiers(tokens).save(tmp_path / "t.safetensors")
         script = (
             "import resource, sys, torch\n"
             "from gflowgr.tree import PrefixTree\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            f"tree = PrefixTree.load({str(tmp_path / 't.safetensors')!r}, mmap=True)\n"
+            f"tree = PrefixTree.load({str(tmp_path / 't.safetensors')!r}, mmap=True, trust=True)\n"
             "tree.walk(torch.zeros(1, 4, dtype=torch.int64))\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, tree.nbytes)\n"
         )

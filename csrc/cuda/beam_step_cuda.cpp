@@ -79,8 +79,8 @@ struct Step {
     call.scores = values<float>("scores", scores, ScalarType::Float, scores);
     call.nodes = values<int64_t>("nodes", nodes, ScalarType::Long, scores);
     STD_TORCH_CHECK(nodes.numel() == scores.numel(), "nodes: expected [B, K] as scores");
-    // The header is on the device; PrefixTree has checked it, and reading it here would wait for the GPU. So the
-    // sizes of the masks are not checked either.
+    // The tree is on the device: gflowgr/_tree_facts.py has proved it and compared its tokens with the head;
+    // reading it here would wait for the GPU. So the sizes of the masks are not checked either.
     call.tree = values<uint8_t>("tree", tree, ScalarType::Byte, scores);
     STD_TORCH_CHECK(tree.dim() == 1 && tree.numel() >= 8 * gflowgr::kTreeWords,
                     "tree: expected the buffer of a prefix tree (uint8, 1-D)");

@@ -99,7 +99,9 @@ def constrained_beam_search(
     if batch == 0:
         items = torch.empty(0, count, dtype=torch.long, device=device)
         tokens = torch.empty(0, count, tree.max_length, dtype=torch.long, device=device)
-        return BeamSearchOutput(items, torch.empty(0, count, device=device), tokens)
+        return BeamSearchOutput(
+            items, torch.empty(0, count, dtype=torch.float32, device=device), tokens
+        )
     decoder = decoder_for(model, input_ids, attention_mask, encoded)
     search = _Search(decoder, tree, admissible, num_beams, normalize, temperature)
     nodes, scores = search.run(wanted=min(count, num_beams))
@@ -136,7 +138,7 @@ class _Search:
     def run(self, wanted: int) -> tuple[Tensor, Tensor]:
         """Nodes and scores of the best identifiers [B, F]; only the first ``wanted`` count."""
         tree, decoder = self.tree, self.decoder
-        scores = torch.zeros(decoder.batch, 1, device=decoder.device)
+        scores = torch.zeros(decoder.batch, 1, dtype=torch.float32, device=decoder.device)
         nodes = torch.zeros(decoder.batch, 1, dtype=torch.long, device=decoder.device)
         ends: tuple[Tensor, Tensor] | None = None
         hidden = decoder.first()

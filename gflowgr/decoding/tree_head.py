@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..ops.head import result_dtype
 from ..tree import PrefixTree
 
 __all__ = ["EdgeNormalize", "TreeHead", "check_options"]
@@ -78,12 +79,12 @@ class TreeHead:
 
         Returns:
             logits / temperature [B, n] and log of the sum of their exponentials [B, K], float32
-            (float64 for a float64 model). A padding node's normaliser means nothing.
+            (float64 for a float64 model or head). A padding node's normaliser means nothing.
         """
         batch, count = hidden.shape[:2]
         low, high = self._columns(depth, hidden)
         block = max(1, self.block_bytes // (4 * batch * (high - low)))
-        logits_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logits_dtype = result_dtype(hidden, *(() if self.head is None else self.head))
         normaliser = hidden.new_empty(batch, count, dtype=logits_dtype)
         chosen = hidden.new_zeros(batch, parents.shape[1], dtype=logits_dtype)
         tokens = (tokens - low).expand(batch, -1)
@@ -117,8 +118,10 @@ class TreeHead:
         if self.head is None:
             return hidden[..., low:high]
         weight, bias = self.head
-        bias = None if bias is None else bias[low:high]
-        return functional.linear(hidden, weight[low:high], bias)
+        # A head may be kept in a wider type than the model.
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        bias = None if bias is None else bias[low:high].to(dtype)
+        return functional.linear(hidden.to(dtype), weight[low:high].to(dtype), bias)
 
     def _over_children(self, logits: Tensor, nodes: Tensor, low: int) -> Tensor:
         """Log of the sum of exponentials over each node's children [B, K], from [B, K, columns]."""

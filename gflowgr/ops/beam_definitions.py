@@ -10,49 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from gflowgr.ops.walk import level_tokens, read_header, unsigned
+from gflowgr._tree_facts import tree_facts
+from gflowgr.ops.head import result_dtype
 from gflowgr.tree import PrefixTree
-
-
-@dataclass(frozen=True)
-class TreeFacts:
-    """What steps need to know of a tree beside its buffer.
-
-    Attributes:
-        codebook_ends: largest token + 1 of each position of the identifiers, int64 [L], on the CPU.
-        codebook_ends_here: the same on the device of the tree.
-        most: most tokens that a beam may need logits of, per normaliser other than "vocab".
-    """
-
-    codebook_ends: Tensor
-    codebook_ends_here: Tensor
-    most: dict[str, int]
-
-
-_facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def tree_facts(tree: Tensor) -> TreeFacts:
-    """Facts of the tree with this buffer.
-
-    A tree never changes, so they are read once (O(nodes), waits for the device: not while a CUDA
-    graph is captured) and kept as long as its buffer.
-    """
-    facts: TreeFacts | None = _facts.get(tree)
-    if facts is None:
-        layout = read_header(tree)
-        last = []
-        for level in range(layout.max_length):
-            stored = level_tokens(tree, layout, level)
-            low = torch.iinfo(stored.dtype).min  # 0 for uint8; flips the order of signed views
-            last.append(unsigned((stored ^ low).max() ^ low, layout.token_bytes[level]))
-        sizes = torch.stack(last).cpu() + 1
-        ends = sizes + torch.tensor(layout.token_base)
-        most = {"level": int(sizes.max()), "children": max(layout.max_children)}
-        facts = _facts[tree] = TreeFacts(ends, ends.to(tree.device), most)
-    return facts
 
 
 @dataclass(frozen=True)
@@ -136,7 +97,7 @@ class _Children:
         # A forbidden token stays forbidden where all are, and the difference is NaN.
         forbidden = (logits == -math.inf) & ~normaliser.isnan()
         taken = self.valid & ~forbidden & masks.nodes(self.nodes)
-        total = torch.where(taken, scores.unsqueeze(-1) + value, -math.inf).flatten(1)
+        total = torch.where(taken, scores.unsqueeze(-1) + value, -math.inf).flatten(1).float()
         nodes, fanout = self.nodes.flatten(1), self.nodes.shape[2]
         begin, end = self.tree.child_ranges(nodes)
         leaves = self.tree.terminal(nodes)
@@ -199,14 +160,14 @@ def step_definition(
     """Definition of ``beam_step``; ``tree`` is the buffer."""
     walk = PrefixTree(tree)
     children = _Children.find(nodes, scores, walk)
-    scaled = logits.float() / temperature
+    scaled = logits.to(result_dtype(logits)) / temperature
     chosen = scaled.gather(-1, children.tokens)
     if normalize == "vocab":
         normaliser = scaled.logsumexp(-1, keepdim=True)
     elif normalize == "children":
         normaliser = chosen.masked_fill(~children.valid, -math.inf).logsumexp(-1, keepdim=True)
     else:
-        normaliser = torch.zeros_like(scores).unsqueeze(-1)
+        normaliser = torch.zeros_like(scaled[..., :1])
         bounds = zip(walk.layout.token_base, tree_facts(tree).codebook_ends.tolist(), strict=True)
         for depth, (first, end) in enumerate(bounds):
             part = scaled[..., first:end].logsumexp(-1)
@@ -233,10 +194,15 @@ def step_hidden_definition(
     """Definition of ``beam_step_hidden``; ``tree`` is the buffer."""
     walk = PrefixTree(tree)
     children = _Children.find(nodes, scores, walk)
-    flat, valid, depth = hidden.flatten(0, 1).float(), children.valid.flatten(0, 1), children.depth
+    dtype = result_dtype(hidden, weight, bias)
+    flat, valid, depth = (
+        hidden.flatten(0, 1).to(dtype),
+        children.valid.flatten(0, 1),
+        children.depth,
+    )
     tokens = children.tokens.flatten(0, 1)
-    chosen = torch.full(tokens.shape, -math.inf, device=tokens.device)
-    normaliser = torch.zeros(tokens.shape[0], 1, device=tokens.device)
+    chosen = flat.new_full(tokens.shape, -math.inf)
+    normaliser = flat.new_zeros(tokens.shape[0], 1)
     bounds = zip(walk.layout.token_base, tree_facts(tree).codebook_ends.tolist(), strict=True)
     for level, (first, end) in enumerate(bounds):
         rows = (valid.any(-1) & (depth.flatten() == level)).nonzero()[:, 0]
@@ -247,8 +213,10 @@ def step_hidden_definition(
             needed = torch.arange(first, end, device=tokens.device)
         else:
             needed = tokens[rows][inside].unique()
-        part = None if bias is None else bias[needed].float()
-        logits = torch.nn.functional.linear(flat[rows], weight[needed].float(), part) / temperature
+        part = None if bias is None else bias[needed].to(dtype)
+        logits = (
+            torch.nn.functional.linear(flat[rows], weight[needed].to(dtype), part) / temperature
+        )
         columns = torch.searchsorted(needed, tokens[rows]).clamp_max(needed.numel() - 1)
         chosen[rows] = torch.where(inside, logits.gather(-1, columns), -math.inf)
         over = logits if normalize == "level" else chosen[rows]

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from gflowgr import backends
-from gflowgr.ops.beam_definitions import step_definition, step_hidden_definition, tree_facts
-from gflowgr.ops.checks import NORMALIZERS, check_choice, check_number, check_tensor
+from gflowgr._tree_facts import check_head, tree_facts
+from gflowgr.ops.beam_definitions import step_definition, step_hidden_definition
+from gflowgr.ops.checks import FLOAT_DTYPES, NORMALIZERS, check_choice, check_number, check_tensor
+from gflowgr.ops.head import wide_dtype
 from gflowgr.tree import PrefixTree
 
 __all__ = ["BeamStep", "beam_step", "beam_step_hidden"]
-
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BeamStep(NamedTuple):
@@ -70,7 +70,8 @@ def beam_step(
     it counts among both kinds.
 
     Args:
-        logits: what the model says of the next token [B, K, V], float32, bfloat16 or float16.
+        logits: what the model says of the next token [B, K, V], of any floating dtype. float64 is
+            computed in float64, by the definition.
         scores: log-probabilities of the beams [B, K], float32; -inf = empty beam.
         nodes: nodes of the beams [B, K], int64, of any depth; -1 = empty beam.
         tree: the prefix tree, on the device of ``logits``.
@@ -123,17 +124,17 @@ def beam_step_hidden(
     in float32. With "vocab" the logits are formed, in the dtype of the inputs.
 
     Args:
-        hidden: states that predict the next token [B, K, d], float32, bfloat16 or float16.
+        hidden: states that predict the next token [B, K, d], of any floating dtype.
         weight: the output head [V, d], of the same kinds.
         bias: [V], or None.
 
     The others and what is returned and raised: as for :func:`beam_step`.
     """
     device = hidden.device if isinstance(hidden, Tensor) else None
-    check_tensor("hidden", hidden, (None, None, None), "BKd", dtypes=LOGIT_DTYPES)
+    check_tensor("hidden", hidden, (None, None, None), "BKd", dtypes=FLOAT_DTYPES)
     batch, beams, size = hidden.shape
     check_tensor(
-        "weight", weight, (None, size), "Vd", dtypes=LOGIT_DTYPES, device=device, source="hidden"
+        "weight", weight, (None, size), "Vd", dtypes=FLOAT_DTYPES, device=device, source="hidden"
     )
     if bias is not None:
         check_tensor(
@@ -141,7 +142,7 @@ def beam_step_hidden(
             bias,
             weight.shape[:1],
             "V",
-            dtypes=LOGIT_DTYPES,
+            dtypes=FLOAT_DTYPES,
             device=device,
             source="weight",
         )
@@ -159,7 +160,7 @@ def beam_step_hidden(
 
 
 def _check_logits(logits: Tensor, tree: PrefixTree) -> tuple[int, int]:
-    check_tensor("logits", logits, (None, None, None), "BKV", dtypes=LOGIT_DTYPES)
+    check_tensor("logits", logits, (None, None, None), "BKV", dtypes=FLOAT_DTYPES)
     _check_tree(tree, logits.shape[2], "logits has", logits.device)
     return logits.shape[0], logits.shape[1]
 
@@ -252,6 +253,7 @@ def _beam_step(
     live_leaves: Tensor | None = None,
     barred_leaves: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    check_head(tree, logits.shape[2], "logits")
     options = (normalize, temperature, live, barred, width, live_leaves, barred_leaves)
     name = backends.resolve("beam_step", logits.device, logits.dtype)
     if name == "torch":
@@ -281,13 +283,15 @@ def _beam_step_hidden(
     live_leaves: Tensor | None = None,
     barred_leaves: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    check_head(tree, weight.shape[0], "the rows of weight")
     options = (normalize, temperature, live, barred, width, live_leaves, barred_leaves)
     if normalize == "vocab":
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
         part = None if bias is None else bias.to(dtype)
         logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), part)
         return _beam_step(logits, scores, nodes, tree, *options)
-    name = backends.resolve("beam_step_hidden", hidden.device, hidden.dtype)
+    dtype = wide_dtype(hidden, weight, bias)
+    name = backends.resolve("beam_step_hidden", hidden.device, dtype)
     if name == "torch":
         return step_hidden_definition(hidden, weight, bias, scores, nodes, tree, *options)
     part = None if bias is None else bias.float()
@@ -332,5 +336,5 @@ torch.library.register_fake("gflowgr::beam_step_hidden", _beam_step_hidden_fake,
 
 for _op in ("beam_step", "beam_step_hidden"):
     backends.register(_op, "torch", backends.probe_torch)
-    backends.register(_op, "cpp", backends.probe_cpp)
-    backends.register(_op, "cuda", backends.probe_cuda)
+    backends.register(_op, "cpp", backends.float32_only(backends.probe_cpp))
+    backends.register(_op, "cuda", backends.float32_only(backends.probe_cuda))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import backends
+from gflowgr._tree_facts import check_head
 from gflowgr.ops import children_torch
 from gflowgr.ops.definitions import HeadInputs
 
@@ -214,6 +215,7 @@ def _forward(
     saved: int,
     sparse_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_head(tree, weight.shape[0], "the rows of weight")
     given = (hidden, weight, bias, tokens, mask, tree, temperature, saved)
     name = backends.resolve("children_logprobs", hidden.device, _accumulator(hidden, weight, bias))
     if name == "torch":
@@ -247,6 +249,7 @@ def _backward(
     bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_head(rest[2], weight.shape[0], "the rows of weight")
     name = backends.resolve("children_backward", hidden.device, _accumulator(hidden, weight, bias))
     if name == "torch":
         return _backward_torch(grad, hidden, weight, bias, *rest)
@@ -355,16 +358,7 @@ torch.library.register_autograd(
 torch.library.register_autograd("gflowgr::children_backward", _refuse, lib=_library)
 
 
-def _float32_only(probe: backends.Probe) -> backends.Probe:
-    def answer(device: torch.device, dtype: torch.dtype) -> str | None:
-        if dtype == torch.float64:
-            return "accumulates in float32; float64 is left to the definition"
-        return probe(device, dtype)
-
-    return answer
-
-
 for _op in ("children_logprobs", "children_backward"):
     backends.register(_op, "torch", backends.probe_torch)
-    backends.register(_op, "cpp", _float32_only(backends.probe_cpp))
-    backends.register(_op, "cuda", _float32_only(backends.probe_cuda))
+    backends.register(_op, "cpp", backends.float32_only(backends.probe_cpp))
+    backends.register(_op, "cuda", backends.float32_only(backends.probe_cuda))

@@ -121,14 +121,14 @@ def backward_definition(
 # ------------------------------------------------------------------ C++
 
 
-def probe_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the C++ head cannot run on these, or None."""
-    if dtype == torch.float64:
-        return "float64 is computed by the definition only"
+def _probe_products(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = backends.probe_cpp(device, dtype)
     if reason is None and not torch.ops.gflowgr_cpp.head_available():
         return "this torch or CPU has no small matrix products (oneDNN's)"
     return reason
+
+
+probe_cpp = backends.float32_only(_probe_products)
 
 
 def _logprobs_cpp(
@@ -186,11 +186,7 @@ def floats(tensor: Tensor | None) -> Tensor | None:
 # ------------------------------------------------------------------ Triton
 
 
-def probe_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton head cannot run on these, or None."""
-    if dtype == torch.float64:
-        return "float64 is computed by the definition only"
-    return backends.probe_triton(device, dtype)
+probe_triton = backends.float32_only(backends.probe_triton)
 
 
 def _logprobs_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -263,11 +263,5 @@ torch.library.register_autograd(
 torch.library.register_autograd("gflowgr::logits_backward", _refuse, lib=_library)
 
 
-def _probe_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype == torch.float64:
-        return "computes in float32, float64 is for the definition"
-    return backends.probe_cpp(device, dtype)
-
-
 backends.register("logits_logprobs", "torch", backends.probe_torch)
-backends.register("logits_logprobs", "cpp", _probe_cpp)
+backends.register("logits_logprobs", "cpp", backends.float32_only(backends.probe_cpp))

@@ -10,22 +10,10 @@ import torch
 from torch import Tensor
 
 from gflowgr import backends
-from gflowgr._tree_layout import LEVEL_WORDS, WORDS, TreeLayout, decode_header
+from gflowgr._tree_facts import accept
+from gflowgr._tree_layout import TreeLayout
 
 _SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-def read_header(tree: Tensor) -> TreeLayout:
-    """Decode the header of a tree's buffer (uint8); waits for the device if that is not the CPU."""
-    if tree.dtype != torch.uint8 or tree.dim() != 1 or tree.numel() < 8 * WORDS:
-        raise ValueError(
-            "tree: expected the buffer of a prefix tree (uint8, 1-D), "
-            f"got {tree.dtype} {tuple(tree.shape)}"
-        )
-    head = tree[: 8 * WORDS].view(torch.int64).tolist()
-    length = max(0, min(head[2], (tree.numel() // 8 - WORDS) // LEVEL_WORDS))
-    end = 8 * (WORDS + LEVEL_WORDS * length)
-    return decode_header(tree[:end].view(torch.int64).tolist())
 
 
 def view_section(tree: Tensor, offset: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -64,7 +52,7 @@ def walk_definition(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor
     Method: per level, a binary search of the token among the node's children: O(L log(children))
     gathers.
     """
-    layout = read_header(tree)
+    layout = accept(tree)
     begins = view_section(tree, layout.child_begin, layout.num_inner + 1, index_dtype(layout))
     out = torch.full(tokens.shape, -1, dtype=torch.int64, device=tokens.device)
     node = torch.zeros(tokens.shape[:-1], dtype=torch.int64, device=tokens.device)
@@ -116,6 +104,7 @@ _RUN = {"torch": walk_definition, "cpp": _walk_cpp, "triton": _walk_triton, "cud
 
 
 def _tree_walk(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
+    accept(tree)
     name = backends.resolve("tree_walk", tokens.device, tokens.dtype)
     if name != "torch" and tokens.dtype not in (torch.int32, torch.int64):
         tokens = tokens.to(torch.int64)

@@ -77,6 +77,30 @@ class CodesShop(Shop):
         self.ids, self.mask = prompt_tokens(histories, self.item_tokens)
 
 
+@pytest.mark.parametrize("normalize", ["vocab", "children"])
+def test_a_float64_model_is_searched_in_float64(normalize: str) -> None:
+    shop = Shop(ragged=True)
+    shop.model.double()
+    exact = shop.exact(normalize)
+    assert exact.dtype == torch.float64
+    items, scores, _ = shop.search(num_beams=len(shop.item_tokens), normalize=normalize)
+    assert scores.dtype == torch.float32
+    assert torch.equal(items, exact.argsort(descending=True, stable=True))
+    torch.testing.assert_close(scores, exact.gather(1, items).float(), atol=1e-5, rtol=0)
+
+
+def test_the_default_dtype_of_torch_does_not_matter() -> None:
+    shop = Shop()
+    want = shop.search(num_beams=5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = shop.search(num_beams=5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, want, strict=True):
+        assert torch.equal(one, other)
+
+
 def small_codes(seed: int, ragged: bool, shared: bool) -> npt.NDArray[np.int64]:
     """Codes of about 30 items: some prefixes of others (ragged), some items alike (shared)."""
     rng = np.random.default_rng(seed)

@@ -64,6 +64,27 @@ def test_half_precision_is_widened_and_never_rounded_again(
         assert torch.equal(found.nodes, want.nodes)
 
 
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+@pytest.mark.parametrize("wide", ["hidden", "weight", "bias"])
+def test_float64_in_any_input_is_left_to_the_definition(wide: str, normalize: str) -> None:
+    case = _large_case(size=8)
+    bias = torch.randn(len(case.weight), generator=torch.Generator().manual_seed(0))
+    given = {"hidden": case.hidden, "weight": case.weight, "bias": bias}
+    given[wide] = given[wide].double()
+    options = {"width": 10, "normalize": normalize}
+    found = beam_step_hidden(*given.values(), *case.beams, **options)
+    logits = case.hidden.double() @ case.weight.double().T + bias.double()
+    want = beam_step(logits, *case.beams, **options)
+    assert found.scores.dtype == want.scores.dtype == torch.float32
+    torch.testing.assert_close(found.scores, want.scores, atol=1e-4, rtol=0)
+    if gflowgr.backends.cpp_missing() is None:
+        with (
+            gflowgr.backend("cpp"),
+            pytest.raises(gflowgr.backends.BackendError, match="float64 is left to the definition"),
+        ):
+            beam_step(logits, *case.beams, **options)
+
+
 class _large_case:
     """Nodes with hundreds of children, and enough beams at each for dense products."""
 

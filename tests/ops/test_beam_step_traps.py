@@ -107,6 +107,33 @@ def test_children_at_minus_infinity_give_nothing_beside_other_logits(normalize: 
     assert not bool(step.end_scores.isnan().any())
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_forbidden_token_stays_forbidden_beside_a_nan_score(normalize: str, levels: int) -> None:
+    # The beam's NaN makes NaN of every child's score, and NaN sorts before every number.
+    tree = PrefixTree.from_identifiers([[token] * levels for token in (1, 2, 3)])
+    logits, nan = row(0.0, 1.0, -math.inf, 2.0), torch.full((1, 1), math.nan)
+    bias = logits.flatten()
+    for step in (
+        beam_step(logits, nan, ROOT, tree, width=3, normalize=normalize),
+        beam_step_hidden(
+            torch.zeros(1, 1, 2),
+            torch.ones(4, 2),
+            bias,
+            nan,
+            ROOT,
+            tree,
+            width=3,
+            normalize=normalize,
+        ),
+    ):
+        kept, scores = (
+            (step.end_nodes, step.end_scores) if levels == 1 else (step.nodes, step.scores)
+        )
+        assert real(kept) == [1, 3]
+        assert scores[0, :2].isnan().all()
+        assert scores[0, 2] == -math.inf
+
+
 def test_nan_logits_sort_first_and_are_not_hidden(normalize: str) -> None:
     tree = PrefixTree.from_identifiers([[1, 1], [2, 1]])
     logits = torch.zeros(1, 2, 40)
