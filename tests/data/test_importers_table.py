@@ -250,6 +250,13 @@ def test_lines_that_are_not_utf8_are_latin1_and_counted(tmp_path: Path) -> None:
         import_table(tmp_path / "t.csv", items, k_core=1, encoding="ascii")
 
 
+def test_metadata_may_have_another_separator(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(EVENTS.replace(",", "^"))
+    (tmp_path / "items.csv").write_text("item;title\n007;Bond\n")
+    data, _ = import_table(tmp_path / "t.csv", tmp_path / "items.csv", separator="^", k_core=1)
+    assert data.title(0) == "Bond"
+
+
 @pytest.mark.parametrize(
     ("events", "items"),
     [

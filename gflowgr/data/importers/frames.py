@@ -295,7 +295,8 @@ def _header(path: Path, head: str, wanted: list[str], form: TextForm) -> tuple[s
     if not first:
         raise DataError(f"{path}: cannot be read as a {_kind(path)[1:]} table: it is empty")
     usual = _SEPARATORS[_kind(path)]
-    candidates = [form.separator] if form.separator else list(dict.fromkeys((usual, *_SNIFFED)))
+    # Metadata may be written otherwise than the events, whose separator was given.
+    candidates = list(dict.fromkeys((form.separator or usual, *_SNIFFED)))
     found: list[tuple[str, list[str]]] = []
     for separator in candidates:
         try:

@@ -69,7 +69,7 @@ def import_table(
         value: column of a number such as a rating, if any; becomes ``ratings``.
         side_behaviours: behaviours that are no events of the sequence, e.g. ("cart", "impression").
         time_format: of times given as text, in chrono's notation ("%d.%m.%Y"); default: ISO forms.
-        separator: between the fields of text; default: by the name and the header line.
+        separator: between the fields of text, tried first; default: by the name and the header.
         encoding: of text, e.g. "cp1251"; default: UTF-8, by its byte order mark UTF-16, and Latin-1
             for lines that are not UTF-8 (the report counts them).
         columns: names for the columns of a table of events that has no header line.
