@@ -278,3 +278,11 @@ def test_damaged_checkpoint_is_refused(damage: Any, message: str, tmp_path: Path
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing is not a folder, nor the id of a model"):
         GFlowModel.from_pretrained(tmp_path / "nothing")
+
+
+def test_a_partition_head_starts_once_where_it_is_told() -> None:
+    head = PartitionHead(4)
+    assert not head.initialised
+    head.initialise(torch.tensor(-3.5))
+    assert head.initialised
+    assert head(torch.randn(2, 4)).tolist() == [-3.5, -3.5]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import gflowgr
+from gflowgr import backends
 from gflowgr.ops.beam_step import BeamStep, beam_step, beam_step_hidden
 from gflowgr.tree import PrefixTree
 
@@ -279,3 +280,17 @@ def test_leaf_and_unknown_nodes_have_no_children(normalize: str) -> None:
     beams = (torch.zeros(1, 3), torch.tensor([[1, 2, -1]]))
     step = beam_step(torch.zeros(1, 3, 4), *beams, tree, width=2, normalize=normalize)
     assert real(step.nodes) == real(step.end_nodes) == []
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["torch", "cpp"])
+def test_forbidden_token_is_not_taken_from_a_beam_whose_score_makes_nan_of_it(
+    name: str, score: float
+) -> None:
+    if name == "cpp" and (missing := backends.cpp_missing()):
+        pytest.skip(missing)
+    tree = PrefixTree.from_identifiers([[1], [2], [3]])
+    logits = torch.tensor([[[0.0, -math.inf, 0.0, 0.0]]])
+    with backends.backend(name):
+        step = beam_step(logits, torch.tensor([[score]]), torch.zeros(1, 1).long(), tree, width=3)
+    assert sorted(step.end_nodes[0].tolist()) == [-1, 2, 3]
