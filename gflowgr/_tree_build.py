@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gflowgr._tree_layout import MAX_ITEMS, MAX_LENGTH, Buffer, IdentifierError, build_numpy
+from gflowgr.integers import integer_array
 
 _MESSAGES = {
     "empty": "tokens[{row}] is empty: an identifier needs at least one token",
@@ -54,7 +55,7 @@ def token_array(tokens: Any) -> npt.NDArray[Any]:
     if tokens.shape[0] > MAX_ITEMS:
         raise ValueError(f"tokens: {tokens.shape[0]} rows, expected at most {MAX_ITEMS}")
     small = tokens.dtype.itemsize < 4 or tokens.dtype == np.int32
-    return np.ascontiguousarray(tokens, dtype=np.int32 if small else np.int64)
+    return np.ascontiguousarray(integer_array(tokens, "tokens", np.int32 if small else np.int64))
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> npt.NDArray[Any]:
@@ -70,7 +71,9 @@ def _padded(rows: Sequence[Sequence[int]]) -> npt.NDArray[Any]:
         raise TypeError("tokens: expected integers in every identifier")
     width = max(1, int(lengths.max(initial=0)))
     out = np.full((len(rows), width), -1, dtype=np.int64)
-    out[np.arange(width) < lengths[:, None]] = flat if lengths.any() else []
+    out[np.arange(width) < lengths[:, None]] = (
+        integer_array(flat, "tokens") if lengths.any() else []
+    )
     return out
 
 
@@ -128,11 +131,16 @@ def integer_tensor(values: Any, name: str, device: torch.device) -> Tensor:
     Raises TypeError for other than integers, ValueError for a tensor on another device.
     """
     given = isinstance(values, Tensor)
-    tensor = torch.as_tensor(values, device=None if given else device)
+    try:
+        tensor = torch.as_tensor(values, device=None if given else device)
+    except (RuntimeError, OverflowError) as error:  # an integer of more than 64 bits
+        raise ValueError(f"{name} must be integers of 64 bits: {error}") from error
     if tensor.numel() == 0 and not given:
         tensor = tensor.to(torch.int64)  # an empty list has no dtype of its own
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+    if tensor.dtype == torch.uint64 and bool((tensor.view(torch.int64) < 0).any()):
+        raise ValueError(f"{name} must be below 2**63; got more")
     if tensor.device != device:
         raise ValueError(f"{name} are on {tensor.device}, the tree is on {device}")
     return tensor

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from . import __version__
 from .commands import COMMANDS
-from .errors import GFlowGRError
+from .errors import GFlowGRError, shown
+from .files import find_lone_surrogate
 
 __all__ = ["main"]
 
@@ -27,6 +29,15 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A title that the terminal's encoding lacks must not end the command.
+            stream.reconfigure(errors="backslashreplace")
+    for word in sys.argv[1:] if argv is None else argv:
+        lone = find_lone_surrogate(word)
+        if lone is not None:
+            # Bytes that are not UTF-8: no file of results could hold them.
+            parser.error(f"arguments must be UTF-8 text; got {shown(word)}")
     args = parser.parse_args(argv)
     try:
         _quiet_libraries()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
+
+__all__ = ["DataError", "GFlowGRError", "OutputError", "shown"]
+
 
 class GFlowGRError(Exception):
     """Base class of every error that the package defines."""
@@ -13,3 +17,17 @@ class DataError(GFlowGRError, ValueError):
 
 class OutputError(GFlowGRError, OSError):
     """A file or folder cannot be written (read-only, no space, ...); the message names it."""
+
+
+class _Shown(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Decimal digits of a huge integer take quadratic time, and Python refuses past 4,300.
+        return f"an integer of {x.bit_length():,} bits" if x.bit_length() > 128 else repr(x)
+
+
+def shown(value: object, width: int = 80) -> str:
+    """``value`` as an error message quotes it: bounded however large or nested it is."""
+    short = _Shown()
+    short.maxstring = short.maxother = short.maxlong = width
+    text = short.repr(value)
+    return text if len(text) <= width else f"{text[: width - 3]}..."

@@ -1,8 +1,11 @@
-"""Files that are written whole or not at all, and JSON whose faults are named.
+"""Files that are written whole or not at all, and readers that name and bound what is wrong.
 
 Every writer goes through :func:`atomic_path`: the bytes land in a temporary file of the same
 folder, are flushed to the disk, and only then take the final name. A full disk, a crash or Ctrl-C
 in between leaves the old file (or none), never half of a new one.
+
+Every reader begins with :func:`regular_file`, so that a pipe does not block it, and takes no more
+text than :func:`max_json_bytes`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import json
 import os
 import secrets
 import shutil
+import stat
+import tokenize
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from gflowgr.errors import DataError, OutputError
+from gflowgr.errors import DataError, OutputError, shown
+
+_MAX_JSON_BYTES = 1 << 30
+_MAX_JSON_VARIABLE = "GFLOWGR_MAX_JSON_BYTES"
 
 _REASONS = {
     errno.ENOSPC: "no space left on the device",
@@ -110,9 +118,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all."""
+    """Write ``text`` as UTF-8, whole or not at all; a lone surrogate as its escape (``\\udcff``).
+
+    Texts are checked where they enter. What slips through, such as the name of a folder that is
+    not UTF-8, must not cost a finished run its report.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | os.PathLike[str], obj: Any, *, indent: int | None = 2) -> None:
@@ -140,9 +152,131 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise DataError(f"the key {key!r} occurs twice in one object")
+                raise DataError(f"the key {shown(key)} occurs twice in one object")
             seen.add(key)
     return result
+
+
+def regular_file(path: str | os.PathLike[str]) -> Path:
+    """``path``, when it is a file that ends; opening a pipe would wait for its writer for ever.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        DataError: it is a folder, a pipe, a socket or a device, or no name of a file at all.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} must be the name of a file: {error}") from error
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket"}
+        kind = next((name for test, name in kinds.items() if test(mode)), "device")
+        raise DataError(f"{path} must be a regular file; got a {kind}")
+    return path
+
+
+def max_json_bytes() -> int:
+    """Largest text of a JSON file, unpacked: 1 GiB, or the variable GFLOWGR_MAX_JSON_BYTES.
+
+    A compressed file can name a thousand times its own size; the objects of a text take about six
+    times its size in memory.
+
+    Raises:
+        ValueError: the variable is not a whole number.
+    """
+    given = os.environ.get(_MAX_JSON_VARIABLE, str(_MAX_JSON_BYTES))
+    if not (given.isascii() and given.isdigit() and len(given) <= 18):
+        raise ValueError(f"{_MAX_JSON_VARIABLE} must be a number of bytes; got {shown(given)}")
+    return int(given)
+
+
+def _read_unpacked(path: Path, limit: int) -> bytes:
+    """The bytes of a file, unpacked if it is gzip, but never more than ``limit`` of them."""
+    too_large = (
+        f"{path} must be at most {limit:,} bytes of JSON, unpacked; got more "
+        f"(set {_MAX_JSON_VARIABLE} to allow them)"
+    )
+    with regular_file(path).open("rb") as handle:
+        start = handle.read(8)
+        handle.seek(0)
+        size = os.fstat(handle.fileno()).st_size
+        if start[:2] != b"\x1f\x8b":
+            if path.suffix == ".gz":
+                raise DataError(f"{path}: not a gzip file (it starts with {start!r})")
+            if size > limit:
+                raise DataError(too_large)
+            return handle.read()
+        parts, length = [], 0
+        try:
+            with gzip.GzipFile(fileobj=handle) as unpacked:
+                while part := unpacked.read(1 << 20):
+                    length += len(part)
+                    if length > limit:
+                        raise DataError(too_large)
+                    parts.append(part)
+        except EOFError as error:
+            raise DataError(f"{path}: the gzip file is truncated ({size:,} bytes)") from error
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path}: the gzip file is damaged: {error}") from error
+    return b"".join(parts)
+
+
+def find_lone_surrogate(value: Any) -> str | None:
+    """The first text in nested dicts and lists that UTF-8 cannot encode, with its keys; or None.
+
+    JSON and YAML can spell half of a surrogate pair (``"\\ud800"``), which no file takes.
+    """
+    waiting: list[tuple[Any, Any]] = [(value, None)]
+    while waiting:
+        found, place = waiting.pop()
+        if isinstance(found, str):
+            try:
+                found.encode()
+            except UnicodeEncodeError:
+                keys: list[str] = []
+                while place is not None:
+                    place, key = place
+                    keys.append(shown(key, 40))
+                return f"{shown(found, 60)} at {'/'.join(reversed(keys)) or 'the top'}"
+        elif isinstance(found, dict):
+            waiting += ((key, (place, key)) for key in found)
+            waiting += ((each, (place, key)) for key, each in found.items())
+        elif isinstance(found, list | tuple):
+            waiting += ((each, (place, index)) for index, each in enumerate(found))
+    return None
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value of JSON text in UTF-8.
+
+    Raises:
+        DataError: it is not UTF-8 or not JSON (with line and column), an object has a key twice,
+            it is nested too deeply, a number has thousands of digits, or a text has half of a
+            surrogate pair. The message does not name the file.
+    """
+    try:
+        obj = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
+    except DataError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text, byte {error.start:,}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"not valid JSON, line {error.lineno} column {error.colno}: {error.msg}"
+        ) from error
+    except ValueError as error:  # Python's bound on the digits of an integer
+        raise DataError(f"a number has too many digits: {error}") from error
+    except RecursionError as error:
+        raise DataError("the JSON is nested too deeply") from error
+    except MemoryError as error:
+        raise DataError(f"{len(raw):,} bytes of JSON take more memory than there is") from error
+    # Only an escape can spell a lone surrogate: decoding has refused the bytes of one.
+    if b"\\ud" in raw or b"\\uD" in raw:
+        lone = find_lone_surrogate(obj)
+        if lone is not None:
+            raise DataError(f"texts must be valid Unicode; got a lone surrogate, {lone}")
+    return obj
 
 
 def read_json(path: str | os.PathLike[str], expect: type | None = None) -> Any:
@@ -154,30 +288,13 @@ def read_json(path: str | os.PathLike[str], expect: type | None = None) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: truncated or damaged gzip, text that is not UTF-8, bad JSON (with line and
-            column), a key that occurs twice, another top-level type.
+        DataError: no regular file, truncated or damaged gzip, more text than
+            :func:`max_json_bytes`, another top-level type, or what :func:`parse_json` refuses.
     """
     path = Path(path)
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except EOFError as error:
-            raise DataError(f"{path}: the gzip file is truncated ({len(raw):,} bytes)") from error
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path}: the gzip file is damaged: {error}") from error
-    elif path.suffix == ".gz":
-        raise DataError(f"{path}: not a gzip file (it starts with {raw[:8]!r})")
+    raw = _read_unpacked(path, max_json_bytes())
     try:
-        obj = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text, byte {error.start:,}") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not valid JSON, line {error.lineno} column {error.colno}: {error.msg}"
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{path}: the JSON is nested too deeply") from error
+        obj = parse_json(raw)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     if expect is not None and not isinstance(obj, expect):
@@ -187,6 +304,30 @@ def read_json(path: str | os.PathLike[str], expect: type | None = None) -> Any:
             f"got {type(obj).__name__}"
         )
     return obj
+
+
+def load_npy(path: str | os.PathLike[str], *, mmap: bool = False) -> np.ndarray:
+    """Read an array in NumPy's ``.npy`` format, without pickled objects.
+
+    Args:
+        path: the file.
+        mmap: map it read-only, and do not read it into memory.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: it is no regular file, no ``.npy`` file of numbers, or shorter than it says.
+    """
+    path = regular_file(path)
+    try:
+        # Mapped first: that compares the header's shape with the file's size before any memory
+        # is taken.
+        array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, TypeError, OverflowError, MemoryError, tokenize.TokenError) as e:
+        raise DataError(f"{path}: not a readable .npy file of numbers: {e}") from e
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise DataError(f"{path}: not a readable .npy file of numbers: it is an archive (.npz)")
+    return array if mmap else np.array(array)
 
 
 def ensure_writable(folder: str | os.PathLike[str], *, min_free_bytes: int = 1 << 20) -> Path:

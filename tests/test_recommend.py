@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +202,7 @@ def test_search_options_are_those_of_the_engine(shop: Shop) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("not json", "not JSON"),
+        ("not json", "not valid JSON, line 1 column 1"),
         ('{"history": [3, 900]}', "item 900 is not in 0..199"),
         ('{"history": [1.5]}', "1.5 is not an item number"),
         ('{"history": [1e999]}', "inf is not an item number"),
@@ -210,6 +213,14 @@ def test_search_options_are_those_of_the_engine(shop: Shop) -> None:
         ('{"user": "nobody"}', "user 'nobody' is not in"),
         ('{"items": [1]}', 'expected {"user": "17"} or {"history": [3, 14, 15]}'),
         ("[1, 2]", "expected"),
+        ('{"history": ["1_0"]}', "'1_0' is not an item number"),
+        ('{"history": ["\u0663"]}', "is not an item number"),
+        ('{"history": [%s]}' % ("9" * 5000), "a number has too many digits"),
+        ('{"history": [%s]}' % ("9" * 4000), "item an integer of 13,288 bits is not in 0..199"),
+        ('{"user": "new \\ud800", "history": [3]}', "must be valid Unicode; got a lone surrogate"),
+        ('{"user": "a", "user": "b"}', "the key 'user' occurs twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"user": "%s"}' % ("x" * (1 << 24)), "a line must have at most 16,777,216 bytes"),
     ],
 )
 def test_a_bad_line_is_named_and_those_before_it_are_answered(
@@ -235,6 +246,12 @@ def test_bad_bytes_and_bad_rows_are_named(shop: Shop, tmp_path: Path) -> None:
     assert f"{rows}: row 2: expected" in error
     parquet.write_table(pyarrow.table({"id": [1]}), rows)
     assert "no column user or history; its columns: id" in shop("--input", rows)[2]
+    invalid = pyarrow.array([b"\xed\xa0\x80"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"user": invalid}), rows)
+    assert f"{rows}: not a readable Parquet file" in shop("--input", rows)[2]
+    decimals = pyarrow.array([[Decimal("3.7")]], pyarrow.list_(pyarrow.decimal128(5, 1)))
+    parquet.write_table(pyarrow.table({"history": decimals}), rows)
+    assert "row 1: Decimal('3.7') is not an item number" in shop("--input", rows)[2]
     rows.write_bytes(b"PAR0")
     assert f"{rows}: not a readable Parquet file" in shop("--input", rows)[2]
 
@@ -257,6 +274,7 @@ def test_an_output_file_is_whole_or_not_there(name: str, shop: Shop, tmp_path: P
         (("--history", "3,200"), "--history 3,200: item 200 is not in 0..199"),
         (("--history", "3,-1"), "item -1 is not in 0..199"),
         (("--history", "a,b"), "'a' is not an item number"),
+        (("--history", "1_0"), "'1_0' is not an item number"),
         (("--user", "3", "-k", "0"), "--top must be at least 1, got 0"),
         (("--user", "3", "--beams", "-2"), "--beams must be at least 1, got -2"),
         (("--user", "3", "--batch-size", "0"), "--batch-size must be at least 1, got 0"),
@@ -281,6 +299,7 @@ def test_bad_options_are_refused(options: tuple[str, ...], message: str, shop: S
     [
         ("5\nx\n", "line 2: 'x' is not an item number"),
         ("5\n200\n", "line 2: item 200 is not in 0..199"),
+        ("5\n1_0\n", "line 2: '1_0' is not an item number"),
         ("\n", "no item in it"),
     ],
 )
@@ -292,3 +311,42 @@ def test_a_bad_list_of_available_items_is_named(
     code, _, error = shop("--user", 3, "--available", listed)
     assert code == 2
     assert f"{listed}: {message}" in error
+
+
+@pytest.mark.parametrize("option", ["--input", "--available"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_pipe_or_a_folder_is_refused_and_not_waited_for(
+    option: str, ending: str, shop: Shop, tmp_path: Path
+) -> None:
+    pipe = tmp_path / f"pipe.{ending}"
+    os.mkfifo(pipe)
+    folder = tmp_path / f"folder.{ending}"
+    folder.mkdir()
+    for path, kind in ((pipe, "pipe"), (folder, "folder")):
+        asked = () if option == "--input" else ("--user", 3)
+        code, out, error = shop(*asked, option, path)
+        assert (code, out) == (2, "")
+        assert error == f"gflowgr: error: {path} must be a regular file; got a {kind}\n"
+
+
+def test_a_full_disk_leaves_no_answers(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for name in ("top.jsonl", "top.parquet"):
+        code, _, error = shop("--user", 3, "--output", tmp_path / name)
+        assert code == 2
+        assert error.startswith("gflowgr: error: ")
+        assert "no space left on the device" in error
+        assert name in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_that_are_no_text_are_refused(shop: Shop, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as end:
+        shop("--user", "caf\udce9")
+    assert end.value.code == 2
+    assert "arguments must be UTF-8 text; got 'caf\\udce9'" in capsys.readouterr().err

@@ -62,12 +62,26 @@ class CachedScores:
         self._path = Path(folder) / "scores.npy"
         description = Path(folder) / "scores.json"
         digest = self._digest()
-        if not (self._path.is_file() and _describes(description, digest)):
+        stored = self._stored() if _describes(description, digest) else None
+        if stored is None:
             files.ensure_writable(folder, min_free_bytes=size + 2**20)
             description.unlink(missing_ok=True)
             self._write(progress)
             files.write_json(description, {"digest": digest})
-        self._rows = np.load(self._path, mmap_mode="r", allow_pickle=False)
+            stored = files.load_npy(self._path, mmap=True)
+        self._rows = stored
+
+    def _stored(self) -> np.ndarray | None:
+        """The scores that are there, if they are whole."""
+        try:
+            rows = files.load_npy(self._path, mmap=True)
+        except (FileNotFoundError, DataError):
+            return None
+        whole = (rows.shape, rows.dtype) == (
+            (len(self._examples), self._model.num_items),
+            np.float16,
+        )
+        return rows if whole else None
 
     def rows(self, examples: torch.Tensor) -> torch.Tensor:
         """Standardised scores [B, items] of examples [B], float32, on the host."""

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from gflowgr.collaborative.base import check_score_inputs, load_saved, save_model
+from gflowgr.errors import DataError
+from gflowgr.files import load_npy
 from gflowgr.transfer import to_device
 
 
@@ -43,12 +45,13 @@ class EmbeddingScorer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> EmbeddingScorer:
-        """Read a .npy table; ValueError names the file when it is not one."""
+        """Read a .npy table; DataError names the file when it is not one."""
         try:
-            table = np.load(path, allow_pickle=False)
-        except (EOFError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable .npy array: {error}") from error
-        return cls(table)
+            return cls(load_npy(path))
+        except DataError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}: {error}") from error
 
     def to(self, device: torch.device | str) -> EmbeddingScorer:
         """Move the table to a device, in place."""

@@ -269,14 +269,14 @@ def _item_vectors(args: argparse.Namespace, dataset: Dataset | None) -> np.ndarr
 
 
 def _load_vectors(path: str | None, option: str, num_items: int | None) -> np.ndarray | None:
-    import numpy as np
-
+    from ..errors import DataError
+    from ..files import load_npy
     from ..identifiers.quantisation import checked_vectors
 
     if path is None:
         return None
     try:
-        vectors = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{option} {path}: not a .npy file of numbers ({error})") from error
+        vectors = load_npy(path)
+    except DataError as error:
+        raise DataError(f"{option} {error}") from error
     return checked_vectors(vectors, f"{option} {path}", num_items)

@@ -13,6 +13,7 @@ from gflowgr.data.shop_names import CATALOGUE, COLOURS, STYLES
 BEHAVIOURS = ("click", "purchase")
 REWARDS = (1.0, 10.0)
 
+_MAX_PAIRS = 1 << 32  # of users and items: what is true of each takes 2 bytes
 _DIM = 32  # latent dimensions d
 _SLATE = 6  # items shown per visit m
 _MIN_EVENTS, _MEAN_EVENTS, _MAX_EVENTS = 5, 10, 40
@@ -82,12 +83,17 @@ def generate_builtin(seed: int = 0, num_users: int = 3000, num_items: int = 1200
         num_items: number of items, at least 200.
 
     Raises:
-        ValueError: a size that is too small.
+        ValueError: a size that is too small, or a product that is too large.
     """
     if num_users < 1:
         raise ValueError(f"num_users must be at least 1, got {num_users}")
     if num_items < 200:
         raise ValueError(f"num_items must be at least 200, got {num_items}")
+    if num_users * num_items > _MAX_PAIRS:
+        raise ValueError(
+            f"num_users * num_items must be at most {_MAX_PAIRS:,}, got {num_users:,} * "
+            f"{num_items:,}"
+        )
     rng = np.random.default_rng(seed)
     shop = _make_shop(rng, num_users, num_items)
     log = _simulate(rng, shop)

@@ -27,19 +27,24 @@ import numpy as np
 
 from gflowgr.data.dataset import MAX_BEHAVIOURS, Dataset, check_items
 from gflowgr.data.ragged import Ragged
-from gflowgr.errors import DataError, OutputError
-from gflowgr.files import ensure_writable, read_json, save_npy, write_json_gz
+from gflowgr.errors import DataError, OutputError, shown
+from gflowgr.files import ensure_writable, load_npy, read_json, save_npy, write_json_gz
 
 _PARALLEL = ("rating", "time", "behaviour")
 _RESERVED = ("inter", "item", *_PARALLEL)
+_MAX_NAME = 1000
+"""Characters of a behaviour's name."""
+_FREE_IDS = 1_000_000
+_IDS_PER_ITEM = 20
 
 
 def load_dataset(path: str | Path) -> Dataset:
     """Read a data set's folder.
 
     The number of items is that of ``item.json.gz``; without it, that of the first index file;
-    without either, the largest item id + 1. Side pairs whose item is the user's validation or test
-    item are dropped and counted (``Dataset.side_dropped``).
+    without either, the largest item id + 1, which may then be no more than a million, or 20 times
+    the number of different items: models and tables have a row for every id. Side pairs whose item
+    is the user's validation or test item are dropped and counted (``Dataset.side_dropped``).
 
     Args:
         path: the folder.
@@ -49,9 +54,9 @@ def load_dataset(path: str | Path) -> Dataset:
         DataError: a file is damaged or contradicts another; the message names file, user and value.
     """
     folder = Path(path)
-    if not (folder / "inter.json.gz").is_file():
-        raise FileNotFoundError(f"{folder}: not a data set's folder, it has no inter.json.gz")
     inter = folder / "inter.json.gz"
+    if not _is_there(inter):
+        raise FileNotFoundError(f"{folder}: not a data set's folder, it has no inter.json.gz")
     users, sequences = _read_lists(inter, {int}, np.int64)
     if not users:
         raise DataError(f"{inter}: there are no users")
@@ -65,32 +70,18 @@ def load_dataset(path: str | Path) -> Dataset:
         if name not in _RESERVED and not name.startswith("index."):
             side[name] = _align(file, users, _read_lists(file, {int}, np.int64), complete=False)
 
-    texts = _read_texts(folder / "item.json.gz") if (folder / "item.json.gz").is_file() else None
+    texts = _read_texts(folder / "item.json.gz") if _is_there(folder / "item.json.gz") else None
     num_items = _count_items(folder, texts, [sequences, *side.values()])
     check_items(sequences, num_items, users, str(inter))
     for name, rows in side.items():
         check_items(rows, num_items, users, str(folder / f"{name}.json.gz"))
 
-    names: tuple[str, ...] = ()
-    behaviours = _read_parallel(folder / "behaviour.json.gz", users, sequences, {str}, np.str_)
-    if behaviours is not None:
-        distinct, codes = np.unique(behaviours, return_inverse=True)
-        if len(distinct) > MAX_BEHAVIOURS:
-            raise DataError(
-                f"{folder / 'behaviour.json.gz'}: {len(distinct)} different behaviours, "
-                f"at most {MAX_BEHAVIOURS} are supported"
-            )
-        names, behaviours = tuple(str(n) for n in distinct), codes.astype(np.int8)
+    names, behaviours = _read_behaviours(folder / "behaviour.json.gz", users, sequences)
     ratings = _read_parallel(folder / "rating.json.gz", users, sequences, {int, float}, np.float32)
     times = _read_parallel(folder / "time.json.gz", users, sequences, {int}, np.int64)
-    truth = None
-    if (folder / "truth.npy").is_file():
-        try:
-            truth = np.load(folder / "truth.npy", mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise DataError(f"{folder / 'truth.npy'}: not a readable .npy file: {error}") from error
+    truth = folder / "truth.npy"
     return Dataset(
-        name=folder.resolve().name,
+        name=_name_of(folder),
         path=folder,
         user_ids=users,
         sequences=sequences,
@@ -101,7 +92,7 @@ def load_dataset(path: str | Path) -> Dataset:
         times=times,
         side=side,
         texts=texts,
-        truth=truth,
+        truth=load_npy(truth, mmap=True) if _is_there(truth) else None,
     )
 
 
@@ -154,14 +145,18 @@ def save_dataset(dataset: Dataset, path: str | Path, *, overwrite: bool = False)
     Raises:
         FileExistsError: see :func:`check_target`.
         OutputError: the folder cannot be written.
-        ValueError: a side behaviour has a name that the format reserves.
+        ValueError: a side behaviour has a name that the format reserves, or that is no file's, or
+            identifiers have one.
     """
     from gflowgr.identifiers import write_index
 
     folder = Path(path)
     for name in dataset.side:
-        if name in _RESERVED or name.startswith("index.") or Path(name).name != name:
+        if name in _RESERVED or name.startswith("index.") or not _is_file_name(name):
             raise ValueError(f"side behaviour {name!r}: the name is reserved or not a file name")
+    for name in dataset.indexes:
+        if not _is_file_name(name):
+            raise ValueError(f"identifiers {name!r}: the name is not a file name")
     check_target(folder, overwrite=overwrite, sides=dataset.side)
     # Read everything that may lie in the very folder before anything there is removed.
     indexes = {name: dataset.identifiers(name) for name in dataset.index_names()}
@@ -197,7 +192,21 @@ def save_dataset(dataset: Dataset, path: str | Path, *, overwrite: bool = False)
     if truth is not None:
         save_npy(folder / "truth.npy", truth)
     write_json_gz(folder / "inter.json.gz", _to_lists(dataset.user_ids, dataset.sequences))
-    return replace(dataset, path=folder, name=folder.resolve().name)
+    return replace(dataset, path=folder, name=_name_of(folder))
+
+
+def _is_file_name(name: str) -> bool:
+    return bool(name) and Path(name).name == name and "\0" not in name
+
+
+def _is_there(file: Path) -> bool:
+    """Whether something has the name, be it a pipe or a dead link: reading it then says what."""
+    return file.exists() or file.is_symlink()
+
+
+def _name_of(folder: Path) -> str:
+    """The folder's name, as reports can write it: the file system's names may be any bytes."""
+    return folder.resolve().name.encode(errors="backslashreplace").decode()
 
 
 def _to_lists(users: list[str], rows: Ragged) -> dict[str, list[Any]]:
@@ -211,7 +220,7 @@ def _read_lists(file: Path, types: set[type], dtype: Any) -> tuple[list[str], Ra
     users, rows = list(obj), list(obj.values())
     if not set(map(type, rows)) <= {list}:
         user, row = next((u, r) for u, r in obj.items() if type(r) is not list)
-        raise DataError(f"{file}: user {user!r} must have a list, got {row!r:.60}")
+        raise DataError(f"{file}: user {user!r} must have a list, got {shown(row, 60)}")
     flat = list(chain.from_iterable(rows))
     if not set(map(type, flat)) <= types:
         wanted = " or ".join(
@@ -221,14 +230,16 @@ def _read_lists(file: Path, types: set[type], dtype: Any) -> tuple[list[str], Ra
             for position, value in enumerate(row):
                 if type(value) not in types:
                     raise DataError(
-                        f"{file}: user {user!r}, position {position}: {value!r:.60} "
+                        f"{file}: user {user!r}, position {position}: {shown(value, 60)} "
                         f"({type(value).__name__}) is not {wanted}"
                     )
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     try:
-        values = np.array(flat, dtype=dtype)
+        with np.errstate(over="ignore"):  # what overflows float32 is infinite, and refused as that
+            values = np.array(flat, dtype=dtype)
     except OverflowError as error:
-        raise DataError(f"{file}: a value does not fit 64 bits: {max(flat, key=abs)}") from error
+        largest = shown(max(flat, key=abs))
+        raise DataError(f"{file}: a value does not fit 64 bits: {largest}") from error
     return users, Ragged.from_lengths(lengths, values)
 
 
@@ -256,7 +267,7 @@ def _align(
 def _read_parallel(
     file: Path, users: list[str], sequences: Ragged, types: set[type], dtype: Any
 ) -> np.ndarray | None:
-    if not file.is_file():
+    if not _is_there(file):
         return None
     rows = _align(file, users, _read_lists(file, types, dtype), complete=True)
     other = np.flatnonzero(rows.lengths != sequences.lengths)
@@ -273,6 +284,29 @@ def _read_parallel(
     return rows.values
 
 
+def _read_behaviours(
+    file: Path, users: list[str], sequences: Ragged
+) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """The names of the behaviours, sorted, and the code of each event's."""
+    # As objects: NumPy's texts would all take the room of the longest, and lose a final NUL.
+    found = _read_parallel(file, users, sequences, {str}, object)
+    if found is None:
+        return (), None
+    code = {name: number for number, name in enumerate(sorted(set(found.tolist())))}
+    if len(code) > MAX_BEHAVIOURS:
+        raise DataError(
+            f"{file}: {len(code)} different behaviours, at most {MAX_BEHAVIOURS} are supported"
+        )
+    long = next((name for name in code if len(name) > _MAX_NAME), None)
+    if long is not None:
+        raise DataError(
+            f"{file}: a behaviour must have at most {_MAX_NAME:,} characters; got {len(long):,}, "
+            f"{shown(long, 40)}"
+        )
+    codes = np.fromiter((code[name] for name in found.tolist()), np.int8, len(found))
+    return tuple(code), codes
+
+
 def _read_texts(file: Path) -> list[dict[str, str]]:
     obj = read_json(file, expect=dict)
     texts = []
@@ -283,7 +317,9 @@ def _read_texts(file: Path) -> list[dict[str, str]]:
                 f"{file}: item {item} is missing; {len(obj)} items must be numbered from 0"
             )
         if type(fields) is not dict:
-            raise DataError(f"{file}: item {item} must have {{field: text}}, got {fields!r:.60}")
+            raise DataError(
+                f"{file}: item {item} must have {{field: text}}, got {shown(fields, 60)}"
+            )
         texts.append(
             {
                 key: v if type(v) is str else _as_text(file, item, key, v)
@@ -298,7 +334,7 @@ def _as_text(file: Path, item: int, key: str, value: object) -> str:
         return ""
     if isinstance(value, int | float):
         return str(value)
-    raise DataError(f"{file}: item {item}, field {key!r}: {value!r:.60} is not text")
+    raise DataError(f"{file}: item {item}, field {shown(key)}: {shown(value, 60)} is not text")
 
 
 def _count_items(folder: Path, texts: list[dict[str, str]] | None, rows: list[Ragged]) -> int:
@@ -307,4 +343,14 @@ def _count_items(folder: Path, texts: list[dict[str, str]] | None, rows: list[Ra
     index = next(iter(sorted(folder.glob("index.*.json.gz"))), None)
     if index is not None:
         return len(read_json(index, expect=dict))
-    return 1 + max(int(r.values.max()) for r in rows if len(r.values))
+    having = [r.values for r in rows if len(r.values)]
+    count = 1 + max(int(values.max()) for values in having)
+    if count > _FREE_IDS:
+        different = len(np.unique(np.concatenate(having)))
+        if count > max(_FREE_IDS, _IDS_PER_ITEM * different):
+            raise DataError(
+                f"{folder}: items must be numbered from 0 without large gaps; got item "
+                f"{count - 1:,} among {different:,} different ones. Number them anew, or say in "
+                "item.json.gz or an index file which items there are"
+            )
+    return count

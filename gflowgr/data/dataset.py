@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gflowgr.data.ragged import Ragged
-from gflowgr.errors import DataError
+from gflowgr.errors import DataError, shown
+from gflowgr.files import find_lone_surrogate
+from gflowgr.integers import MAX_ID, integer_array
 
 if TYPE_CHECKING:
     from gflowgr.identifiers import Identifiers
@@ -42,7 +45,8 @@ class Dataset:
         truth: float16 [U, num_items] true expected reward of each item at evaluation time, or None.
 
     Raises:
-        DataError: arrays of other lengths, ids out of range, empty users, times that go back.
+        DataError: arrays of other lengths, ids out of range or not integers, empty users, times
+            that go back, texts that are not valid Unicode.
     """
 
     name: str
@@ -61,6 +65,12 @@ class Dataset:
     truth: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        # Item ids are stored as int32.
+        if not 1 <= self.num_items <= MAX_ID:
+            raise DataError(
+                f"{self.name}: num_items must be in 1 .. {MAX_ID:,}; got {self.num_items:,}"
+            )
+        self._check_texts()
         self._check_sequences()
         self._check_parallel()
         self._clean_side()
@@ -177,6 +187,18 @@ class Dataset:
         result["identifiers"] = self.index_names()
         return result
 
+    def _check_texts(self) -> None:
+        """A file takes no lone surrogate: found here, and not when results are written."""
+        parts = {
+            "user_ids": self.user_ids,
+            "behaviour_names": self.behaviour_names,
+            "side": list(self.side),
+        }
+        for name, texts in parts.items():
+            _check_unicode(f"{self.name}: {name}", texts)
+        for item, fields in enumerate(self.texts or ()):
+            _check_unicode(f"{self.name}: texts[{item}]", fields.values(), fields)
+
     def _check_sequences(self) -> None:
         if len(self.sequences) != len(self.user_ids):
             raise DataError(f"{self.name}: {len(self.sequences)} sequences, {self.num_users} users")
@@ -187,6 +209,13 @@ class Dataset:
             raise DataError(f"{self.name}: user {self.user_ids[row]!r} has no interactions")
         check_items(self.sequences, self.num_items, self.user_ids, self.name)
         object.__setattr__(self, "sequences", _as_int32(self.sequences))
+
+    def _set_integers(self, name: str, dtype: type[np.signedinteger[Any]]) -> None:
+        try:
+            values = integer_array(getattr(self, name), f"{self.name}: {name}", dtype)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        object.__setattr__(self, name, values)
 
     def _check_parallel(self) -> None:
         for what in ("behaviours", "ratings", "times"):
@@ -201,6 +230,7 @@ class Dataset:
                 f"{self.name}: {len(self.behaviour_names)} behaviours, at most {MAX_BEHAVIOURS}"
             )
         if self.behaviours is not None:
+            self._set_integers("behaviours", np.int8)
             low, high = int(self.behaviours.min()), int(self.behaviours.max())
             if low < 0 or high >= len(self.behaviour_names):
                 raise DataError(
@@ -214,6 +244,7 @@ class Dataset:
                 f"{self.name}: user {self.user_ids[row]!r} has the rating {self.ratings[at]}"
             )
         if self.times is not None:
+            self._set_integers("times", np.int64)
             same_user = np.diff(self.sequences.row_of_values()) == 0
             back = np.flatnonzero((np.diff(self.times) < 0) & same_user)
             if len(back):
@@ -237,20 +268,35 @@ class Dataset:
                     f"{self.name}: side {side}: {len(rows)} rows, {self.num_users} users"
                 )
             check_items(rows, self.num_items, self.user_ids, f"{self.name}: side {side}")
+            rows = _as_int32(rows)
             pairs = rows.row_of_values() * self.num_items + rows.values
             leak = np.isin(pairs, held)
             dropped[side] = dropped.get(side, 0) + int(leak.sum())
-            cleaned[side] = _as_int32(rows.filter(~leak) if leak.any() else rows)
+            cleaned[side] = rows.filter(~leak) if leak.any() else rows
         object.__setattr__(self, "side", cleaned)
         object.__setattr__(self, "side_dropped", dropped)
 
 
+def _check_unicode(where: str, texts: Iterable[str], more: Iterable[str] = ()) -> None:
+    try:
+        # One call for all of them; which one it is matters only when it fails.
+        "".join((*texts, *more)).encode()
+    except UnicodeEncodeError:
+        lone = next(text for text in (*texts, *more) if find_lone_surrogate(text))
+        raise DataError(
+            f"{where} must be valid Unicode; got a lone surrogate, {shown(lone)}"
+        ) from None
+
+
 def _as_int32(rows: Ragged) -> Ragged:
+    """The rows as they are stored; :func:`check_items` has proved that they fit."""
     return Ragged(rows.offsets, rows.values.astype(np.int32, copy=False))
 
 
 def check_items(rows: Ragged, num_items: int, user_ids: list[str], where: str) -> None:
     """Raise DataError naming user, position and value of the first item that is out of range."""
+    if rows.values.dtype.kind not in "iu" and len(rows.values):
+        raise DataError(f"{where}: items must be integers; got {rows.values.dtype}")
     bad = np.flatnonzero((rows.values < 0) | (rows.values >= num_items))
     if len(bad):
         at = int(bad[0])

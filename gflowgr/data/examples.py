@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from gflowgr.data.ragged import Ragged
-from gflowgr.errors import DataError
-from gflowgr.files import ensure_writable, read_json, save_npy, write_json
+from gflowgr.errors import DataError, shown
+from gflowgr.files import ensure_writable, load_npy, read_json, save_npy, write_json
+from gflowgr.integers import integer_array
 
 _FORMAT = "gflowgr-training-examples"
 _VERSION = 1
@@ -54,7 +55,7 @@ class TrainingExamples:
         """All examples of the training ``sequences`` (Ragged int32), user by user, oldest first.
 
         Raises:
-            ValueError: ``max_history`` below 1.
+            ValueError: ``max_history`` below 1, or items that are not integers of 32 bits.
         """
         if max_history < 1:
             raise ValueError(f"max_history must be at least 1, got {max_history}")
@@ -68,7 +69,7 @@ class TrainingExamples:
         begin = np.maximum(first[users], end - max_history)
         small = len(sequences.values) < 2**31
         bounds = np.stack([begin, end, users], axis=1).astype(np.int32 if small else np.int64)
-        items = sequences.values.astype(np.int32, copy=False)
+        items = integer_array(sequences.values, "items", np.int32)
         return cls(items, bounds, max_history, behaviours)
 
     def __len__(self) -> int:
@@ -158,7 +159,9 @@ class TrainingExamples:
             )
         arrays: dict[str, np.ndarray] = {}
         try:
-            max_history = int(meta["max_history"])
+            max_history = meta["max_history"]
+            if type(max_history) is not int:
+                raise TypeError(f"max_history must be an integer; got {shown(max_history)}")
             for name, about in meta["arrays"].items():
                 arrays[name] = _map(folder / f"{name}.npy", tuple(about["shape"]), about["dtype"])
             items, bounds = arrays["items"], arrays["bounds"]
@@ -167,6 +170,12 @@ class TrainingExamples:
                 f"{folder / 'examples.json'}: entry missing or malformed: {error!r}"
             ) from error
         _check_bounds(folder, items, bounds, max_history)
+        behaviours = arrays.get("behaviours")
+        if behaviours is not None and (behaviours.shape, behaviours.dtype) != (items.shape, "i1"):
+            raise DataError(
+                f"{folder / 'behaviours.npy'}: must be int8 {items.shape}; got {behaviours.dtype} "
+                f"{behaviours.shape}"
+            )
         return cls(items, bounds, max_history, arrays.get("behaviours"), folder)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,11 +203,9 @@ def _map(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     if 0 in shape:
         return np.zeros(shape, dtype=dtype)  # an empty file region cannot be mapped
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        array = load_npy(file, mmap=True)
     except FileNotFoundError as error:
         raise DataError(f"{file}: missing although examples.json lists it") from error
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{file}: truncated or not a .npy file: {error}") from error
     if array.shape != shape or array.dtype.str != dtype:
         raise DataError(
             f"{file}: holds {array.dtype.str} {array.shape}, examples.json says {dtype} {shape}"
@@ -210,6 +217,11 @@ def _check_bounds(folder: Path, items: np.ndarray, bounds: np.ndarray, max_histo
     if bounds.ndim != 2 or bounds.shape[1] != 3 or items.ndim != 1:
         raise DataError(
             f"{folder}: items {items.shape}, bounds {bounds.shape}; expected [M] and [E, 3]"
+        )
+    if items.dtype != np.int32 or bounds.dtype not in (np.int32, np.int64):
+        raise DataError(
+            f"{folder}: items must be int32 and bounds int32 or int64; got {items.dtype} and "
+            f"{bounds.dtype}"
         )
     if len(bounds) == 0:
         return

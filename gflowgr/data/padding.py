@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from gflowgr.integers import integer_array
+
 
 def pad_histories(
     histories: Sequence[np.ndarray], *, max_length: int | None = None
@@ -14,6 +16,9 @@ def pad_histories(
     """Stack ragged histories as int64 [B, H], left-aligned and padded with -1.
 
     H is the longest length (at least 1); with ``max_length`` only the last items are kept.
+
+    Raises:
+        ValueError: a history holds something else than integers that fit 64 bits.
     """
     if max_length is not None:
         histories = [history[-max_length:] for history in histories]
@@ -21,6 +26,8 @@ def pad_histories(
     width = max(1, int(lengths.max(initial=1)))
     padded = np.full((len(histories), width), -1, np.int64)
     padded[np.arange(width) < lengths[:, None]] = (
-        np.concatenate(histories) if lengths.sum() else np.empty(0, np.int64)
+        integer_array(np.concatenate(histories), "histories")
+        if lengths.sum()
+        else np.empty(0, np.int64)
     )
     return torch.from_numpy(padded)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
+
+from gflowgr.integers import integer_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,7 @@ class Ragged:
     values: np.ndarray
 
     def __post_init__(self) -> None:
-        offsets = np.asarray(self.offsets, dtype=np.int64)
+        offsets = integer_array(self.offsets, "offsets")
         if offsets.ndim != 1 or len(offsets) == 0 or self.values.ndim != 1:
             raise ValueError(
                 "offsets must be one-dimensional with an entry at least, values one-dimensional, "
@@ -46,10 +49,16 @@ class Ragged:
         return cls(offsets, values)
 
     @classmethod
-    def from_lists(cls, rows: Sequence[Sequence[int]], dtype: type = np.int32) -> Ragged:
-        """Rows given as Python sequences."""
+    def from_lists(
+        cls, rows: Sequence[Sequence[int]], dtype: type[np.signedinteger[Any]] = np.int32
+    ) -> Ragged:
+        """Rows given as Python sequences.
+
+        Raises:
+            ValueError: a value is no integer, or does not fit ``dtype``.
+        """
         lengths = np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
-        values: np.ndarray = np.array(list(chain.from_iterable(rows)), dtype=dtype)
+        values = integer_array(list(chain.from_iterable(rows)), "values", dtype)
         return cls.from_lengths(lengths, values)
 
     def __len__(self) -> int:

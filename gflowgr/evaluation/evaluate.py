@@ -10,6 +10,7 @@ import numpy as np
 from gflowgr.data import LeaveOneOut
 from gflowgr.evaluation import metrics as m
 from gflowgr.evaluation.recommender import Recommender
+from gflowgr.integers import integer_array
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def _seen(
 def _checked(items: np.ndarray, name: str, rows: int, length: int, num_items: int) -> np.ndarray:
     if items.shape != (rows, length):
         raise ValueError(f"{name} returned items {items.shape}, expected {(rows, length)}")
+    items = integer_array(items, f"{name}: recommended items")
     if items.size and (items.min() < -1 or items.max() >= num_items):
         raise ValueError(
             f"{name} recommended item {items.max()} (lowest {items.min()}), which is not in the "
@@ -175,7 +177,7 @@ def _checked(items: np.ndarray, name: str, rows: int, length: int, num_items: in
     if repeated.any():
         row, column = np.argwhere(repeated)[0]
         raise ValueError(f"{name} recommended item {ordered[row, column]} twice in one list")
-    return items.astype(np.int64, copy=False)
+    return items
 
 
 def _distinct_identifiers(

@@ -10,6 +10,7 @@ import torch
 
 from gflowgr.collaborative.base import CollaborativeModel
 from gflowgr.data import pad_histories
+from gflowgr.integers import integer_array
 from gflowgr.ops.topk import stable_topk
 
 
@@ -64,7 +65,8 @@ class ScoringRecommender:
         """See :meth:`Recommender.recommend`.
 
         Raises:
-            ValueError: k below 1, ``exclude`` of another length, a score that is NaN.
+            ValueError: k below 1, ``exclude`` of another length or with something else than items,
+                a score that is NaN.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -73,7 +75,12 @@ class ScoringRecommender:
         scores = self.model.score(pad_histories(histories), None).float()
         if exclude is not None and any(len(items) for items in exclude):
             rows = np.repeat(np.arange(len(exclude)), [len(items) for items in exclude])
-            columns = np.concatenate([np.asarray(items, np.int64) for items in exclude])
+            columns = integer_array(
+                np.concatenate([np.asarray(items) for items in exclude if len(items)]),
+                "exclude",
+                low=0,
+                high=scores.shape[1] - 1,
+            )
             barred = torch.from_numpy(np.stack([rows, columns])).to(scores.device)
             scores = scores.clone()
             scores[barred[0], barred[1]] = float("-inf")

@@ -159,6 +159,7 @@ def alone(folder: str, out: Path) -> Iterator[None]:
 
 
 def _lock_file(out: Path, name: str) -> TextIO:
-    path = out / ".locks" / name.replace("/", "__")
+    # No folder's name has a %, so that different folders have different locks.
+    path = out / ".locks" / name.replace("/", "%")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("a")

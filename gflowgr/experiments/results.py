@@ -326,11 +326,9 @@ def _arrays(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _load(path: Path, dimensions: int) -> np.ndarray:
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = files.load_npy(path, mmap=True)
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing, though the cell is marked as complete") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: damaged: {error}") from error
     if array.ndim != dimensions or array.dtype.kind != "i":
         raise DataError(
             f"{path}: expected integers with {dimensions} dimension(s), got {array.dtype} "

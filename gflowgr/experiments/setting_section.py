@@ -58,7 +58,9 @@ def picture(
     out: Path, name: str, title: str, alt: str, draw: Callable[[Path], bool]
 ) -> list[Block]:
     """The figure, if there is anything to draw."""
-    file = f"figures/{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.png"
+    # Letters of any script stay: datasets that differ must not share a figure.
+    stem = re.sub(r"[^\w.=-]+", "_", name)
+    file = f"figures/{stem}.png"
     return [Picture(file, title, alt)] if draw(out / file) else []
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..errors import shown
 from ..pipeline import ConfigError, RunConfig
 from ..pipeline.config import training_arguments
 from ..pipeline.yaml_file import apply_override, expand, read_yaml
@@ -20,6 +22,18 @@ Values = dict[str, Any]
 _SPECS = Path(__file__).parent / "specs"
 _SECTIONS = ("data", "collaborative", "model", "flow", "sft", "finetune", "evaluation")
 _OF_METHODS = ("flow", "finetune")
+# What stands beside the folders of datasets, of identifiers and of methods.
+_OF_EXPERIMENT = {
+    name: f"the experiment's own {name}"
+    for name in (
+        *("experiment.json", "figures", "report", "report.md", "report.html"),
+        *("results.json", "results.csv"),
+    )
+}
+_OF_SEED = {"collaborative": "the collaborative model"}
+_OF_TRACK = {"sft": "the start", "digests.json": "the track's own digests.json"}
+_MAX_FOLDER = 64
+"""Bytes of a folder's name; a lock's file name is made of three of them, and has 255 at most."""
 
 
 def shipped_specs() -> dict[str, Path]:
@@ -83,7 +97,12 @@ class Track:
     @property
     def folder(self) -> str:
         """Folder of the track."""
-        return f"{self.seed_folder}/{_slug(Path(self.identifiers or 'default').name)}"
+        return f"{self.seed_folder}/{self.slug}"
+
+    @property
+    def slug(self) -> str:
+        """The name of that folder, after the index file's name without its own folder."""
+        return _slug(Path(self.identifiers or "default").name)
 
 
 @dataclass(frozen=True)
@@ -153,10 +172,10 @@ class ExperimentSpec:
         }
         for key, value in values.items():
             if key not in known:
-                raise ConfigError(f"{source}: unknown key {key!r}; known: {', '.join(known)}")
+                raise ConfigError(f"{source}: unknown key {shown(key)}; known: {', '.join(known)}")
             if not isinstance(value, known[key]):
                 kind = known[key].__name__
-                raise ConfigError(f"{source}: {key} must be {kind}, got {value!r}")
+                raise ConfigError(f"{source}: {key} must be {kind}, got {shown(value)}")
         for key in ("name", "seeds", "datasets", "methods"):
             if not values.get(key):
                 raise ConfigError(f"{source}: {key} is missing or empty")
@@ -168,12 +187,7 @@ class ExperimentSpec:
         baseline = values.get("baseline", methods[0].name)
         if baseline not in [method.name for method in methods]:
             raise ConfigError(f"{source}: baseline {baseline!r} is no method")
-        slugs = {"sft": "the start"}
-        for method in methods:
-            if method.slug in slugs:
-                other = slugs[method.slug]
-                raise ConfigError(f"{source}: methods: {method.name!r} is too like {other!r}")
-            slugs[method.slug] = method.name
+        _check_folders(f"{source}: methods", [(m.name, m.slug) for m in methods], _OF_TRACK)
         spec = cls(
             name=values["name"],
             title=values.get("title") or values["name"],
@@ -242,7 +256,7 @@ class ExperimentSpec:
         """Every configuration is made once, so that what is wrong is found now."""
         for where, values in (("base", self.base), *self.datasets.items()):
             if not isinstance(values, dict):
-                raise ConfigError(f"{source}: {where} must have sections, got {values!r}")
+                raise ConfigError(f"{source}: {where} must have sections, got {shown(values)}")
             allowed = _SECTIONS if where == "base" else (*_SECTIONS, "identifiers")
             _only(allowed, values, f"{source}: {where}")
             if "identifiers" in values.get("data", {}):
@@ -250,16 +264,22 @@ class ExperimentSpec:
                     f"{source}: {where}: data.identifiers: name them in the list `identifiers` of "
                     "each dataset"
                 )
+        folders = [(name, name) for name in self.datasets]
+        _check_folders(f"{source}: datasets", folders, _OF_EXPERIMENT)
         for name, values in self.datasets.items():
             if not re.fullmatch(r"\w[\w.-]*", name):
                 raise ConfigError(
-                    f"{source}: datasets: {name!r} names a folder; use letters, digits, . _ -"
+                    f"{source}: datasets: {shown(name)} names a folder; use letters, digits, . _ -"
                 )
             listed = values.get("identifiers", [None])
-            if not isinstance(listed, list) or not listed or len(set(listed)) < len(listed):
+            texts = isinstance(listed, list) and all(isinstance(x, str | None) for x in listed)
+            if not texts or not listed or len(set(listed)) < len(listed):
                 raise ConfigError(
                     f"{source}: {name}: identifiers must be a list of different names; got {listed}"
                 )
+            tracks = [Track(name, 0, each) for each in listed]
+            folders = [(track.identifiers or "default", track.slug) for track in tracks]
+            _check_folders(f"{source}: {name}: identifiers", folders, _OF_SEED)
         for dataset in self.datasets:
             track = Track(dataset, self.seeds[0], self.identifiers(dataset)[0])
             for method in (None, *self.methods):
@@ -283,7 +303,9 @@ def _methods(source: str, values: Mapping[str, Any]) -> Iterator[Method]:
             section, _, name = key.partition(".")
             _only(_OF_METHODS, {section: name}, f"{source}: grids: {of}")
             if not isinstance(points, list):
-                raise ConfigError(f"{source}: grids: {of}: {key} must be a list, got {points!r}")
+                raise ConfigError(
+                    f"{source}: grids: {of}: {key} must be a list, got {shown(points)}"
+                )
             for value in points:
                 settings = merge(main[of], {section: {name: value}})
                 yield Method(f"{of} {name}={value}", settings, "grid", of, key, value)
@@ -298,7 +320,7 @@ def _outcome(config: RunConfig) -> tuple[Any, Values]:
 def _checked(settings: Any, where: str) -> Values:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
-        raise ConfigError(f"{where} must have sections, got {settings!r}")
+        raise ConfigError(f"{where} must have sections, got {shown(settings)}")
     _only(_OF_METHODS, settings, where)
     return settings
 
@@ -306,7 +328,7 @@ def _checked(settings: Any, where: str) -> Values:
 def _only(allowed: Sequence[str], values: Values, where: str) -> None:
     for key in values:
         if key not in allowed:
-            raise ConfigError(f"{where}: unknown section {key!r}; known: {', '.join(allowed)}")
+            raise ConfigError(f"{where}: unknown section {shown(key)}; known: {', '.join(allowed)}")
 
 
 def _known(name: str, methods: Values, where: str) -> None:
@@ -323,4 +345,41 @@ def merge(values: Values, changes: Values) -> Values:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9=.]+", "_", name.lower()).strip("_.")
+    """A folder's name: letters and digits of any script, the rest as ``_``; perhaps empty."""
+    name = unicodedata.normalize("NFC", name).lower()
+    return re.sub(r"(?:[^\w=.]|_)+", "_", name).strip("_.")
+
+
+def _check_folders(
+    where: str, folders: Sequence[tuple[str, str]], taken: Mapping[str, str]
+) -> None:
+    """Check that names have folders of their own.
+
+    Args:
+        where: for errors.
+        folders: names and their folders.
+        taken: folders that have another use, and which.
+
+    Raises:
+        ConfigError: a name without a folder, with one that is too long, or that is another's.
+    """
+    used = dict(taken)
+    for name, folder in folders:
+        if not isinstance(name, str) or not folder:
+            raise ConfigError(
+                f"{where}: a name must have a letter or a digit; got {shown(name)}, which names no "
+                "folder"
+            )
+        if len(folder.encode(errors="surrogatepass")) > _MAX_FOLDER:
+            raise ConfigError(
+                f"{where}: a name must make a folder of at most {_MAX_FOLDER} bytes; got "
+                f"{shown(name)}"
+            )
+        # Some file systems take upper and lower case, and both ways to write an accent, for one.
+        key = unicodedata.normalize("NFC", folder).casefold()
+        if key in used:
+            raise ConfigError(
+                f"{where}: {shown(name)} is too like {shown(used[key])}: both would have the "
+                f"folder {shown(folder)}"
+            )
+        used[key] = name

@@ -10,8 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gflowgr.errors import DataError
+from gflowgr.errors import DataError, shown
 from gflowgr.files import read_json, write_json_gz
+
+_MAX_TOKENS = 1000
+_MAX_CHARACTERS = 1000
+_MAX_CODES = 1 << 28
+"""Entries of the table of codes, items x longest identifier: 1 GiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +55,8 @@ class Identifiers:
 
 def _natural(text: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key in which digits compare as numbers."""
-    parts = re.split(r"(\d+)", text)
+    # Digits of any script, but no number so long that Python takes no time to read it.
+    parts = re.split(r"(\d{1,1000})", text)
     return (*((1, int(p)) if i % 2 else (0, p) for i, p in enumerate(parts)), (0, text))
 
 
@@ -64,7 +70,8 @@ def read_index(path: str | Path, num_items: int | None = None) -> Identifiers:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: damaged file, a missing or unknown item, a row that is not a list of strings.
+        DataError: damaged file, a missing or unknown item, a row that is not a list of strings, is
+            longer than 1,000, or holds an empty string or one of more than 1,000 characters.
     """
     path = Path(path)
     obj = read_json(path, expect=dict)
@@ -72,24 +79,40 @@ def read_index(path: str | Path, num_items: int | None = None) -> Identifiers:
     rows = [obj.get(str(item)) for item in range(count)]
     missing = [item for item, row in enumerate(rows) if row is None]
     if missing:
-        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise DataError(f"{path}: {len(missing)} of {count} items have no identifier: {shown}")
+        first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise DataError(f"{path}: {len(missing)} of {count} items have no identifier: {first}")
     if len(obj) != count:
         known = set(map(str, range(count)))
         extra = next(key for key in obj if key not in known)
         raise DataError(
-            f"{path}: item {extra!r} is unknown, the data set has items 0 .. {count - 1}"
+            f"{path}: item {shown(extra)} is unknown, the data set has items 0 .. {count - 1}"
         )
     if not rows:
         raise DataError(f"{path}: there are no items")
     for item, row in enumerate(rows):
         if type(row) is not list or not row:
             raise DataError(
-                f"{path}: item {item} must have a non-empty list of tokens, got {row!r:.60}"
+                f"{path}: item {item} must have a non-empty list of tokens, got {shown(row, 60)}"
             )
         if not all(type(token) is str for token in row):
-            raise DataError(f"{path}: item {item} has a token that is not text: {row!r:.80}")
+            raise DataError(f"{path}: item {item} has a token that is not text: {shown(row)}")
+        # The table of codes has room for the longest row in every row.
+        if len(row) > _MAX_TOKENS:
+            raise DataError(
+                f"{path}: item {item} must have at most {_MAX_TOKENS:,} tokens, got {len(row):,}"
+            )
+        wrong = next((token for token in row if not 1 <= len(token) <= _MAX_CHARACTERS), None)
+        if wrong is not None:
+            raise DataError(
+                f"{path}: item {item}: a token must have 1 to {_MAX_CHARACTERS:,} characters, got "
+                f"{len(wrong):,}, {shown(wrong, 40)}"
+            )
     length = max(map(len, rows))
+    if count * length > _MAX_CODES:
+        raise DataError(
+            f"{path}: items x longest identifier must be at most {_MAX_CODES:,}, got "
+            f"{count:,} x {length:,}"
+        )
     codes = np.full((count, length), -1, dtype=np.int32)
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=count)
     level_tokens: list[list[str]] = []

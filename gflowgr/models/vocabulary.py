@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..integers import integer_array
+
 __all__ = ["EOS_TOKEN", "PAD_TOKEN", "IdentifierVocabulary"]
 
 PAD_TOKEN = 0
@@ -126,7 +128,7 @@ class IdentifierVocabulary:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> IdentifierVocabulary:
         """Rebuild from :meth:`to_dict`."""
-        sizes = tuple(int(size) for size in values["codebook_sizes"])
+        sizes = tuple(integer_array(values["codebook_sizes"], "codebook_sizes").tolist())
         return cls(**{**values, "codebook_sizes": sizes})
 
 
@@ -137,4 +139,4 @@ def _check_codes(codes: npt.ArrayLike) -> npt.NDArray[np.int64]:
             f"codes must be a non-empty integer array [items, levels]; got shape {array.shape}, "
             f"dtype {array.dtype}"
         )
-    return array.astype(np.int64)
+    return integer_array(array, "codes")

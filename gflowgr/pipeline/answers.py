@@ -98,11 +98,13 @@ def open_answers(
 class _Lines:
     def __init__(self, handle: TextIO, dataset: Dataset, fields: AnswerFields) -> None:
         self.handle, self.dataset, self.fields = handle, dataset, fields
+        # A terminal of another encoding gets escapes, which JSON has for every character.
+        self.ascii = (handle.encoding or "").lower().replace("-", "") != "utf8"
 
     def __call__(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
             record = self.fields.record(answer, self.dataset)
-            self.handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.handle.write(json.dumps(record, ensure_ascii=self.ascii) + "\n")
         self.handle.flush()
 
 

@@ -83,15 +83,20 @@ def claim_data(output: Path, digests: dict[str, str]) -> None:
 
 def digest_of(source: Dataset | Identifiers) -> str:
     """SHA-256 of what training and evaluation read of a dataset, or of a set of identifiers."""
+    parts: dict[str, np.ndarray | None]
     if isinstance(source, Dataset):
-        arrays = [source.sequences.offsets, source.sequences.values, source.behaviours]
+        parts = {"offsets": source.sequences.offsets, "items": source.sequences.values}
+        parts |= {"behaviours": source.behaviours, "truth": source.truth}
+        for name, rows in source.side.items():
+            parts |= {f"{name} offsets": rows.offsets, f"{name} items": rows.values}
         head = f"{source.num_items} {source.behaviour_names}"
     else:
-        arrays, head = [source.codes], ""
+        parts, head = {"codes": source.codes}, ""
     digest = hashlib.sha256(head.encode())
-    for array in arrays:
+    for name, array in parts.items():
         if array is not None:
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

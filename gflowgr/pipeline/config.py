@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import torch
 
+from ..errors import shown
 from ..models.causal_lm_build import CausalConfig
 from ..models.gflow_model import FlowSettings
 from ..models.lora import LoraSettings
@@ -127,6 +128,8 @@ class RunConfig:
     caveats: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be in 0 .. 2**32 - 1, got {shown(self.seed)}")
         if self.data.max_history != self.flow.max_history:
             object.__setattr__(
                 self, "flow", dataclasses.replace(self.flow, max_history=self.data.max_history)
@@ -194,8 +197,8 @@ def _section(key: str, values: Mapping[str, Any], where: str) -> type:
     if key != "model":
         return _SECTIONS[key]
     kind = values.get("kind", "tiger")
-    if kind not in _GENERATORS:
-        raise ConfigError(f"{where}: kind must be one of {list(_GENERATORS)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in _GENERATORS:
+        raise ConfigError(f"{where}: kind must be one of {list(_GENERATORS)}, got {shown(kind)}")
     return _GENERATORS[kind]
 
 
@@ -207,10 +210,10 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+            raise ConfigError(f"{where}: unknown key {shown(key)}{hint}")
         if cls is RunConfig and key in (*_SECTIONS, "model"):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{where}: {key} must be a section, got {value!r}")
+                raise ConfigError(f"{where}: {key} must be a section, got {shown(value)}")
             if key == "flow":
                 value = {"objective": "tb", **value}
             inside = f"{where}: {key}"
@@ -243,9 +246,11 @@ def _check_type(where: str, value: Any, annotation: Any) -> None:
             continue
         accepted = (int, float) if plain is float else plain
         if isinstance(value, accepted) and (plain is bool or not isinstance(value, bool)):
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ConfigError(f"{where} must be a number of 64 bits, got {shown(value)}")
             return
         names.append("nothing" if kind is type(None) else plain.__name__)
-    raise ConfigError(f"{where} must be {' or '.join(names)}, got {value!r}")
+    raise ConfigError(f"{where} must be {' or '.join(names)}, got {shown(value)}")
 
 
 def training_arguments(values: Mapping[str, Any], output_dir: str, seed: int) -> GFlowGRConfig:
@@ -276,7 +281,7 @@ def _check_training_arguments(section: str, values: dict[str, Any], seed: int) -
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"{section}: unknown training argument {key!r}{hint}")
+            raise ConfigError(f"{section}: unknown training argument {shown(key)}{hint}")
         _check_type(f"{section}.{key}", value, hints[key])
     try:
         training_arguments(values, "unused", seed)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import itertools
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from ..data import Dataset
-from ..errors import DataError
+from ..errors import DataError, shown
+from ..files import parse_json, regular_file
 
 __all__ = ["Query", "QueryReader", "parquet_rows", "read_available"]
 
+_MAX_LINE = 1 << 24
 _WANTED = '{"user": "17"} or {"history": [3, 14, 15]}'
 
 
@@ -50,7 +52,7 @@ class QueryReader:
         """Users of the dataset, then histories such as ``3,14,15``."""
         found = [Query(row, user, self._of_user(user)) for row, user in enumerate(users, 1)]
         for row, text in enumerate(histories, len(found) + 1):
-            found.append(Query(row, None, self._items(text.split(","), f"--history {text}")))
+            found.append(Query(row, None, self._items(text.split(","), f"--history {text[:80]}")))
         return found
 
     def from_file(self, source: str) -> Iterator[Query]:
@@ -65,24 +67,23 @@ class QueryReader:
         elif source.endswith(".parquet"):
             yield from self._parquet(source)
         else:
-            with open(source, "rb") as handle:
+            with regular_file(source).open("rb") as handle:
                 yield from self._lines(handle, source)
 
     def _lines(self, lines: BinaryIO, name: str) -> Iterator[Query]:
-        for row, line in enumerate(lines, start=1):
+        for row in itertools.count(1):
+            where = f"{name}: line {row}"
+            line = _next_line(lines, where)
+            if not line:
+                return
             if not line.strip():
                 continue
-            where = f"{name}: line {row}"
             try:
-                record = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 text, byte {error.start}") from None
-            except ValueError as error:
-                raise DataError(f"{where}: not JSON: {error}") from None
-            except RecursionError:
-                raise DataError(f"{where}: the JSON is nested too deeply") from None
+                record = parse_json(line)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
             if not isinstance(record, dict):
-                raise DataError(f"{where}: expected {_WANTED}, got {_short(record)}")
+                raise DataError(f"{where}: expected {_WANTED}, got {shown(record)}")
             yield self._query(record, row, where)
 
     def _parquet(self, source: str) -> Iterator[Query]:
@@ -100,14 +101,14 @@ class QueryReader:
     def _query(self, record: dict[str, Any], row: int, where: str) -> Query:
         user, history = record.get("user"), record.get("history")
         if user is not None and (isinstance(user, bool) or not isinstance(user, str | int)):
-            raise DataError(f"{where}: user must be text or a whole number, got {_short(user)}")
+            raise DataError(f"{where}: user must be text or a whole number, got {shown(user)}")
         user = None if user is None else str(user)
         if isinstance(history, list):
             return Query(row, user, self._items(history, where))
         if history is not None:
-            raise DataError(f"{where}: history must be a list of items, got {_short(history)}")
+            raise DataError(f"{where}: history must be a list of items, got {shown(history)}")
         if user is None:
-            raise DataError(f"{where}: expected {_WANTED}, got {_short(record)}")
+            raise DataError(f"{where}: expected {_WANTED}, got {shown(record)}")
         return Query(row, user, self._of_user(user, f"{where}: "))
 
     def _of_user(self, user: str, where: str = "") -> npt.NDArray[np.int64]:
@@ -115,7 +116,7 @@ class QueryReader:
             self._rows = {name: row for row, name in enumerate(self.dataset.user_ids)}
         row = self._rows.get(user)
         if row is None:
-            raise DataError(f"{where}user {user!r} is not in {self.dataset.path}")
+            raise DataError(f"{where}user {shown(user)} is not in {self.dataset.path}")
         return self.dataset.sequences.row(row).astype(np.int64)
 
     def _items(self, entries: Iterable[Any], where: str) -> npt.NDArray[np.int64]:
@@ -130,14 +131,26 @@ def read_available(path: str, num_items: int) -> npt.NDArray[np.bool_]:
         DataError: a line is no item of the catalogue, or there is none at all.
     """
     available = np.zeros(num_items, dtype=np.bool_)
-    with open(path, "rb") as handle:
-        for number, line in enumerate(handle, start=1):
+    with regular_file(path).open("rb") as handle:
+        for number in itertools.count(1):
+            where = f"{path}: line {number}"
+            line = _next_line(handle, where)
+            if not line:
+                break
             if line.strip():
                 text = line.decode("utf-8", errors="replace").strip()
-                available[_item(text, num_items, f"{path}: line {number}")] = True
+                available[_item(text, num_items, where)] = True
     if not available.any():
         raise DataError(f"{path}: no item in it")
     return available
+
+
+def _next_line(lines: BinaryIO, where: str) -> bytes:
+    """The next line, which must have an end; empty after the last one."""
+    line = lines.readline(_MAX_LINE + 1)
+    if len(line) > _MAX_LINE:
+        raise DataError(f"{where}: a line must have at most {_MAX_LINE:,} bytes; got more")
+    return line
 
 
 def parquet_rows(source: str) -> int:
@@ -151,27 +164,25 @@ def _parquet_file(source: str) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet
 
-    if not Path(source).is_file():
-        raise FileNotFoundError(2, "No such file", source)
+    regular_file(source)
     try:
         with parquet.ParquetFile(source) as file:
             yield file
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source}: not a readable Parquet file: {error}") from None
 
 
 def _item(entry: Any, num_items: int, where: str) -> int:
-    try:
-        item = int(entry)
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{where}: {_short(entry)} is not an item number") from None
-    if isinstance(entry, bool) or (isinstance(entry, float) and item != entry):
-        raise DataError(f"{where}: {entry!r} is not an item number")
+    # int() would take 1_0 for 10, digits of other scripts, and the whole part of a Decimal.
+    if isinstance(entry, str):
+        text = entry.strip()
+        item = int(text) if re.fullmatch(r"-?[0-9]{1,19}", text) else None
+    elif isinstance(entry, float):
+        item = int(entry) if entry.is_integer() else None
+    else:
+        item = entry if isinstance(entry, int) and not isinstance(entry, bool) else None
+    if item is None:
+        raise DataError(f"{where}: {shown(entry)} is not an item number")
     if not 0 <= item < num_items:
-        raise DataError(f"{where}: item {item} is not in 0..{num_items - 1}")
+        raise DataError(f"{where}: item {shown(item)} is not in 0..{num_items - 1}")
     return item
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

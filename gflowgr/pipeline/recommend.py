@@ -12,6 +12,7 @@ import torch
 from ..decoding import GenerativeRecommender
 from ..decoding.beam import Normalize
 from ..errors import DataError
+from ..files import regular_file
 from .answers import Answer, AnswerFields, check_output, open_answers
 from .inference import check_counts, load_for
 from .queries import Query, QueryReader, parquet_rows, read_available
@@ -89,7 +90,8 @@ def recommend_from_checkpoint(
     if source is not None and source.endswith(".parquet"):
         rows = parquet_rows(source)  # opened before the model is: a wrong name is found at once
     elif source not in (None, "-"):
-        open(source, "rb").close()
+        with regular_file(source).open("rb"):
+            pass
     model, dataset = load_for(model_folder, data_folder)
     available = None
     if options.available is not None:

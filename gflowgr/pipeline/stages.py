@@ -251,7 +251,7 @@ def evaluation_stage(
 
 
 def _read_evaluation(folder: Path) -> Evaluation:
-    arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in _ARRAYS}
+    arrays: dict[str, Any] = {name: files.load_npy(folder / f"{name}.npy") for name in _ARRAYS}
     facts = files.read_json(folder / _DONE, expect=dict)
     if not set(_FACTS) <= set(facts):
         raise DataError(f"{folder / _DONE} must have {', '.join(_FACTS)}; got {', '.join(facts)}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..data import pad_histories
+from ..integers import integer_array
 from ..models.prompts import TIGER_PROMPT, PromptLayout, prompt_tokens
 
 __all__ = ["LengthBucketSampler", "ProcessBatches", "PromptCollator"]
@@ -47,7 +48,8 @@ class PromptCollator:
             "histories": histories,
         }
         for name in ("example", "user", "target", "behaviour"):
-            batch[name] = torch.tensor([int(example[name]) for example in examples])
+            values = integer_array([example[name] for example in examples], name)
+            batch[name] = torch.from_numpy(values)
         return batch
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..data import Ragged
+from ..integers import integer_array
 from ..transfer import to_device
 from .base import (
     AUGMENTED,
@@ -68,7 +69,7 @@ class CandidatePool:
     ) -> None:
         self.num_items = len(leaf_of)
         self.num_users = len(known)
-        self.leaf_of = np.asarray(leaf_of, dtype=np.int64)
+        self.leaf_of = integer_array(leaf_of, "leaf_of")
         self.seed = seed
         self._known = self._keys(known)
         self._future = self._known if future is None else self._keys(future)

@@ -340,7 +340,7 @@ def test_embedding_scorer_reads_a_file_and_names_what_is_wrong(tmp_path: Path) -
     np.save(tmp_path / "good.npy", np.ones((4, 2), np.float32))
     assert EmbeddingScorer.from_file(tmp_path / "good.npy").num_items == 4
     (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(ValueError, match=r"bad\.npy is not a readable"):
+    with pytest.raises(ValueError, match=r"bad\.npy: not a readable"):
         EmbeddingScorer.from_file(tmp_path / "bad.npy")
     with pytest.raises(ValueError, match=r"table\[1\] holds a value that is not finite"):
         EmbeddingScorer(np.array([[1.0], [np.nan]], np.float32))

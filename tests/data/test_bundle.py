@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gflowgr.data.bundle as bundle_module
-from gflowgr.data import Dataset, Ragged, load_dataset, save_dataset
+from gflowgr.data import Dataset, Ragged, load_dataset, pad_histories, save_dataset
 from gflowgr.errors import DataError, OutputError
 from gflowgr.identifiers import from_codes
 
@@ -92,6 +92,14 @@ def test_side_pairs_that_give_the_answer_away_are_dropped(write_bundle: WriteBun
         ({"inter": {"3": [0, 6]}}, "user '3', position 1: item 6 is unknown, items are 0 .. 5"),
         ({"inter": {"3": [-1]}}, "item -1 is unknown"),
         ({"inter": {"3": [10**30]}}, "does not fit 64 bits"),
+        ({"inter": {"3": [0, 2**32]}}, "user '3', position 1: item 4294967296 is unknown"),
+        ({"rating": {"0": [10**400, 1, 1, 1], "1": [1, 1], "7": [1] * 3}}, "of 1,329 bits"),
+        ({"rating": {"0": [1e39, 1, 1, 1], "1": [1, 1], "7": [1] * 3}}, "has the value inf"),
+        (
+            {"behaviour": {"0": ["x" * 2000] * 4, "1": ["a", "a"], "7": ["a"] * 3}},
+            r"behaviour\.json\.gz: a behaviour must have at most 1,000 characters; got 2,000",
+        ),
+        ({"item": '{"0": {"title": "\\ud800"}}'}, r"item\.json\.gz: .* got a lone surrogate"),
         ({"cart": {"0": [6]}}, r"cart\.json\.gz: user '0', position 0: item 6 is unknown"),
         ({"cart": {"5": [0]}}, r"cart\.json\.gz: user '5' is not in inter\.json\.gz"),
         ({"rating": {"0": [1] * 4, "7": [1] * 3}}, r"rating.*user '1' of inter.* is missing"),
@@ -288,3 +296,101 @@ def test_what_an_interrupted_save_left_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "inter.json.gz").unlink()  # written last, so an interrupted save has none
     save_dataset(dataset, tmp_path)
     assert_same(dataset, load_dataset(tmp_path))
+
+
+@pytest.mark.parametrize("top", [1_700_000_000, 2**31, 2**40 + 7, 2**62])
+@pytest.mark.parametrize("side", [False, True])
+def test_item_numbers_that_are_times_or_hashes_are_refused(
+    write_bundle: WriteBundle, top: int, side: bool
+) -> None:
+    # Nothing else says how many items there are; a table with a row for each would not fit.
+    rows: dict[str, Any] = {"inter": {"u": [0, 1, 2]}, "cart": {"u": [0]}}
+    rows["cart" if side else "inter"]["u"].append(top)
+    with pytest.raises(DataError, match=f"numbered from 0 without large gaps; got item {top:,} "):
+        load_dataset(write_bundle(**rows))
+
+
+def test_a_million_numbers_may_have_gaps(write_bundle: WriteBundle) -> None:
+    assert load_dataset(write_bundle(inter={"u": [0, 1, 999_999]})).num_items == 1_000_000
+    with pytest.raises(DataError, match="got item 1,000,000 among 3 different ones"):
+        load_dataset(write_bundle(inter={"u": [0, 1, 1_000_000]}))
+
+
+@pytest.mark.parametrize("name", ["inter", "item", "rating", "cart", "truth"])
+def test_what_is_no_file_is_not_taken_for_missing(write_bundle: WriteBundle, name: str) -> None:
+    folder = write_bundle(inter=INTER)
+    path = folder / ("truth.npy" if name == "truth" else f"{name}.json.gz")
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=f"{path.name} must be a regular file; got a pipe"):
+        load_dataset(folder)
+    path.unlink()
+    path.symlink_to(folder / "gone")
+    with pytest.raises(FileNotFoundError, match=path.name):
+        load_dataset(folder)
+
+
+def test_behaviours_keep_every_character(write_bundle: WriteBundle) -> None:
+    rows = {"0": ["a", "a\0", "b", "a"], "1": ["a\0", "b"], "7": ["a", "a", "a"]}
+    data = load_dataset(write_bundle(inter=INTER, item=ITEMS, behaviour=rows))
+    assert data.behaviour_names == ("a", "a\0", "b")
+    assert data.behaviours is not None
+    assert data.behaviours.tolist() == [0, 1, 2, 0, 1, 2, 0, 0, 0]
+
+
+def _made(**changes: Any) -> Dataset:
+    values: dict[str, Any] = {
+        "name": "x",
+        "user_ids": ["u"],
+        "sequences": Ragged(np.array([0, 3]), np.array([0, 1, 2])),
+        "num_items": 3,
+    }
+    return Dataset(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_items": 2**31}, "num_items must be in 1 .. 2,147,483,647; got 2,147,483,648"),
+        ({"sequences": Ragged(np.array([0, 1]), np.array([0.5]))}, "items must be integers"),
+        ({"sequences": Ragged(np.array([0, 1]), np.array([np.nan]))}, "items must be integers"),
+        (
+            {"behaviours": np.array([0, 256, 0]), "behaviour_names": ("a",)},
+            r"behaviours\[1\] must be in -128 .. 127; got 256",
+        ),
+        ({"times": np.array([1.0, 2.0, 3.0])}, "times must be integers; got float64"),
+        ({"times": np.array([1, 2, 2**63], np.uint64)}, r"times\[2\] must be in .*; got 9223372"),
+        ({"times": np.array([3, 2, 1], np.uint64)}, "time 2 follows 3"),
+        ({"user_ids": ["\ud800"]}, "user_ids must be valid Unicode"),
+        ({"texts": [{}, {"t": "\udfff"}, {}]}, r"texts\[1\] must be valid Unicode; got .*udfff"),
+    ],
+)
+def test_what_would_wrap_or_be_cut_off_in_memory_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    assert _made().num_items == 3
+    with pytest.raises(DataError, match=message):
+        _made(**changes)
+
+
+def test_unsigned_side_items_are_compared_exactly() -> None:
+    side = Ragged(np.array([0, 2]), np.array([0, 2], np.uint64))
+    data = _made(side={"cart": side})
+    assert data.side["cart"].values.tolist() == [0]
+    assert data.side["cart"].values.dtype == np.int32
+
+
+def test_lists_that_do_not_fit_are_refused() -> None:
+    assert Ragged.from_lists([[1], [], [2, 3]]).values.dtype == np.int32
+    for value, message in (
+        (2**31, r"values\[1\] must be in -2147483648 .. 2147483647; got 2147483648"),
+        (np.int64(2**40), "got 1099511627776"),
+        (0.5, "values must be integers; got float64"),
+        (2**70, "values must be integers; got object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Ragged.from_lists([[0, value]])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="histories must be integers; got float64"):
+        pad_histories([np.array([1.5])])
+    with pytest.raises(ValueError, match=r"histories\[0\] must be in .*; got 9223372036854775808"):
+        pad_histories([np.array([2**63], np.uint64)])

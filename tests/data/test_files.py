@@ -16,10 +16,13 @@ from gflowgr.errors import DataError, GFlowGRError, OutputError
 from gflowgr.files import (
     atomic_path,
     ensure_writable,
+    load_npy,
+    max_json_bytes,
     read_json,
     save_npy,
     write_json,
     write_json_gz,
+    write_text,
 )
 from gflowgr.folders import find_damage, fresh_folder, write_manifest
 
@@ -304,3 +307,107 @@ def test_an_interrupted_save_leaves_the_folder_as_it_was(foreign: bool, tmp_path
     wanted = ["README.md"] * foreign + ["a.bin", "manifest.json"]
     assert sorted(os.listdir(tmp_path / "model")) == wanted
     assert os.listdir(tmp_path) == ["model"]
+
+
+# ---- hostile files ----
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": %s}' % ("9" * 5000), "a number has too many digits"),
+        ("[" * 200_000 + "]" * 200_000, "nested too deeply"),
+        (r'{"a": [{"title": "\ud800 x"}]}', r"a lone surrogate, '\\ud800 x' at 'a'/0/'title'"),
+        (r'{"\uDFFF": 1}', r"a lone surrogate, '\\udfff' at '\\udfff'"),
+        ('{"k": 1, "k": 2}'.replace("k", "k" * 5000), r"the key 'kk.*k' occurs twice"),
+    ],
+)
+def test_json_that_would_fail_later_is_refused_in_a_line(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    for name, raw in (("a.json", text.encode()), ("a.json.gz", gzip.compress(text.encode()))):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(DataError, match=message) as caught:
+            read_json(tmp_path / name)
+        assert str(caught.value).startswith(str(tmp_path / name))
+        assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_escaped_pairs_and_escaped_backslashes_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(r'["\ud83d\ude00", "\\ud800"]')
+    assert read_json(tmp_path / "a.json") == ["\N{GRINNING FACE}", r"\ud800"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_no_more_than_the_stated_bytes_are_unpacked(
+    pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert max_json_bytes() == 2**30
+    monkeypatch.setenv("GFLOWGR_MAX_JSON_BYTES", "3000000")
+    text = b"[" + b" " * 2_999_998 + b"]"
+    (tmp_path / "a.json").write_bytes(pack(text))
+    assert read_json(tmp_path / "a.json") == []
+    (tmp_path / "a.json").write_bytes(pack(text + b" "))
+    with pytest.raises(DataError, match=r"a\.json must be at most 3,000,000 bytes"):
+        read_json(tmp_path / "a.json")
+    monkeypatch.setenv("GFLOWGR_MAX_JSON_BYTES", "1e9")
+    with pytest.raises(ValueError, match="GFLOWGR_MAX_JSON_BYTES must be a number of bytes; got"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("read", [read_json, load_npy])
+def test_pipes_folders_and_devices_are_refused_and_not_waited_for(
+    read: Any, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for path, kind in (
+        (tmp_path / "pipe", "pipe"),
+        (tmp_path / "folder", "folder"),
+        (Path("/dev/zero"), "device"),
+    ):
+        with pytest.raises(DataError, match=f"{path} must be a regular file; got a {kind}"):
+            read(path)
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "missing")
+    with pytest.raises(DataError, match="must be the name of a file"):
+        read(tmp_path / "nul\0")
+
+
+def _npy_header(shape: str) -> bytes:
+    head = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x93NUMPY",
+        b"{}",
+        _npy_header("(1000000000000,)"),
+        _npy_header("(9223372036854775807, 9223372036854775807)"),
+        _npy_header("(-1,)"),
+        _npy_header("(" * 3000 + ")" * 3000),
+        _npy_header("(1"),
+    ],
+)
+@pytest.mark.parametrize("mmap", [False, True])
+def test_an_array_that_is_none_is_named(content: bytes, mmap: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.npy: not a readable \.npy file of numbers"):
+        load_npy(tmp_path / "a.npy", mmap=mmap)
+
+
+def test_arrays_of_objects_and_archives_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match="not a readable"):
+        load_npy(tmp_path / "a.npy")
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    with pytest.raises(DataError, match="an archive"):
+        load_npy(tmp_path / "a.npz")
+
+
+def test_a_report_is_written_whatever_texts_it_quotes(tmp_path: Path) -> None:
+    write_text(tmp_path / "report.md", "command: train caf\udce9")
+    assert (tmp_path / "report.md").read_text() == r"command: train caf\udce9"

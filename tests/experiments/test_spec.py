@@ -12,7 +12,7 @@ import yaml
 from tiny_experiment import tiny_experiment
 
 from gflowgr.experiments import ExperimentSpec, cells_of, shipped_specs
-from gflowgr.experiments.cells import check_claims, claim
+from gflowgr.experiments.cells import alone, check_claims, claim
 from gflowgr.pipeline import ConfigError
 
 
@@ -110,6 +110,25 @@ def test_a_spec_survives_json() -> None:
         ({"grids": {"GFlowGR-TB": {"flow.beta": 1.0}}}, "flow.beta must be a list, got 1.0"),
         ({"grids": {"GFlowGR-TB": {"flow.bta": [1.0]}}}, "unknown key 'bta'; did you mean 'beta'"),
         ({"name": 3}, "name must be str, got 3"),
+        ({"methods": {"..": {}}}, "methods: a name must have a letter or a digit; got '..', which"),
+        ({"methods": {"?!": {}}}, r"methods: a name must have a letter or a digit; got '\?!'"),
+        ({"methods": {"x" * 65: {}}}, "methods: a name must make a folder of at most 64 bytes"),
+        ({"methods": {"digests.json": {}}}, "'digests.json' is too like .*the track's own"),
+        ({"methods": {"É": {}, "E\u0301": {}}}, "is too like 'É': both would have the folder 'é'"),
+        ({"datasets": {"figures": {}}}, "'figures' is too like .*the experiment's own figures"),
+        ({"datasets": {"A": {}, "a": {}}}, "datasets: 'a' is too like 'A'"),
+        (
+            {"datasets": {"a": {"identifiers": ["/x/index.k.json.gz", "/y/index.k.json.gz"]}}},
+            "a: identifiers: '/y/index.k.json.gz' is too like '/x/index.k.json.gz'",
+        ),
+        ({"datasets": {"a": {"identifiers": ["..."]}}}, "a: identifiers: a name must have a lett"),
+        ({"datasets": {"a": {"identifiers": ["collaborative"]}}}, "too like 'the collaborative mo"),
+        (
+            {"datasets": {"a": {"identifiers": [None, "Default"]}}},
+            "'Default' is too like 'default'",
+        ),
+        ({"datasets": {"a": {"identifiers": [["x"]]}}}, "a: identifiers must be a list of differ"),
+        ({"seeds": [-1]}, "seed must be in 0 .. 2.*32 - 1, got -1"),
     ],
 )
 def test_what_cannot_be_run_is_refused(change: dict[str, Any], message: str) -> None:
@@ -148,6 +167,56 @@ def test_a_folder_of_other_values_is_refused(tmp_path: Path) -> None:
     longer = ExperimentSpec.from_dict(tiny_experiment(sft={"max_steps": 50}))
     with pytest.raises(ConfigError, match=r"sft.max_steps: 12 there, 50 here.*delete these in it"):
         check_claims(longer, cells_of(longer), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "stale"),
+    [
+        ("collaborative", {"dropout": 0.5}, {"collaborative", "sft", "method"}),
+        ("data", {"users": 201}, {"collaborative", "sft", "method"}),
+        ("evaluation", {"num_beams": 11}, {"collaborative", "sft", "method"}),
+        ("model", {"d_ff": 64}, {"sft", "method"}),
+        ("sft", {"learning_rate": 1e-3}, {"sft", "method"}),
+        ("flow", {"normalize": "children"}, {"sft", "method"}),
+        ("flow", {"beta": 2.0}, {"method"}),
+        ("finetune", {"num_trajectories": 5}, {"method"}),
+    ],
+)
+def test_a_cell_is_made_from_what_its_stage_reads(
+    section: str, change: dict[str, Any], stale: set[str], tmp_path: Path
+) -> None:
+    spec, other = spec_of(), ExperimentSpec.from_dict(tiny_experiment(**{section: change}))
+    for cell in cells_of(spec):
+        claim(cell, spec, tmp_path)
+    found = set()
+    for cell in cells_of(other):
+        try:
+            check_claims(other, [cell], tmp_path)
+        except ConfigError:
+            found.add(cell.stage)
+    assert found == stale
+
+
+def test_names_of_any_script_have_folders_of_their_own() -> None:
+    methods = {"SFT continued": {"flow": {"objective": "sft"}}, "方法": {}, "مؤشر": {}, "Émile": {}}
+    spec = spec_of(methods=methods, datasets={"数据": {}, "données": {}})
+    ids = [cell.id for cell in cells_of(spec)]
+    assert len(set(ids)) == len(ids) == 2 * (2 + 4)
+    assert "数据/seed_1/default/方法" in ids
+    assert all(".." not in Path(id_).parts and Path(id_).name for id_ in ids)
+
+
+def test_different_cells_have_different_locks(tmp_path: Path) -> None:
+    spec = spec_of(datasets={"a": {}, "a__seed_1": {}})
+    folders = {name for cell in cells_of(spec) for name in (cell.id, *map(str, _above(cell.id)))}
+    for name in folders:
+        with alone(name, tmp_path):
+            pass
+    assert len(list((tmp_path / ".locks").iterdir())) == len(folders)
+
+
+def _above(cell: str) -> list[Path]:
+    return list(Path(cell).parents)[:-1]
 
 
 def test_where_the_data_lie_is_not_what_results_are_made_from() -> None:

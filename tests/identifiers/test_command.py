@@ -127,7 +127,7 @@ def test_an_index_without_dataset_is_checked_for_itself(data: Path, capsys: Capt
         ),
         (
             ("make", "--embeddings", "DATA/inter.json.gz", "--output", "TMP/index.x.json.gz"),
-            "not a .npy file of numbers",
+            "not a readable .npy file of numbers",
         ),
         (
             (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_run import tiny_run
 
-from gflowgr.data import Ragged, generate_builtin
+from gflowgr.data import Dataset, Ragged, generate_builtin
 from gflowgr.errors import DataError
 from gflowgr.files import read_json
 from gflowgr.pipeline import ConfigError, RunConfig, run
@@ -47,6 +48,81 @@ def test_another_normalisation_is_another_supervised_model(tmp_path: Path) -> No
     folder = claimed(tmp_path, "sft")
     with pytest.raises(ConfigError, match=r"flow\.normalize: 'vocab' there, 'children' here"):
         claim_configuration(folder, config(folder, flow={"normalize": "children"}))
+
+
+_STAGES = ("sasrec", "sft", "sft_continued", "gflowgr", "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "first"),
+    [
+        ("seed", 2, "sasrec"),
+        ("data", {"users": 201}, "sasrec"),
+        ("collaborative", {"dropout": 0.5}, "sasrec"),
+        ("model", {"d_ff": 64}, "sft"),
+        ("sft", {"learning_rate": 1e-3}, "sft"),
+        ("flow", {"normalize": "children"}, "sft"),
+        ("finetune", {"num_trajectories": 5}, "sft_continued"),
+        ("flow", {"beta": 2.0}, "gflowgr"),
+        ("evaluation", {"num_beams": 11}, "evaluation"),
+    ],
+)
+def test_a_change_makes_a_stage_and_all_after_it_stale_and_none_before_it(
+    section: str, change: Any, first: str, tmp_path: Path
+) -> None:
+    values = tiny_run(tmp_path)
+    claim_configuration(tmp_path, RunConfig.from_dict(values))
+    values[section] = {**values.get(section, {}), **change} if isinstance(change, dict) else change
+    other = RunConfig.from_dict(values)
+    at = _STAGES.index(first)
+    for stage in _STAGES[:at]:
+        (tmp_path / stage).mkdir()
+    before = (tmp_path / "config.json").read_bytes()
+    for stage in _STAGES[at:]:
+        (tmp_path / stage).mkdir()
+    with pytest.raises(ConfigError) as error:
+        claim_configuration(tmp_path, other)
+    assert str(error.value).endswith(f"delete these in it: {', '.join(_STAGES[at:])}")
+    assert (tmp_path / "config.json").read_bytes() == before, "what is there keeps its claim"
+    for stage in _STAGES[at:]:
+        (tmp_path / stage).rmdir()
+    claim_configuration(tmp_path, other)
+    assert (tmp_path / "config.json").read_bytes() != before
+
+
+def _changes(dataset: Dataset) -> dict[str, Dataset]:
+    """The dataset with one thing changed of all that training and evaluation read."""
+    rows = dataset.sequences
+    codes, truth = dataset.behaviours, dataset.truth
+    assert codes is not None
+    assert truth is not None
+    items, ends = rows.values.copy(), rows.offsets.copy()
+    items[0], items[1] = items[1], items[0]
+    ends[1] -= 1
+    codes, truth = codes.copy(), truth.copy()
+    codes[0] = 1 - codes[0]
+    truth[0, 0] += 1
+    shown = dataset.side["impression"]
+    fewer = np.arange(len(shown.values)) > 0
+    change = dataclasses.replace
+    return {
+        "order of items": change(dataset, sequences=Ragged(rows.offsets, items)),
+        "whose event": change(dataset, sequences=Ragged(ends, rows.values)),
+        "behaviours": change(dataset, behaviours=codes),
+        "no behaviours": change(dataset, behaviours=None, behaviour_names=()),
+        "names of behaviours": change(dataset, behaviour_names=("purchase", "click")),
+        "impressions": change(dataset, side={"impression": shown.filter(fewer)}),
+        "no impressions": change(dataset, side={}),
+        "truth": change(dataset, truth=truth),
+    }
+
+
+def test_every_part_of_the_data_has_a_part_in_their_digest() -> None:
+    dataset = generate_builtin(seed=0, num_users=50, num_items=200)
+    assert digest_of(dataset) == digest_of(generate_builtin(seed=0, num_users=50, num_items=200))
+    digests = {name: digest_of(other) for name, other in _changes(dataset).items()}
+    digests["as it is"] = digest_of(dataset)
+    assert len(set(digests.values())) == len(digests), digests
 
 
 def test_changed_data_are_refused(tmp_path: Path) -> None:

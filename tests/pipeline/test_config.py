@@ -168,8 +168,8 @@ def test_overrides_change_single_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed", "--set 'seed' must be section.key=value"),
-        ("=3", "--set '=3' must be section.key=value"),
+        ("seed", "--set must be section.key=value; got 'seed'"),
+        ("=3", "--set must be section.key=value; got '=3'"),
         ("seed.x=3", "--set 'seed.x=3': seed is not a section"),
         ("sft.max_steps=[", "--set 'sft.max_steps=[': not valid YAML"),
         ("flow.betta=1", "flow: unknown key 'betta'; did you mean 'beta'?"),
