@@ -18,7 +18,7 @@ from gflowgr import files
 from gflowgr.data import LeaveOneOut
 from gflowgr.evaluation import plots
 from gflowgr.evaluation.evaluate import Evaluation
-from gflowgr.evaluation.tables import TableRow, format_table
+from gflowgr.evaluation.tables import TableRow, escape_line_start, format_table
 
 REPORT_NAME = "report.md"
 
@@ -186,9 +186,9 @@ def write_report(folder: str | Path, report: Report) -> Path:
             drawn.append(f"### {title}\n\n![{title}]({path.name})\n")
         else:
             path.unlink(missing_ok=True)
-    parts = [f"# {report.title}\n", _results(report)]
+    parts = [f"# {_cell(report.title, 0)}\n", _results(report)]
     if report.caveats:
-        parts.append("## Read this first\n\n" + _bullets(report.caveats))
+        parts.append("## Read this first\n\n" + _bullets(_one_line(report.caveats)))
     if drawn:
         parts.append("## Plots\n\n" + "\n".join(drawn))
     if report.examples:
@@ -229,7 +229,7 @@ def _examples(examples: Sequence[Example]) -> str:
     for example in examples:
         parts.append(f"### User {_cell(example.user)}\n")
         parts.append("Last items, oldest first:\n")
-        parts.append(_bullets([_cell(title) for title in example.history]))
+        parts.append(_bullets([escape_line_start(_cell(title)) for title in example.history]))
         parts.append(f"Held-out item: **{_cell(example.target)}**\n")
         depth = max((len(titles) for titles in example.recommendations.values()), default=0)
         names = list(example.recommendations)
@@ -259,6 +259,11 @@ def _bullets(lines: Sequence[str]) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
 
+def _one_line(texts: Sequence[str]) -> list[str]:
+    """Sentences, whose Markdown is their author's, without a line that would leave the list."""
+    return [" ".join(text.split()) for text in texts]
+
+
 def _cell(value: Any, width: int = 70) -> str:
     """Text that is safe inside a Markdown table, cut to ``width`` characters unless it is 0."""
     if isinstance(value, float):
@@ -266,6 +271,6 @@ def _cell(value: Any, width: int = 70) -> str:
     text = " ".join(str(value).split())
     if width:
         text = textwrap.shorten(text, width, placeholder=" ...")
-    for mark in ("\\", "|", "*", "_", "<", "`", "["):
+    for mark in ("\\", "|", "*", "_", "<", "`", "[", "&", "~"):
         text = text.replace(mark, "\\" + mark)
     return text

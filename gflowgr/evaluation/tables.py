@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -93,6 +94,12 @@ def align_table(cells: list[list[str]], numeric: int, *, style: str = "text") ->
         style: "text" or "markdown", as in :func:`format_table`.
     """
     return _markdown(cells, numeric) if style == "markdown" else _text(cells, numeric)
+
+
+def escape_line_start(text: str) -> str:
+    """A line whose beginning Markdown would take for a heading, a list, a rule or a quotation."""
+    text = re.sub(r"^(\d{1,9})(?=[.)](?:\s|$))", r"\1\\", text)
+    return re.sub(r"^(?=#{1,6}(?:\s|$)|[-+](?:\s|$)|>|=+$|-+$|~)", r"\\", text)
 
 
 def metric_columns(rows: Sequence[TableRow]) -> list[str]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..evaluation.tables import align_table
+from ..evaluation.tables import align_table, escape_line_start
 
 __all__ = [
     "Block",
@@ -120,14 +120,14 @@ def _section(section: Section, level: int) -> list[str]:
 
 def _block(block: Block) -> str:
     if isinstance(block, Paragraph):
-        return _line(_escape(block.text))
+        return escape_line_start(_escape(block.text))
     if isinstance(block, Bullets):
-        return "\n".join("- " + _line(_termed(*entry)) for entry in block.entries)
+        return "\n".join("- " + escape_line_start(_termed(*entry)) for entry in block.entries)
     if isinstance(block, Code):
         # A fence is closed by one as long: this one is longer than any in the text.
         ticks = max((len(run) for run in re.findall("`+", block.text)), default=0)
         fence = "`" * max(3, ticks + 1)
-        return f"{_line(_escape(block.title))}:\n\n{fence}\n{block.text}\n{fence}"
+        return f"{escape_line_start(_escape(block.title))}:\n\n{fence}\n{block.text}\n{fence}"
     if isinstance(block, Picture):
         return f"**{_escape(block.title)}**\n\n![{_escape(block.alt)}]({block.file})"
     cells = [[_escape(text) for text in block.header]]
@@ -136,7 +136,7 @@ def _block(block: Block) -> str:
     text = f"**{_escape(block.title)}**\n\n"
     text += align_table(cells, len(block.header) - 1, style="markdown")
     if block.notes:
-        text += "\n\n" + _line(" ".join(_termed(*note) + "." for note in block.notes))
+        text += "\n\n" + escape_line_start(" ".join(_termed(*note) + "." for note in block.notes))
     return text
 
 
@@ -148,13 +148,4 @@ def _escape(text: str) -> str:
     """Text that Markdown shows as it is; an underscore within a word needs no escape."""
     marks = r"([\\*`\[\]]|<(?=\S)|&(?=#?\w+;)|~(?=~))"
     text = re.sub(marks, r"\\\1", " ".join(text.split()))
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
-
-
-def _line(text: str) -> str:
-    """A line whose beginning Markdown would take for a heading, a list, a rule or a quotation."""
-    return re.sub(
-        r"^(?=#{1,6}(?:\s|$)|[-+](?:\s|$)|>|=+$|-+$|~)",
-        r"\\",
-        re.sub(r"^(\d{1,9})(?=[.)](?:\s|$))", r"\1\\", text),
-    )
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)

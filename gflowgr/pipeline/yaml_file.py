@@ -157,7 +157,10 @@ def _check_node(
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode):
                     if (key.tag, key.value) in seen:
-                        raise ConfigError(f"{where}: the key {shown(key.value)} is given twice")
+                        line = key.start_mark.line + 1
+                        raise ConfigError(
+                            f"{source}: line {line}: the key {shown(key.value)} is given twice"
+                        )
                     seen.add((key.tag, key.value))
             children = [each for pair in node.value for each in pair]
         for child in children:

@@ -107,7 +107,7 @@ def _changes(dataset: Dataset) -> dict[str, Dataset]:
     change = dataclasses.replace
     return {
         "order of items": change(dataset, sequences=Ragged(rows.offsets, items)),
-        "whose event": change(dataset, sequences=Ragged(ends, rows.values)),
+        "whose event": change(dataset, sequences=Ragged(ends, rows.values), times=None),
         "behaviours": change(dataset, behaviours=codes),
         "no behaviours": change(dataset, behaviours=None, behaviour_names=()),
         "names of behaviours": change(dataset, behaviour_names=("purchase", "click")),

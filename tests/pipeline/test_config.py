@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,85 @@ def test_the_simulated_proof_starts_from_the_quickstarts_sft() -> None:
     proof = RunConfig.load(next(p for p in EXAMPLES if p.name == "simulated_proof.yaml"))
     quick = quickstart_config(proof.output_dir)
     assert replace(proof, flow=quick.flow, finetune=quick.finetune, caveats=quick.caveats) == quick
+
+
+# ---- hostile files ----
+
+_LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
+_MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_LAUGHS, "aliases (*) must stand for at most 100,000 values"),
+        (_MERGES, "aliases (*) must stand for at most 100,000 values"),
+        ("data: &a {path: *a}", "line 1: an alias (*) must not stand for what it stands in"),
+        ("data: &a [[*a]]", "line 1: an alias (*) must not stand for what it stands in"),
+        ("data: " + "[" * 60 + "]" * 60, "line 1: values must be nested at most 50 deep"),
+        ("data: " + "[" * 3000, "values must be nested at most 50 deep"),
+        ("data: " + "{a: " * 3000, "values must be nested at most 50 deep"),
+        ("seed: " + "9" * 5000, "line 1: numbers must have at most 30 digits; got '9999"),
+        ("seed: 0x" + "f" * 5000, "line 1: numbers must have at most 30 digits; got '0xff"),
+        (
+            "seed: 99999999999999999999",
+            "seed must be a number of 64 bits, got 99999999999999999999",
+        ),
+        ("seed: -1", "seed must be in 0 .. 2**32 - 1, got -1"),
+        ("seed: 1\nsft: {}\nseed: 2", "line 4: the key 'seed' is given twice"),
+        ('data: {path: "\\uD800"}', "a lone surrogate, '\\ud800' at 'data'/'path'"),
+        ('"\\uD800": 1', "a lone surrogate, '\\ud800'"),
+        ("seed: !!python/name:os.system", "line 1: values must have no type of their own; got"),
+        ("seed: !!int x", "line 1: values must have no type of their own; got 'x' as tag:yaml"),
+        ("seed: !!bool x", "line 1: values must have no type of their own"),
+        ("data: !!set {a}", "line 1: values must have no type of their own; got tag:yaml"),
+        ("data: {path: 2020-01-01, users: 2020-01-01}", "users must be int, got '2020-01-01'"),
+        ("model: {kind: [tiger]}", "kind must be one of ['tiger', 'causal'], got ['tiger']"),
+        ("#" * (1 << 20) + "\n", "must be at most 1,048,576 bytes; got more"),
+    ],
+)
+def test_a_file_that_would_not_end_or_fail_later_is_refused_at_once(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: x\n{text}" if text[0] != "#" else text)
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load(path)
+    message = message.replace("line 1:", "line 2:")
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value) or "seed must be in" in message
+    assert len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_aliases_and_merges_of_ordinary_size_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "output_dir: x\nsft: &stage {max_steps: 3, learning_rate: 5e-4}\n"
+        "finetune: {<<: *stage, max_steps: 4}\n"
+    )
+    config = RunConfig.load(path)
+    assert config.sft == {"max_steps": 3, "learning_rate": 5e-4}
+    assert config.finetune == {"max_steps": 4, "learning_rate": 5e-4}
+
+
+def test_pipes_folders_and_text_that_is_not_utf8_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "pipe"), (tmp_path, "folder")):
+        with pytest.raises(ConfigError, match=f"{path} must be a regular file; got a {kind}"):
+            RunConfig.load(path)
+    monkeypatch.setenv("PLACE", "caf\udce9")
+    (tmp_path / "run.yaml").write_text("output_dir: ${PLACE}")
+    with pytest.raises(ConfigError, match="must be valid Unicode; got a lone surrogate, 'caf"):
+        RunConfig.load(tmp_path / "run.yaml")
+
+
+def test_an_override_is_no_deeper_than_a_file(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "run.yaml", tiny_run("x"))
+    with pytest.raises(ConfigError, match="at most 50 sections deep"):
+        RunConfig.load(path, [".".join("a" * 3000) + "=1"])
