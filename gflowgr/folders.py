@@ -51,7 +51,7 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None, **facts: An
     """Bring ``folder`` to the disk, then record that it is complete.
 
     Every file is flushed (fsync) and hashed (SHA-256), the folders' entries are flushed, and only
-    then the manifest is written and flushed. About 1 s per GB, beside what the disk takes.
+    then the manifest is written and flushed. Costs one read of every file.
 
     Args:
         folder: the folder; of its subfolders all files belong to it.
