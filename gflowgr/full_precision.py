@@ -33,9 +33,9 @@ def in_float32(module: nn.Module, inputs: Tensor) -> Tensor:
         dtype = torch.promote_types(dtype, value.dtype)
     with torch.autocast(inputs.device.type, enabled=False):
         if all(value.dtype == dtype for value in state.values()):
-            return module(inputs.to(dtype))  # type: ignore[no-any-return]
+            return module(inputs.to(dtype))
         wide = {name: value.to(dtype) for name, value in state.items()}
-        return functional_call(module, wide, (inputs.to(dtype),))  # type: ignore[no-any-return]
+        return functional_call(module, wide, (inputs.to(dtype),))
 
 
 class FullPrecision(nn.Module):

@@ -139,6 +139,16 @@ class FlowSettings:
         return self.objective in ("sprec", "ipa")
 
     @property
+    def counts_apart(self) -> bool:
+        """Whether the loss's second term is a mean over other things than prompts: over
+        trajectories, or over the prompts that have a pair to compare."""
+        if self.reduction == "sum" or self.objective == "sft":
+            return False
+        if self.has_reference:
+            return self.objective != "grpo"
+        return self.reduction == "mean"
+
+    @property
     def label(self) -> str:
         """The method's name in tables."""
         return _LABELS[self.objective]

@@ -19,7 +19,15 @@ from .backbone import output_head, trajectory_hidden_states
 from .evaluating import evaluating
 from .flow_settings import FlowSettings
 from .hub import model_folder, push_model
-from .objective import Head, flow_logs, flow_start, joint_loss, supervised_loss
+from .objective import (
+    Head,
+    flow_logs,
+    flow_start,
+    flow_statistics,
+    joint_loss,
+    supervised_loss,
+    term_counts,
+)
 from .partition import PartitionHead
 from .preference_objective import best_and_worst, preference_loss
 from .prompts import TIGER_PROMPT, PromptLayout
@@ -113,6 +121,7 @@ class GFlowModel(nn.Module):
         *,
         signals: Tensor | None = None,
         log_proposal: Tensor | None = None,
+        flow_share: float = 1.0,
     ) -> dict[str, Tensor]:
         """The joint objective (GFlowGR, eq. of the joint loss), through the fused losses.
 
@@ -129,6 +138,9 @@ class GFlowModel(nn.Module):
             log_proposal: log-probability with which a sampler drew each trajectory [B, N]; NaN for
                 those that were not drawn, the positive among them. Read if
                 ``settings.importance_clip`` is set.
+            flow_share: multiplies the flow's, or the preference's, part of the loss. For a part of
+                a larger batch, if that term is a mean over trajectories or pairs of the larger one,
+                of which the parts have different numbers per prompt.
 
         Returns:
             ``loss``, ``loss_gr`` (token-summed negative log-likelihood of the positive, mean over
@@ -156,12 +168,20 @@ class GFlowModel(nn.Module):
             mask = torch.ones_like(tokens, dtype=torch.bool)
         if settings.has_reference:
             prompts = (input_ids, attention_mask, tokens, mask)
-            return self._preference(*prompts, log_reward, signals)
+            return self._preference(*prompts, log_reward, signals, flow_share)
         log_reward = self._log_reward(log_reward, signals)
         hidden, pooled = self._states(input_ids, attention_mask, tokens, mask)
         target = self._target(hidden, pooled, tokens, mask)
         loss, log_pf, weights = joint_loss(
-            settings, self._head(), hidden, tokens, mask, log_reward, target, log_proposal
+            settings,
+            self._head(),
+            hidden,
+            tokens,
+            mask,
+            log_reward,
+            target,
+            log_proposal,
+            flow_share=flow_share,
         )
         logs = flow_logs(settings, log_pf, log_reward, target, mask)
         valid = mask.any(-1)
@@ -170,7 +190,7 @@ class GFlowModel(nn.Module):
         if signals is not None and self.fusion is not None and self.fusion.learned:
             departure = self.fusion.departure(signals, log_reward).masked_fill(~valid, 0.0)
             anchor = reduce_trajectories(departure, valid, settings.reduction)
-            loss = loss + settings.gfn_weight * settings.fusion_anchor * anchor
+            loss = loss + settings.gfn_weight * flow_share * settings.fusion_anchor * anchor
             logs["loss_fusion"] = anchor.detach()
             if self.fusion.mode == "weighted":
                 weights = self.fusion.weights().detach()
@@ -206,6 +226,7 @@ class GFlowModel(nn.Module):
         mask: Tensor,
         log_reward: Tensor | None,
         signals: Tensor | None,
+        flow_share: float,
     ) -> dict[str, Tensor]:
         """:meth:`forward` of the objectives against a reference."""
         if self.reference is None:
@@ -222,7 +243,14 @@ class GFlowModel(nn.Module):
         reference = self.reference.states(self.backbone, *trajectories)
         hidden, _ = self._states(*trajectories)
         loss, logs = preference_loss(
-            self.settings, self._head(), hidden, tokens, mask, reference, log_reward
+            self.settings,
+            self._head(),
+            hidden,
+            tokens,
+            mask,
+            reference,
+            log_reward,
+            flow_share=flow_share,
         )
         return {"loss": loss, **logs}
 
@@ -280,7 +308,21 @@ class GFlowModel(nn.Module):
         return head is None or bool(head.initialised)
 
     @torch.no_grad()
-    def estimate_flow(
+    def term_counts(self, **flow: Tensor) -> Tensor:
+        """How many prompts, and things that the loss's second term is a mean over, see
+        :func:`gflowgr.models.objective.term_counts`; arguments as those of :meth:`forward`."""
+        log_reward = None
+        if self.settings.objective == "ipa" and flow["tokens"].shape[1] > 1:
+            log_reward = self._log_reward(flow.get("log_reward"), flow.get("signals"))
+        return term_counts(self.settings, flow["mask"], log_reward)
+
+    def estimate_flow(self, **flow: Tensor) -> Tensor:
+        """A start for :meth:`start_flow` from a batch [L], see
+        :func:`gflowgr.models.objective.flow_start`; arguments as those of :meth:`forward`."""
+        return flow_start(self.flow_statistics(**flow))
+
+    @torch.no_grad()
+    def flow_statistics(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -291,12 +333,12 @@ class GFlowModel(nn.Module):
         signals: Tensor | None = None,
         log_proposal: Tensor | None = None,
     ) -> Tensor:
-        """A start for :meth:`start_flow` from a batch [L], see
-        :func:`gflowgr.models.objective.flow_start`; arguments as those of :meth:`forward`."""
+        """What a batch adds to the start of the flow [3, L + 1], see
+        :func:`gflowgr.models.objective.flow_statistics`; arguments as those of :meth:`forward`."""
         with evaluating(self):
             _, log_pf = self.log_pf(input_ids, attention_mask, tokens, mask)
         log_reward = self._log_reward(log_reward, signals)
-        return flow_start(self.settings, log_pf, log_reward, tokens, mask)
+        return flow_statistics(self.settings, log_pf, log_reward, tokens, mask)
 
     def start_flow(self, log_flow: Tensor) -> None:
         """Start log Z, or log F, at ``log_flow`` [L] for all prompts; see :meth:`estimate_flow`."""

@@ -31,10 +31,12 @@ __all__ = [
     "Head",
     "flow_logs",
     "flow_start",
+    "flow_statistics",
     "group_log_z",
     "joint_loss",
     "positive_nll",
     "supervised_loss",
+    "term_counts",
 ]
 
 Head = dict[str, Any]
@@ -74,6 +76,8 @@ def joint_loss(
     log_reward: Tensor,
     target: Tensor | None,
     log_proposal: Tensor | None = None,
+    *,
+    flow_share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The joint loss, log P_F [B, N, L] detached, and the importance weights [B, N] if any.
 
@@ -90,11 +94,12 @@ def joint_loss(
         log_reward: log R [B, N].
         target: log Z [B], log F [B, N, L], or None for VarGrad.
         log_proposal: see :meth:`gflowgr.models.GFlowModel.forward`.
+        flow_share: see there.
 
     Raises:
         ValueError: no ``log_proposal``, though the settings ask for importance weights.
     """
-    weight = settings.gfn_weight
+    weight = settings.gfn_weight * flow_share
     if settings.importance_clip is not None:
         if log_proposal is None:
             raise ValueError("log_proposal is required: settings.importance_clip is set")
@@ -157,22 +162,70 @@ def group_log_z(settings: FlowSettings, log_pf: Tensor, log_reward: Tensor, mask
 
 
 @torch.no_grad()
-def flow_start(
+def flow_statistics(
     settings: FlowSettings, log_pf: Tensor, log_reward: Tensor, tokens: Tensor, mask: Tensor
 ) -> Tensor:
+    """What :func:`flow_start` needs of a batch, as sums [3, L + 1] in float64 that may be added up
+    over the parts of a larger batch.
+
+    By position of a token: sum of log P_F, number of tokens, sum of the partial rewards; in the
+    last column: sum of the prompts' group estimates of log Z, number of prompts, nothing.
+    """
+    sums = log_pf.new_zeros((3, log_pf.shape[-1] + 1), dtype=torch.float64)
+    group = group_log_z(settings, log_pf, log_reward, mask)
+    sums[0, :-1] = log_pf.masked_fill(~mask, 0.0).sum((0, 1), dtype=torch.float64)
+    sums[1, :-1] = mask.sum((0, 1))
+    sums[0, -1] = group.nansum(dtype=torch.float64)
+    sums[1, -1] = (~group.isnan()).sum()
+    if settings.forward_looking:
+        partial = partial_log_reward(tokens, mask, settings.beta).masked_fill(~mask, 0.0)
+        sums[2, :-1] = partial.sum((0, 1), dtype=torch.float64)
+    return sums
+
+
+def flow_start(statistics: Tensor) -> Tensor:
     """A start [L] for log Z (its first entry) or log F of prefixes of each length.
 
     At the empty prefix the mean of the prompts' group estimates of log Z; from there each token
     adds the mean of its position's log P_F, so that the residuals of every step are zero on average
     for identifiers of one length. With a forward-looking flow it is the start of what is learned.
+
+    Args:
+        statistics: of the whole batch, see :func:`flow_statistics`.
     """
-    count = mask.sum((0, 1)).clamp(min=1)
-    steps = log_pf.sum((0, 1)) / count
-    start = group_log_z(settings, log_pf, log_reward, mask).nanmean() + steps.cumsum(0) - steps
-    if settings.forward_looking:
-        partial = partial_log_reward(tokens, mask, settings.beta).masked_fill(~mask, 0.0)
-        start = start - partial.sum((0, 1)) / count
-    return start
+    count = statistics[1].clamp(min=1)
+    steps = statistics[0, :-1] / count[:-1]
+    log_z = statistics[0, -1] / count[-1]
+    return log_z + steps.cumsum(0) - steps - statistics[2, :-1] / count[:-1]
+
+
+@torch.no_grad()
+def term_counts(settings: FlowSettings, mask: Tensor, log_reward: Tensor | None) -> Tensor:
+    """How many prompts a batch has, and how many things the second term of its loss is a mean over
+    (trajectories, pairs, or prompts again), as float64 [2].
+
+    Args:
+        settings: objective and reduction.
+        mask: true for real tokens [B, N, L].
+        log_reward: log R [B, N]; ``"ipa"`` alone needs it.
+    """
+    valid = mask.any(-1)
+    prompts = valid.any(-1).sum()
+    terms = prompts
+    if settings.has_reference and settings.objective != "grpo":
+        if settings.objective == "ipa" and mask.shape[1] > 1:
+            assert log_reward is not None
+            others = valid.clone()
+            others[:, 0] = False
+            best, worst = (
+                (sign * log_reward).masked_fill(~others, -torch.inf).amax(-1) for sign in (1, -1)
+            )
+            terms = (best > -worst).sum()
+        elif mask.shape[1] > 1:
+            terms = (valid[:, 0] & valid[:, 1:].any(-1)).sum()
+    elif settings.reduction == "mean" and not settings.has_reference:
+        terms = valid.sum()
+    return torch.stack([prompts, terms]).double()
 
 
 def _kind(settings: FlowSettings, target: Tensor | None) -> str:

@@ -24,6 +24,8 @@ def preference_loss(
     mask: Tensor,
     reference: ReferenceStates,
     log_reward: Tensor | None,
+    *,
+    flow_share: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``sft_weight * L_GR + gfn_weight * L_preference``, and what is logged.
 
@@ -36,16 +38,18 @@ def preference_loss(
         mask: true for real tokens [B, N, L].
         reference: what the reference makes of them.
         log_reward: log R [B, N]; ``"grpo"`` alone needs it.
+        flow_share: see :meth:`gflowgr.models.GFlowModel.forward`.
     """
+    weight = settings.gfn_weight * flow_share
     if settings.objective == "ipa":
-        return _alignment_loss(settings, head, hidden, tokens, mask, reference)
+        return _alignment_loss(settings, head, hidden, tokens, mask, reference, weight)
     ref_hidden, ref_weight, ref_bias = reference
     options: dict[str, Any] = {
         "mask": mask,
         "ref_bias": ref_bias,
         "beta": settings.reference_weight,
         "reduction": settings.reduction,
-        "sft_weight": settings.sft_weight / settings.gfn_weight,
+        "sft_weight": settings.sft_weight / weight,
         "return_log_pf": True,
         **head,
     }
@@ -64,10 +68,10 @@ def preference_loss(
     nll = positive_nll(settings, log_pf, mask)
     logs = {
         "loss_gr": nll,
-        "loss_preference": loss.detach() - settings.sft_weight / settings.gfn_weight * nll,
+        "loss_preference": loss.detach() - settings.sft_weight / weight * nll,
         **preference_logs(log_pf, ref_log_pf, mask),
     }
-    return settings.gfn_weight * loss, logs
+    return weight * loss, logs
 
 
 def best_and_worst(tokens: Tensor, mask: Tensor, log_reward: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,8 +116,9 @@ def _alignment_loss(
     tokens: Tensor,
     mask: Tensor,
     reference: ReferenceStates,
+    weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``L_GR + gfn_weight * L_DPO`` of the positive, and of trajectories 1 (chosen) and 2."""
+    """``L_GR + weight * L_DPO`` of the positive, and of trajectories 1 (chosen) and 2."""
     log_pf = trajectory_logprobs(hidden, tokens=tokens, mask=mask, **head)
     ref_hidden, ref_weight, ref_bias = reference
     ref_head = {**head, "weight": ref_weight, "bias": ref_bias}
@@ -128,7 +133,7 @@ def _alignment_loss(
         "loss_preference": loss.detach(),
         **preference_logs(*pair, mask[:, 1:]),
     }
-    return nll + settings.gfn_weight * loss, logs
+    return nll + weight * loss, logs
 
 
 @torch.no_grad()

@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from ..data import pad_histories
 from ..integers import integer_array
 from ..models.prompts import TIGER_PROMPT, PromptLayout, prompt_tokens
 
-__all__ = ["LengthBucketSampler", "ProcessBatches", "PromptCollator"]
+__all__ = ["JointExamples", "LengthBucketSampler", "ProcessBatches", "PromptCollator"]
 
 
 class PromptCollator:
@@ -37,7 +37,8 @@ class PromptCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` [B, S], ``histories`` [B, H], and per example
-        ``example``, ``user``, ``target`` and ``behaviour`` [B]."""
+        ``example``, ``user``, ``target`` and ``behaviour`` [B]; and ``joint`` [B] of
+        :class:`JointExamples`."""
         histories = pad_histories(
             [example["history"] for example in examples], max_length=self.max_history
         )
@@ -47,9 +48,10 @@ class PromptCollator:
             "attention_mask": attention_mask,
             "histories": histories,
         }
-        for name in ("example", "user", "target", "behaviour"):
-            values = integer_array([example[name] for example in examples], name)
-            batch[name] = torch.from_numpy(values)
+        for name in ("example", "user", "target", "behaviour", "joint"):
+            if name in examples[0]:
+                values = integer_array([example[name] for example in examples], name)
+                batch[name] = torch.from_numpy(values)
         return batch
 
 
@@ -77,7 +79,7 @@ class LengthBucketSampler(Sampler[int]):
     ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
-        self.chunk = batch_size * chunk_batches
+        self.chunk_batches = chunk_batches
         self.seed = seed
         self.epoch = 0
 
@@ -92,8 +94,9 @@ class LengthBucketSampler(Sampler[int]):
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.lengths))
         batches: list[npt.NDArray[np.intp]] = []
-        for start in range(0, len(order), self.chunk):
-            chunk = order[start : start + self.chunk]
+        size = self.batch_size * self.chunk_batches
+        for start in range(0, len(order), size):
+            chunk = order[start : start + size]
             chunk = chunk[np.argsort(self.lengths[chunk], kind="stable")]
             batches.extend(
                 chunk[first : first + self.batch_size]
@@ -108,12 +111,32 @@ class LengthBucketSampler(Sampler[int]):
             yield from batch.tolist()
 
 
-class ProcessBatches(Sampler[list[int]]):
+class JointExamples(Dataset[dict[str, Any]]):
+    """Examples that know how many prompts all processes take together beside them.
+
+    Args:
+        examples: of a split.
+    """
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        """The example, and ``joint``, of an index and the size of its joint batch."""
+        index, joint = place
+        return {**self.examples[index], "joint": joint}
+
+
+class ProcessBatches(Sampler[list[tuple[int, int]]]):
     """The batches of one process: its part of every batch that all processes take together.
 
     Whatever their number, the processes together take the same examples in the same steps. Only the
     last of the joint batches may be short; it is dealt out evenly, and if it has fewer examples
-    than there are processes, some of them occur twice.
+    than there are processes, those without one of their own are lent another's, which there must
+    count nothing: a collective step needs them all.
 
     Args:
         order: of the examples.
@@ -137,11 +160,14 @@ class ProcessBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return -(-len(self.order) // self.joint_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Batches of examples, each with the number of examples in the joint batch."""
         examples = iter(self.order)
         while joint := list(itertools.islice(examples, self.joint_size)):
-            if len(joint) < self.processes:
-                yield [joint[self.rank % len(joint)]]
-                continue
-            places = (len(joint) * rank // self.processes for rank in (self.rank, self.rank + 1))
-            yield joint[slice(*places)]
+            size = len(joint)
+            if size < self.processes:
+                mine = [joint[self.rank % size]]
+            else:
+                places = (size * rank // self.processes for rank in (self.rank, self.rank + 1))
+                mine = joint[slice(*places)]
+            yield [(example, size) for example in mine]

@@ -28,6 +28,7 @@ from ..trajectories import (
 from ..transfer import to_device
 from .config import GFlowGRConfig
 from .rounds import Rounds
+from .step_log import Logs, Mean, histogram
 
 __all__ = ["FlowInputs", "make_reward", "sample_request"]
 
@@ -35,7 +36,6 @@ _STATE = "sampler.npz"
 _ASKS_BACKBONE = {"on_policy", "confidence"}
 _OF_ITEMS = {"r_a", "r_yhat", "r_sim"}  # signals that never ask for log_probs
 
-Logs = dict[str, Tensor]
 LogProbs = Callable[[dict[str, Tensor]], Tensor]
 
 
@@ -111,7 +111,8 @@ class FlowInputs:
         progress: float,
         log_probs: LogProbs,
     ) -> tuple[dict[str, Tensor], Logs]:
-        """The model's inputs, and what is logged of trajectories and rewards.
+        """The model's inputs, and what is logged of trajectories and rewards: the histogram
+        ``difficulty`` of sampled items, and means of signals.
 
         Args:
             inputs: a batch of :class:`~gflowgr.training.batches.PromptCollator`, its prompts on the
@@ -150,7 +151,7 @@ class FlowInputs:
         assert self.reward is not None
         device = prompts["input_ids"].device
         items = to_device(chosen.items, device)
-        logs = _difficulty_quantiles(chosen)
+        logs = _difficulty(chosen)
         flow = prompts | self._trajectories(items)
         context = SignalContext(
             flow["tokens"],
@@ -248,12 +249,11 @@ def sample_request(
     )
 
 
-def _difficulty_quantiles(chosen: TrajectorySet) -> Logs:
+def _difficulty(chosen: TrajectorySet) -> Logs:
     # Asked of the items, which the host has: the difficulty may be on the device.
     if chosen.difficulty is None or not (chosen.items[:, 1:] >= 0).any():
         return {}
-    values = chosen.difficulty.float()
-    return {f"difficulty/q{q}": values.nanquantile(q / 100) for q in (10, 50, 90)}
+    return {"difficulty": histogram(chosen.difficulty)}
 
 
 def _signal_means(names: list[str], signals: Tensor, chosen: TrajectorySet) -> Logs:
@@ -270,5 +270,6 @@ def _signal_means(names: list[str], signals: Tensor, chosen: TrajectorySet) -> L
             part = signals[:, :1] if kind == "reward" else signals[:, 1:]
             weight = to_device((which / which.sum()).astype(np.float32), signals.device)
             means = torch.einsum("bn,bnk->k", weight, part)
-            logs |= {f"{kind}/{name}": means[k] for k, name in enumerate(names)}
+            count = float(which.sum())
+            logs |= {f"{kind}/{name}": Mean(means[k], count) for k, name in enumerate(names)}
     return logs

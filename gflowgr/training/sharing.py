@@ -54,12 +54,14 @@ def first_process_finds(work: Callable[[], T]) -> T:
     return cast(T, value)
 
 
-def sum_over_processes(values: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
-    """Sums and counts by name, over all processes; a name may be missing in some of them."""
-    total: dict[str, tuple[float, int]] = {}
+def sum_over_processes(
+    values: Mapping[str, tuple[float, float]],
+) -> dict[str, tuple[float, float]]:
+    """Sums and weights by name, over all processes; a name may be missing in some of them."""
+    total: dict[str, tuple[float, float]] = {}
     for part in gathered(values):
         for name, (value, count) in part.items():
-            before = total.get(name, (0.0, 0))
+            before = total.get(name, (0.0, 0.0))
             total[name] = before[0] + value, before[1] + count
     return total
 

@@ -6,7 +6,7 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from ..models.dense_attention import use_dense_attention
 from ..models.feed_forward import use_direct_feed_forward
 from ..models.gflow_model import GFlowModel
 from ..models.lora import has_lora
+from ..models.objective import flow_start
 from ..models.saving import write_checkpoint
 from ..models.sharded import (
     announce_sharding,
@@ -34,7 +35,7 @@ from ..models.sharded import (
 )
 from ..ops import validation, validation_enabled
 from ..transfer import to_device
-from .batches import LengthBucketSampler, ProcessBatches, PromptCollator
+from .batches import JointExamples, LengthBucketSampler, ProcessBatches, PromptCollator
 from .calibrating import catalogue_calibration
 from .callbacks import EpochOrder, LogBeforeSaving
 from .checkpoints import (
@@ -46,14 +47,16 @@ from .checkpoints import (
 )
 from .config import GFlowGRConfig
 from .flow_inputs import FlowInputs
+from .global_batch import Count, Part, parts_of
 from .optimiser import parameter_groups
 from .rounds import FreezeReference, Rounds
 from .sharing import SharedRecommender, first_process_finds
-from .step_log import StepLog
+from .step_log import Logs, StepLog, of_model
 
 __all__ = ["GFlowGRTrainer"]
 
 _PROMPTS = ("input_ids", "attention_mask")
+_PART, _FLOW = "gflowgr_part", "gflowgr_flow"  # what get_batch_samples adds to a micro-batch
 
 
 class GFlowGRTrainer(CheckpointTrainer):
@@ -125,6 +128,7 @@ class GFlowGRTrainer(CheckpointTrainer):
             processes=args.world_size,
         )
         self._flow_started = False
+        self._has_looked = False
         self._saves_checkpoint = False
         self._step_log = StepLog()
         super().__init__(
@@ -223,33 +227,85 @@ class GFlowGRTrainer(CheckpointTrainer):
     ) -> Any:
         """Sample trajectories, reward them, and compute the model's objective."""
         # On a GPU, to look at values is to wait; a later bad one shows in the logged loss.
-        looks = not self._flow_started or self.args.device.type == "cpu"
+        looks = not self._has_looked or self.args.device.type == "cpu"
         with validation(looks and validation_enabled()):
+            if _PART not in inputs:
+                inputs = dict(inputs)
+                self._divide([inputs])
             output = self._objective(model, inputs)
+        self._has_looked = True
         return (output["loss"], output) if return_outputs else output["loss"]
 
-    def _objective(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        plain = self.accelerator.unwrap_model(model)
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimiser step, each with its part in the global batch."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._divide(batches)
+        return batches, num_items
+
+    def _divide(self, batches: list[dict[str, Any]]) -> None:
+        """Find each micro-batch's part in the global batch, and start the flow where it begins.
+
+        Trajectories are sampled here, instead of when their micro-batch's turn comes, only where
+        something is asked of those of the whole global batch.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        processes = self.args.world_size
+        divided = len(batches) * processes > 1
+        # Once: reading the flag from the device would make every step wait for it.
+        starts = not self._flow_started and not model.flow_started
+        self._flow_started = True
+        counts_terms = divided and model.settings.counts_apart
+        counts, joint = [], 0
+        for batch in batches:
+            size = len(batch["example"])
+            together = int(batch["joint"][0]) if "joint" in batch else size * processes
+            # With fewer prompts than processes, the last of these have none of their own.
+            own = size if self.args.process_index < together else 0
+            counts.append(Count(own, own))
+            joint += together
+        total = Count(joint, joint)
+        if starts or counts_terms:
+            for batch in batches:
+                batch[_FLOW] = self._flow_of(self._prepare_inputs(batch))
+        if counts_terms:
+            terms = torch.stack([model.term_counts(**batch[_FLOW][0])[1] for batch in batches])
+            terms = terms * torch.tensor([c.prompts > 0 for c in counts], device=terms.device)
+            everyone = self.accelerator.reduce(terms.sum(), reduction="sum")
+            *mine, everyones = torch.cat([terms, everyone.reshape(1)]).tolist()
+            counts = [Count(c.prompts, t) for c, t in zip(counts, mine, strict=True)]
+            total = Count(joint, everyones)
+        if starts:
+            own_flows = [b[_FLOW][0] for b, c in zip(batches, counts, strict=True) if c.prompts]
+            self._start_flow(model, own_flows)
+        is_sum = model.settings.reduction == "sum"
+        parts = parts_of(counts, total, processes=processes, is_sum=is_sum)
+        for batch, part in zip(batches, parts, strict=True):
+            batch[_PART] = part
+
+    def _flow_of(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Logs]:
+        """The model's inputs, with sampled and rewarded trajectories."""
+        plain = self.accelerator.unwrap_model(self.model)
         with self._whole(plain) if self._flow_inputs.reads_model else nullcontext():
-            flow, logs = self._flow_inputs(
+            return self._flow_inputs(
                 inputs,
                 epoch=int(self.state.epoch or 0),
                 step=self.state.global_step,
                 progress=self.state.global_step / max(1, self.state.max_steps),
                 log_probs=plain.log_probs,
             )
-        processes, share = self.args.world_size, self._share(len(inputs["example"]))
-        if not self._flow_started:
-            # Once: reading the flag from the device would make every step wait for it.
-            self._flow_started = True
-            if not plain.flow_started:
-                self._start_flow(plain, flow, share)
-        output: dict[str, Tensor] = model(**flow)
-        # The gradient is the mean over processes.
-        summed = self.model.settings.reduction == "sum"
-        output["loss"] = output["loss"] * (processes if summed else share)
-        logs |= {k: v for k, v in output.items() if k != "loss"}
-        self._step_log.add(logs, share, flow["attention_mask"].sum() + flow["mask"].sum())
+
+    def _objective(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        part: Part = inputs[_PART]
+        flow, logs = inputs[_FLOW] if _FLOW in inputs else self._flow_of(inputs)
+        output: dict[str, Tensor] = model(**flow, flow_share=part.flow_share)
+        output["loss"] = output["loss"] * part.loss_scale
+        plain = self.accelerator.unwrap_model(model)
+        logs = logs | of_model(plain, output, flow, part.prompts)
+        per_prompt = part.prompts / len(flow["mask"])
+        self._step_log.add(logs, per_prompt, flow["attention_mask"].sum() + flow["mask"].sum())
         return output
 
     def _whole(self, model: GFlowModel) -> AbstractContextManager[None]:
@@ -258,20 +314,15 @@ class GFlowGRTrainer(CheckpointTrainer):
             announce_sharding(model, reshards_blocks=bool(plugin.reshard_after_forward))
         return whole_parameters(model)
 
-    def _share(self, prompts: int) -> Tensor | float:
-        """Weight of this process in means over all prompts, of which it may have fewer or more."""
-        if self.args.world_size == 1 or len(self._order) % self._batches.joint_size == 0:
-            return 1.0
-        mine = torch.tensor(float(prompts), device=self.args.device)
-        return mine / self.accelerator.reduce(mine.clone(), reduction="mean")
-
-    def _start_flow(
-        self, model: GFlowModel, flow: dict[str, Tensor], share: Tensor | float
-    ) -> None:
-        """Start log Z, or log F, from the prompts of all processes."""
+    def _start_flow(self, model: GFlowModel, flows: list[dict[str, Tensor]]) -> None:
+        """Start log Z, or log F, from the prompts of the global batch: all micro-batches' of all
+        processes; ``flows`` are this process's."""
+        length = self._flow_inputs.item_tokens.shape[1]
+        sums = torch.zeros(3, length + 1, dtype=torch.float64, device=self.args.device)
         with self._whole(model):
-            start = model.estimate_flow(**flow) * share
-            model.start_flow(self.accelerator.reduce(start, reduction="mean"))
+            for flow in flows:
+                sums += model.flow_statistics(**flow)
+            model.start_flow(flow_start(self.accelerator.reduce(sums, reduction="sum")))
             head = model.partition or model.state_flow
             prefix = "partition." if model.partition is not None else "state_flow."
             assert head is not None
@@ -283,9 +334,9 @@ class GFlowGRTrainer(CheckpointTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's part of the batches; see :class:`.batches.ProcessBatches`."""
-        args, examples = self.args, cast(Any, self.split.train)
+        args = self.args
         return DataLoader(
-            examples,
+            JointExamples(self.split.train),
             batch_sampler=self._batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,

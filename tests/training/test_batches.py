@@ -70,7 +70,9 @@ def test_processes_together_take_the_same_batches(processes: int) -> None:
     alone = list(order)
     assert {len(part) for part in parts} == {len(ProcessBatches(order, 16))} == {63}
     for step, together in enumerate(zip(*parts, strict=True)):
-        joined = [example for batch in together for example in batch]
+        joined = [example for batch in together for example, _ in batch]
+        sizes = {size for batch in together for _, size in batch}
+        assert sizes == {11 if step == 62 else 16}
         assert min(len(batch) for batch in together) >= 1
         if processes == 16 and step == 62:
             assert joined == alone[-11:] + alone[-11:-6]

@@ -24,7 +24,7 @@ def test_catalogue_rewards_are_those_of_training(tmp_path: Path) -> None:
     batch = collate([shop().train[i] for i in (3, 500, 900)])
     flow, logs = make_inputs(batch, epoch=0, progress=0.0, log_probs=model.log_probs)
     assert flow["signals"].shape == (3, 6, 4)
-    assert set(logs) >= {"reward/r_generation", "reward_augmented/r_yhat", "difficulty/q50"}
+    assert set(logs) >= {"reward/r_generation", "reward_augmented/r_yhat", "difficulty"}
     sampled = make_inputs.reward.fusion(flow["signals"])
 
     every = model.item_tokens().expand(3, -1, -1)

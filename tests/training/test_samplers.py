@@ -41,7 +41,7 @@ def test_logged_items_are_rewarded_by_their_own_behaviours(tmp_path: Path) -> No
     assert (flow["signals"][..., 0].numpy() == expected).all()
     assert (codes[:, 1:] != AUGMENTED).sum() > 100
     logged = expected[:, 1:][codes[:, 1:] != AUGMENTED]
-    assert float(logs["reward_logged/r_a"]) == pytest.approx(logged.mean(), rel=1e-4)
+    assert float(logs["reward_logged/r_a"].value) == pytest.approx(logged.mean(), rel=1e-4)
 
 
 def test_proposals_weigh_the_loss_where_the_settings_say_so(tmp_path: Path) -> None:

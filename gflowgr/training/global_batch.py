@@ -1,0 +1,60 @@
+"""What a micro-batch weighs in its optimiser step, which does not depend on how it is divided.
+
+A step's global batch is the prompts of all gradient accumulation steps of all processes. The
+trainer divides the sum of the micro-batches' losses by their number, and DDP and FSDP average
+gradients over processes; so each loss, a mean over its own prompts (and trajectories, or pairs), is
+scaled here such that what comes out is the mean over the global batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Count", "Part", "parts_of"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a micro-batch has: prompts, and what the second term of the loss is a mean over."""
+
+    prompts: float
+    terms: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch's place in the global batch.
+
+    Attributes:
+        loss_scale: multiplies its loss.
+        flow_share: multiplies the second term within it: the flow loss, or the preference.
+        prompts: its share of the global batch's prompts; all shares together are 1.
+    """
+
+    loss_scale: float
+    flow_share: float
+    prompts: float
+
+
+def parts_of(counts: list[Count], total: Count, *, processes: int, is_sum: bool) -> list[Part]:
+    """The parts of one process's micro-batches.
+
+    Args:
+        counts: of its micro-batches.
+        total: of the global batch.
+        processes: how many there are, each with as many micro-batches.
+        is_sum: whether losses are sums, not means.
+    """
+    number = float(len(counts) * processes)
+    parts = []
+    for mine in counts:
+        prompts = mine.prompts / total.prompts
+        if is_sum:
+            # A stand-in, which has no prompts of its own, must not count.
+            parts.append(Part(number if mine.prompts else 0.0, 1.0, prompts))
+            continue
+        share = 1.0
+        if mine.terms and mine.prompts:  # else there is nothing to share
+            share = mine.terms / total.terms / prompts
+        parts.append(Part(prompts * number, share, prompts))
+    return parts
