@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gflowgr.collaborative.base import check_score_inputs, load_saved, save_model
 from gflowgr.collaborative.loss import catalogue_cross_entropy, sampled_cross_entropy
 from gflowgr.errors import DataError
+from gflowgr.plain_settings import make_plain
 from gflowgr.transfer import to_device
 
 
@@ -47,6 +48,7 @@ class SASRecConfig:
     negatives: int = 0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("num_items", "d_model", "num_layers", "num_heads", "d_ff", "max_length"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

@@ -23,6 +23,7 @@ from gflowgr.identifiers.quantisation import (
     checked_vectors,
     squared_distances,
 )
+from gflowgr.plain_settings import make_plain
 
 REFERENCE_LAYERS = (2048, 1024, 512, 256, 128, 64)
 
@@ -62,11 +63,10 @@ class RqVaeConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("levels", "codebook_size", "code_width", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.balanced not in ("none", "last", "all"):
-            raise ValueError(f"balanced must be none, last or all, got {self.balanced!r}")
         for name in ("commitment", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)} must not be negative")

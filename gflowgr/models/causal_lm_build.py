@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..plain_settings import make_plain
 from .backbone import output_head
 from .families import causal_refusal
 from .hub import model_folder
@@ -76,6 +77,9 @@ class CausalConfig:
     kind: Literal["causal"] = "causal"
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        if self.max_prompt is not None and self.max_prompt < 1:
+            raise ValueError(f"max_prompt must be >= 1; got {self.max_prompt}")
         if self.template.count("{history}") != 1:
             raise ValueError(f"template must have {{history}} once; got {self.template!r}")
         multiple: Any = self.pad_to_multiple_of

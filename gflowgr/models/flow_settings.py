@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
+from ..plain_settings import make_plain
 from ..rewards.fusion import FusionMode
 from ..rewards.signals import check_signal_names
 from .partition import PartitionMode
@@ -92,15 +93,7 @@ class FlowSettings:
     max_history: int = 20
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("objective", self.objective, get_args(Objective)),
-            ("partition", self.partition, get_args(PartitionMode)),
-            ("fusion", self.fusion, get_args(FusionMode)),
-            ("normalize", self.normalize, get_args(Normalize)),
-            ("reduction", self.reduction, get_args(Reduction)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}; got {value!r}")
+        make_plain(self)
         for name in ("gfn_weight", "beta", "subtb_lambda", "importance_clip", "preference_beta"):
             number: float | None = getattr(self, name)
             if number is not None and not (math.isfinite(number) and number > 0):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..plain_settings import make_plain
 from .vocabulary import IdentifierVocabulary
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class LoraSettings:
     target_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self, prefix="lora.")
         if self.r < 1:
             raise ValueError(f"lora.r must be >= 1; got {self.r}")
         if not self.alpha > 0:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plain_settings import make_plain
 from .vocabulary import EOS_TOKEN, PAD_TOKEN
 
 __all__ = ["TIGER_PROMPT", "PromptLayout", "prompt_tokens"]
@@ -38,6 +39,7 @@ class PromptLayout:
     max_items: int | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if self.max_items is not None and self.max_items < 1:
             raise ValueError(f"max_items must be >= 1; got {self.max_items}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..plain_settings import make_plain
 from .vocabulary import EOS_TOKEN, PAD_TOKEN, IdentifierVocabulary
 
 if TYPE_CHECKING:
@@ -34,6 +35,14 @@ class TigerConfig:
     num_layers: int = 4
     dropout: float = 0.1
     kind: Literal["tiger"] = "tiger"
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        for name in ("d_model", "d_ff", "d_kv", "num_heads", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1; got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
 
     def summary(self) -> str:
         """For reports."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..models.causal_lm_build import CausalConfig
 from ..models.gflow_model import FlowSettings
 from ..models.lora import LoraSettings
 from ..models.tiger import TigerConfig
+from ..plain_settings import make_plain
 from .yaml_file import ConfigError, apply_override, expand, read_yaml
 
 if TYPE_CHECKING:
@@ -53,6 +55,10 @@ class DataConfig:
     users: int = 3000
     items: int = 1200
 
+    def __post_init__(self) -> None:
+        make_plain(self)
+        _check_positive(self, "max_history", "users", "items")
+
 
 @dataclass(frozen=True)
 class CollaborativeConfig:
@@ -76,6 +82,12 @@ class CollaborativeConfig:
     dropout: float = 0.3
     patience: int = 3
 
+    def __post_init__(self) -> None:
+        make_plain(self)
+        _check_positive(self, "epochs", "batch_size", "learning_rate", "patience")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -94,6 +106,12 @@ class EvaluationConfig:
     mask_seen: bool = False
     max_users: int | None = None
     examples: int = 3
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        _check_positive(self, "num_beams", "max_users")
+        if self.examples < 0:
+            raise ValueError(f"examples must be >= 0; got {self.examples}")
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,7 @@ class RunConfig:
     caveats: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be in 0 .. 2**32 - 1, got {shown(self.seed)}")
         if self.data.max_history != self.flow.max_history:
@@ -188,6 +207,14 @@ _SECTIONS: dict[str, type] = {
     "flow": FlowSettings,
     "evaluation": EvaluationConfig,
 }
+
+
+def _check_positive(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and > 0; got {value}")
+
 
 _GENERATORS: dict[Any, type] = {"tiger": TigerConfig, "causal": CausalConfig}
 

@@ -9,7 +9,9 @@ import torch
 from transformers import TrainingArguments
 
 from ..models.flow_settings import FlowSettings
+from ..plain_settings import make_plain, plain
 from ..trajectories import SamplerSettings
+from .trainer_surface import refuse_arguments
 
 __all__ = ["GFlowGRConfig", "multiplies_bf16"]
 
@@ -125,6 +127,10 @@ class GFlowGRConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for inherited in fields(TrainingArguments):
+            setattr(self, inherited.name, plain(getattr(self, inherited.name)))
+        make_plain(self, only=_OWN)
+        refuse_arguments(self)
         # Said outright, because several processes on a CPU share the work only then.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
@@ -153,8 +159,6 @@ class GFlowGRConfig(TrainingArguments):
             )
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise ValueError("early_stopping_patience needs eval_strategy 'steps' or 'epoch'")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: the collator reads all columns")
 
     @property
     def sampler_settings(self) -> SamplerSettings:
@@ -210,3 +214,6 @@ class GFlowGRConfig(TrainingArguments):
             if name not in known:
                 raise ValueError(f"sampler_options has no {name!r}; it has {', '.join(known)}")
         self.sampler_settings  # noqa: B018 (it checks the values)
+
+
+_OWN = frozenset(GFlowGRConfig.__annotations__) - {f.name for f in fields(TrainingArguments)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -52,6 +53,7 @@ from .optimiser import parameter_groups
 from .rounds import FreezeReference, Rounds
 from .sharing import SharedRecommender, first_process_finds
 from .step_log import Logs, StepLog, of_model
+from .trainer_surface import refused_method
 
 __all__ = ["GFlowGRTrainer"]
 
@@ -64,13 +66,14 @@ class GFlowGRTrainer(CheckpointTrainer):
     baseline's objective against the model as it was when the training began.
 
     Everything of ``transformers.Trainer`` works as usual (resume, early stopping, accumulation,
-    AMP, ``accelerate launch``), but for ``nn.DataParallel``: one process has one device. Beside the
-    loss it logs what the model returns (``loss_gr``, ``loss_gfn``; ``log_z``, its group estimate
-    ``log_z_group`` and their distance ``log_z_gap_rms``), the mean of each reward signal
-    (``reward/...``; ``reward_augmented/...``: of augmented items), quantiles of the sampled items'
-    difficulty, ``seconds`` of training (without evaluation) since the last entry, and tokens per
-    second. On a GPU the data checks run in the first step only; a bad value in a later one ends the
-    training at its next log, as a loss that is NaN.
+    AMP, ``accelerate launch``) or is refused by name, see :mod:`.trainer_surface`; so is
+    ``nn.DataParallel``: one process has one device. Beside the loss it logs what the model returns
+    (``loss_gr``, ``loss_gfn``; ``log_z``, its group estimate ``log_z_group`` and their distance
+    ``log_z_gap_rms``), the mean of each reward signal (``reward/...``; ``reward_augmented/...``: of
+    augmented items), quantiles of the sampled items' difficulty, ``seconds`` of training (without
+    evaluation) since the last entry, and tokens per second. On a GPU the data checks run in the
+    first step only; a bad value in a later one ends the training at its next log, as a loss that is
+    NaN.
 
     Args:
         model: backbone, tree and settings.
@@ -103,6 +106,11 @@ class GFlowGRTrainer(CheckpointTrainer):
                 "start one process per GPU with torchrun or accelerate launch, or show one GPU "
                 "with CUDA_VISIBLE_DEVICES=0"
             )
+        if args.auto_find_batch_size and args.world_size > 1:
+            raise ValueError(
+                "auto_find_batch_size must be False with several processes, each of which would "
+                f"find its own; got True with {args.world_size} processes"
+            )
         num_items = split.dataset.num_items
         for name, other in (("tree", model.tree), ("collaborative", collaborative)):
             if other is not None and other.num_items != num_items:
@@ -120,7 +128,8 @@ class GFlowGRTrainer(CheckpointTrainer):
         item_tokens = self._flow_inputs.item_tokens.cpu()
         # One order for all numbers of processes that share a step's prompts.
         prompts = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        self._order = LengthBucketSampler(split.train.lengths, prompts, seed=args.seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self._order = LengthBucketSampler(split.train.lengths, prompts, seed=seed)
         self._batches = ProcessBatches(
             self._order,
             args.train_batch_size,
@@ -335,6 +344,10 @@ class GFlowGRTrainer(CheckpointTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This process's part of the batches; see :class:`.batches.ProcessBatches`."""
         args = self.args
+        if self._batches.batch_size != self._train_batch_size:  # by auto_find_batch_size
+            self._batches.batch_size = self._train_batch_size
+            self._order.batch_size = self._batches.joint_size * args.gradient_accumulation_steps
+            self._step_log = StepLog()  # without the steps of the attempt before
         return DataLoader(
             JointExamples(self.split.train),
             batch_sampler=self._batches,
@@ -343,6 +356,8 @@ class GFlowGRTrainer(CheckpointTrainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+            in_order=getattr(args, "dataloader_in_order", True),
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -387,19 +402,28 @@ class GFlowGRTrainer(CheckpointTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Rank the whole catalogue for the split's validation users by constrained beam search.
+        """Rank the whole catalogue for the validation users by constrained beam search.
 
         Several processes divide the users, and all return the same numbers. With
         ``eval_calibration_users`` also how close the generator's flow is to the reward, see
         :func:`~gflowgr.training.calibrating.catalogue_calibration`.
+
+        Args:
+            eval_dataset: another split over the same items; None: the trainer's.
+            ignore_keys: unused; it is an argument of the base class.
+            metric_key_prefix: put before the names of the metrics.
+
+        Raises:
+            ValueError: ``eval_dataset`` is anything else.
         """
+        split = self._evaluated(eval_dataset)
         began = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         reward, calibration = self._flow_inputs.reward, {}
         with self._whole(model):
             result = evaluate(
                 SharedRecommender(GenerativeRecommender(model, num_beams=self.args.eval_beams)),
-                self.split,
+                split,
                 "valid",
                 max_users=self.args.eval_max_users,
                 batch_size=self.args.eval_batch_size * self.args.world_size,
@@ -408,7 +432,7 @@ class GFlowGRTrainer(CheckpointTrainer):
             )
             if self.args.eval_calibration_users and reward is not None:
                 calibration = catalogue_calibration(
-                    model, reward, self.split, self.collaborative, self.args
+                    model, reward, split, self.collaborative, self.args
                 )
         measured = result.metrics | calibration
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
@@ -420,6 +444,38 @@ class GFlowGRTrainer(CheckpointTrainer):
         # What follows should count training time only.
         self._step_log.leave_out(time.perf_counter() - began)
         return metrics
+
+    def _evaluated(self, given: Any) -> LeaveOneOut:
+        # The base class hands over its own eval_dataset, which stands for the trainer's split.
+        if given is None or given is self.eval_dataset:
+            return self.split
+        if not isinstance(given, LeaveOneOut):
+            raise ValueError(
+                "eval_dataset must be None or a LeaveOneOut over the trainer's items; got "
+                f"{type(given).__name__}"
+            )
+        if given.dataset.num_items != self.split.dataset.num_items:
+            raise ValueError(
+                f"eval_dataset must have {self.split.dataset.num_items} items; got "
+                f"{given.dataset.num_items}"
+            )
+        return given
+
+    # ---- what of the base class is of no use here ----
+
+    def create_model_card(self, *args: Any, **options: Any) -> None:
+        """As ``transformers.Trainer.create_model_card``: a ``README.md`` in the output folder."""
+        card = copy.copy(self)
+        # It reads the configuration of a transformers model.
+        card.model = self.accelerator.unwrap_model(self.model).backbone
+        Trainer.create_model_card(card, *args, **options)
+
+    predict = refused_method("predict")
+    prediction_step = refused_method("prediction_step")
+    evaluation_loop = refused_method("evaluation_loop")
+    get_eval_dataloader = refused_method("get_eval_dataloader")
+    get_test_dataloader = refused_method("get_test_dataloader")
+    hyperparameter_search = refused_method("hyperparameter_search")
 
     # ---- checkpoints: the model's own format ----
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..plain_settings import make_plain
+
 __all__ = ["Schedule", "ScheduleShape"]
 
 ScheduleShape = Literal["linear", "cosine", "step", "constant"]
@@ -29,6 +31,7 @@ class Schedule:
     steps: int = 4
 
     def __post_init__(self) -> None:
+        make_plain(self, prefix="schedule_", only=frozenset({"start", "end", "steps"}))
         shapes = get_args(ScheduleShape)
         if self.shape not in shapes:
             raise ValueError(f"schedule must be one of {shapes}; got {self.shape!r}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
+from ..plain_settings import make_plain
 from .base import TrajectorySampler
 from .mixture import MixtureSampler
 from .on_policy import ConfidenceSampler, OnPolicySampler
@@ -93,6 +94,7 @@ class SamplerSettings:
     replay_from: str | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if not self.weights:
             raise ValueError("sampler is an empty mixture; name at least one sampler")
         for name, weight in self.weights.items():
@@ -124,9 +126,6 @@ class SamplerSettings:
             raise ValueError(f"temperature must be finite and > 0; got {self.temperature}")
         if not 0 <= self.replay_share <= 1:
             raise ValueError(f"replay_share must be in [0, 1]; got {self.replay_share}")
-        methods = get_args(ProposalMethod)
-        if self.method not in methods:
-            raise ValueError(f"method must be one of {methods}; got {self.method!r}")
         allowed = tuple(kind for kind in KINDS if kind not in ("on_policy", "confidence"))
         if self.fallback is not None and self.fallback not in allowed:
             raise ValueError(f"fallback must be one of {allowed}; got {self.fallback!r}")
