@@ -468,7 +468,7 @@ class GFlowGRTrainer(CheckpointTrainer):
         card = copy.copy(self)
         # It reads the configuration of a transformers model.
         card.model = self.accelerator.unwrap_model(self.model).backbone
-        Trainer.create_model_card(card, *args, **options)
+        super(GFlowGRTrainer, card).create_model_card(*args, **options)
 
     predict = refused_method("predict")
     prediction_step = refused_method("prediction_step")
