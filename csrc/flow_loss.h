@@ -2,7 +2,8 @@
 //
 // The definitions are gflowgr/ops/flow_definitions.py. No allocation, no torch, any N and L. The mask is
 // a prefix of each row (one trajectory); what is under it takes no part in the arithmetic, so padding
-// may hold anything. All arithmetic is in T. Rows of ragged length are common: where that is cheap they
+// may hold anything. A row whose mask is no prefix counts as one of L tokens with the reward NaN, so that
+// nobody takes its loss for one. All arithmetic is in T. Rows of ragged length are common: where that is cheap they
 // are run to L with selections instead of branches, which nobody could predict.
 #pragma once
 
@@ -54,12 +55,17 @@ GFLOWGR_HD inline void flow_scales(FlowReduction reduction, int64_t valid_prompt
   params.nll_scale = averaged ? sft_weight / prompts : sft_weight;
 }
 
-// Valid trajectories of prompt b.
+// Valid trajectories of prompt b: rows with a token, which is the first one where the mask is a prefix.
 GFLOWGR_HD inline int64_t flow_valid_trajectories(const bool* mask, int64_t b, int64_t N, int64_t L) {
   if (L == 0) return 0;
   if (mask == nullptr) return N;
   int64_t count = 0;
-  for (int64_t n = 0; n < N; ++n) count += mask[(b * N + n) * L];
+  for (int64_t n = 0; n < N; ++n) {
+    const bool* const row = mask + (b * N + n) * L;
+    int64_t first = 0;
+    while (first < L && !row[first]) ++first;
+    count += first < L;
+  }
   return count;
 }
 
@@ -101,13 +107,25 @@ GFLOWGR_HD inline ShapedReward<T> shape_reward(const FlowParams& params, T log_r
   return {shaped, beta};
 }
 
+// The tokens of a trajectory and its shaped reward.
 template <typename T>
-GFLOWGR_HD inline int64_t flow_length(const FlowArrays<T>& arrays, int64_t row) {
-  if (arrays.mask == nullptr) return arrays.L;
+struct FlowEnd {
+  int64_t length;
+  ShapedReward<T> reward;
+};
+
+template <typename T>
+GFLOWGR_HD inline FlowEnd<T> flow_end(const FlowParams& params, const FlowArrays<T>& arrays, int64_t row) {
+  const ShapedReward<T> reward = shape_reward(params, arrays.log_reward[row]);
+  if (arrays.mask == nullptr) return {arrays.L, reward};
   const bool* const mask = arrays.mask + row * arrays.L;
-  int64_t length = 0;
-  for (int64_t l = 0; l < arrays.L; ++l) length += mask[l];
-  return length;
+  int64_t length = 0, end = 0;
+  for (int64_t l = 0; l < arrays.L; ++l) {
+    length += mask[l];
+    end = mask[l] ? l + 1 : end;
+  }
+  if (length == end) return {length, reward};
+  return {arrays.L, {static_cast<T>(NAN), T(1)}};
 }
 
 // The value, or 0 where it is not to be used, be it NaN. Compilers make no branch of it.
@@ -247,27 +265,27 @@ struct VarGradPrompt {
 template <typename T>
 GFLOWGR_HD inline VarGradPrompt<T> vargrad_prompt(const FlowParams& params, const FlowArrays<T>& arrays,
                                                   int64_t b) {
-  const auto gap = [&](int64_t n, int64_t length) {
-    const int64_t index = b * arrays.N + n;
-    const T reward = shape_reward(params, arrays.log_reward[index]).value;
-    return reward - flow_sum(arrays.log_pf + index * arrays.L, length, arrays.L);
+  const auto gap = [&](int64_t index, const FlowEnd<T>& end) {
+    return end.reward.value - flow_sum(arrays.log_pf + index * arrays.L, end.length, arrays.L);
   };
   T total = 0, slopes = 0;
   int64_t count = 0;
   for (int64_t n = 0; n < arrays.N; ++n) {
-    const int64_t length = flow_length(arrays, b * arrays.N + n);
-    total += flow_keep(length > 0, gap(n, length));
-    count += length > 0;
+    const int64_t index = b * arrays.N + n;
+    const FlowEnd<T> end = flow_end(params, arrays, index);
+    total += flow_keep(end.length > 0, gap(index, end));
+    count += end.length > 0;
   }
   if (count == 0) return {T(0), T(0)};
   const T log_z = total / static_cast<T>(count);
   // Residuals sum to zero, and so do their gradients where all losses weigh the same.
   if (arrays.upstream == nullptr) return {log_z, T(0)};
   for (int64_t n = 0; n < arrays.N; ++n) {
-    const int64_t index = b * arrays.N + n, length = flow_length(arrays, index);
+    const int64_t index = b * arrays.N + n;
+    const FlowEnd<T> end = flow_end(params, arrays, index);
     const T scale = arrays.upstream[index] * static_cast<T>(params.flow_scale);
-    const T slope = 2 * scale * (log_z - gap(n, length));
-    slopes += flow_keep(length > 0, slope);
+    const T slope = 2 * scale * (log_z - gap(index, end));
+    slopes += flow_keep(end.length > 0, slope);
   }
   return {log_z, slopes / static_cast<T>(count)};
 }
@@ -282,13 +300,14 @@ GFLOWGR_HD inline void flow_prompt(const FlowParams& params, const FlowArrays<T>
   if (params.kind == FlowKind::vargrad) group = vargrad_prompt(params, arrays, b);
   T grad_log_z = 0;
   for (int64_t n = 0; n < arrays.N; ++n) {
-    const int64_t index = b * arrays.N + n, length = flow_length(arrays, index);
+    const int64_t index = b * arrays.N + n;
+    const FlowEnd<T> end = flow_end(params, arrays, index);
+    const int64_t length = end.length;
     FlowRow<T> row = flow_row(params, arrays, b, n, length);
     const bool valid = length > 0;
     T loss = 0, grad_reward = 0;
     if (valid || !states) {
-      const ShapedReward<T> reward = shape_reward(params, arrays.log_reward[index]);
-      row.reward = reward.value;
+      row.reward = end.reward.value;
       FlowResult<T> result;
       switch (params.kind) {
         case FlowKind::db:
@@ -306,7 +325,7 @@ GFLOWGR_HD inline void flow_prompt(const FlowParams& params, const FlowArrays<T>
       }
       loss = flow_keep(valid, loss);
       // A floored reward has no gradient, whatever the residual.
-      grad_reward = flow_keep(valid && reward.slope != 0, reward.slope * result.grad_reward);
+      grad_reward = flow_keep(valid && end.reward.slope != 0, end.reward.slope * result.grad_reward);
       grad_log_z += flow_keep(valid, result.grad_log_z);
     }
     if (arrays.losses != nullptr) arrays.losses[index] = loss;

@@ -30,6 +30,7 @@ namespace gflowgr {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <typename T>
@@ -86,7 +87,13 @@ class Head {
 
   int64_t row_of(int64_t at) const { return plan_.valid[first_ + at]; }  // of the current block
 
-  float upstream(int64_t row) const { return p_.upstream == nullptr ? 1.0f : p_.upstream[row]; }
+  // A target beyond the vocabulary is no token at all, neither here nor in another shard.
+  bool no_token(int64_t row) const { return p_.targets[row] > p_.vocabulary; }
+
+  float upstream(int64_t row) const {
+    if (no_token(row)) return kNaN;
+    return p_.upstream == nullptr ? 1.0f : p_.upstream[row];
+  }
 
   // Exponentials of a tile, [rows of the tile, stride_].
   T* held(int64_t first_row) {
@@ -194,7 +201,7 @@ class Head {
     const double lse = static_cast<double>(reference) + std::log2(static_cast<double>(sum));
     p_.lse[row] = static_cast<float>(lse * kLn2);
     if (p_.targets[row] >= p_.vocabulary) {
-      p_.log_pf[row] = -p_.lse[row];
+      p_.log_pf[row] = no_token(row) ? kNaN : -p_.lse[row];
     } else if (target_logit == -kInfinity) {  // also where all are forbidden, and the difference NaN
       p_.log_pf[row] = -kInfinity;
     } else {
@@ -207,7 +214,7 @@ class Head {
   void hidden_gradient(int64_t at, const float* head_sum) const {
     const int64_t row = row_of(at), target = p_.targets[row];
     const float g = upstream(row) / p_.temperature;
-    const float others = sum_[at] == 0.0f ? 0.0f : -g / sum_[at];
+    const float others = sum_[at] == 0.0f && !no_token(row) ? 0.0f : -g / sum_[at];
     std::vector<float> result(d_, 0.0f);
     float own = 0.0f;
     if (target < p_.vocabulary) {
@@ -221,7 +228,7 @@ class Head {
   // Product 3 of a block.
   void weight_gradient(int64_t index) {
     for (int64_t i = 0; i < stride_; ++i) {
-      const bool real = i < count_ && sum_[i] != 0.0f;
+      const bool real = i < count_ && (sum_[i] != 0.0f || no_token(row_of(i)));
       coefficient_[i] = real ? -upstream(row_of(i)) / (p_.temperature * sum_[i]) : 0.0f;
     }
     p_.parallel(stride_ / 2, [&](int64_t begin, int64_t end) {

@@ -31,10 +31,12 @@ constexpr int64_t kLogitsPerThread = 65536;
 // Logits whose maximum is taken before their exponentials are summed: they stay in the first cache.
 constexpr int64_t kBlock = 2048;
 
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
 struct Rows {
   void* logits;  // [rows, V]; the gradient goes to `out`, which may be the same
   void* out;
-  const int64_t* targets;  // negative: masked
+  const int64_t* targets;  // negative: masked; V: in another shard; more: no token, NaN
   float* log_pf;
   float* row_max;
   float* log_sum;
@@ -76,7 +78,9 @@ GFLOWGR_INLINE void forward_rows(const Rows& rows, int64_t begin, int64_t end) {
     rows.log_sum[row] = std::log(sum);
     const float own = target < V ? (gflowgr::widen(logits[target]) - top) * rows.scale : -top * rows.scale;
     // Where every token is forbidden the difference would be NaN; the probability is zero.
-    rows.log_pf[row] = sum == 0 ? -std::numeric_limits<float>::infinity() : own - rows.log_sum[row];
+    rows.log_pf[row] = target > V ? kNaN
+                       : sum == 0 ? -std::numeric_limits<float>::infinity()
+                                  : own - rows.log_sum[row];
   }
 }
 
@@ -87,8 +91,10 @@ GFLOWGR_INLINE void backward_rows(const Rows& rows, int64_t begin, int64_t end) 
     const int64_t target = rows.targets[row];
     const auto* const logits = static_cast<const Element*>(rows.logits) + row * V;
     auto* const out = static_cast<Element*>(rows.out) + row * V;
-    const float slope = rows.grad[row] * rows.scale, top = rows.row_max[row], log_sum = rows.log_sum[row];
-    if (target < 0 || slope == 0 || log_sum == -std::numeric_limits<float>::infinity()) {
+    const float slope = target > V ? kNaN : rows.grad[row] * rows.scale;
+    const float top = rows.row_max[row], log_sum = rows.log_sum[row];
+    const bool forbidden = log_sum == -std::numeric_limits<float>::infinity() && target <= V;
+    if (target < 0 || slope == 0 || forbidden) {
       std::memset(out, 0, static_cast<size_t>(V) * sizeof(Element));
       continue;
     }

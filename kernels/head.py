@@ -82,7 +82,7 @@ def head_logprobs(
         hidden: [T, d] float32, float16 or bfloat16; may be NaN in masked rows.
         weight: [V, d], V >= 1.
         bias: [V] or None; -inf forbids.
-        targets: [T] int64: negative = masked; >= V = a column of another shard.
+        targets: [T] int64: negative = masked; V = a column of another shard; more = no token, NaN.
         temperature: > 0.
         jacobian: whether to form d log_pf / d hidden.
 
@@ -198,7 +198,7 @@ def head_joint(
 
     Args:
         hidden, weight, bias, targets, temperature: as for `head_logprobs`; T is a multiple of
-            ``rows_per_prompt``, and no target is >= V (the normaliser must be known here).
+            ``rows_per_prompt``, and no target is V (the normaliser must be known here).
         rows_per_prompt: rows that one prompt has, next to each other: N * L.
         upstream: ``upstream(first_row, log_pf [R])`` returns the gradient [R] of the loss with
             respect to log_pf of the rows from ``first_row`` on; called once per block, in order,

@@ -47,10 +47,10 @@ def head_combine_kernel(
     """Tile statistics [tiles, R] -> log-sum-exp and log-probability of the target, [R].
 
     ``log_pf`` = x at the target - log-sum-exp, at most 0; -log-sum-exp where the target is no
-    column here; both are 0 in masked rows. ``reference`` None: ``sums`` are relative to ``maxima``
-    (STATS). Otherwise they are relative to it (SCORES): ``totals`` [R] are their sums over all
-    tiles; rows whose total left the window are marked in ``missed`` [R], int32, and their reference
-    becomes their true maximum.
+    column here, NaN where it is beyond even ``columns``; both are 0 in masked rows. ``reference``
+    None: ``sums`` are relative to ``maxima`` (STATS). Otherwise they are relative to it (SCORES):
+    ``totals`` [R] are their sums over all tiles; rows whose total left the window are marked in
+    ``missed`` [R], int32, and their reference becomes their true maximum.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -88,7 +88,8 @@ def head_combine_kernel(
     here = live & (local >= 0) & (local < columns)
     # The difference first: at logits of 1e4 the log-sum-exp itself is good to three decimals.
     score = tl.load(picked + row, mask=here, other=0.0) - base - log_sum
-    score = tl.where(here, tl.where(score > 0.0, 0.0, score), -value)
+    elsewhere = tl.where(local > columns, float("nan"), -value)
+    score = tl.where(here, tl.where(score > 0.0, 0.0, score), elsewhere)
     tl.store(lse + row, tl.where(live, value, 0.0), mask=inside)
     tl.store(log_pf + row, tl.where(live, score, 0.0), mask=inside)
 
@@ -129,9 +130,11 @@ def head_factors_kernel(
     factor = -scale / total
     if grad is not None:
         factor *= tl.load(grad + row, mask=live, other=0.0)
+    own = tl.load(log_pf + row, mask=live, other=0.0)
+    factor = tl.where(own == own, factor, own)  # of no token: NaN
     factor = tl.where(live, factor, 0.0)
     tl.store(factors + row, factor, mask=inside)
-    hit = _expm1(tl.load(log_pf + row, mask=live, other=0.0)) * total
+    hit = _expm1(own) * total
     at = scores + row.to(tl.int64) * scores_stride + target
     tl.store(at, hit.to(scores.dtype.element_ty), mask=live & (target < columns))
     if scaled is not None:

@@ -114,7 +114,9 @@ def _tile(
     if EPILOGUE == _GRAD:
         lse = tl.load(reference + row, mask=live, other=0.0)
         factor = tl.load(grad + row, mask=live, other=0.0) * scale
-        hit = -factor * _expm1(tl.load(log_pf + row, mask=live, other=0.0))
+        own = tl.load(log_pf + row, mask=live, other=0.0)
+        factor = tl.where(own == own, factor, own)  # of no token: NaN
+        hit = -factor * _expm1(own)
         value = -factor[:, None] * tl.exp(x - lse[:, None])
         value = tl.where(column[None, :] == local[:, None], hit[:, None], value)
         value = tl.where(live[:, None], value, 0.0)

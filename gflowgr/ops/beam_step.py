@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gflowgr import backends
 from gflowgr._tree_facts import check_head, tree_facts
+from gflowgr.ops import transforms
 from gflowgr.ops.beam_definitions import step_definition, step_hidden_definition
 from gflowgr.ops.checks import FLOAT_DTYPES, NORMALIZERS, check_choice, check_number, check_tensor
 from gflowgr.ops.head import wide_dtype
@@ -96,6 +97,7 @@ def beam_step(
     _check_beams(scores, nodes, batch, beams, logits.device)
     options = _check_options(tree, normalize, temperature, width)
     masks = _check_masks(tree, live, barred, live_leaves, barred_leaves)
+    transforms.refuse("beam_step", logits, scores, nodes)
     found = torch.ops.gflowgr.beam_step(
         logits, scores, nodes, tree.buffer, *options, *masks[:2], width, *masks[2:]
     )
@@ -150,6 +152,7 @@ def beam_step_hidden(
     _check_beams(scores, nodes, batch, beams, hidden.device)
     options = _check_options(tree, normalize, temperature, width)
     masks = _check_masks(tree, live, barred, live_leaves, barred_leaves)
+    transforms.refuse("beam_step_hidden", hidden, weight, bias, scores, nodes)
     found = torch.ops.gflowgr.beam_step_hidden(
         hidden, weight, bias, scores, nodes, tree.buffer, *options, *masks[:2], width, *masks[2:]
     )

@@ -7,9 +7,11 @@ Two kinds of check are told apart:
 - *data* checks read values (a NaN reward, a token outside the vocabulary, an identifier outside the
   tree). On a GPU each op's data checks cost one synchronisation with the host. They are on by
   default and have one switch: the environment variable ``GFLOWGR_VALIDATE=0``, or
-  :func:`set_validation`. They are skipped while ``torch.compile`` traces and while a CUDA graph is
-  captured, where values cannot be read. With the data checks off, bad values give NaN or infinite
-  results, or the error of the PyTorch operation that meets them.
+  :func:`set_validation`. They are skipped while ``torch.compile`` traces, while a CUDA graph is
+  captured and under ``torch.func.vmap``, where values cannot be read. With the data checks off, bad
+  values give NaN or infinite results, or the error of the PyTorch operation that meets them: a
+  valid token outside the vocabulary, or one after a false entry of its mask, has the
+  log-probability NaN (-inf where a tree is walked), and its trajectory a loss that is not finite.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import backends
+from gflowgr.ops import transforms
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
@@ -68,17 +71,22 @@ def validation_enabled() -> bool:
 
 
 def values_readable() -> bool:
-    """Whether values may steer Python here: not while tracing or while capturing a CUDA graph."""
-    if torch.compiler.is_compiling():
+    """Whether values may steer Python: not while tracing, under vmap or capturing a CUDA graph."""
+    if torch.compiler.is_compiling() or transforms.batched():
         return False
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def values_looked_at() -> bool:
+    """Whether the data checks run here."""
+    return _validate and values_readable()
 
 
 class DataChecks:
     """Conditions on values, evaluated together: one host synchronisation however many there are."""
 
     def __init__(self, *, enabled: bool = True) -> None:
-        self.enabled = enabled and _validate and values_readable()
+        self.enabled = enabled and values_looked_at()
         self._checks: list[tuple[Callable[[], Tensor], Callable[[Index], str]]] = []
 
     def add(self, bad: Callable[[], Tensor], message: Callable[[Index], str]) -> None:
@@ -123,6 +131,8 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {str(value.layout)[6:]}")
     if value.dtype not in dtypes:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have dtype {wanted}; got {str(value.dtype)[6:]}")
@@ -226,6 +236,8 @@ def flow_inputs_ok(log_reward: Tensor, mask: Tensor | None, floor: float | None)
     look at in order; False also where there is no such pass."""
     if log_reward.device.type != "cpu" or log_reward.dtype not in (torch.float32, torch.float64):
         return False
+    if transforms.active():
+        return False
     if backends.forced_backend() not in (None, "cpp") or backends.cpp_missing() is not None:
         return False
     if not log_reward.is_contiguous() or not (mask is None or mask.is_contiguous()):
@@ -271,6 +283,27 @@ def check_tokens(
             f"{vocab_size} rows, so tokens must be 0..{vocab_size - 1}"
         ),
     )
+
+
+def mask_rises(mask: Tensor) -> Tensor:
+    """True [..., L] at entries of a mask that are true after a false one: none in a prefix."""
+    before = torch.cat([torch.ones_like(mask[..., :1]), mask[..., :-1]], -1)
+    return mask & ~before
+
+
+def targets_of(tokens: Tensor, mask: Tensor | None, vocab_size: int, *, looked_at: bool) -> Tensor:
+    """What the ops take for tokens [..., L]: int64, -1 under a false mask.
+
+    Where the data checks have not `looked_at` the values, a valid token outside the vocabulary, or
+    one after a false entry of its mask, becomes ``vocab_size + 1``: no token, log-probability NaN.
+    """
+    targets = tokens.long()
+    if not looked_at:
+        none = targets != targets.clamp(0, vocab_size - 1)
+        if mask is not None:
+            none = none | mask_rises(mask)
+        targets = targets.masked_fill(none, vocab_size + 1)
+    return targets if mask is None else targets.masked_fill(~mask, -1)
 
 
 def check_tree(tree: PrefixTree, vocab_size: int, device: torch.device, source: str) -> None:

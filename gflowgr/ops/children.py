@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gflowgr import backends
 from gflowgr._tree_facts import check_head
-from gflowgr.ops import children_torch
+from gflowgr.ops import children_torch, transforms
 from gflowgr.ops.definitions import HeadInputs
 
 if TYPE_CHECKING:
@@ -170,9 +170,9 @@ def _backward_compiled(
         _contiguous(mask),
         tree,
         temperature,
-        log_pf,
-        slopes,
-        plan,
+        log_pf.contiguous(),
+        slopes.contiguous(),
+        plan.contiguous(),
         need_hidden,
         dense,
         need_bias,
@@ -215,6 +215,7 @@ def _forward(
     saved: int,
     sparse_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    transforms.refuse_forward_mode("children_logprobs")
     check_head(tree, weight.shape[0], "the rows of weight")
     given = (hidden, weight, bias, tokens, mask, tree, temperature, saved)
     name = backends.resolve("children_logprobs", hidden.device, _accumulator(hidden, weight, bias))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gflowgr.ops import checks
+from gflowgr.ops import checks, transforms
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
@@ -48,6 +48,7 @@ class HeadInputs:
     temperature: float
     normalize: str  # "vocab", "level" or "children"
     sparse_grad: bool = False  # a row-sparse gradient of the head, for "children"
+    looked_at: bool = False  # whether the data checks have seen tokens and mask
 
     @property
     def full_mask(self) -> Tensor:
@@ -58,8 +59,9 @@ class HeadInputs:
 
     @property
     def targets(self) -> Tensor:
-        """The tokens [B, N, L], -1 under a false mask."""
-        return self.tokens if self.mask is None else self.tokens.masked_fill(~self.mask, -1)
+        """The tokens [B, N, L] as the ops take them; see :func:`checks.targets_of`."""
+        size = self.weight.shape[0]
+        return checks.targets_of(self.tokens, self.mask, size, looked_at=self.looked_at)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,8 +152,8 @@ def dense_logprobs(
     """Log-probability of one token per row, and the log-sum-exp of the row's logits, both [T].
 
     hidden [T, d], weight [V, d], bias [V], targets [T] int64. A negative target is a masked row:
-    its state may hold NaN, its results are 0. A target of V or more counts as a row whose token is
-    elsewhere (another shard of the vocabulary): log_pf = -lse.
+    its state may hold NaN, its results are 0. The target V stands for a token that is elsewhere (in
+    another shard of the vocabulary): log_pf = -lse. More than V is no token: log_pf = NaN.
     """
     floating = [t for t in (hidden, weight, bias) if t is not None]
     wide = any(t.dtype == torch.float64 for t in floating)
@@ -266,7 +268,7 @@ def _blocked(
     """Blocks of rows of :func:`_block_logprobs`; several are recomputed in the backward pass."""
     rows = states.shape[0]
     step = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // max(head.shape[0], 1))
-    if not checks.values_readable() or rows <= step:
+    if not checks.values_readable() or transforms.active() or rows <= step:
         return _block_logprobs(states, head, bias, columns, temperature, member, node)
     parts = []
     for start in range(0, rows, step):
@@ -294,7 +296,7 @@ def _block_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [R] of one column each and log-sum-exps [R].
 
-    states [R, d], head [C, d], columns [R]; a column of C or more has the logit 0 here.
+    states [R, d], head [C, d], columns [R]; the column C has the logit 0 here, those beyond NaN.
     """
     if head.shape[0] == 0:  # no candidate: no row, or only rows outside the tree
         nothing = states.sum(-1) - math.inf
@@ -308,7 +310,7 @@ def _block_logprobs(
         logits = logits.masked_fill(~member[node], -math.inf)
     here = columns < head.shape[0]
     chosen = logits.gather(1, columns.clamp(max=head.shape[0] - 1)[:, None]).squeeze(1)
-    chosen = torch.where(here, chosen, 0.0)
+    chosen = torch.where(here, chosen, torch.where(columns == head.shape[0], 0.0, math.nan))
     log_sum = logits.logsumexp(-1)
     # Where every candidate is forbidden the difference would be NaN; the probability is zero.
     impossible = (log_sum == -math.inf) & here

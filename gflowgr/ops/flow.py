@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import backends
+from gflowgr.ops import transforms
 from gflowgr.ops.flow_definitions import compute_dtype, gradient_definition, loss_definition
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -51,13 +52,18 @@ def flow_loss(
     Returns:
         A scalar, or [B, N] for "none"; float64 if any input is, else float32.
 
-    Second derivatives raise RuntimeError.
+    Second derivatives raise RuntimeError. Forward-mode ones, and the transforms of ``torch.func``,
+    are left to the definition.
     """
     floating = [log_pf, log_reward] if target is None else [log_pf, log_reward, target]
     dtype = compute_dtype(*floating)
     tensors = [
         t if t is None or t.dtype == dtype else t.to(dtype) for t in (log_pf, log_reward, target)
     ]
+    if transforms.definition_only("flow_loss"):
+        wide = None if target is None else target.to(dtype)
+        options = (kind, lam, beta, floor, reduction, sft_weight)
+        return loss_definition(log_pf.to(dtype), log_reward.to(dtype), wide, mask, *options)
     loss: Tensor = torch.ops.gflowgr.flow_loss.default(
         *tensors,
         mask,
@@ -201,6 +207,7 @@ def _tracked(tensors: tuple[Any, ...]) -> bool:
 
 
 def _flow_loss_autograd(*arguments: Any) -> Tensor:
+    transforms.refuse_forward_mode("flow_loss")
     if _tracked(arguments[:3]):
         loss: Tensor = _FlowLoss.apply(*arguments[:4], arguments[4:])
     else:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gflowgr.ops import checks
+
 
 @dataclass(frozen=True)
 class RewardOptions:
@@ -51,13 +53,19 @@ def prepare(
 
     Padding is replaced BEFORE anything is computed from it: `0 * NaN` in a backward pass would
     otherwise carry the NaN of a masked position into the gradient.
+
+    A row whose mask is no prefix counts as one of L tokens with the reward NaN, so that without
+    data checks nobody takes its loss for one.
     """
     valid = mask.any(-1)
+    broken = checks.mask_rises(mask).any(-1)
+    mask = mask | broken[..., None]
     reward = options.beta * log_reward.to(dtype).masked_fill(~valid, 0.0)
     if options.floor is not None:
         # A comparison with NaN is false, so NaN is floored too.
         reward = reward.masked_fill(~(reward > options.floor), options.floor)
         reward = reward.masked_fill(~valid, 0.0)
+    reward = reward.masked_fill(broken, math.nan)
     return Trajectories(log_pf.to(dtype).masked_fill(~mask, 0.0), reward, mask, valid)
 
 
@@ -106,7 +114,8 @@ def _subtb_pairs(t: Trajectories, log_flow: Tensor, lam: float) -> tuple[Tensor,
     """Weights and residuals of all sub-trajectories (i, j), each [B, N, L+1, L+1].
 
     With potentials g_i = log F(s_i) - sum_{l<i} log_pf_l the residual of (i, j) is g_i - g_j, so
-    all pairs come from one outer difference of L+1 numbers per trajectory.
+    all pairs come from one outer difference of L+1 numbers per trajectory. Where a forbidden token
+    lies between them it is -inf, which that difference would make NaN beyond the token.
     """
     dtype, device = t.log_pf.dtype, t.log_pf.device
     steps = t.log_pf.shape[-1]
@@ -116,7 +125,10 @@ def _subtb_pairs(t: Trajectories, log_flow: Tensor, lam: float) -> tuple[Tensor,
 
     flow = torch.cat([log_flow.to(dtype).masked_fill(~t.mask, 0.0), zero], -1)
     flow = torch.where(position == length[..., None], t.log_reward[..., None], flow)
-    potential = flow - torch.cat([zero, t.log_pf.cumsum(-1)], -1)
+    forbidden = t.log_pf == -math.inf
+    along = t.log_pf.masked_fill(forbidden, 0.0).cumsum(-1)
+    potential = flow - torch.cat([zero, along], -1)
+    before = torch.cat([zero, forbidden.to(dtype).cumsum(-1)], -1)
 
     # Weights lambda^(j-i) over their sum, in logs, so that no power under- or overflows.
     distance = position[None, :] - position[:, None]  # j - i
@@ -124,7 +136,9 @@ def _subtb_pairs(t: Trajectories, log_flow: Tensor, lam: float) -> tuple[Tensor,
     log_power = distance.to(dtype) * math.log(lam)
     scale = _subtb_log_normaliser(steps, lam, dtype, device)[length]
     exponent = torch.where(pair, log_power - scale[..., None, None], -math.inf)
-    return exponent.exp(), potential[..., :, None] - potential[..., None, :]
+    crossed = pair & (before[..., :, None] != before[..., None, :])
+    residual = potential[..., :, None] - potential[..., None, :]
+    return exponent.exp(), torch.where(crossed, -math.inf, residual)
 
 
 def _subtb_log_normaliser(
@@ -266,7 +280,7 @@ def gradient_definition(
         to_reward = -slope
     to_reward = (beta * to_reward).masked_fill(~t.valid, 0.0)
     if floor is not None:
-        to_reward = to_reward.masked_fill(~(beta * log_reward > floor), 0.0)
+        to_reward = to_reward.masked_fill(t.log_reward <= floor, 0.0)
     if sft_weight > 0.0:
         over = prompts if reduction in ("prompt", "mean") else 1
         first = (sft_weight * grad / over).expand_as(t.valid)[:, :1, None]

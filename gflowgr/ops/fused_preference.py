@@ -20,6 +20,7 @@ valid token that either bias forbids (-inf).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -281,6 +282,7 @@ class _Call:
             False,
             self._none,
         )
+        self.reference = replace(self.reference, looked_at=self.policy.looked_at)
         for name, inputs in (("bias", self.policy), ("ref_bias", self.reference)):
             if inputs.bias is not None:
                 check_allowed(name, inputs.bias, inputs.tokens, self.mask, self.data)

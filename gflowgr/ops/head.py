@@ -1,8 +1,9 @@
 """Registered ops of the dense head: log-probabilities over the whole vocabulary, and joint losses.
 
 Rows are flat here: ``hidden`` [T, d] with T = B N L, one int64 target per row. A negative target is
-a masked row, never read and with zero results; a target of V or more counts as a row whose token is
-elsewhere (another shard of the vocabulary), with the logit 0. The definition is
+a masked row, never read and with zero results; the target V stands for a token that is elsewhere
+(in another shard of the vocabulary), with the logit 0; a larger one is no token, and all that is
+made of its row is NaN. The definition is
 :func:`gflowgr.ops.definitions.dense_logprobs`; the fast backends are ``csrc/head_*.cpp`` and
 ``kernels/head.py``.
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import backends
-from gflowgr.ops import definitions
+from gflowgr.ops import definitions, transforms
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -101,7 +102,8 @@ def backward_definition(
         chosen = targets[index]
         here = (chosen < len(head)).nonzero().squeeze(-1)
         slopes[here, chosen[here]] = -torch.expm1(log_pf[index[here]])  # 1 - p
-        slopes = slopes * (grad[index, None] / temperature)
+        upstream = grad[index].masked_fill(chosen > len(head), torch.nan)
+        slopes = slopes * (upstream[:, None] / temperature)
         if d_states is not None:
             d_states[part] = slopes @ head
         if d_head is not None:
@@ -140,7 +142,8 @@ def _logprobs_cpp(
     jacobian: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.gflowgr_cpp.head_logprobs(
-        hidden.contiguous(), weight.contiguous(), floats(bias), targets, temperature, jacobian
+        *(hidden.contiguous(), weight.contiguous(), floats(bias), targets.contiguous()),
+        *(temperature, jacobian),
     )
     return outputs
 
@@ -163,9 +166,9 @@ def _backward_cpp(
         hidden.contiguous(),
         weight.contiguous(),
         floats(bias),
-        targets,
-        log_pf,
-        lse,
+        targets.contiguous(),
+        log_pf.contiguous(),
+        lse.contiguous(),
         temperature,
         need_hidden,
         need_weight,
@@ -218,6 +221,7 @@ def _head_logprobs(
     temperature: float,
     jacobian: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    transforms.refuse_forward_mode("head_logprobs")
     name = backends.resolve("head_logprobs", hidden.device, wide_dtype(hidden, weight, bias))
     with definitions.without_autocast(hidden.device):
         return _LOGPROBS[name](hidden, weight, bias, targets, temperature, jacobian)

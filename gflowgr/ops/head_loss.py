@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import backends
-from gflowgr.ops import definitions, head
+from gflowgr.ops import definitions, head, transforms
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """loss [], log_pf [B, N, L], then gradients (empty where not needed) of hidden, weight, bias,
@@ -90,7 +90,7 @@ def _loss_cpp(
             hidden.contiguous(),
             weight.contiguous(),
             head.floats(bias),
-            targets,
+            targets.contiguous(),
             temperature,
             log_reward.contiguous(),
             None if target is None else target.contiguous(),
@@ -166,7 +166,7 @@ def _loss_triton(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
-        targets.view(-1),
+        targets.reshape(-1),
         temperature,
         branches * steps,
         upstream,
@@ -192,6 +192,7 @@ def _head_flow_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any
 ) -> Outputs:
     log_reward = rest[1]
+    transforms.refuse_forward_mode("head_flow_loss")
     dtype = torch.promote_types(head.wide_dtype(hidden, weight, bias), log_reward.dtype)
     name = backends.resolve("head_flow_loss", hidden.device, dtype)
     with definitions.without_autocast(hidden.device):

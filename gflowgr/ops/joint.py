@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gflowgr.ops import checks, flow, head, head_loss, logprobs, losses
+from gflowgr.ops import checks, flow, head, head_loss, logprobs, losses, transforms
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
@@ -66,7 +66,8 @@ class JointCall:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of a kind, balanced against `target` (log_z, log_flow or None)."""
         options = self.options
-        if self.inputs.normalize == "vocab" and options.reduction != "none":
+        in_one_op = self.inputs.normalize == "vocab" and options.reduction != "none"
+        if in_one_op and not transforms.definition_only("head_flow_loss"):
             logprobs.run_data_checks(self.inputs, self.tree, self.data)
             loss, log_pf = self._in_three_products(kind, target, lam)
         else:

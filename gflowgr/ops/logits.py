@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import backends
-from gflowgr.ops import checks
+from gflowgr.ops import checks, transforms
 from gflowgr.ops.definitions import BLOCK_ELEMENTS
 
 Forward = tuple[Tensor, Tensor, Tensor]
@@ -40,7 +40,8 @@ def logprobs_from_logits(
             later, neither your code (metrics, another loss, a tensor that shares their memory) nor
             autograd. Autograd notices and raises where the operation that made the logits needs its
             result in its own backward pass, and on a second backward pass through this function;
-            what else reads them cannot be noticed. Under ``torch.compile`` it has no effect.
+            what else reads them cannot be noticed. Under ``torch.compile`` and the transforms of
+            ``torch.func`` it has no effect.
 
     Returns:
         [B, N, L], nats: float32, float64 for float64 logits. -inf for a token whose logit is.
@@ -80,9 +81,11 @@ def logprobs_from_logits(
         ),
     )
     data.run()
-    targets = tokens.to(torch.int64)
-    if mask is not None:
-        targets = targets.masked_fill(~valid, -1)
+    targets = checks.targets_of(
+        tokens, None if mask is None else valid, vocab_size, looked_at=data.enabled
+    )
+    if transforms.definition_only("logits_logprobs"):
+        return differentiable_definition(logits, targets, temperature)
     log_pf: Tensor = torch.ops.gflowgr.logits_logprobs(
         logits.reshape(-1, vocab_size),
         targets.reshape(-1),
@@ -123,8 +126,8 @@ def forward_definition(logits: Tensor, targets: Tensor, temperature: float) -> F
     """log_pf, row_max and log_sum, each [T], of logits [T, V] and targets [T].
 
     With x = (logits - row_max) / temperature, ``log_pf = x_target - log_sum`` and ``log_sum =
-    log(sum(exp(x)))``. A negative target marks a masked row; of a row whose target is V or more,
-    the token is not among these logits: log_pf is minus the log-sum-exp.
+    log(sum(exp(x)))``. A negative target marks a masked row. With the target V the token is not
+    among these logits: log_pf is minus the log-sum-exp. More than V is no token: log_pf is NaN.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_pf, row_max, log_sum = (logits.new_zeros(logits.shape[0], dtype=dtype) for _ in range(3))
@@ -138,6 +141,7 @@ def forward_definition(logits: Tensor, targets: Tensor, temperature: float) -> F
         chosen = torch.where(here, chosen, -top.squeeze(1) / temperature)
         # Where every token is forbidden the difference would be NaN; the probability is zero.
         found = torch.where(sums == -torch.inf, -torch.inf, chosen - sums)
+        found = found.masked_fill(targets[part] > block.shape[-1], torch.nan)
         for result, values in ((log_pf, found), (row_max, top.squeeze(1)), (log_sum, sums)):
             result[part] = values.masked_fill(~valid, 0.0)
     return log_pf, row_max, log_sum
@@ -154,9 +158,11 @@ def backward_definition(
 ) -> None:
     """Write the gradient of the logits to `out` [T, V], which may be the logits themselves."""
     for part, block, valid in _blocks(logits, targets):
-        used = valid & (log_sum[part] > -torch.inf) & (grad[part] != 0)
+        none = targets[part] > block.shape[-1]
+        used = none | (valid & (log_sum[part] > -torch.inf) & (grad[part] != 0))
         x = (block - row_max[part][:, None]) / temperature - log_sum[part][:, None]
-        slope = (grad[part] / temperature).masked_fill(~used, 0.0)[:, None]
+        slope = (grad[part] / temperature).masked_fill(~used, 0.0).masked_fill(none, torch.nan)
+        slope = slope[:, None]
         gradient = -slope * x.exp()
         target = targets[part][:, None].clamp(0, block.shape[-1] - 1)
         # 1 - p without cancellation.
@@ -164,6 +170,19 @@ def backward_definition(
         own = torch.where(targets[part][:, None] < block.shape[-1], own, gradient.gather(1, target))
         gradient = gradient.scatter(1, target, own)
         out[part] = gradient.masked_fill(~used[:, None], 0.0).to(out.dtype)
+
+
+def differentiable_definition(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log_pf of :func:`forward_definition`, [...] of logits [..., V], for any derivative."""
+    valid = targets >= 0
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scaled = wide.masked_fill(~valid[..., None], 0.0) / temperature
+    sums = scaled.logsumexp(-1)
+    last = logits.shape[-1] - 1
+    chosen = scaled.gather(-1, targets.clamp(0, last)[..., None]).squeeze(-1)
+    chosen = chosen.masked_fill(targets > last, torch.nan)
+    log_pf = torch.where(sums == -torch.inf, -torch.inf, chosen - sums)
+    return log_pf.masked_fill(~valid, 0.0)
 
 
 # ------------------------------------------------------------------ the registered ops
@@ -176,6 +195,7 @@ def _backend(logits: Tensor) -> str:
 def _logits_logprobs(
     logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool
 ) -> Forward:
+    transforms.refuse_forward_mode("logits_logprobs")
     if _backend(logits) == "torch":
         return forward_definition(logits, targets, temperature)
     found: Forward = torch.ops.gflowgr_cpp.logits_logprobs(
@@ -189,8 +209,8 @@ def _logits_backward(grad: Tensor, logits: Tensor, *saved: Any) -> Tensor:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
         backward_definition(out, grad, logits, *saved)
         return out
-    logits = logits.contiguous()
-    gradient: Tensor = torch.ops.gflowgr_cpp.logits_backward(grad.contiguous(), logits, *saved)
+    arguments = _contiguous(grad, logits, *saved)
+    gradient: Tensor = torch.ops.gflowgr_cpp.logits_backward(*arguments)
     return gradient
 
 
@@ -198,10 +218,14 @@ def _logits_backward_inplace(grad: Tensor, logits: Tensor, *saved: Any) -> None:
     if _backend(logits) == "torch":
         backward_definition(logits, grad, logits, *saved)
     else:
-        torch.ops.gflowgr_cpp.logits_backward_(grad.contiguous(), logits, *saved)
-        torch.autograd.graph.increment_version(
-            logits
-        )  # what the kernel writes, autograd does not see
+        grad, *saved_here = _contiguous(grad, *saved)
+        torch.ops.gflowgr_cpp.logits_backward_(grad, logits, *saved_here)
+        # What the kernel writes, autograd does not see.
+        torch.autograd.graph.increment_version(logits)
+
+
+def _contiguous(*arguments: Any) -> list[Any]:
+    return [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
 
 
 def _logits_logprobs_fake(

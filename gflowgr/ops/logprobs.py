@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gflowgr.ops import checks, head
+from gflowgr.ops import checks, head, transforms
 from gflowgr.ops.children import children_logprobs
 from gflowgr.ops.definitions import (
     HeadInputs,
     as_autocast,
+    dense_logprobs,
     level_logprobs,
+    logprobs_definition,
     vocab_logprobs,
 )
 
@@ -77,6 +79,9 @@ def trajectory_logprobs(
             or a trajectory that is not an identifier of the tree; a mask that is not a prefix of
             its rows.
 
+    Forward-mode derivatives and the transforms of ``torch.func`` run on the PyTorch definition,
+    with all logits at once; "children" needs the same tokens and mask along all of a ``vmap``.
+
     Source: GFlowGR (arXiv 2506.16114), forward policy; children normalisation is the GFlowNet's
     policy on the prefix tree.
     """
@@ -93,18 +98,38 @@ def checked_logprobs(
     """log_pf [B, N, L] of inputs whose values are checked here, by the fastest backend that can."""
     if inputs.tree is None or inputs.normalize != "children":
         run_data_checks(inputs, tree, data)
+        transformed = transforms.definition_only("head_logprobs")
+        dense = dense_logprobs if transformed else head.head_logprobs
         if inputs.tree is None:
-            return vocab_logprobs(inputs, head.head_logprobs)
-        return level_logprobs(inputs, inputs.tree, head.head_logprobs)
+            return vocab_logprobs(inputs, dense)
+        return level_logprobs(inputs, inputs.tree, dense)
     data.run()
+    if transforms.definition_only("children_logprobs"):
+        return _transformed_children(inputs, inputs.tree, data)
     log_pf, invalid = children_logprobs(inputs, inputs.tree, sparse_grad=inputs.sparse_grad)
     if data.enabled and invalid.item() != 0:
-        again = checks.DataChecks()
-        shape, device = inputs.tokens.shape, inputs.tokens.device
-        checks.check_mask(inputs.mask, shape, device, "hidden", again)
-        checks.check_tokens(inputs.tokens, inputs.full_mask, inputs.weight.shape[0], again)
-        run_data_checks(inputs, inputs.tree, again)
+        _check_trajectories(inputs, inputs.tree)
     return log_pf
+
+
+def _transformed_children(inputs: HeadInputs, tree: PrefixTree, data: checks.DataChecks) -> Tensor:
+    if transforms.is_batched(inputs.tokens) or transforms.is_batched(inputs.mask):
+        raise RuntimeError(
+            'normalize="children" must have the same tokens and mask along all of torch.func.vmap, '
+            "since they decide which rows of the head compete; got batched ones"
+        )
+    if data.enabled:
+        _check_trajectories(inputs, tree)
+    return logprobs_definition(inputs)
+
+
+def _check_trajectories(inputs: HeadInputs, tree: PrefixTree) -> None:
+    """Say what is wrong with mask or tokens that a walk down the tree refuses."""
+    data = checks.DataChecks()
+    shape, device = inputs.tokens.shape, inputs.tokens.device
+    checks.check_mask(inputs.mask, shape, device, "hidden", data)
+    checks.check_tokens(inputs.tokens, inputs.full_mask, inputs.weight.shape[0], data)
+    run_data_checks(inputs, tree, data)
 
 
 def check_head_inputs(
@@ -171,6 +196,7 @@ def check_head_inputs(
         temperature=temperature,
         normalize=normalize,
         sparse_grad=sparse_grad,
+        looked_at=data.enabled,
     )
 
 

@@ -13,7 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gflowgr.ops import checks
+from gflowgr.ops import checks, transforms
+
+_MASKED = -1
+_NO_TOKEN = -2
 
 
 def partial_logprobs(
@@ -30,7 +33,7 @@ def partial_logprobs(
     Args:
         hidden: [T, d] states.
         weight: [V_shard, d] the rows of the head for tokens first_token .. first_token + V_shard.
-        targets: [T] int64 token ids of the whole vocabulary; negative = masked row.
+        targets: [T] int64 token ids of the whole vocabulary; -1 = masked row.
         first_token: the token of the first row.
         bias: [V_shard].
         temperature: divides the logits, bias included; > 0.
@@ -57,7 +60,7 @@ def _local_targets(targets: Tensor, first_token: int, size: int) -> Tensor:
     """Targets counted from the shard's first row; `size` where they are in another shard."""
     local = targets - first_token
     elsewhere = (local < 0) | (local >= size)
-    return local.masked_fill(elsewhere, size).masked_fill(targets < 0, -1)
+    return local.masked_fill(elsewhere, size).masked_fill(targets == _MASKED, -1)
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -78,15 +81,19 @@ class _VocabParallel(torch.autograd.Function):
         top = lse.clone()
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
         finite = torch.where(top == -torch.inf, 0.0, top)
-        sums = torch.stack([torch.exp(lse - finite), target_logit])
+        local = _local_targets(targets, first_token, weight.shape[0])
+        held = ((local >= 0) & (local < weight.shape[0])).to(lse.dtype)
+        sums = torch.stack([torch.exp(lse - finite), target_logit, held])
         dist.all_reduce(sums, group=group)
         total = finite + sums[0].log()
-        masked = targets < 0
+        masked = targets == _MASKED
         total = total.masked_fill(masked, 0.0)
         # Where all logits are -inf the difference would be NaN; the probability is zero.
         log_pf = torch.where(sums[1] == -torch.inf, -torch.inf, sums[1] - total)
         log_pf = log_pf.masked_fill(masked, 0.0).clamp(max=0.0)
-        local = _local_targets(targets, first_token, weight.shape[0])
+        nowhere = (sums[2] != 1) & ~masked
+        log_pf = log_pf.masked_fill(nowhere, torch.nan)
+        local = local.masked_fill(nowhere, weight.shape[0] + 1)
         ctx.save_for_backward(hidden, weight, bias, local, log_pf, total)
         ctx.temperature, ctx.group = temperature, group
         return log_pf
@@ -138,8 +145,9 @@ def vocab_parallel_logprobs(
         this shard. Use it with :func:`gflowgr.tb_loss` and the like; two all-reduces of 2 T numbers
         forward, one of the states' gradient backward.
 
-    Errors: TypeError and ValueError as in trajectory_logprobs; a token that no shard holds is not
-        found out, and has the logit 0.
+    Errors: TypeError and ValueError as in trajectory_logprobs, but that a token which no shard
+    holds, or several do, is not found out: its log-probability is NaN. RuntimeError for
+    forward-mode derivatives and under the transforms of torch.func.
     """
     data = checks.DataChecks()
     floating = checks.FLOAT_DTYPES
@@ -165,7 +173,12 @@ def vocab_parallel_logprobs(
     temperature = checks.check_number("temperature", temperature, above=0.0)
     full_mask = checks.check_mask(mask, batch, device, "hidden", data)
     data.run()
-    targets = tokens.long().masked_fill(~full_mask, -1).flatten()
+    transforms.refuse("vocab_parallel_logprobs", hidden, weight, bias, tokens, mask)
+    # Only the shards together know how many tokens there are.
+    none = tokens < 0
+    if not data.enabled:
+        none = none | checks.mask_rises(full_mask)
+    targets = tokens.long().masked_fill(none, _NO_TOKEN).masked_fill(~full_mask, _MASKED).flatten()
     log_pf: Tensor = _VocabParallel.apply(
         hidden.flatten(0, 2), weight, bias, targets, first_token, temperature, group
     )

@@ -218,6 +218,8 @@ def k3_divergence(ratio: Tensor) -> Tensor:
 def log_ratios(log_pf: Tensor, ref_log_pf: Tensor, mask: Tensor) -> Tensor:
     """``log_pf - ref_log_pf`` [B, N, L] in at least float32, zero at padding."""
     dtype = compute_dtype(log_pf, ref_log_pf)
+    if not checks.values_looked_at():  # a mask that is no prefix must not pass for one
+        log_pf = log_pf.masked_fill(checks.mask_rises(mask), math.nan)
     reference = ref_log_pf.detach().to(dtype).masked_fill(~mask, 0.0)
     return log_pf.to(dtype).masked_fill(~mask, 0.0) - reference
 

@@ -115,3 +115,13 @@ def test_wrong_arguments_are_named() -> None:
         CUDA.flow_loss(*replace(case, log_pf=case.log_pf.half()).arguments())
     with pytest.raises(RuntimeError, match="kind: expected tb, db, subtb or vargrad, got ab"):
         CUDA.flow_loss(*replace(case, kind="ab").arguments())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_that_is_no_prefix_makes_its_row_nan(kind: str, reduction: str) -> None:
+    case = FlowCase.make(kind, (5, 2, 3), masked=True, reduction=reduction)
+    mask = case.mask.clone()
+    mask[1, 1] = torch.tensor([False, True, True])
+    mask[3, 0] = torch.tensor([True, False, True])
+    check_raw_op(CUDA, replace(case, mask=mask))

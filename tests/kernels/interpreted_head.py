@@ -398,3 +398,19 @@ def test_refusals() -> None:
     wide = replace(case, hidden=case.hidden.double(), weight=case.weight.double())
     with pytest.raises(TypeError, match="float64"):
         head.head_logprobs(*wide.arguments, False)
+
+
+def test_a_target_beyond_the_vocabulary_is_no_token() -> None:
+    """V is another shard's; whatever is larger makes all of its row NaN, and no other row."""
+    case = make_case(7, 8, 5)
+    case.targets[:2] = torch.tensor([5, 6])
+    needs = (True, True, True)
+    log_pf, lse, _ = head.head_logprobs(*case.arguments, False)
+    torch.testing.assert_close(log_pf[0], -lse[0])
+    assert log_pf.isnan().nonzero().tolist() == [[1]]
+    gradients = head.head_backward(torch.ones(7), *case.arguments[:4], log_pf, lse, 0.7, *needs)
+    _, _, jacobian = head.head_logprobs(*case.arguments, True)
+    for d_hidden in (gradients[0], jacobian):
+        assert d_hidden.isnan().any(1).nonzero().tolist() == [[1]]
+    assert gradients[1].isnan().all()
+    assert gradients[2].isnan().all()

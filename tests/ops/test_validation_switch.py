@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gflowgr import ops
+import gflowgr
+from gflowgr import backends, ops
 from gflowgr.ops import checks
+
+from .public_ops import OPS, VOCABULARY, arguments, read_by
 
 B, N, L = 2, 3, 4
 
@@ -84,3 +87,79 @@ def test_checks_on_values_are_skipped_while_compiling() -> None:
     compiled = torch.compile(ops.tb_loss, fullgraph=True, backend="eager")
     bad = one_bad_reward()
     assert compiled(-torch.ones(B, N, L), bad, torch.zeros(B)).isnan()
+
+
+# ------------------------------------------------------------------ what bad values give
+
+
+OUTSIDE = [VOCABULARY, VOCABULARY + 1, 10**6, 2**62, -1, -2, -(2**31), -(2**63)]
+NOT_A_PREFIX = [[False, True, True, True], [True, False, True, False], [False, False, False, True]]
+
+
+def spoilt(name: str, given: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What an op gives without data checks, and the gradients of its sum."""
+    reads = [key for key in ("hidden", "weight", "logits", "log_pf") if key in read_by(name)]
+    leaves = [given[key].requires_grad_() for key in reads]
+    result = OPS[name](given)
+    return result.detach(), list(torch.autograd.grad(result.sum(), leaves))
+
+
+@pytest.mark.usefixtures("unchecked", "backend")
+@pytest.mark.parametrize("token", OUTSIDE)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", [name for name in OPS if "tokens" in read_by(name)])
+def test_a_token_outside_the_vocabulary_gives_nothing_finite(
+    name: str, masked: bool, token: int
+) -> None:
+    """Neither where it is the last of the trajectory, nor without a mask, where -1 masks nothing."""
+    given = arguments()
+    place = (1, 1, int(given["mask"][1, 1].sum()) - 1 if masked else 3)
+    given["tokens"][place] = token
+    if not masked:
+        given["mask"] = None  # type: ignore[assignment]
+    result, gradients = spoilt(name, given)
+    if result.dim() == 3:
+        assert not result[place].isfinite()
+    else:
+        assert not result.sum().isfinite()
+    if "children" not in name and "level" not in name:  # there -inf, which passes no gradient
+        assert not any(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.usefixtures("unchecked", "backend")
+@pytest.mark.parametrize("row", NOT_A_PREFIX)
+@pytest.mark.parametrize("name", OPS)
+def test_a_mask_that_is_no_prefix_gives_nothing_finite(name: str, row: list[bool]) -> None:
+    given = arguments()
+    given["mask"][1, 1] = torch.tensor(row)
+    result, gradients = spoilt(name, given)
+    assert not result.sum().isfinite()
+    if "children" not in name:
+        assert not all(gradient.isfinite().all() for gradient in gradients)
+    if result.shape == (3, 2):  # one loss each: the others are as they were
+        assert result.isfinite().sum() == 5
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("row", NOT_A_PREFIX)
+@pytest.mark.parametrize("name", ["tb", "db", "subtb", "vargrad"])
+def test_backends_agree_on_a_mask_that_is_no_prefix(name: str, row: list[bool]) -> None:
+    found = []
+    for backend in ("torch", "cpp"):
+        if backend == "cpp" and (missing := backends.cpp_missing()):
+            pytest.skip(missing)
+        given = arguments()
+        given["mask"][1, 1] = torch.tensor(row)
+        with gflowgr.backend(backend):
+            found.append(spoilt(name, given))
+    (first, (one,)), (second, (other,)) = found
+    torch.testing.assert_close(first, second, equal_nan=True)
+    torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_compiled_a_token_outside_the_vocabulary_gives_nothing_finite() -> None:
+    torch._dynamo.reset()
+    given = arguments()
+    given["tokens"][1, 1, 0] = -1
+    compiled = torch.compile(OPS["fused tb"], fullgraph=True, backend="eager")
+    assert compiled(given).isnan()
