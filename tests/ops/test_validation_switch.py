@@ -111,7 +111,7 @@ def spoilt(name: str, given: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
 def test_a_token_outside_the_vocabulary_gives_nothing_finite(
     name: str, masked: bool, token: int
 ) -> None:
-    """Neither where it is the last of the trajectory, nor without a mask, where -1 masks nothing."""
+    """Also without a mask, where -1 masks nothing."""
     given = arguments()
     place = (1, 1, int(given["mask"][1, 1].sum()) - 1 if masked else 3)
     given["tokens"][place] = token
@@ -132,10 +132,8 @@ def test_a_token_outside_the_vocabulary_gives_nothing_finite(
 def test_a_mask_that_is_no_prefix_gives_nothing_finite(name: str, row: list[bool]) -> None:
     given = arguments()
     given["mask"][1, 1] = torch.tensor(row)
-    result, gradients = spoilt(name, given)
+    result, _ = spoilt(name, given)
     assert not result.sum().isfinite()
-    if "children" not in name:
-        assert not all(gradient.isfinite().all() for gradient in gradients)
     if result.shape == (3, 2):  # one loss each: the others are as they were
         assert result.isfinite().sum() == 5
 
