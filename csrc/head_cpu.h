@@ -8,8 +8,9 @@
 
 namespace gflowgr {
 
-// One pass over the head. Rows whose target is negative are masked: never read, outputs zero. A target of
-// at least `vocabulary` counts as a row whose token lies elsewhere (a shard of the vocabulary).
+// One pass over the head. Rows whose target is negative are masked: never read, outputs zero. The
+// target `vocabulary` stands for a token that lies elsewhere (in a shard of the vocabulary); a larger one is
+// no token, and what is made of its row is NaN.
 struct HeadPass {
   const void* hidden;  // [rows, width]
   Float hidden_type;

@@ -228,8 +228,8 @@ def test_vocabulary_shards() -> None:
     cut, shards = 50, []
     for first, last in ((0, cut), (cut, 90)):
         local = case.targets - first
-        # Elsewhere: at or past the end of this shard.
-        local = torch.where((local < 0) & (case.targets >= 0), 10**6, local)
+        size = last - first
+        local = torch.where((local < 0) | (local >= size), size, local)  # elsewhere
         local = torch.where(case.targets < 0, -1, local)
         shards.append(
             replace(case, weight=case.weight[first:last], bias=case.bias[first:last], targets=local)

@@ -178,10 +178,29 @@ def test_a_nan_in_what_counts_comes_out(backend: str, what: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_token_elsewhere(backend: str) -> None:
-    """A target of V or more: the row counts, its token is in another shard."""
+    """The target V: the row counts, its token is in another shard."""
     case = make_case(50, 12, 40, masked=False)
-    case.targets[::2] += 40
+    case.targets[::2] = 40
     check(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("target", [41, 2**62])
+def test_no_token_at_all(backend: str, target: int) -> None:
+    """A target beyond V: all of its row is NaN, and what it adds to; the other rows are not."""
+    case = make_case(5, 12, 40, masked=False)
+    case.targets[2] = target
+    with gflowgr.backend(backend):
+        log_pf, lse, slopes = torch.ops.gflowgr.head_logprobs(*case.arguments, True)
+        d_hidden, d_weight, d_bias = torch.ops.gflowgr.head_backward(
+            torch.ones(5), *case.arguments[:4], log_pf, lse, case.temperature, True, True, True
+        )
+    assert log_pf.isnan().nonzero().tolist() == [[2]]
+    for gradient in (slopes, d_hidden):
+        assert gradient.isnan().all(1).nonzero().tolist() == [[2]]
+        assert gradient.isnan().any(1).sum() == 1
+    assert d_weight.isnan().all()
+    assert d_bias.isnan().all()
 
 
 @pytest.mark.parametrize(
