@@ -103,8 +103,8 @@ def host_extension(torch: ModuleType | None) -> Extension | None:
         return None
     return Extension(
         "gflowgr._host",
-        ["csrc/host_bindings.cpp", "csrc/tree_build.cpp", "csrc/tree_check.cpp"],
-        include_dirs=["csrc", include],
+        ["csrc/tree/host_bindings.cpp", "csrc/tree/tree_build.cpp", "csrc/tree/tree_check.cpp"],
+        include_dirs=[str(ROOT / "csrc"), include],
         extra_compile_args=compile_flags(),
         extra_link_args=SANITIZERS,
         language="c++",
@@ -182,7 +182,7 @@ def torch_extensions(torch: ModuleType | None) -> list[Extension]:
             extensions = [
                 cpp_extension.CppExtension(
                     "gflowgr._C",
-                    sorted(map(str, Path("csrc").glob("*_cpu.cpp"))),
+                    sorted(map(str, Path("csrc").glob("*/*_cpu.cpp"))),
                     extra_compile_args=flags,
                     extra_link_args=SANITIZERS,
                     **common,
@@ -213,8 +213,8 @@ def torch_extensions(torch: ModuleType | None) -> list[Extension]:
                     "nvcc": ["-O3", "-std=c++17", "--expt-relaxed-constexpr"],
                 }
                 sources = [
-                    *sorted(map(str, Path("csrc/cuda").glob("*.cpp"))),
-                    *sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
+                    *sorted(map(str, Path("csrc").glob("*/*_cuda.cpp"))),
+                    *sorted(map(str, Path("csrc").glob("*/*.cu"))),
                 ]
                 extensions.append(
                     cpp_extension.CUDAExtension(
@@ -263,6 +263,10 @@ def build_command(torch: ModuleType | None) -> type[build_ext]:
     return OptionalBuild
 
 
+def kernel_packages() -> list[str]:
+    return ["gflowgr." + name for name in find_packages(include=["kernels", "kernels.*"])]
+
+
 def main() -> None:
     options: dict[str, Any] = {}
     if switch("GFLOWGR_NO_EXT", "0") in ("0", "no", "false"):
@@ -274,7 +278,9 @@ def main() -> None:
         options["cmdclass"] = {"build_ext": build_command(torch)}
     else:
         warn("GFLOWGR_NO_EXT is set: nothing is compiled, PyTorch and NumPy do the work.")
-    setup(packages=[*find_packages(include=["gflowgr", "gflowgr.*"]), "gflowgr.kernels"], **options)
+    setup(
+        packages=[*find_packages(include=["gflowgr", "gflowgr.*"]), *kernel_packages()], **options
+    )
 
 
 main()

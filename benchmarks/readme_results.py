@@ -7,7 +7,7 @@ Read are ``benchmarks/results/*/results.json`` that ``gflowgr experiment`` wrote
 between ``<!-- results: begin -->`` and ``<!-- results: end -->``. For each dataset and
 identifiers: the main methods' means over seeds with standard deviation, the p-values of their
 differences to the baseline, and one sentence derived from these by
-:func:`gflowgr.experiments.summary.verdict`.
+:func:`gflowgr.runs.summary.verdict`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from gflowgr import files
-from gflowgr.evaluation.tables import TableRow, format_table
-from gflowgr.experiments.statistics import METRICS
-from gflowgr.experiments.summary import labelled, verdict
-from gflowgr.experiments.tables import format_p
+from gflowgr.report.tables import TableRow, format_table
+from gflowgr.runs.statistics import METRICS
+from gflowgr.runs.summary import labelled, verdict
+from gflowgr.runs.tables import format_p
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .backends import available_backends as available_backends
     from .backends import backend as backend
-    from .decoding import GenerativeRecommender as GenerativeRecommender
     from .decoding import constrained_beam_search as constrained_beam_search
     from .decoding import flow_calibration as flow_calibration
     from .decoding import item_logprobs as item_logprobs
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from .decoding.adapters import constrained_generate as constrained_generate
     from .errors import DataError as DataError
     from .errors import GFlowGRError as GFlowGRError
-    from .live_tree import LiveTree as LiveTree
+    from .evaluation.generative import GenerativeRecommender as GenerativeRecommender
     from .models import FlowSettings as FlowSettings
     from .models import GFlowModel as GFlowModel
     from .ops import db_loss as db_loss
@@ -44,20 +43,20 @@ if TYPE_CHECKING:
     from .ops import vargrad_loss as vargrad_loss
     from .training import GFlowGRConfig as GFlowGRConfig
     from .training import GFlowGRTrainer as GFlowGRTrainer
+    from .tree import LiveTree as LiveTree
     from .tree import PrefixTree as PrefixTree
 
 _HOME = {
     "backends": ("available_backends", "backend"),
     "decoding": (
-        "GenerativeRecommender",
         "constrained_beam_search",
         "flow_calibration",
         "item_logprobs",
         "sample_items",
     ),
     "decoding.adapters": ("PrefixTreeLogitsProcessor", "constrained_generate"),
+    "evaluation.generative": ("GenerativeRecommender",),
     "errors": ("DataError", "GFlowGRError"),
-    "live_tree": ("LiveTree",),
     "models": ("FlowSettings", "GFlowModel"),
     "ops": (
         "db_loss",
@@ -78,7 +77,7 @@ _HOME = {
         "vargrad_loss",
     ),
     "training": ("GFlowGRConfig", "GFlowGRTrainer"),
-    "tree": ("PrefixTree",),
+    "tree": ("LiveTree", "PrefixTree"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -105,8 +105,8 @@ def available_backends(
 
 def _import_ops() -> None:
     import gflowgr.ops
-    import gflowgr.ops.beam_step
-    import gflowgr.ops.walk  # noqa: F401
+    import gflowgr.ops.beam_step.op
+    import gflowgr.tree.walk  # noqa: F401
 
 
 def _library_path(name: str) -> Path | None:

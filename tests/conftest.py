@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import emulation
 import pytest
 import torch
 from hypothesis import settings
+from support import emulation
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
@@ -30,9 +30,9 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny run, carried out once by the command line without interruption."""
-    from tiny_run import tiny_run, write_config
+    from support.tiny_run import tiny_run, write_config
 
-    from gflowgr.cli import main
+    from gflowgr.cli.main import main
 
     folder = tmp_path_factory.mktemp("finished")
     config = write_config(folder / "run.yaml", tiny_run(folder / "run"))

@@ -5,7 +5,7 @@
 # run builds only what has changed.
 #
 #     tests/sanitize.sh
-#     tests/sanitize.sh tests/test_tree_fuzz.py -x
+#     tests/sanitize.sh tests/tree/test_fuzz.py -x
 set -euo pipefail
 cd "$(dirname "$0")/.."
 copy=build/sanitize
@@ -14,7 +14,7 @@ git ls-files -z --cached --others --exclude-standard setup.py pyproject.toml REA
   tests | xargs -0 cp -u --parents -t "$copy"
 cd "$copy"
 GFLOWGR_SANITIZE=1 GFLOWGR_CUDA=0 python setup.py -q build_ext --inplace
-[ $# -gt 0 ] || set -- tests/test_tree.py tests/test_tree_check.py tests/test_tree_fuzz.py tests/test_tree_update.py \
+[ $# -gt 0 ] || set -- tests/tree/test_prefix_tree.py tests/tree/test_check.py tests/tree/test_fuzz.py tests/tree/test_update.py \
   tests/ops/test_children.py tests/ops/test_children_op.py tests/ops/test_beam_step.py \
   tests/ops/test_beam_step_traps.py tests/ops/test_head.py tests/ops/test_flow.py tests/ops/test_fused.py \
   tests/ops/test_logits.py

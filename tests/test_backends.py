@@ -10,15 +10,15 @@ import threading
 import numpy as np
 import pytest
 import torch
-from dict_trie import Catalogue, catalogues
 from hypothesis import given
+from support.dict_trie import Catalogue, catalogues
 
 import gflowgr
 from gflowgr import backends
-from gflowgr._tree_layout import build_numpy
-from gflowgr.info import collect_info, format_info
-from gflowgr.ops.walk import tree_walk
+from gflowgr.report.info import collect_info, format_info
 from gflowgr.tree import PrefixTree
+from gflowgr.tree.layout import build_numpy
+from gflowgr.tree.walk import tree_walk
 
 CPU = torch.device("cpu")
 
@@ -200,7 +200,7 @@ class TestInfo:
             "import sys\n"
             "for name in ('transformers', 'matplotlib', 'sklearn', 'polars'):\n"
             "    sys.modules[name] = None\n"
-            "from gflowgr.info import collect_info, format_info\n"
+            "from gflowgr.report.info import collect_info, format_info\n"
             "print(format_info(collect_info()))\n"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

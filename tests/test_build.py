@@ -147,7 +147,7 @@ SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 
 
 def head_tiles_calls(capability: int, dtype: str) -> list[tuple[str, int, str]]:
-    """(epilogue, rows, what else) of launches in kernels/head_launch.py; the odd ones once only."""
+    """(epilogue, rows, what else) of launches in logprobs_dense/launch.py; odd ones once only."""
     calls = [(epilogue, 4096, "") for epilogue in ("STATS", "SCORES", "GRAD")]
     if dtype in ("fp32", "bf16"):
         calls += [("SCORES", rows, "") for rows in (1, 33)]
@@ -170,7 +170,15 @@ def test_head_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gflowgr.kernels import head_configs, head_launch, head_tiles
+    from gflowgr.kernels.logprobs_dense import (
+        configs as head_configs,
+    )
+    from gflowgr.kernels.logprobs_dense import (
+        launch as head_launch,
+    )
+    from gflowgr.kernels.logprobs_dense import (
+        tiles as head_tiles,
+    )
 
     operand = "fp32" if dtype == "tf32" else dtype
     pointers = {

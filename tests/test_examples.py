@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gflowgr import cli
-from gflowgr.pipeline import RunConfig
+from gflowgr.cli import main as cli
+from gflowgr.runs import RunConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGURATIONS = sorted(EXAMPLES.glob("*.yaml"))

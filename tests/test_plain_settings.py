@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_shop import make_args
+from support.tiny_shop import make_args
 
 from gflowgr.collaborative.sasrec import SASRecConfig
 from gflowgr.identifiers.letter import LetterConfig
 from gflowgr.models import CausalConfig, FlowSettings, TigerConfig
 from gflowgr.models.lora import LoraSettings
 from gflowgr.models.prompts import PromptLayout
-from gflowgr.pipeline.config import CollaborativeConfig, DataConfig, EvaluationConfig, RunConfig
-from gflowgr.trajectories import SamplerSettings
+from gflowgr.runs.config import CollaborativeConfig, DataConfig, EvaluationConfig, RunConfig
+from gflowgr.samplers import SamplerSettings
 
 MADE: list[Any] = [
     lambda: FlowSettings(

@@ -214,7 +214,7 @@ def _simulate(rng: np.random.Generator, shop: _Shop) -> _Log:
 
 
 def _to_dataset(rng: np.random.Generator, shop: _Shop, log: _Log, name: str) -> Dataset:
-    from gflowgr.identifiers import from_codes
+    from gflowgr.data.index import from_codes
 
     num_users, num_items = len(shop.leaf_taste), len(shop.items)
     # A visit about every three days from 1 January 2024, half a minute per item looked at.

@@ -148,7 +148,7 @@ def save_dataset(dataset: Dataset, path: str | Path, *, overwrite: bool = False)
         ValueError: a side behaviour has a name that the format reserves, or that is no file's, or
             identifiers have one.
     """
-    from gflowgr.identifiers import write_index
+    from gflowgr.data.index import write_index
 
     folder = Path(path)
     for name in dataset.side:

@@ -15,7 +15,7 @@ from gflowgr.files import find_lone_surrogate
 from gflowgr.integers import MAX_ID, integer_array
 
 if TYPE_CHECKING:
-    from gflowgr.identifiers import Identifiers
+    from gflowgr.data.index import Identifiers
 
 MAX_BEHAVIOURS = 127
 
@@ -132,7 +132,7 @@ class Dataset:
         Raises:
             DataError: there are none of that name, or the file is not an index of these items.
         """
-        from gflowgr.identifiers import read_index
+        from gflowgr.data.index import read_index
 
         if name in self.indexes:
             return self.indexes[name]

@@ -2,14 +2,12 @@
 
 from .beam import BeamSearchOutput, constrained_beam_search
 from .calibration import FlowCalibration, flow_calibration
-from .recommender import GenerativeRecommender
 from .sampling import SampledItems, sample_items
 from .scoring import item_logprobs
 
 __all__ = [
     "BeamSearchOutput",
     "FlowCalibration",
-    "GenerativeRecommender",
     "SampledItems",
     "constrained_beam_search",
     "flow_calibration",

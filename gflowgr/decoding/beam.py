@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..models.decoders import StepDecoder, decoder_for
-
 # Also registers torch.ops.gflowgr.beam_step and beam_step_hidden.
-from ..ops.beam_step import BeamStep
+from ..ops.beam_step.op import BeamStep
 from ..ops.topk import stable_topk
 from ..tree import PrefixTree
 from .admissible import Admissible, admissible_for
+from .decoders import StepDecoder, decoder_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +66,7 @@ def constrained_beam_search(
 
     Args:
         model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode; which
-            ones run fast is said by :func:`gflowgr.models.decoders.decoder_for`.
+            ones run fast is said by :func:`gflowgr.decoding.decoders.decoder_for`.
         input_ids: prompts [B, S].
         attention_mask: 1 for real tokens [B, S]; padding may be on either side.
         tree: prefix tree in the model's token ids, on the model's device.

@@ -1,6 +1,6 @@
 """Random numbers for sampling: a hash of what they are for, computed on the tensors' device.
 
-As in :mod:`gflowgr.trajectories.keyed_random`: what a prompt is given does not depend on which
+As in :mod:`gflowgr.samplers.keyed_random`: what a prompt is given does not depend on which
 other prompts are in the batch, nor on the order in which numbers are drawn.
 """
 

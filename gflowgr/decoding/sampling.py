@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..models.decoders import decoder_for
 from ..models.evaluating import evaluating
 from ..tree import PrefixTree
-from ._tree_walk import TreeWalk, log1mexp, nothing
 from .admissible import admissible_for
+from .decoders import decoder_for
 from .keyed_noise import prompt_keys
+from .random_walk import TreeWalk, log1mexp, nothing
 from .tree_head import EdgeNormalize, TreeHead, check_options
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..models.decoders import GenericDecoder, StepDecoder, decoder_for, decoder_kind
 from ..models.evaluating import evaluating
 from ..tree import PrefixTree
-from ._rows import distinct, parents_of
+from .decoders import GenericDecoder, StepDecoder, decoder_for, decoder_kind
+from .node_rows import distinct, parents_of
 from .tree_head import EdgeNormalize, TreeHead, check_options
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..ops.head import result_dtype
+from ..ops.logprobs.dense import result_dtype
 from ..tree import PrefixTree
 
 __all__ = ["EdgeNormalize", "TreeHead", "check_options"]

@@ -1,7 +1,7 @@
 """Item identifiers: index files, and tokenisers that make them from item vectors or texts."""
 
+from gflowgr.data.index import Identifiers, from_codes, read_index, write_index
 from gflowgr.identifiers.collisions import resolve_collisions
-from gflowgr.identifiers.index import Identifiers, from_codes, read_index, write_index
 from gflowgr.identifiers.kmeans import fit_kmeans, residual_kmeans
 from gflowgr.identifiers.learn import METHODS, learn_codes
 from gflowgr.identifiers.letter import LetterConfig, fit_letter

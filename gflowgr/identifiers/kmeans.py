@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gflowgr.identifiers.quantisation import (
-    Quantisation,
-    checked_vectors,
-    number_within_group,
-)
+from gflowgr.identifiers.quantisation import Quantisation, checked_vectors, number_within_group
 
 
 def residual_kmeans(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gflowgr.evaluation.plots import _colour, _figure, _legend_above, _write
 from gflowgr.identifiers.quality import Quality
+from gflowgr.report.plots import _colour, _figure, _legend_above, _write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gflowgr.identifiers.index import Identifiers
+from gflowgr.data.index import Identifiers
 from gflowgr.identifiers.quantisation import checked_vectors
 
 _BLOCK = 1024  # rows of similarities at a time
@@ -160,7 +160,7 @@ def quality_table(rows: Mapping[str, Quality], *, style: str = "text") -> str:
     Raises:
         ValueError: unknown style, or no rows.
     """
-    from gflowgr.evaluation.tables import align_table  # brings torch and models along
+    from gflowgr.report.tables import align_table  # brings torch and models along
 
     if not rows:
         raise ValueError("rows must not be empty")

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import trajectory_logprobs
-from ..ops.flow_definitions import reduce_trajectories
+from ..ops.flow_loss.reference import reduce_trajectories
 from ..rewards.fusion import RewardFusion
 from ..tree import PrefixTree
-from .backbone import output_head, trajectory_hidden_states
+from .checkpoint import (
+    check_manifest,
+    damage_named,
+    load_heads,
+    load_weights,
+    read_parts,
+    save_model,
+)
 from .evaluating import evaluating
-from .flow_settings import FlowSettings
 from .hub import model_folder, push_model
 from .objective import (
     Head,
@@ -28,11 +34,12 @@ from .objective import (
     supervised_loss,
     term_counts,
 )
+from .packed import output_head, trajectory_hidden_states
 from .partition import PartitionHead
 from .preference_objective import best_and_worst, preference_loss
 from .prompts import TIGER_PROMPT, PromptLayout
 from .reference import Reference
-from .saving import check_manifest, damage_named, load_heads, load_weights, read_parts, save_model
+from .settings import FlowSettings
 from .state_flow import StateFlow, partial_log_reward
 from .vocabulary import IdentifierVocabulary
 
@@ -351,7 +358,7 @@ class GFlowModel(nn.Module):
         if self.tree.device != self.device:
             self.tree = self.tree.to(self.device)
 
-    # ---- checkpoints: see gflowgr.models.saving ----
+    # ---- checkpoints: see gflowgr.models.checkpoint ----
 
     def save_pretrained(
         self, folder: Path | str, state: Mapping[str, Tensor] | None = None

@@ -16,15 +16,15 @@ from ..ops import (
     fused_vargrad_loss,
     trajectory_logprobs,
 )
-from ..ops.flow import flow_loss
-from ..ops.flow_definitions import (
+from ..ops.flow_loss.op import flow_loss
+from ..ops.flow_loss.reference import (
     RewardOptions,
     compute_dtype,
     prepare,
     reduce_trajectories,
     valid_mean,
 )
-from .flow_settings import FlowSettings
+from .settings import FlowSettings
 from .state_flow import partial_log_reward
 
 __all__ = [

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..ops import dpo_loss, fused_dpo_loss, fused_grpo_loss, trajectory_logprobs
-from ..ops.preference import k3_divergence, log_ratios
-from .flow_settings import FlowSettings
+from ..ops.preference.losses import k3_divergence, log_ratios
 from .objective import Head, positive_nll
 from .reference import ReferenceStates
+from .settings import FlowSettings
 
 __all__ = ["best_and_worst", "preference_loss"]
 

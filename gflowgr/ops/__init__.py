@@ -6,15 +6,30 @@ all: B prompts, N trajectories each, L tokens, width d, vocabulary V.
 
 from __future__ import annotations
 
-from gflowgr.ops.checks import set_validation, validation, validation_enabled
-from gflowgr.ops.fused import fused_db_loss, fused_subtb_loss, fused_tb_loss, fused_vargrad_loss
-from gflowgr.ops.fused_preference import fused_dpo_loss, fused_grpo_loss
-from gflowgr.ops.logits import logprobs_from_logits
-from gflowgr.ops.logprobs import trajectory_logprobs
-from gflowgr.ops.losses import db_loss, subtb_loss, tb_loss, vargrad_log_z, vargrad_loss
-from gflowgr.ops.preference import dpo_loss, grpo_loss, sdpo_loss
+from .beam_step import beam_step, beam_step_hidden
+from .checks import set_validation, validation, validation_enabled
+from .flow_loss import (
+    db_loss,
+    fused_db_loss,
+    fused_subtb_loss,
+    fused_tb_loss,
+    fused_vargrad_loss,
+    subtb_loss,
+    tb_loss,
+    vargrad_log_z,
+    vargrad_loss,
+)
+from .logprobs import (
+    logprobs_from_logits,
+    partial_logprobs,
+    trajectory_logprobs,
+    vocab_parallel_logprobs,
+)
+from .preference import dpo_loss, fused_dpo_loss, fused_grpo_loss, grpo_loss, sdpo_loss
 
 __all__ = [
+    "beam_step",
+    "beam_step_hidden",
     "db_loss",
     "dpo_loss",
     "fused_db_loss",
@@ -25,6 +40,7 @@ __all__ = [
     "fused_vargrad_loss",
     "grpo_loss",
     "logprobs_from_logits",
+    "partial_logprobs",
     "sdpo_loss",
     "set_validation",
     "subtb_loss",
@@ -34,4 +50,5 @@ __all__ = [
     "validation_enabled",
     "vargrad_log_z",
     "vargrad_loss",
+    "vocab_parallel_logprobs",
 ]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..models.flow_settings import FlowSettings
+from ..models.settings import FlowSettings
 from ..plain_settings import make_plain, plain
-from ..trajectories import SamplerSettings
+from ..samplers import SamplerSettings
 from .trainer_surface import refuse_arguments
 
 __all__ = ["GFlowGRConfig", "multiplies_bf16"]
@@ -78,7 +78,7 @@ class GFlowGRConfig(TrainingArguments):
     )
     sampler_options: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Further fields of gflowgr.trajectories.SamplerSettings."},
+        metadata={"help": "Further fields of gflowgr.samplers.SamplerSettings."},
     )
     pool_size: int | None = field(
         default=None, metadata={"help": "Candidates of the curriculum (default 2 N - 1)."}

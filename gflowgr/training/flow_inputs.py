@@ -17,7 +17,7 @@ from ..data import LeaveOneOut
 from ..errors import DataError
 from ..models.gflow_model import GFlowModel
 from ..rewards import BehaviourAwareReward, SignalContext, make_signals
-from ..trajectories import (
+from ..samplers import (
     AUGMENTED,
     CandidatePool,
     SampleRequest,

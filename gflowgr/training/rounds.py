@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..models.flow_settings import FlowSettings
+from ..models.settings import FlowSettings
 from .config import GFlowGRConfig
 
 __all__ = ["FreezeReference", "Rounds"]

@@ -28,12 +28,12 @@ from gflowgr import files
 from gflowgr.collaborative import SASRec, SASRecConfig
 from gflowgr.collaborative.base import CONFIG_NAME, WEIGHTS_NAME
 from gflowgr.data import LeaveOneOut, pad_histories
+from gflowgr.distributed import first_process_finds
 from gflowgr.evaluation.metrics import ndcg, ranks_of_targets, recall
 from gflowgr.folders import MANIFEST_NAME, find_damage, output_lock, write_manifest
 from gflowgr.training.checkpoints import CheckpointTrainer, last_complete_checkpoint
 from gflowgr.training.packing import EpochBatches, PackedLoader, PackedSequences
 from gflowgr.training.progress import ProgressBar
-from gflowgr.training.sharing import first_process_finds
 
 SETTINGS_NAME = "sasrec_training.json"
 # A folder of its own: whatever else is in output_dir, checkpoints of other stages say, is not ours.

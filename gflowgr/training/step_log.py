@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed import gathered, sum_over_processes
 from ..models.gflow_model import GFlowModel
-from .sharing import gathered, sum_over_processes
 
 __all__ = ["Logs", "Mean", "StepLog", "histogram", "of_model"]
 

@@ -18,26 +18,21 @@ from transformers.trainer_utils import TrainOutput
 
 from ..collaborative import CollaborativeModel
 from ..data import LeaveOneOut
-from ..decoding import GenerativeRecommender
+from ..distributed import SharedRecommender, first_process_finds
 from ..evaluation import evaluate
+from ..evaluation.calibrating import catalogue_calibration
+from ..evaluation.generative import GenerativeRecommender
 from ..models.cheap_dropout import use_cheap_dropout
+from ..models.checkpoint import write_checkpoint
 from ..models.dense_attention import use_dense_attention
 from ..models.feed_forward import use_direct_feed_forward
 from ..models.gflow_model import GFlowModel
 from ..models.lora import has_lora
 from ..models.objective import flow_start
-from ..models.saving import write_checkpoint
-from ..models.sharded import (
-    announce_sharding,
-    is_sharded,
-    load_whole_state,
-    whole_parameters,
-    whole_state,
-)
 from ..ops import validation, validation_enabled
+from ..sharded import announce_sharding, is_sharded, load_whole_state, whole_parameters, whole_state
 from ..transfer import to_device
 from .batches import JointExamples, LengthBucketSampler, ProcessBatches, PromptCollator
-from .calibrating import catalogue_calibration
 from .callbacks import EpochOrder, LogBeforeSaving
 from .checkpoints import (
     CheckpointTrainer,
@@ -51,7 +46,6 @@ from .flow_inputs import FlowInputs
 from .global_batch import Count, Part, parts_of
 from .optimiser import parameter_groups
 from .rounds import FreezeReference, Rounds
-from .sharing import SharedRecommender, first_process_finds
 from .step_log import Logs, StepLog, of_model
 from .trainer_surface import refused_method
 
@@ -406,7 +400,7 @@ class GFlowGRTrainer(CheckpointTrainer):
 
         Several processes divide the users, and all return the same numbers. With
         ``eval_calibration_users`` also how close the generator's flow is to the reward, see
-        :func:`~gflowgr.training.calibrating.catalogue_calibration`.
+        :func:`~gflowgr.evaluation.calibrating.catalogue_calibration`.
 
         Args:
             eval_dataset: another split over the same items; None: the trainer's.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_shop import make_scorer, shop
+from support.tiny_shop import make_scorer, shop
 
 from gflowgr.collaborative import CachedScores, Popularity
 from gflowgr.data import pad_histories

@@ -6,16 +6,16 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import emulation
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step_cases import NORMALIZERS, TOLERANCE, StepCase, catalogues
+from support import emulation
+from support.step_cases import NORMALIZERS, TOLERANCE, StepCase, catalogues
 from torch import Tensor
 
 import gflowgr
-from gflowgr.ops.beam_step import BeamStep, beam_step, beam_step_hidden
+from gflowgr.ops.beam_step.op import BeamStep, beam_step, beam_step_hidden
 from gflowgr.tree import PrefixTree
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import emulation
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raw_children import ChildrenCase, check_raw_op
+from support import emulation
+from support.raw_children import ChildrenCase, check_raw_op
 
 CUDA = torch.ops.gflowgr_cuda
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import emulation
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raw_flow import KINDS, REDUCTIONS, FlowCase, check_raw_op
+from support import emulation
+from support.raw_flow import KINDS, REDUCTIONS, FlowCase, check_raw_op
 
 import gflowgr
-from gflowgr.ops.flow_definitions import gradient_definition, loss_definition
+from gflowgr.ops.flow_loss.reference import gradient_definition, loss_definition
 
 CUDA = torch.ops.gflowgr_cuda
 

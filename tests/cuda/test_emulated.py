@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import emulation
 import pytest
+from support import emulation
 
 HERE = Path(__file__).parent
 FILES = [*sorted(HERE.glob("emulated_*.py")), HERE.parent / "ops" / "test_beam_step_traps.py"]

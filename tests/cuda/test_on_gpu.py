@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from raw_children import ChildrenCase
-from raw_children import check_raw_op as check_children
-from raw_flow import KINDS, REDUCTIONS, FlowCase
-from raw_flow import check_raw_op as check_flow
-from step_cases import NORMALIZERS, TOLERANCE, StepCase
+from support.raw_children import ChildrenCase
+from support.raw_children import check_raw_op as check_children
+from support.raw_flow import KINDS, REDUCTIONS, FlowCase
+from support.raw_flow import check_raw_op as check_flow
+from support.step_cases import NORMALIZERS, TOLERANCE, StepCase
 from torch import Tensor
 
 import gflowgr
 from gflowgr import backends
-from gflowgr.ops.beam_step import BeamStep, beam_step, beam_step_hidden
+from gflowgr.ops.beam_step.op import BeamStep, beam_step, beam_step_hidden
 from gflowgr.tree import PrefixTree
 
 pytestmark = pytest.mark.gpu

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dict_trie import Identifier
-from generation_models import (
+from support.dict_trie import Identifier
+from support.generation_models import (
     EOS,
     FIXED,
     PAD,

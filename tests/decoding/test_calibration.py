@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from identifier_shop import IdentifierShop
-from small_models import small_model
+from support.identifier_shop import IdentifierShop
+from support.small_models import small_model
 
 from gflowgr.decoding import flow_calibration, item_logprobs
-from gflowgr.evaluation.plots import _centred_pairs, plot_calibration
+from gflowgr.report.plots import _centred_pairs, plot_calibration
 
 REWARD = torch.tensor([[1.0, 2.0, 4.0, 8.0]]).log()
 

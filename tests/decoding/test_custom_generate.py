@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from generation_models import EOS, FIXED, PAD, RAGGED, from_dictionary, make_model, prompts
+from support.generation_models import EOS, FIXED, PAD, RAGGED, from_dictionary, make_model, prompts
 from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation import GenerateBeamEncoderDecoderOutput

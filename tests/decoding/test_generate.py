@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dict_trie import DictTrie
-from small_models import FAST, SLOW, padded_prompts, small_model
+from support.dict_trie import DictTrie
+from support.small_models import FAST, SLOW, padded_prompts, small_model
 from torch import Tensor
 
 from gflowgr.decoding import constrained_beam_search

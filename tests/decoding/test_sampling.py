@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from identifier_shop import IdentifierShop, tiny_t5
-from small_models import small_model
+from support.identifier_shop import IdentifierShop, tiny_t5
+from support.small_models import small_model
 from torch import Tensor, nn
 
-from gflowgr.decoding import SampledItems, _tree_walk, item_logprobs, sample_items
+from gflowgr.decoding import SampledItems, item_logprobs, sample_items
+from gflowgr.decoding import random_walk as _tree_walk
 from gflowgr.decoding.keyed_noise import keyed_gumbel, keyed_uniform, prompt_keys
-from gflowgr.trajectories import keyed_random
+from gflowgr.samplers import keyed_random
 
 LEVEL = 1e-3
 FAMILIES = ["t5", "gpt2", "qwen3", "gemma2"]  # the last by whole sequences

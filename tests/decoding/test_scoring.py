@@ -10,16 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from identifier_shop import FIRST, VOCABULARY, IdentifierShop, tiny_t5
-from small_models import small_model
+from support.identifier_shop import FIRST, VOCABULARY, IdentifierShop, tiny_t5
+from support.small_models import small_model
 from torch import Tensor, nn
 from transformers import MT5Config, MT5ForConditionalGeneration
 
 from gflowgr.decoding import item_logprobs
+from gflowgr.decoding.decoders import T5Decoder
 from gflowgr.decoding.tree_head import TreeHead
 from gflowgr.identifiers import read_index
 from gflowgr.models import IdentifierVocabulary, TigerConfig, build_tiger
-from gflowgr.models.decoders import T5Decoder
 from gflowgr.tree import PrefixTree
 
 MODEL = tiny_t5()

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dict_trie import DictTrie
-from small_models import padded_prompts, small_model
-from tiny_shop import make_model
+from support.dict_trie import DictTrie
+from support.small_models import padded_prompts, small_model
+from support.tiny_shop import make_model
 from torch import Tensor
 
-from gflowgr.decoding import GenerativeRecommender, beam, constrained_beam_search
-from gflowgr.decoding._rows import distinct
-from gflowgr.models.decoders import GenericDecoder, StepDecoder
+from gflowgr.decoding import beam, constrained_beam_search
+from gflowgr.decoding.decoders import GenericDecoder, StepDecoder
+from gflowgr.decoding.node_rows import distinct
+from gflowgr.evaluation.generative import GenerativeRecommender
 from gflowgr.tree import PrefixTree
 
 Codes = list[tuple[int, ...]]

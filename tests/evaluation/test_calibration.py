@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_shop import MAX_HISTORY, make_model, make_scorer, shop
+from support.tiny_shop import MAX_HISTORY, make_model, make_scorer, shop
 
 from gflowgr import PrefixTree
 from gflowgr.data import pad_histories

@@ -8,12 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gflowgr.identifiers import (
-    from_codes,
-    measure_quality,
-    nearest_neighbours,
-    quality_table,
-)
+from gflowgr.identifiers import from_codes, measure_quality, nearest_neighbours, quality_table
 from gflowgr.identifiers.plots import plot_agreement, plot_code_use
 
 CODES = np.array([[0, 0], [0, 1], [0, 1], [1, 0], [1, 2], [1, 2], [1, 2], [2, -1]])

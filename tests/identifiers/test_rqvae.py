@@ -17,13 +17,7 @@ from gflowgr.identifiers import (
     learn_codes,
 )
 from gflowgr.identifiers.letter import alignment_loss, diversity_loss, draw_positives
-from gflowgr.identifiers.rqvae import (
-    Coded,
-    RqVae,
-    quantisation_loss,
-    revive_codes,
-    standardised,
-)
+from gflowgr.identifiers.rqvae import Coded, RqVae, quantisation_loss, revive_codes, standardised
 
 SMALL: dict[str, Any] = {
     "levels": 3,

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from head_case import Case
+from support.head_case import Case
 from torch import Tensor
 
-from gflowgr.kernels import head, head_launch
+from gflowgr.kernels.logprobs_dense import calls as head
+from gflowgr.kernels.logprobs_dense import launch as head_launch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dict_trie import Catalogue, catalogues
 from hypothesis import given, settings
+from support.dict_trie import Catalogue, catalogues
 
 import gflowgr
-from gflowgr._tree_layout import build_numpy
 from gflowgr.tree import PrefixTree
+from gflowgr.tree.layout import build_numpy
 
 
 @settings(max_examples=25)

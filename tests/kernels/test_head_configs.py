@@ -13,8 +13,8 @@ from gflowgr import backends
 if backends.triton_missing() is not None:
     pytest.skip(f"triton: {backends.triton_missing()}", allow_module_level=True)
 
-from gflowgr.kernels import head_configs
-from gflowgr.kernels.head_configs import CONFIGURATIONS, Configuration
+from gflowgr.kernels.logprobs_dense import configs as head_configs
+from gflowgr.kernels.logprobs_dense.configs import CONFIGURATIONS, Configuration
 
 SHAPE = (4096, 33024, 512)
 

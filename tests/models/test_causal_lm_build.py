@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import small_model
-from tiny_causal import causal_folder, causal_model
-from tiny_shop import shop
+from support.small_models import small_model
+from support.tiny_causal import causal_folder, causal_model
+from support.tiny_shop import shop
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gflowgr.errors import DataError
 from gflowgr.models import CausalConfig, IdentifierVocabulary, prompt_tokens
-from gflowgr.models import causal_lm_build as build
-from gflowgr.pipeline.generator import check_generator
+from gflowgr.models import causal as build
+from gflowgr.runs.generator import check_generator
 
 TEMPLATE = "Had: {history}. Next:"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_shop import make_inputs, make_model, shop_catalogue
+from support.tiny_shop import make_inputs, make_model, shop_catalogue
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 

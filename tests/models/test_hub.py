@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
-from tiny_causal import causal_folder, causal_model
-from tiny_shop import make_model
-from tiny_trainer import assert_equal_weights
+from support.tiny_causal import causal_folder, causal_model
+from support.tiny_shop import make_model
+from support.tiny_trainer import assert_equal_weights
 
 from gflowgr.errors import DataError
 from gflowgr.models import CausalConfig, GFlowModel, LoraSettings

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from small_models import padded_prompts, small_model
-from tiny_causal import causal_folder, causal_model
-from tiny_shop import make_args
-from tiny_trainer import assert_equal_weights, make_trainer
+from support.small_models import padded_prompts, small_model
+from support.tiny_causal import causal_folder, causal_model
+from support.tiny_shop import make_args
+from support.tiny_trainer import assert_equal_weights, make_trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gflowgr.decoding import GenerativeRecommender
 from gflowgr.errors import DataError
+from gflowgr.evaluation.generative import GenerativeRecommender
 from gflowgr.models import (
     CausalConfig,
     GFlowModel,

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from joint_cases import CASES, IDENTIFIERS, ITEMS, make_inputs, make_model
-from small_models import VOCAB
+from support.joint_cases import CASES, IDENTIFIERS, ITEMS, make_inputs, make_model
+from support.small_models import VOCAB
 from torch import Tensor
 
 import gflowgr

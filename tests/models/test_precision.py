@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from joint_cases import CASES, make_inputs, make_model
-from small_models import small_model
-from tiny_shop import make_args
-from tiny_shop import make_model as make_shop_model
-from tiny_trainer import make_trainer, steps
+from support.joint_cases import CASES, make_inputs, make_model
+from support.small_models import small_model
+from support.tiny_shop import make_args
+from support.tiny_shop import make_model as make_shop_model
+from support.tiny_trainer import make_trainer, steps
 from torch import Tensor
 
 from gflowgr.models import GFlowModel, PartitionHead
-from gflowgr.models.backbone import PromptState
+from gflowgr.models.packed import PromptState
 from gflowgr.models.state_flow import StateFlow
 from gflowgr.rewards.fusion import RewardFusion
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_causal import causal_folder, causal_model
-from tiny_shop import make_inputs, make_model
+from support.tiny_causal import causal_folder, causal_model
+from support.tiny_shop import make_inputs, make_model
 from torch import Tensor
 
 from gflowgr.errors import DataError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import FAST, VOCAB, padded_prompts, small_model
+from support.small_models import FAST, VOCAB, padded_prompts, small_model
 from torch import Tensor, nn
 
 from gflowgr.models import TrajectoryStates, output_head, trajectory_hidden_states

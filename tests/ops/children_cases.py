@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gflowgr.ops import children
-from gflowgr.ops.definitions import HeadInputs, logprobs_definition
+from gflowgr.ops.logprobs import children
+from gflowgr.ops.logprobs.reference import HeadInputs, logprobs_definition
 from gflowgr.tree import PrefixTree
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

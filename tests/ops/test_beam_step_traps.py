@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import emulation
 import pytest
 import torch
+from support import emulation
 from torch import Tensor
 
 import gflowgr
 from gflowgr import backends
-from gflowgr.ops.beam_step import BeamStep, beam_step, beam_step_hidden
+from gflowgr.ops.beam_step.op import BeamStep, beam_step, beam_step_hidden
 from gflowgr.tree import PrefixTree
 
 ROOT = torch.zeros(1, 1, dtype=torch.long)

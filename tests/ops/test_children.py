@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gflowgr.ops import children, set_validation, trajectory_logprobs
-from gflowgr.ops.definitions import HeadInputs
+from gflowgr.ops import set_validation, trajectory_logprobs
+from gflowgr.ops.logprobs import children
+from gflowgr.ops.logprobs.reference import HeadInputs
 from gflowgr.tree import PrefixTree
 
 from .children_cases import FLOATS, TOLERANCE, check, define, make_case, run

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from gflowgr import backends
-from gflowgr.ops import children, trajectory_logprobs
+from gflowgr.ops import trajectory_logprobs
+from gflowgr.ops.logprobs import children
 from gflowgr.tree import PrefixTree
 
 from .cases import make_head_case, prefix_mask

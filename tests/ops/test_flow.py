@@ -15,8 +15,8 @@ from torch import Tensor
 import gflowgr
 from gflowgr import backends
 from gflowgr.ops import subtb_loss, tb_loss
-from gflowgr.ops.flow import flow_loss
-from gflowgr.ops.flow_definitions import loss_definition
+from gflowgr.ops.flow_loss.op import flow_loss
+from gflowgr.ops.flow_loss.reference import loss_definition
 
 from .cases import LossCase, loss_cases, make_loss_case
 

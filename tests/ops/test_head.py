@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from head_case import GRADIENT_TOLERANCE, Case, assert_close, check, exact, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.head_case import GRADIENT_TOLERANCE, Case, assert_close, check, exact, make_case
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import gflowgr
 from gflowgr import backends
-from gflowgr.ops import head as head_ops
+from gflowgr.ops.logprobs import dense as head_ops
 
 KINDS = ["tb", "db", "subtb", "vargrad"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gflowgr.ops import definitions, set_validation, trajectory_logprobs
+from gflowgr.ops import set_validation, trajectory_logprobs
+from gflowgr.ops.logprobs import reference as definitions
 from gflowgr.tree import PrefixTree
 
 from . import oracles

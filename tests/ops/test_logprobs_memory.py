@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gflowgr.ops import definitions, trajectory_logprobs
-from gflowgr.ops.head import backward_definition, probe_cpp
+from gflowgr.ops import trajectory_logprobs
+from gflowgr.ops.logprobs import reference as definitions
+from gflowgr.ops.logprobs.dense import backward_definition, probe_cpp
 from gflowgr.tree import PrefixTree
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from vocab_shard import SHARDS, inputs, run_shard
+from support.vocab_shard import SHARDS, inputs, run_shard
 
 from gflowgr.ops import tb_loss, trajectory_logprobs
-from gflowgr.ops.parallel import partial_logprobs
+from gflowgr.ops.logprobs.vocab_parallel import partial_logprobs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -10,8 +10,8 @@ from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 import gflowgr
 from gflowgr import backends
-from gflowgr.ops import parallel
-from gflowgr.ops.beam_step import beam_step, beam_step_hidden
+from gflowgr.ops.beam_step.op import beam_step, beam_step_hidden
+from gflowgr.ops.logprobs import vocab_parallel as parallel
 
 from .public_ops import DIFFERENTIABLE, OPS, TREE, arguments, read_by
 

@@ -17,7 +17,7 @@ from gflowgr.rewards import (
     make_signals,
 )
 from gflowgr.rewards.fusion import FusionMode, RewardFusion
-from gflowgr.trajectories import AUGMENTED, SHOWN
+from gflowgr.samplers import AUGMENTED, SHOWN
 
 ITEMS = torch.tensor([[0, 1, 2, -1]])
 CONTEXT = SignalContext(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from safetensors import SafetensorError
-from tiny_causal import causal_folder, causal_model
-from tiny_shop import make_args
-from tiny_trainer import Killed, StopAt, assert_equal_weights, make_trainer, weights
+from support.tiny_causal import causal_folder, causal_model
+from support.tiny_shop import make_args
+from support.tiny_trainer import Killed, StopAt, assert_equal_weights, make_trainer, weights
 from transformers import TrainerState
 
 from gflowgr.errors import DataError, OutputError

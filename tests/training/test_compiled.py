@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_shop import make_args, make_model
-from tiny_trainer import make_trainer, reproducible
+from support.tiny_shop import make_args, make_model
+from support.tiny_trainer import make_trainer, reproducible
 
 from gflowgr.models import GFlowModel
 from gflowgr.training import GFlowGRTrainer

@@ -12,16 +12,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import distributed_run
 import numpy as np
 import pytest
-from distributed_run import GLOBAL_BATCH, HALF, STEPS, causal_in, note, trainer_in
-from tiny_causal import causal_folder
-from tiny_shop import make_args, make_model, shop
-from tiny_trainer import make_trainer
+from support import distributed_run
+from support.distributed_run import GLOBAL_BATCH, HALF, STEPS, causal_in, note, trainer_in
+from support.tiny_causal import causal_folder
+from support.tiny_shop import make_args, make_model, shop
+from support.tiny_trainer import make_trainer
 
-from gflowgr.decoding import GenerativeRecommender
 from gflowgr.evaluation import evaluate
+from gflowgr.evaluation.generative import GenerativeRecommender
 from gflowgr.models import GFlowModel
 
 Entry = dict[str, float]

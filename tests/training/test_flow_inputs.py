@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_shop import make_args, make_model, make_scorer, shop
+from support.tiny_shop import make_args, make_model, make_scorer, shop
 
 from gflowgr.evaluation.calibration import catalogue_log_reward
 from gflowgr.training.batches import PromptCollator

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_shop import make_args, make_model, shop
-from tiny_trainer import make_trainer, steps, weights
+from support.tiny_shop import make_args, make_model, shop
+from support.tiny_trainer import make_trainer, steps, weights
 
 from gflowgr.training.batches import LengthBucketSampler, ProcessBatches
 from gflowgr.training.flow_inputs import FlowInputs

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_shop import make_args
+from support.tiny_shop import make_args
 
 from gflowgr.collaborative import EmbeddingScorer
 from gflowgr.data import LeaveOneOut, load_dataset
-from gflowgr.decoding import GenerativeRecommender
+from gflowgr.evaluation.generative import GenerativeRecommender
 from gflowgr.models import FlowSettings, GFlowModel, TigerConfig, build_tiger
-from gflowgr.pipeline.prepare import make_catalogue
+from gflowgr.runs.prepare import make_catalogue
 from gflowgr.training import GFlowGRTrainer
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_shop import make_args, make_model
-from tiny_trainer import (
+from support.tiny_shop import make_args, make_model
+from support.tiny_trainer import (
     Killed,
     StopAt,
     assert_equal_weights,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_shop import make_args, make_model, shop
-from tiny_trainer import (
+from support.tiny_shop import make_args, make_model, shop
+from support.tiny_trainer import (
     Killed,
     StopAt,
     assert_equal_weights,
@@ -20,9 +20,9 @@ from tiny_trainer import (
 )
 
 from gflowgr.errors import DataError
+from gflowgr.samplers import AUGMENTED
 from gflowgr.training.batches import PromptCollator
 from gflowgr.training.flow_inputs import FlowInputs
-from gflowgr.trajectories import AUGMENTED
 
 
 def test_logged_items_are_rewarded_by_their_own_behaviours(tmp_path: Path) -> None:

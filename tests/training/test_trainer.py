@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_shop import make_args, make_model, shop
-from tiny_trainer import (
+from support.tiny_shop import make_args, make_model, shop
+from support.tiny_trainer import (
     make_trainer,
     steps,
     weights,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_shop import make_args, make_model, make_scorer, shop
-from tiny_trainer import make_trainer
+from support.tiny_shop import make_args, make_model, make_scorer, shop
+from support.tiny_trainer import make_trainer
 
 from gflowgr.data import LeaveOneOut, generate_builtin
 from gflowgr.training import GFlowGRConfig, GFlowGRTrainer

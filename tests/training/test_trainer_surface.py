@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_shop import make_args, make_model, shop
-from tiny_trainer import make_trainer, steps
+from support.tiny_shop import make_args, make_model, shop
+from support.tiny_trainer import make_trainer, steps
 from transformers import Trainer, TrainingArguments
 
 from gflowgr.data import LeaveOneOut, generate_builtin

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_shop import make_args, make_model, make_scorer, shop
+from support.tiny_shop import make_args, make_model, make_scorer, shop
 
 from gflowgr.training import GFlowGRTrainer
 from gflowgr.transfer import to_device

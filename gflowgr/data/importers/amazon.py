@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gflowgr.data.dataset import Dataset
-from gflowgr.data.importers.build import (
-    Events,
-    ImportReport,
-    build,
-    check_found,
-    check_options,
-)
+from gflowgr.data.importers.build import Events, ImportReport, build, check_found, check_options
 from gflowgr.data.importers.lines import BadLines, as_paths, read_lines
 from gflowgr.data.importers.text import clean_text, named_key, read_rating, read_time
 from gflowgr.errors import DataError

@@ -12,12 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gflowgr.data.importers.lines import (
-    check_encoding,
-    decode_latin,
-    encoding_of,
-    open_bytes,
-)
+from gflowgr.data.importers.lines import check_encoding, decode_latin, encoding_of, open_bytes
 from gflowgr.errors import DataError
 
 if TYPE_CHECKING:

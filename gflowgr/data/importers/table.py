@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gflowgr.data.dataset import Dataset
-from gflowgr.data.importers.build import (
-    Events,
-    ImportReport,
-    build,
-    check_found,
-    check_options,
-)
+from gflowgr.data.importers.build import Events, ImportReport, build, check_found, check_options
 from gflowgr.data.importers.columns import keys_of, times_of, values_of
 from gflowgr.data.importers.frames import Part, TextForm, read_parts, table_files
 from gflowgr.data.importers.lines import BadLines

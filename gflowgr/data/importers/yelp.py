@@ -8,13 +8,7 @@ from pathlib import Path
 
 from gflowgr.data.dataset import Dataset
 from gflowgr.data.importers.amazon import key_field, number_field, parse_object
-from gflowgr.data.importers.build import (
-    Events,
-    ImportReport,
-    build,
-    check_found,
-    check_options,
-)
+from gflowgr.data.importers.build import Events, ImportReport, build, check_found, check_options
 from gflowgr.data.importers.lines import BadLines, as_paths, read_lines
 from gflowgr.data.importers.text import text_of
 

@@ -1,0 +1,1 @@
+"""Microbenchmarks against plain PyTorch and other projects: ``python -m benchmarks``."""

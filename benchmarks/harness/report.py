@@ -1,0 +1,385 @@
+"""Rows, tables and files of a benchmark."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness.bars import judge_bars
+from benchmarks.harness.case import Case, Variant
+from benchmarks.harness.checking import TOLERANCES, Check
+from benchmarks.harness.floors import Rates
+from benchmarks.harness.measuring import Times, quartiles
+from benchmarks.harness.shapes import GROUPS
+from gflowgr import __version__, files
+
+_PACKAGES = ("triton", "cut-cross-entropy", "liger-kernel", "trl", "transformers", "numpy")
+_MIB = 2**20
+
+
+@dataclass
+class Row:
+    """One variant of one case. Times in milliseconds, memory in MiB; None: not known."""
+
+    op: str
+    shape: str
+    sizes: str
+    dtype: str
+    device: str
+    variant: str
+    family: str  # see cases.Variant
+    floor: str  # which of the case's floors; "": none is known
+    status: str  # see checking.Check
+    reason: str
+    result_error: float | None
+    gradient_error: float | None
+    repeats: int = 0
+    ms: float | None = None  # median
+    ms_q1: float | None = None
+    ms_q3: float | None = None
+    cpu_ms: float | None = None  # median, all threads together; not on a GPU
+    floor_ms: float | None = None
+    predicted_floor_ms: float | None = None
+    over_floor: float | None = None  # ms / floor_ms
+    extra_mib: float | None = None
+    extra_note: str = ""
+    bytes_per_item: float | None = None
+    tflops: float | None = None
+    gb_per_s: float | None = None
+    contended: bool = False
+    # Over the fastest peer of each family: how many times faster, and its memory's multiple.
+    fastest_vocabulary_peer: str = ""
+    speedup_vocabulary: float | None = None
+    memory_vocabulary: float | None = None
+    fastest_restricted_peer: str = ""
+    speedup_restricted: float | None = None
+    memory_restricted: float | None = None
+    fastest_reduction_peer: str = ""
+    speedup_reduction: float | None = None
+    memory_reduction: float | None = None
+    fastest_csr_peer: str = ""
+    speedup_csr: float | None = None
+    memory_csr: float | None = None
+    fastest_transformers_peer: str = ""
+    speedup_transformers: float | None = None
+    memory_transformers: float | None = None
+    fastest_dicts_peer: str = ""
+    speedup_dicts: float | None = None
+    memory_dicts: float | None = None
+    fastest_logits_peer: str = ""
+    speedup_logits: float | None = None
+    memory_logits: float | None = None
+    fastest_pairs_peer: str = ""
+    speedup_pairs: float | None = None
+    memory_pairs: float | None = None
+    fastest_decoder_pairs_peer: str = ""
+    speedup_decoder_pairs: float | None = None
+    memory_decoder_pairs: float | None = None
+    fastest_sft_peer: str = ""
+    speedup_sft: float | None = None
+    memory_sft: float | None = None
+    fastest_separate_peer: str = ""
+    speedup_separate: float | None = None
+    memory_separate: float | None = None
+    fastest_tb_peer: str = ""
+    speedup_tb: float | None = None
+    memory_tb: float | None = None
+
+
+FAMILIES = (
+    "vocabulary",  # the whole softmax
+    "restricted",  # the same restriction to the tree, in plain PyTorch
+    "reduction",  # the same loss
+    "csr",  # a sparse matrix of transitions
+    "transformers",  # its generate or its constraint, with a trie of dicts
+    "dicts",  # a trie of dicts
+    "logits",  # all logits first
+    "pairs",  # every prompt and item through the model
+    "decoder_pairs",  # every prompt once through the encoder, every pair through the decoder
+    "sft",  # a supervised training step
+    "separate",  # a forward per trajectory
+    "tb",  # a training of GFlowGR-TB
+)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and command: plain values."""
+    from gflowgr.report.info import collect_info
+
+    info = collect_info()
+    names = [d["name"] for d in info["devices"] if d["device"].startswith(device.type)]
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "command": shlex.join(["gflowgr", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": ", ".join(names),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "gflowgr": __version__,
+        "torch": torch.__version__,
+        "packages": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "environment": ", ".join(
+            f"{name}={os.environ[name]}"
+            for name in ("GFLOWGR_VALIDATE", "OMP_NUM_THREADS", "OMP_PROC_BIND", "MKL_NUM_THREADS")
+            if name in os.environ
+        ),
+        "load average at start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "",
+    }
+
+
+def make_row(
+    case: Case,
+    variant: Variant,
+    check: Check,
+    times: Times,
+    rates: Rates,
+    extra_bytes: int | None,
+    extra_note: str,
+) -> Row:
+    """A row without the ratios to peers, which need all rows of the case."""
+    row = Row(
+        op=case.op,
+        shape=case.shape.name,
+        sizes=case.shape.text,
+        dtype=str(case.dtype).removeprefix("torch."),
+        device=case.device.type,
+        variant=variant.name,
+        family=variant.family,
+        floor=variant.floor or "",
+        status=check.status,
+        reason=check.reason,
+        result_error=check.result_error,
+        gradient_error=check.gradient_error,
+        extra_mib=None if extra_bytes is None else extra_bytes / _MIB,
+        extra_note=extra_note,
+        bytes_per_item=check.bytes_per_item,
+        contended=times.contended,
+    )
+    samples = times.samples.get(variant.name, [])
+    if check.status == "ok":
+        first, median, third = quartiles(samples)
+        row.repeats = len(samples)
+        row.ms_q1, row.ms, row.ms_q3 = first * 1e3, median * 1e3, third * 1e3
+        if case.device.type == "cpu":
+            row.cpu_ms = quartiles(times.cpu[variant.name])[1] * 1e3
+    if variant.floor is not None:
+        floor = case.floors[variant.floor]
+        row.predicted_floor_ms = floor.predict(rates) * 1e3
+        row.floor_ms = row.predicted_floor_ms
+        if floor.bare is not None:
+            bare_ms = quartiles(times.samples[floor.bare])[1] * 1e3
+            row.floor_ms = bare_ms if floor.bare_is_all else max(bare_ms, row.floor_ms)
+        if row.ms is not None:
+            row.over_floor = row.ms / row.floor_ms
+            row.tflops = floor.flops / row.ms / 1e9
+            row.gb_per_s = floor.nbytes / row.ms / 1e6
+    return row
+
+
+def fill_ratios(rows: list[Row]) -> None:
+    """Speed-up and memory of every row of a case over the fastest peer of each family.
+
+    A dense gradient of the head is compared with dense ones, a row-sparse one with row-sparse ones
+    where the family has any.
+    """
+    for family in FAMILIES:
+        timed = [row for row in rows if row.family == family and row.ms is not None]
+        for row in rows:
+            alike = [peer for peer in timed if peer.floor == row.floor] or timed
+            best = min(alike, key=lambda peer: peer.ms or 0.0, default=None)
+            if row.ms is None or best is None or not best.ms:
+                continue
+            setattr(row, f"fastest_{family}_peer", best.variant)
+            setattr(row, f"speedup_{family}", best.ms / row.ms)
+            if row.extra_mib is not None and best.extra_mib:
+                setattr(row, f"memory_{family}", row.extra_mib / best.extra_mib)
+
+
+def make_summary(case: Case, times: Times, rates: Rates) -> dict[str, Any]:
+    """What a case has beside its rows."""
+    bare = {}
+    for name in case.bare:
+        first, median, third = quartiles(times.samples[name])
+        bare[name] = {"ms": median * 1e3, "ms_q1": first * 1e3, "ms_q3": third * 1e3}
+        whole = times.samples.get(case.parts.get(name, ""))
+        if whole:
+            bare[name]["share"] = median / quartiles(whole)[1]
+    floors = {}
+    for name, floor in case.floors.items():
+        predicted = floor.predict(rates) * 1e3
+        entry = {"flops": floor.flops, "bytes": floor.nbytes, "predicted_ms": predicted}
+        floors[name] = {**entry, "bandwidth_used_gb_per_s": rates.bandwidth_at(floor.nbytes) / 1e9}
+    notes = list(case.notes)
+    if case.uncounted:
+        notes.append(f"memory is not counted: {case.uncounted}")
+    return {
+        "title": case.title,
+        "op": case.op,
+        "shape": case.shape.name,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "tolerance": TOLERANCES[case.dtype] if case.tolerance is None else case.tolerance,
+        "notes": [
+            *case.notes,
+            *([f"memory is not counted: {case.uncounted}"] * bool(case.uncounted)),
+        ],
+        "missing": [{"variant": name, "reason": reason} for name, reason in case.missing],
+        "bare": bare,
+        "floors": floors,
+        "product_tflops": rates.product / 1e12,
+        "triad_gb_per_s": rates.bandwidth / 1e9,
+        "canary_ms": [seconds * 1e3 for seconds in times.canary],
+        "canary_spread": times.spread,
+        "contended": times.contended,
+    }
+
+
+# ---- tables ----
+
+
+def case_text(summary: dict[str, Any], rows: list[Row], *, markdown: bool = False) -> str:
+    """The table of a case, with everything needed to judge it."""
+    cells = _cells(rows)
+    title, rule = summary["title"], "-" * len(summary["title"])
+    lines = [f"## {title}", ""] if markdown else [title, rule]
+    lines += _markdown(cells) if markdown else _aligned(cells)
+    notes = list(summary["notes"])
+    for name, bare in summary["bare"].items():
+        share = f", {bare['share']:.1%} of it" if "share" in bare else ""
+        times = f"{bare['ms']:.4g} ms ({bare['ms_q1']:.4g} to {bare['ms_q3']:.4g})"
+        notes.append(f"{name}: {times}{share}")
+    for name, floor in summary["floors"].items():
+        notes.append(
+            f"floor, {name}: {floor['flops'] / 1e9:.4g} GFLOP, {floor['bytes'] / 1e6:.4g} MB, "
+            f"predicted {floor['predicted_ms']:.4g} ms"
+        )
+    notes.append(
+        f"ceilings: products {summary['product_tflops']:.4g} TFLOP/s, triad "
+        f"{summary['triad_gb_per_s']:.4g} GB/s; tolerance {summary['tolerance']:g}"
+    )
+    notes.append(
+        f"canary: spread {summary['canary_spread']:.0%}"
+        + (" -- CONTENDED: other work disturbed this run" if summary["contended"] else "")
+    )
+    for row in rows:
+        if row.status != "ok":
+            notes.append(f"not timed: {row.variant} ({row.status}): {row.reason}")
+        if row.extra_note:
+            notes.append(f"memory of {row.variant} was not counted: {row.extra_note}")
+    notes += [f"left out: {m['variant']}: {m['reason']}" for m in summary["missing"]]
+    mark = "- " if markdown else "  "
+    return "\n".join([*lines, *([""] if markdown else []), *(mark + note for note in notes)])
+
+
+def _cells(rows: list[Row]) -> list[list[str]]:
+    families = [f for f in FAMILIES if any(getattr(r, f"speedup_{f}") is not None for r in rows)]
+    rates = any(row.device == "cuda" for row in rows)
+    sized = any(row.bytes_per_item is not None for row in rows)
+    by_cpu = any(row.op in GROUPS["tree"] for row in rows)
+    memory = ["memory"] * any(row.extra_mib is not None for row in rows)
+    header = ["variant", "ms", "quartiles", "x floor", *(["extra MiB"] if memory else [])]
+    header += ["CPU ms"] if by_cpu else []
+    header += ["bytes per item"] if sized else []
+    for family in families:
+        header += [f"{what}, {family.replace('_', ' ')}" for what in ("faster", *memory)]
+    header += ["TFLOP/s", "GB/s"] if rates else []
+    cells = [[*header, "error", "state"]]
+    for row in rows:
+        line = [
+            row.variant,
+            _number(row.ms, 4),
+            "-" if row.ms is None else f"{row.ms_q1:.4g} to {row.ms_q3:.4g}",
+            _number(row.over_floor, 3),
+        ]
+        line += [_number(row.extra_mib, 4)] if memory else []
+        line += [_number(row.cpu_ms, 4)] if by_cpu else []
+        line += [_number(row.bytes_per_item, 3)] if sized else []
+        for family in families:
+            line.append(_number(getattr(row, f"speedup_{family}"), 3))
+            line += [_number(getattr(row, f"memory_{family}"), 3)] if memory else []
+        if rates:
+            line += [_number(row.tflops, 3), _number(row.gb_per_s, 3)]
+        errors = [e for e in (row.result_error, row.gradient_error) if e is not None]
+        line += [
+            _number(max(errors), 2) if errors else "-",
+            row.status if row.status == "ok" else row.status.upper(),
+        ]
+        cells.append(line)
+    return cells
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
+    return [
+        "  ".join(
+            text.ljust(width) if place == 0 else text.rjust(width)
+            for place, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def _markdown(cells: list[list[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(cells[0]) - 1)]
+    return ["| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]]]
+
+
+# ---- files ----
+
+
+def write_files(
+    folder: Path, machine: dict[str, Any], summaries: list[dict[str, Any]], rows: list[Row]
+) -> None:
+    """``bench.json``, ``bench.csv`` and ``bench.md``, each whole or not at all."""
+    files.write_json(
+        folder / "bench.json",
+        {
+            "machine": machine,
+            "bars": [asdict(bar) for bar in judge_bars(rows)],
+            "cases": summaries,
+            "rows": [asdict(row) for row in rows],
+        },
+    )
+    with (
+        files.atomic_path(folder / "bench.csv") as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    files.write_text(folder / "bench.md", _summary_text(machine, summaries, rows))
+
+
+def _summary_text(machine: dict[str, Any], summaries: list[dict[str, Any]], rows: list[Row]) -> str:
+    lines = ["# Benchmark of the ops", ""]
+    lines += [f"- {name}: {value}" for name, value in machine.items() if value != ""]
+    lines += ["", "How to read it: [benchmarks/README.md](../README.md) of the repository.", ""]
+    bars = judge_bars(rows)
+    if bars:
+        lines += ["## Bars", "", *(f"- {bar.text}" for bar in bars), ""]
+    for summary in summaries:
+        mine = [row for row in rows if _same_case(row, summary)]
+        lines += [case_text(summary, mine, markdown=True), ""]
+    return "\n".join(lines)
+
+
+def _same_case(row: Row, summary: dict[str, Any]) -> bool:
+    return (row.op, row.shape, row.dtype) == (summary["op"], summary["shape"], summary["dtype"])

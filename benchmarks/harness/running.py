@@ -1,0 +1,202 @@
+"""The whole of ``gflowgr bench``: cases one after the other, a table each, then the files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import checking, measuring, memory, report
+from benchmarks.harness.bars import judge_bars
+from benchmarks.harness.case import Case, Variant
+from benchmarks.harness.cases import build_case
+from benchmarks.harness.floors import Rates
+from benchmarks.harness.peers import read_peers
+from benchmarks.harness.plots import write_plots
+from benchmarks.harness.report import Row
+from benchmarks.harness.shapes import (
+    DTYPES,
+    FLOAT32_OPS,
+    GROUPS,
+    AnyShape,
+    default_shapes,
+    fits,
+    read_ops,
+    read_shape,
+    shape_problem,
+)
+from gflowgr import files
+
+_CHECK_SEED = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run; see ``gflowgr bench --help``."""
+
+    ops: tuple[str, ...]
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[AnyShape, ...]  # empty: each op's own
+    peers: tuple[str, ...]
+    repeats: int = 7
+    seconds: float = 60.0
+    count_memory: bool = True
+    out: Path | None = None
+    progress: bool = True
+
+    @classmethod
+    def read(
+        cls,
+        ops: Sequence[str],
+        *,
+        device: str = "cpu",
+        dtypes: Sequence[str] = ("float32", "bfloat16"),
+        shapes: Sequence[str] = (),
+        peers: Sequence[str] | None = None,
+        threads: int | None = None,
+        repeats: int = 7,
+        seconds: float = 60.0,
+        count_memory: bool = True,
+        out: str | Path | None = None,
+        progress: bool = True,
+    ) -> Settings:
+        """Check words and numbers; sets the number of threads. Raises ValueError or OutputError."""
+        for name in dtypes:
+            if name not in DTYPES:
+                raise ValueError(f"dtype {name!r} is unknown; expected any of {', '.join(DTYPES)}")
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"device {device!r} is unknown; expected cpu or cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda: torch sees no GPU")
+        if repeats < 1:
+            raise ValueError(f"--repeats must be at least 1, got {repeats}")
+        if not seconds > 0:
+            raise ValueError(f"--seconds must be greater than 0, got {seconds:g}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {threads}")
+        wanted = read_ops(list(ops))
+        if device == "cuda":
+            if ops and set(wanted) <= set(GROUPS["tree"]):
+                raise ValueError("the ops of group tree run on the CPU: leave --device out")
+            wanted = [op for op in wanted if op not in GROUPS["tree"]]
+        sizes = tuple(read_shape(text) for text in shapes)
+        for shape in sizes:
+            able = [op for op in wanted if fits(op, shape)]
+            if not able:
+                raise ValueError(f"shape {shape.text} is of none of the ops {', '.join(wanted)}")
+            for op in able:
+                problem = shape_problem(op, shape)
+                if problem is not None:
+                    raise ValueError(f"op {op} at shape {shape.text}: {problem}")
+        keys = read_peers(None if peers is None else list(peers))
+        if out is not None:
+            files.ensure_writable(out)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return cls(
+            ops=tuple(wanted),
+            device=torch.device(device),
+            dtypes=tuple(getattr(torch, name) for name in dtypes),
+            shapes=sizes,
+            peers=keys,
+            repeats=repeats,
+            seconds=seconds,
+            count_memory=count_memory,
+            out=None if out is None else Path(out),
+            progress=progress,
+        )
+
+    def cases(self) -> list[tuple[str, AnyShape, torch.dtype]]:
+        """What is measured, in order; an op that none of the given shapes fits is left out."""
+        found = []
+        for op in self.ops:
+            dtypes = (torch.float32,) if op in FLOAT32_OPS else self.dtypes
+            for shape in self.shapes or default_shapes(op, str(self.device)):
+                if fits(op, shape):
+                    found += [(op, shape, dtype) for dtype in dtypes]
+        return found
+
+
+def run_benchmarks(settings: Settings) -> list[Row]:
+    """Measure everything, print a table per case, write the files of ``settings.out``."""
+    machine = report.describe_machine(settings.device)
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    rows: list[Row] = []
+    summaries: list[dict[str, Any]] = []
+    for op, shape, dtype in settings.cases():
+        # Compiled code of earlier cases: keeping it would meet the compiler's recompilation limit.
+        torch.compiler.reset()
+        case = build_case(op, shape, settings.device, dtype, settings.peers)
+        found, summary = _measure(case, settings)
+        rows += found
+        summaries.append(summary)
+        print(f"\n{report.case_text(summary, found)}", flush=True)
+        if settings.out is not None:
+            # After every case, so that an interrupted run leaves what it has measured.
+            report.write_files(settings.out, machine, summaries, rows)
+    bars = judge_bars(rows)
+    if bars:
+        print("\n".join(["", "bars", "----", *(bar.text for bar in bars)]))
+    if settings.out is not None:
+        write_plots(settings.out, summaries, rows)
+        print(f"\nwritten to {settings.out}")
+    return rows
+
+
+def _measure(case: Case, settings: Settings) -> tuple[list[Row], dict[str, Any]]:
+    say = _Status(settings.progress)
+    checks = _check_all(case, say)
+    right = [v for v in case.variants if checks[v.name].status == "ok"]
+    times = measuring.time_case(
+        case, right, repeats=settings.repeats, seconds=settings.seconds, progress=say
+    )
+    say(f"{case.title}: measuring the machine")
+    rates = Rates(case.device, case.dtype)
+    rows = []
+    for variant in case.variants:
+        extra, note = None, ""
+        if variant in right and settings.count_memory and not case.uncounted:
+            say(f"{case.title}: memory of {variant.name}")
+            extra, note = memory.peak_extra_bytes(case, variant, settings.peers)
+        rows.append(report.make_row(case, variant, checks[variant.name], times, rates, extra, note))
+    say.clear()
+    report.fill_ratios(rows)
+    return rows, report.make_summary(case, times, rates)
+
+
+def _check_all(case: Case, say: _Status) -> dict[str, checking.Check]:
+    inputs = case.make_inputs(_CHECK_SEED)
+    for run in case.bare.values():
+        run(inputs)  # its buffers are there from now on: what does not fit beside them fails here
+    checks: dict[str, checking.Check] = {}
+    # One reference at a time: a float64 gradient of a large head is large.
+    for key, make_reference in case.references.items():
+        judged: list[Variant] = [v for v in case.variants if v.reference == key]
+        if not judged:
+            continue
+        say(f"{case.title}: float64 reference ({key})")
+        reference = make_reference(inputs)
+        for variant in judged:
+            say(f"{case.title}: checking {variant.name}")
+            checks[variant.name] = checking.check(case, variant, inputs, reference)
+    return checks
+
+
+class _Status:
+    """What is being done, on one line of a terminal; silent elsewhere."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._shown = wanted and sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        if self._shown:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Leave an empty line for the table."""
+        self("")

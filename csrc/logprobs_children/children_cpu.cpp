@@ -1,0 +1,254 @@
+// gflowgr_cpp::children_logprobs and its backward pass: softmax over the children of each token's node.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "logprobs_children/children_plan.h"
+#include "logprobs_children/children_work.h"
+#include "tree/tree_layout.h"
+#include "tree/tree_sort.h"
+#include "tree/tree_walk_cpu.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int64_t kTrajectoriesPerThread = 1024;  // as in tree_walk
+
+gflowgr::Store store_of(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+  if (type == ScalarType::BFloat16) return gflowgr::Store::bfloat16;
+  if (type == ScalarType::Half) return gflowgr::Store::float16;
+  STD_TORCH_CHECK(type == ScalarType::Float, name, ": expected float32, bfloat16 or float16");
+  return gflowgr::Store::float32;
+}
+
+struct Arguments {
+  const uint8_t* tree;
+  const int64_t* tokens;
+  const bool* mask = nullptr;
+  gflowgr::ChildrenHead head;
+  int64_t trajectories, steps, rows;
+};
+
+Arguments check(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                const Tensor& tokens, const std::optional<Tensor>& mask, const Tensor& tree,
+                double temperature) {
+  Arguments result;
+  STD_TORCH_CHECK(tree.scalar_type() == ScalarType::Byte && tree.dim() == 1 && tree.is_contiguous(),
+                  "tree: expected the buffer of a prefix tree (uint8, 1-D, contiguous)");
+  result.tree = static_cast<const uint8_t*>(tree.data_ptr());
+  STD_TORCH_CHECK(gflowgr::tree_total_bytes(result.tree, tree.numel()) == tree.numel(),
+                  "tree: not the buffer of a prefix tree, or one of another format or size");
+  STD_TORCH_CHECK(tokens.dim() == 3 && tokens.is_contiguous() && tokens.scalar_type() == ScalarType::Long,
+                  "tokens: expected [B, N, L], contiguous, int64");
+  result.tokens = static_cast<const int64_t*>(tokens.data_ptr());
+  result.trajectories = tokens.size(0) * tokens.size(1);
+  result.steps = tokens.size(2);
+  result.rows = tokens.numel();
+  STD_TORCH_CHECK(result.rows <= std::numeric_limits<uint32_t>::max(), "tokens: more than 2^32 - 1 rows");
+  STD_TORCH_CHECK(hidden.dim() == 4 && weight.dim() == 2 && hidden.size(3) == weight.size(1) &&
+                      hidden.size(0) == tokens.size(0) && hidden.size(1) == tokens.size(1) &&
+                      hidden.size(2) == tokens.size(2),
+                  "expected hidden [B, N, L, d], weight [V, d] and tokens [B, N, L]");
+  if (mask.has_value()) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
+                        mask->numel() == result.rows,
+                    "mask: expected bool like tokens, contiguous");
+    result.mask = static_cast<const bool*>(mask->data_ptr());
+  }
+  gflowgr::ChildrenHead& head = result.head;
+  head.hidden = hidden.data_ptr();
+  head.hidden_store = store_of(hidden, "hidden");
+  head.weight = weight.data_ptr();
+  head.weight_store = store_of(weight, "weight");
+  head.bias = nullptr;
+  head.bias_store = gflowgr::Store::float32;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected [V]");
+    head.bias = bias->data_ptr();
+    head.bias_store = store_of(*bias, "bias");
+  }
+  head.width = weight.size(1);
+  head.temperature = static_cast<float>(temperature);
+  return result;
+}
+
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void parallel(int64_t count, const std::function<void(int64_t)>& body) {
+  if (count == 1) return body(0);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+// No row of the head is touched because a header says that it is there.
+void check_token(int64_t token, const Tensor& head) {
+  STD_TORCH_CHECK(token >= 0 && token < head.size(0), "weight: the tree holds token ", token, ", beyond its ",
+                  head.size(0), " rows");
+}
+
+// A node with one child leaves no choice, unless the bias forbids that child.
+void forbid_only_children(const Arguments& given, const Tensor& weight, const gflowgr::ChildrenPlan& plan,
+                          float* log_pf) {
+  const gflowgr::ChildrenHead& head = given.head;
+  const auto* const bias = static_cast<const uint8_t*>(head.bias);
+  for (int64_t i = plan.active(); i < given.rows; ++i) {
+    const int64_t row = plan.rows[i];
+    if (log_pf[row] != 0.0f || (given.mask != nullptr && !given.mask[row])) continue;
+    check_token(given.tokens[row], weight);
+    float value;
+    gflowgr::children_kernels().widen(bias + given.tokens[row] * gflowgr::bytes_of(head.bias_store),
+                                      head.bias_store, &value, 1);
+    if (value == -std::numeric_limits<float>::infinity()) log_pf[row] = value;
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> children_logprobs(
+    const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& tokens,
+    const std::optional<Tensor>& mask, const Tensor& tree, double temperature, int64_t saved) {
+  const Arguments given = check(hidden, weight, bias, tokens, mask, tree, temperature);
+  Tensor log_pf = torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Float);
+  Tensor slopes = torch::stable::new_empty(tokens, {saved}, ScalarType::Float);
+  Tensor plan_words = torch::stable::new_empty(tokens, {gflowgr::plan_size(given.rows)}, ScalarType::Long);
+  Tensor invalid = torch::stable::new_empty(tokens, {1}, ScalarType::Long);
+  auto* const out = static_cast<float*>(log_pf.data_ptr());
+
+  const std::unique_ptr<int64_t[]> nodes(new int64_t[std::max<int64_t>(given.rows, 1)]);
+  if (given.rows > 0) {
+    torch::stable::parallel_for(
+        0, given.trajectories, kTrajectoriesPerThread, [&](int64_t begin, int64_t end) {
+          gflowgr::tree_walk_cpu(given.tree, given.tokens, given.mask, nodes.get(), given.steps, begin, end);
+        });
+  }
+  gflowgr::ChildrenPlan plan(static_cast<int64_t*>(plan_words.data_ptr()), given.rows);
+  *static_cast<int64_t*>(invalid.data_ptr()) = gflowgr::plan_children(
+      given.tree, nodes.get(), given.mask, given.trajectories, given.steps, plan, out);
+  if (given.head.bias != nullptr) forbid_only_children(given, weight, plan, out);
+  STD_TORCH_CHECK(saved == 0 || saved >= plan.products(), "saved: ", saved, ", but there are ",
+                  plan.products(), " products");
+  const gflowgr::ChildrenWork work(given.tree, given.steps, plan, given.head, threads(), parallel);
+  for (const int64_t token : work.tokens()) check_token(token, weight);
+  work.forward(out, saved == 0 ? nullptr : static_cast<float*>(slopes.data_ptr()));
+  return {log_pf, slopes, plan_words, invalid};
+}
+
+// Ascending distinct tokens, and for each element of `tokens` its position among them.
+std::vector<int64_t> distinct(const std::vector<int64_t>& tokens, std::vector<int64_t>& position) {
+  std::vector<gflowgr::KeyRow> sorted;
+  sorted.reserve(tokens.size());
+  uint64_t all = 0;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    sorted.push_back({static_cast<uint64_t>(tokens[i]), static_cast<uint32_t>(i)});
+    all |= tokens[i];
+  }
+  gflowgr::radix_sort(sorted, 0, gflowgr::bit_width(all));
+  std::vector<int64_t> used;
+  position.resize(tokens.size());
+  for (const gflowgr::KeyRow& entry : sorted) {
+    if (used.empty() || used.back() != static_cast<int64_t>(entry.key)) {
+      used.push_back(static_cast<int64_t>(entry.key));
+    }
+    position[entry.row] = static_cast<int64_t>(used.size()) - 1;
+  }
+  return used;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> children_backward(
+    const Tensor& grad, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& tokens, const std::optional<Tensor>& mask, const Tensor& tree, double temperature,
+    const Tensor& log_pf, const Tensor& slopes, const Tensor& plan_words, bool need_hidden,
+    const std::optional<Tensor>& d_weight, bool need_bias, bool sparse) {
+  const Arguments given = check(hidden, weight, bias, tokens, mask, tree, temperature);
+  const gflowgr::Store weight_store = given.head.weight_store;
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.is_contiguous() &&
+                      grad.numel() == given.rows && log_pf.numel() == given.rows,
+                  "grad: expected [B, N, L], contiguous, float32");
+  STD_TORCH_CHECK(plan_words.numel() == gflowgr::plan_size(given.rows), "plan: not that of these tokens");
+  const bool dense = d_weight.has_value();
+  STD_TORCH_CHECK(!(dense && sparse), "d_weight: given, but the gradient is to be row-sparse");
+  STD_TORCH_CHECK(!dense || (d_weight->is_contiguous() && d_weight->scalar_type() == weight.scalar_type() &&
+                             d_weight->numel() == weight.numel()),
+                  "d_weight: expected zeros like weight, contiguous");
+  STD_TORCH_CHECK(!need_bias || bias.has_value(), "need_bias: there is no bias");
+  const gflowgr::ChildrenPlan plan(static_cast<int64_t*>(plan_words.data_ptr()), given.rows);
+  const gflowgr::ChildrenWork work(given.tree, given.steps, plan, given.head, threads(), parallel);
+  for (const int64_t token : work.tokens()) check_token(token, weight);
+
+  Tensor d_hidden = need_hidden ? torch::stable::empty_like(hidden) : torch::stable::new_empty(hidden, {0});
+  gflowgr::ChildrenGradients gradients{static_cast<const float*>(grad.data_ptr()),
+                                       static_cast<const float*>(log_pf.data_ptr())};
+  gradients.hidden = need_hidden ? d_hidden.data_ptr() : nullptr;
+
+  // A float32 gradient is added up where it belongs, another one in float32 rows of the used tokens.
+  const bool direct = weight_store == gflowgr::Store::float32;
+  const bool compact = sparse || need_bias || (dense && !direct);
+  std::vector<int64_t> position;
+  const std::vector<int64_t> used = compact ? distinct(work.tokens(), position) : std::vector<int64_t>();
+  const int64_t d = given.head.width, rows = static_cast<int64_t>(used.size());
+  Tensor sparse_rows = torch::stable::new_empty(tokens, {sparse ? rows : 0});
+  Tensor values = sparse ? torch::stable::new_empty(weight, {rows, d}) : torch::stable::new_empty(weight, {0});
+  std::unique_ptr<float[]> sums;
+  if (dense && direct) {
+    gradients.weight = static_cast<float*>(d_weight->data_ptr());
+    gradients.weight_row = work.tokens().data();
+  } else if (dense || sparse) {
+    if (!direct) sums.reset(new float[std::max<int64_t>(rows * d, 1)]);
+    gradients.weight = direct ? static_cast<float*>(values.data_ptr()) : sums.get();
+    gradients.weight_row = position.data();
+    gradients.clear = rows;
+  }
+  std::vector<double> bias_sums(need_bias ? used.size() : 0);
+  gradients.bias = need_bias ? bias_sums.data() : nullptr;
+  gradients.bias_row = position.data();
+
+  work.backward(slopes.numel() == 0 ? nullptr : static_cast<const float*>(slopes.data_ptr()), gradients);
+
+  const gflowgr::ChildrenKernels& kernels = gflowgr::children_kernels();
+  if (sparse) std::copy(used.begin(), used.end(), static_cast<int64_t*>(sparse_rows.data_ptr()));
+  if (sums != nullptr) {
+    auto* const out = static_cast<uint8_t*>(dense ? d_weight->data_ptr() : values.data_ptr());
+    parallel(rows, [&](int64_t i) {
+      kernels.narrow(sums.get() + i * d, weight_store, out + (dense ? used[i] : i) * d * 2, d);
+    });
+  }
+  if (!need_bias) return {d_hidden, sparse_rows, values, torch::stable::new_empty(weight, {0})};
+  Tensor d_bias = torch::stable::new_zeros(*bias, bias->sizes());
+  for (int64_t i = 0; i < rows; ++i) {
+    const float sum = static_cast<float>(bias_sums[i]);
+    kernels.narrow(&sum, given.head.bias_store,
+                   static_cast<uint8_t*>(d_bias.data_ptr()) +
+                       used[i] * gflowgr::bytes_of(given.head.bias_store),
+                   1);
+  }
+  return {d_hidden, sparse_rows, values, d_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cpp, m) {
+  m.def(
+      "children_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? mask, "
+      "Tensor tree, float temperature, int saved) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "children_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, "
+      "Tensor? mask, Tensor tree, float temperature, Tensor log_pf, Tensor slopes, Tensor plan, "
+      "bool need_hidden, Tensor(a!)? d_weight, bool need_bias, bool sparse) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gflowgr_cpp, CPU, m) {
+  m.impl("children_logprobs", TORCH_BOX(&children_logprobs));
+  m.impl("children_backward", TORCH_BOX(&children_backward));
+}

@@ -1,0 +1,182 @@
+// gflowgr_cuda::children_logprobs and children_backward, for PyTorch; same arguments as in gflowgr_cpp.
+#include "logprobs_children/children.h"
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/cuda_binding.h"
+#include "tree/tree_layout.h"
+
+namespace {
+
+using gflowgr::ChildrenCall;
+using gflowgr::ChildrenGradients;
+using gflowgr::ChildrenWorkspace;
+using gflowgr::Numbers;
+using gflowgr::Scalar;
+using gflowgr::binding::on_device_of;
+
+using Shape = std::vector<int64_t>;
+
+Numbers numbers_of(const char* name, const Tensor& tensor, const Tensor& like) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
+                  ": expected float32, bfloat16 or float16");
+  STD_TORCH_CHECK(tensor.is_contiguous() && on_device_of(tensor, like), name,
+                  ": expected contiguous, on the device of hidden");
+  return {tensor.data_ptr(), type == ScalarType::Float      ? Scalar::float32
+                             : type == ScalarType::BFloat16 ? Scalar::bfloat16
+                                                            : Scalar::float16};
+}
+
+// Everything but the outputs.
+ChildrenCall read_call(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const Tensor& tokens, const std::optional<Tensor>& mask, const Tensor& tree,
+                       double temperature) {
+  ChildrenCall call{};
+  STD_TORCH_CHECK(hidden.dim() == 4, "hidden: expected [B, N, L, d], got ", hidden.dim(), " dimensions");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == hidden.size(3), "weight: expected [V, d]");
+  call.hidden = numbers_of("hidden", hidden, hidden);
+  call.weight = numbers_of("weight", weight, hidden);
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected [V]");
+    call.bias = numbers_of("bias", *bias, hidden);
+  }
+  call.trajectories = hidden.size(0) * hidden.size(1);
+  call.L = hidden.size(2);
+  call.d = hidden.size(3);
+  call.V = weight.size(0);
+  const int64_t rows = call.trajectories * call.L;
+  STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous() && tokens.numel() == rows &&
+                      on_device_of(tokens, hidden),
+                  "tokens: expected int64 [B, N, L], contiguous, on the device of hidden");
+  call.tokens = static_cast<const int64_t*>(tokens.data_ptr());
+  if (mask.has_value()) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() && mask->numel() == rows &&
+                        on_device_of(*mask, hidden),
+                    "mask: expected bool [B, N, L], contiguous, on the device of hidden");
+    call.mask = static_cast<const bool*>(mask->data_ptr());
+  }
+  // The tree is on the device: gflowgr/tree/facts.py has proved it and compared its tokens with the head;
+  // reading it here would wait for the GPU.
+  STD_TORCH_CHECK(tree.scalar_type() == ScalarType::Byte && tree.dim() == 1 && tree.is_contiguous() &&
+                      tree.numel() >= 8 * gflowgr::kTreeWords && on_device_of(tree, hidden),
+                  "tree: expected the buffer of a prefix tree (uint8, 1-D, contiguous), on the device of hidden");
+  call.tree = static_cast<const uint8_t*>(tree.data_ptr());
+  STD_TORCH_CHECK(temperature > 0, "temperature: expected a number above 0, got ", temperature);
+  call.temperature = static_cast<float>(temperature);
+  return call;
+}
+
+template <typename T>
+T* pointer(const Tensor& tensor) {
+  return tensor.numel() > 0 ? static_cast<T*>(tensor.data_ptr()) : nullptr;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> children_logprobs(const Tensor& hidden, const Tensor& weight,
+                                                             const std::optional<Tensor>& bias, const Tensor& tokens,
+                                                             const std::optional<Tensor>& mask, const Tensor& tree,
+                                                             double temperature, int64_t saved) {
+  ChildrenCall call = read_call(hidden, weight, bias, tokens, mask, tree, temperature);
+  STD_TORCH_CHECK(saved >= 0, "saved: expected a count, got ", saved);
+  const int64_t rows = call.trajectories * call.L;
+  const gflowgr::binding::Launch launch(hidden);
+  Tensor log_pf = torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Float);
+  Tensor slopes = torch::stable::new_empty(tokens, Shape{saved}, ScalarType::Float);
+  Tensor plan = torch::stable::new_empty(tokens, Shape{gflowgr::kPlanWords * rows + gflowgr::kPlanSpare});
+  Tensor invalid = torch::stable::new_zeros(tokens, Shape{1});
+  call.log_pf = pointer<float>(log_pf);
+  call.slopes = pointer<float>(slopes);
+  call.plan = pointer<int64_t>(plan);
+  call.invalid = pointer<int64_t>(invalid);
+  gflowgr::binding::check_launch("children_logprobs", gflowgr::children_forward_cuda(call, launch.stream()));
+  return {log_pf, slopes, plan, invalid};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> children_backward(
+    const Tensor& grad, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& tokens, const std::optional<Tensor>& mask, const Tensor& tree, double temperature,
+    const Tensor& log_pf, const Tensor& slopes, const Tensor& plan, bool need_hidden,
+    const std::optional<Tensor>& d_weight, bool need_bias, bool sparse) {
+  ChildrenCall call = read_call(hidden, weight, bias, tokens, mask, tree, temperature);
+  const int64_t rows = call.trajectories * call.L;
+  const auto is_float = [&](const Tensor& tensor) {
+    return tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && on_device_of(tensor, hidden);
+  };
+  STD_TORCH_CHECK(is_float(grad) && grad.numel() == rows, "grad: expected float32 [B, N, L], contiguous");
+  STD_TORCH_CHECK(is_float(log_pf) && log_pf.numel() == rows, "log_pf: expected float32 [B, N, L], contiguous");
+  STD_TORCH_CHECK(is_float(slopes), "slopes: expected float32, contiguous");
+  STD_TORCH_CHECK(plan.scalar_type() == ScalarType::Long && plan.is_contiguous() && on_device_of(plan, hidden) &&
+                      plan.numel() == gflowgr::kPlanWords * rows + gflowgr::kPlanSpare,
+                  "plan: expected that of children_logprobs");
+  STD_TORCH_CHECK(!(sparse && d_weight.has_value()), "d_weight: expected none for a sparse gradient");
+  if (d_weight.has_value()) {
+    STD_TORCH_CHECK(d_weight->scalar_type() == weight.scalar_type() && d_weight->is_contiguous() &&
+                        d_weight->numel() == weight.numel() && on_device_of(*d_weight, hidden),
+                    "d_weight: expected zeros like weight, contiguous");
+  }
+  need_bias = need_bias && bias.has_value();
+  const gflowgr::binding::Launch launch(hidden);
+  const auto check = [](int error) { gflowgr::binding::check_launch("children_backward", error); };
+  call.log_pf = pointer<float>(log_pf);
+  call.slopes = pointer<float>(slopes);
+  call.plan = pointer<int64_t>(plan);
+
+  Tensor d_hidden = torch::stable::new_empty(hidden, need_hidden ? Shape{hidden.size(0), hidden.size(1), call.L, call.d}
+                                                                 : Shape{0});
+  Tensor d_bias = need_bias ? torch::stable::new_zeros(*bias, Shape{call.V}) : torch::stable::new_empty(hidden, Shape{0});
+  Tensor used = torch::stable::new_empty(tokens, Shape{0}), values = torch::stable::new_empty(weight, Shape{0});
+  ChildrenGradients out{};
+  out.grad = pointer<float>(grad);
+  out.hidden = pointer<void>(d_hidden);
+  out.bias = pointer<void>(d_bias);
+  out.weight = d_weight.has_value() ? pointer<void>(*d_weight) : nullptr;
+  out.sparse = sparse;
+  if (rows > 0 && out.hidden != nullptr) check(children_backward_hidden_cuda(call, out, launch.stream()));
+  if (!sparse && out.weight == nullptr && out.bias == nullptr) return {d_hidden, used, values, d_bias};
+
+  // One allocation: parts are multiples of 16 bytes.
+  const int64_t V = (call.V + 15) / 16 * 16, capacity = children_workspace_capacity(call);
+  const int64_t bytes = V + 4 * V + 16 + 16 * ((rows + 1) / 2) + 4 * capacity;
+  const Tensor memory = torch::stable::new_empty(tokens, Shape{bytes}, ScalarType::Byte);
+  Tensor all = torch::stable::new_empty(tokens, Shape{call.V});
+  auto* const at = static_cast<uint8_t*>(memory.data_ptr());
+  ChildrenWorkspace workspace{};
+  workspace.touched = at;
+  workspace.rank = reinterpret_cast<int32_t*>(at + V);
+  workspace.used = pointer<int64_t>(all);
+  workspace.counts = reinterpret_cast<int64_t*>(at + 5 * V);
+  workspace.buckets = workspace.counts + 2;
+  workspace.partial = reinterpret_cast<float*>(at + 5 * V + 16 + 16 * ((rows + 1) / 2));
+  workspace.capacity = capacity;
+  if (rows > 0) check(children_find_used_cuda(call, workspace, launch.stream()));
+  if (sparse) {
+    int64_t count = 0;
+    if (rows > 0) check(children_read_used_cuda(workspace, &count, launch.stream()));
+    used = torch::stable::clone(torch::stable::narrow(all, 0, 0, count));
+    values = torch::stable::new_empty(weight, Shape{count, call.d});
+    out.weight = pointer<void>(values);
+  }
+  if (rows > 0 && (out.weight != nullptr || out.bias != nullptr)) {
+    check(children_backward_weight_cuda(call, out, workspace, launch.stream()));
+  }
+  return {d_hidden, used, values, d_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cuda, m) {
+  m.def(
+      "children_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? mask, Tensor tree, "
+      "float temperature, int saved) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "children_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? mask, "
+      "Tensor tree, float temperature, Tensor log_pf, Tensor slopes, Tensor plan, bool need_hidden, "
+      "Tensor(a!)? d_weight, bool need_bias, bool sparse) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gflowgr_cuda, GFLOWGR_CUDA_KEY, m) {
+  m.impl("children_logprobs", TORCH_BOX(&children_logprobs));
+  m.impl("children_backward", TORCH_BOX(&children_backward));
+}

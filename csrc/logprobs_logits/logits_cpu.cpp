@@ -1,0 +1,232 @@
+// gflowgr_cpp::logits_logprobs and its gradient: one pass over the logits each, in float32, whatever the
+// number of tokens of the vocabulary. The definition is gflowgr/ops/logprobs/logits.py.
+//
+// A row's logits x have x = (logit - row_max) / temperature <= 0 and log_sum = log(sum(exp(x))): the
+// log-probability x_target - log_sum is exact to float32 however large the logits are.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <tuple>
+
+#include "common/simd_cpu.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+using gflowgr::Lanes;
+using gflowgr::kLanes;
+
+// About 50 us of work: less is not worth a second thread.
+constexpr int64_t kLogitsPerThread = 65536;
+
+// Logits whose maximum is taken before their exponentials are summed: they stay in the first cache.
+constexpr int64_t kBlock = 2048;
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+struct Rows {
+  void* logits;  // [rows, V]; the gradient goes to `out`, which may be the same
+  void* out;
+  const int64_t* targets;  // negative: masked; V: in another shard; more: no token, NaN
+  float* log_pf;
+  float* row_max;
+  float* log_sum;
+  const float* grad;
+  int64_t V;
+  float scale;  // 1 / temperature
+};
+
+template <typename Element>
+GFLOWGR_INLINE void forward_rows(const Rows& rows, int64_t begin, int64_t end) {
+  const int64_t V = rows.V, whole = V - V % kLanes;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t target = rows.targets[row];
+    rows.log_pf[row] = rows.row_max[row] = rows.log_sum[row] = 0;
+    if (target < 0) continue;
+    const auto* const logits = static_cast<const Element*>(rows.logits) + row * V;
+    // Finite from the start: what is -inf then has the exponential 0, and NaN stays NaN.
+    float top = -std::numeric_limits<float>::max(), sum = 0;
+    for (int64_t from = 0; from < V; from += kBlock) {
+      const int64_t to = std::min(from + kBlock, whole);
+      Lanes highest = gflowgr::broadcast(top);
+      for (int64_t v = from; v < to; v += kLanes) highest = gflowgr::maximum(gflowgr::load(logits + v), highest);
+      Lanes rest{};
+      if (from + kBlock >= V && whole < V) {
+        rest = gflowgr::load_some(logits + whole, V - whole);
+        highest = gflowgr::maximum(rest, highest);
+      }
+      const float higher = gflowgr::largest(highest);
+      sum *= std::exp((top - higher) * rows.scale);
+      top = higher;
+      Lanes part{};
+      for (int64_t v = from; v < to; v += kLanes) {
+        part += gflowgr::exp_not_positive((gflowgr::load(logits + v) - top) * rows.scale);
+      }
+      if (from + kBlock >= V && whole < V) part += gflowgr::exp_not_positive((rest - top) * rows.scale);
+      sum += gflowgr::total(part);
+    }
+    rows.row_max[row] = top;
+    rows.log_sum[row] = std::log(sum);
+    const float own = target < V ? (gflowgr::widen(logits[target]) - top) * rows.scale : -top * rows.scale;
+    // Where every token is forbidden the difference would be NaN; the probability is zero.
+    rows.log_pf[row] = target > V ? kNaN
+                       : sum == 0 ? -std::numeric_limits<float>::infinity()
+                                  : own - rows.log_sum[row];
+  }
+}
+
+template <typename Element>
+GFLOWGR_INLINE void backward_rows(const Rows& rows, int64_t begin, int64_t end) {
+  const int64_t V = rows.V, whole = V - V % kLanes;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t target = rows.targets[row];
+    const auto* const logits = static_cast<const Element*>(rows.logits) + row * V;
+    auto* const out = static_cast<Element*>(rows.out) + row * V;
+    const float slope = target > V ? kNaN : rows.grad[row] * rows.scale;
+    const float top = rows.row_max[row], log_sum = rows.log_sum[row];
+    const bool forbidden = log_sum == -std::numeric_limits<float>::infinity() && target <= V;
+    if (target < 0 || slope == 0 || forbidden) {
+      std::memset(out, 0, static_cast<size_t>(V) * sizeof(Element));
+      continue;
+    }
+    float own = 0;
+    if (target < V) own = -slope * std::expm1((gflowgr::widen(logits[target]) - top) * rows.scale - log_sum);
+    for (int64_t v = 0; v < whole; v += kLanes) {
+      const Lanes x = (gflowgr::load(logits + v) - top) * rows.scale - log_sum;
+      gflowgr::store(out + v, -slope * gflowgr::exp_not_positive(x));
+    }
+    if (whole < V) {
+      const Lanes x = (gflowgr::load_some(logits + whole, V - whole) - top) * rows.scale - log_sum;
+      gflowgr::store_some(out + whole, -slope * gflowgr::exp_not_positive(x), V - whole);
+    }
+    if (target < V) out[target] = gflowgr::narrow<Element>(own);
+  }
+}
+
+template <bool backward>
+GFLOWGR_INLINE void run_rows(const Rows& rows, ScalarType type, int64_t begin, int64_t end) {
+  if (type == ScalarType::Float) {
+    backward ? backward_rows<float>(rows, begin, end) : forward_rows<float>(rows, begin, end);
+  } else if (type == ScalarType::BFloat16) {
+    backward ? backward_rows<gflowgr::Bfloat>(rows, begin, end) : forward_rows<gflowgr::Bfloat>(rows, begin, end);
+  } else {
+    backward ? backward_rows<gflowgr::Half>(rows, begin, end) : forward_rows<gflowgr::Half>(rows, begin, end);
+  }
+}
+
+// The same code for each instruction set, chosen when it runs.
+#define GFLOWGR_DEFINE(name, attribute)                                                            \
+  attribute void name##_forward(const Rows& rows, ScalarType type, int64_t begin, int64_t end) {  \
+    run_rows<false>(rows, type, begin, end);                                                       \
+  }                                                                                                \
+  attribute void name##_backward(const Rows& rows, ScalarType type, int64_t begin, int64_t end) { \
+    run_rows<true>(rows, type, begin, end);                                                        \
+  }
+GFLOWGR_DEFINE(portable, )
+#ifdef GFLOWGR_X86
+GFLOWGR_DEFINE(avx2, GFLOWGR_AVX2)
+GFLOWGR_DEFINE(avx512, GFLOWGR_AVX512)
+#endif
+
+void run(const Rows& rows, ScalarType type, int64_t count, bool backward) {
+  auto* chosen = backward ? &portable_backward : &portable_forward;
+#ifdef GFLOWGR_X86
+  switch (gflowgr::simd_level()) {
+    case gflowgr::SimdLevel::avx512:
+      chosen = backward ? &avx512_backward : &avx512_forward;
+      break;
+    case gflowgr::SimdLevel::avx2:
+      chosen = backward ? &avx2_backward : &avx2_forward;
+      break;
+    default:
+      break;
+  }
+#endif
+  const int64_t grain = std::max<int64_t>(1, kLogitsPerThread / std::max<int64_t>(1, rows.V));
+  torch::stable::parallel_for(0, count, grain,
+                              [&](int64_t begin, int64_t end) { chosen(rows, type, begin, end); });
+}
+
+Rows read_rows(const Tensor& logits, const Tensor& targets, double temperature) {
+  const ScalarType type = logits.scalar_type();
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits: expected [rows, V], contiguous");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "logits: expected float32, bfloat16 or float16");
+  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.is_contiguous() &&
+                      targets.numel() == logits.size(0),
+                  "targets: expected int64 [rows], contiguous");
+  Rows rows{};
+  rows.logits = logits.data_ptr();
+  rows.targets = static_cast<const int64_t*>(targets.data_ptr());
+  rows.V = logits.size(1);
+  rows.scale = static_cast<float>(1.0 / temperature);
+  return rows;
+}
+
+std::tuple<Tensor, Tensor, Tensor> logits_logprobs(const Tensor& logits, const Tensor& targets,
+                                                   double temperature) {
+  Rows rows = read_rows(logits, targets, temperature);
+  const auto result = [&] { return torch::stable::new_empty(logits, targets.sizes(), ScalarType::Float); };
+  Tensor log_pf = result(), row_max = result(), log_sum = result();
+  rows.log_pf = static_cast<float*>(log_pf.data_ptr());
+  rows.row_max = static_cast<float*>(row_max.data_ptr());
+  rows.log_sum = static_cast<float*>(log_sum.data_ptr());
+  run(rows, logits.scalar_type(), logits.size(0), false);
+  return {log_pf, row_max, log_sum};
+}
+
+void backward_into(Tensor& out, const Tensor& grad, const Tensor& logits, const Tensor& targets,
+                   const Tensor& row_max, const Tensor& log_sum, double temperature) {
+  Rows rows = read_rows(logits, targets, temperature);
+  for (const Tensor* tensor : {&grad, &row_max, &log_sum}) {
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() &&
+                        tensor->numel() == targets.numel(),
+                    "grad, row_max, log_sum: expected float32 [rows], contiguous");
+  }
+  rows.out = out.data_ptr();
+  rows.grad = static_cast<const float*>(grad.data_ptr());
+  rows.row_max = static_cast<float*>(row_max.data_ptr());
+  rows.log_sum = static_cast<float*>(log_sum.data_ptr());
+  run(rows, logits.scalar_type(), logits.size(0), true);
+}
+
+Tensor logits_backward(const Tensor& grad, const Tensor& logits, const Tensor& targets, const Tensor& row_max,
+                       const Tensor& log_sum, double temperature) {
+  Tensor out = torch::stable::empty_like(logits);
+  backward_into(out, grad, logits, targets, row_max, log_sum, temperature);
+  return out;
+}
+
+void logits_backward_(const Tensor& grad, Tensor logits, const Tensor& targets, const Tensor& row_max,
+                      const Tensor& log_sum, double temperature) {
+  backward_into(logits, grad, logits, targets, row_max, log_sum, temperature);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cpp, m) {
+  m.def(
+      "logits_logprobs(Tensor logits, Tensor targets, float temperature) -> (Tensor log_pf, Tensor row_max, "
+      "Tensor log_sum)");
+  m.def(
+      "logits_backward(Tensor grad, Tensor logits, Tensor targets, Tensor row_max, Tensor log_sum, "
+      "float temperature) -> Tensor");
+  m.def(
+      "logits_backward_(Tensor grad, Tensor(a!) logits, Tensor targets, Tensor row_max, Tensor log_sum, "
+      "float temperature) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gflowgr_cpp, CPU, m) {
+  m.impl("logits_logprobs", TORCH_BOX(&logits_logprobs));
+  m.impl("logits_backward", TORCH_BOX(&logits_backward));
+  m.impl("logits_backward_", TORCH_BOX(&logits_backward_));
+}

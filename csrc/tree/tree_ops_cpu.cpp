@@ -1,0 +1,65 @@
+// gflowgr/_C: CPU ops for PyTorch through the LibTorch stable ABI (torch 2.10 and later).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "tree/tree_layout.h"
+#include "tree/tree_walk_cpu.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+// About 20 us of work; less is not worth a second thread.
+constexpr int64_t kRowsPerThread = 1024;
+
+void check_tree(const Tensor& tree) {
+  STD_TORCH_CHECK(tree.scalar_type() == ScalarType::Byte && tree.dim() == 1 && tree.is_contiguous(),
+                  "tree: expected the buffer of a prefix tree (uint8, 1-D, contiguous)");
+  const auto* data = static_cast<const uint8_t*>(tree.data_ptr());
+  STD_TORCH_CHECK(gflowgr::tree_total_bytes(data, tree.numel()) == tree.numel(),
+                  "tree: not the buffer of a prefix tree, or one of another format or size");
+}
+
+Tensor tree_walk(const Tensor& tokens, const std::optional<Tensor>& mask, const Tensor& tree) {
+  check_tree(tree);
+  STD_TORCH_CHECK(tokens.dim() >= 1 && tokens.is_contiguous(), "tokens: expected [..., L], contiguous");
+  const bool wide = tokens.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || tokens.scalar_type() == ScalarType::Int, "tokens: expected int32 or int64");
+  const bool* masked = nullptr;
+  if (mask.has_value()) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
+                        mask->numel() == tokens.numel(),
+                    "mask: expected bool like tokens, contiguous");
+    masked = static_cast<const bool*>(mask->data_ptr());
+  }
+  Tensor nodes = torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Long);
+  const int64_t columns = tokens.size(tokens.dim() - 1);
+  if (tokens.numel() == 0) return nodes;
+  const int64_t rows = tokens.numel() / columns;
+  const auto* data = static_cast<const uint8_t*>(tree.data_ptr());
+  const void* from = tokens.data_ptr();
+  auto* to = static_cast<int64_t*>(nodes.data_ptr());
+  torch::stable::parallel_for(0, rows, kRowsPerThread, [&](int64_t begin, int64_t end) {
+    if (wide) {
+      gflowgr::tree_walk_cpu(data, static_cast<const int64_t*>(from), masked, to, columns, begin, end);
+    } else {
+      gflowgr::tree_walk_cpu(data, static_cast<const int32_t*>(from), masked, to, columns, begin, end);
+    }
+  });
+  return nodes;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(gflowgr_cpp, m) {
+  m.def("tree_walk(Tensor tokens, Tensor? mask, Tensor tree) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gflowgr_cpp, CPU, m) {
+  m.impl("tree_walk", TORCH_BOX(&tree_walk));
+}

@@ -1,0 +1,29 @@
+"""The subcommands of ``gflowgr``: one ``add_...(commands)`` each, which declares its arguments and
+what runs. Imported with the command line, so nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+from benchmarks.__main__ import add_bench
+
+from .data import add_data
+from .evaluate import add_evaluate
+from .experiment import add_experiment
+from .identifiers import add_identifiers
+from .info import add_info
+from .recommend import add_recommend
+from .runs import add_quickstart, add_train
+
+__all__ = ["COMMANDS"]
+
+COMMANDS = (
+    add_quickstart,
+    add_train,
+    add_experiment,
+    add_evaluate,
+    add_recommend,
+    add_data,
+    add_identifiers,
+    add_bench,
+    add_info,
+)
+"""In the order of the help."""

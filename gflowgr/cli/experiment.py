@@ -1,0 +1,103 @@
+"""``gflowgr experiment``: a whole comparison, cell by cell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+from ._parsers import Commands, add_overrides, command
+
+__all__ = ["add_experiment"]
+
+_EPILOG = """\
+examples:
+  gflowgr experiment smoke --out runs/smoke             the built-in data, minutes on two cores
+  GFLOWGR_DATA=/data gflowgr experiment small --out runs/small --workers 2
+  gflowgr experiment small --out runs/small --only '*/seed_42/*'
+  gflowgr experiment small --out runs/small --rehearse  minutes, before the hours
+  gflowgr experiment small --out runs/small --dry-run   what is done and what is left
+  gflowgr experiment small --out runs/small --report    the report of what is there
+
+A cell is one training with its evaluation, in a process and a folder of its own. The same command
+goes on where an earlier one stopped; given on several machines that share the folder, or twice on
+one, the cells are divided among them."""
+
+
+def add_experiment(commands: Commands) -> None:
+    """Declare ``gflowgr experiment``."""
+    parser = command(
+        commands,
+        "experiment",
+        "compare methods on datasets, identifiers and seeds, and report",
+        _EPILOG,
+    )
+    parser.add_argument(
+        "spec", nargs="?", metavar="SPEC", help="a YAML file, or the name of a shipped experiment"
+    )
+    parser.add_argument("--list", action="store_true", help="list the shipped experiments")
+    parser.add_argument("--out", metavar="FOLDER", help="where everything goes")
+    parser.add_argument("--workers", type=int, metavar="K", help="cells at a time (default: GPUs)")
+    parser.add_argument("--threads", type=int, metavar="T", help="CPU threads of each cell")
+    parser.add_argument("--only", metavar="PATTERN", help="cells whose id matches, and their needs")
+    add_overrides(parser, "base.sft.max_steps=200")
+    parser.add_argument("--dry-run", action="store_true", help="show the cells; do nothing")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="only four steps of every cell, in FOLDER/rehearsal: does anything fail?",
+    )
+    parser.add_argument("--report", action="store_true", help="write the report; run nothing")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_experiment)
+
+
+def _experiment(args: argparse.Namespace) -> int:
+    from ..runs import (
+        ConfigError,
+        ExperimentSpec,
+        Resources,
+        cell_states,
+        rehearsal_of,
+        run_experiment,
+        select_cells,
+        shipped_specs,
+    )
+    from ..runs.report import write_report
+
+    if args.list:
+        for name, path in shipped_specs().items():
+            print(f"{name:<16}{ExperimentSpec.title_of(path)}")
+        return 0
+    for name in ("spec", "out"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"{'--out' if name == 'out' else 'SPEC'} is missing; see --help")
+    out = Path(args.out)
+    spec = ExperimentSpec.load(args.spec, args.overrides)
+    if args.rehearse:
+        spec, out = rehearsal_of(spec), out / "rehearsal"
+    if args.dry_run:
+        states = cell_states(select_cells(spec, args.only), out)
+        for cell, state in states.items():
+            print(f"{state:<8}{cell}")
+        print(", ".join(f"{count} {state}" for state, count in Counter(states.values()).items()))
+        return 0
+    if not args.report:
+        resources = Resources.of_machine(args.workers, args.threads)
+        outcome = run_experiment(
+            spec, out, resources, only=args.only, say=_say, progress=not args.no_progress
+        )
+    path, summary = write_report(out)
+    print(f"\n{summary}\n\nReport: {path} and {path.with_suffix('.html').name}")
+    if not args.report and outcome.failed:
+        print(f"gflowgr: failed: {outcome.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _say(text: str) -> None:
+    """A line above the progress bar."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(text)

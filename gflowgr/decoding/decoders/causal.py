@@ -1,0 +1,160 @@
+"""Stepwise decoding of decoder-only models: the prompt's cache once, beams as its queries.
+
+The model's own forward runs unchanged, on [B, K] tokens that are K beams and not K positions; only
+its attention function is another one, by the attention interface of transformers. It looks at the
+prompt's keys, shared by all beams of a prompt, and at the beam's own few, under one softmax.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...models.families import causal_refusal
+from ...models.packed import output_head
+from .base import IdentifierCache, StepDecoder, dot_products, mix
+
+__all__ = ["CausalDecoder", "causal_refusal"]
+
+_ATTENTION = "gflowgr_shared_prompt"
+
+
+class CausalDecoder(StepDecoder):
+    """The models that :func:`~gflowgr.models.families.causal_refusal` does not refuse.
+
+    Args:
+        model: the model with its language modelling head, in ``eval`` mode.
+        input_ids: prompts [B, S].
+        attention_mask: 1 for real tokens [B, S]; padding may be on either side.
+    """
+
+    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
+        from transformers import DynamicCache
+
+        self.batch, self.device = input_ids.shape[0], input_ids.device
+        self.head = output_head(model)
+        mask = attention_mask.long()
+        cache = DynamicCache(config=model.config)
+        states = model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        last = (mask * torch.arange(mask.shape[1], device=self.device)).argmax(1)
+        self._first = states[torch.arange(self.batch, device=self.device), last].unsqueeze(1)
+        layers: list[Any] = cache.layers
+        self._prompt: list[tuple[Tensor, Tensor]] = [(part.keys, part.values) for part in layers]
+        self._pads = torch.zeros_like(mask, dtype=torch.float32)
+        self._pads = self._pads.masked_fill_(mask == 0, -torch.inf)[:, None, None, :]
+        self._next = mask.sum(1, keepdim=True)  # position of the next token [B, 1]
+        self._cache = IdentifierCache(len(self._prompt))
+        self._view = _view(model.base_model)
+        self._width = 1
+
+    def fork(self) -> CausalDecoder:
+        twin = copy.copy(self)
+        twin._cache = self._cache.fork()
+        return twin
+
+    def first(self) -> Tensor:
+        return self._first
+
+    def advance(self, tokens: Tensor, parents: Tensor) -> Tensor:
+        rows = self._rows(parents, self._width) if self._cache.steps else None
+        self._width = tokens.shape[1]
+        self._cache.begin_step(rows)
+        positions = self._next + (self._cache.steps - 1)
+        hidden: Tensor = self._view(
+            input_ids=tokens.clamp_min(0),
+            position_ids=positions.expand_as(tokens),
+            use_cache=False,
+            gflowgr_decoder=self,
+        ).last_hidden_state
+        return hidden
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """Attention of K beams per prompt to the prompt and to their own tokens.
+
+        Args:
+            layer: number of the layer.
+            query: [B, H, K, d_head], rotated.
+            key: [B, H_kv, K, d_head], rotated.
+            value: [B, H_kv, K, d_head].
+            scaling: factor of the scores.
+
+        Returns:
+            [B, K, H, d_head].
+        """
+        batch, _, width, size = query.shape
+        kv_heads = key.shape[1]
+        keys, values = self._cache.put(
+            layer,
+            key.transpose(1, 2).reshape(batch * width, -1),
+            value.transpose(1, 2).reshape(batch * width, -1),
+        )
+        # Query heads of one group share keys: [B, H_kv, G * K, d_head], no copy of the keys.
+        query = query * scaling
+        grouped = query.reshape(batch, kv_heads, -1, size)
+        prompt_keys, prompt_values = self._prompt[layer]
+        to_prompt = (grouped @ prompt_keys.transpose(2, 3)).float() + self._pads
+        rows = (batch, width, kv_heads, size)
+        own_query = query.view(batch, kv_heads, -1, width, size).permute(0, 3, 1, 2, 4)
+        to_own = dot_products(own_query, [key.view(rows) for key in keys]).float()
+        # [steps, B, K, H_kv, G] to [B, H_kv, G * K, steps]
+        to_own = to_own.permute(1, 3, 4, 2, 0).flatten(2, 3)
+        weights = torch.cat([to_prompt, to_own], dim=-1).softmax(-1).to(query.dtype)
+        length = prompt_keys.shape[2]
+        of_own = weights[..., length:].unflatten(2, (-1, width)).permute(4, 0, 3, 1, 2)
+        mixed = (weights[..., :length] @ prompt_values).unflatten(2, (-1, width))
+        mixed = mixed.permute(0, 3, 1, 2, 4) + mix(of_own, [value.view(rows) for value in values])
+        return mixed.flatten(2, 3)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    gflowgr_decoder: CausalDecoder | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that models call; ``gflowgr_decoder`` comes through their forward."""
+    if gflowgr_decoder is None:
+        raise RuntimeError(f"the attention {_ATTENTION!r} runs in a CausalDecoder only")
+    layer: Any = module.layer_idx
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return gflowgr_decoder.attend(layer, query, key, value, scale), None
+
+
+def _view(model: Any) -> Any:
+    """``model`` with the attention above: other module objects, the same parameters.
+
+    The model itself, which others may be using, is left alone.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
+    config = copy.copy(model.config)
+    config._attn_implementation = _ATTENTION
+
+    def share(module: nn.Module) -> nn.Module:
+        # Not copy.copy: a module sharded by FSDP2 would be constructed anew.
+        twin: Any = object.__new__(type(module))
+        twin.__dict__ = module.__dict__.copy()
+        twin._modules = {
+            name: None if child is None else share(child) for name, child in module._modules.items()
+        }
+        if getattr(module, "config", None) is model.config:
+            twin.config = config
+        return cast(nn.Module, twin)
+
+    return share(model)

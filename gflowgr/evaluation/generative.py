@@ -1,0 +1,90 @@
+"""A trained generator as a recommender: histories in, items out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..data import pad_histories
+from ..decoding.beam import Normalize, constrained_beam_search
+from ..models.evaluating import evaluating
+from ..models.gflow_model import GFlowModel
+from ..models.prompts import prompt_tokens
+
+__all__ = ["GenerativeRecommender"]
+
+
+class GenerativeRecommender:
+    """Recommends by beam search over the whole catalogue.
+
+    Args:
+        model: the trained model; evaluated in ``eval`` mode and left as it was.
+        num_beams: beams per prompt.
+        name: how tables call it.
+        normalize: see :func:`constrained_beam_search`; by default the model's own setting.
+        temperature: divides the logits.
+        available: true for items that may be recommended [items]; by default all may.
+    """
+
+    def __init__(
+        self,
+        model: GFlowModel,
+        *,
+        num_beams: int = 20,
+        name: str = "generator",
+        normalize: Normalize | None = None,
+        temperature: float = 1.0,
+        available: Tensor | None = None,
+    ) -> None:
+        self.model = model
+        self.num_beams = num_beams
+        self.name = name
+        self.normalize: Normalize = model.settings.normalize if normalize is None else normalize
+        self.temperature, self.available = temperature, available
+        self._item_tokens = model.item_tokens()
+
+    def recommend(
+        self,
+        histories: Sequence[npt.NDArray[np.integer]],
+        k: int,
+        exclude: Sequence[npt.NDArray[np.integer]] | None = None,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The ``k`` best items of each history.
+
+        Args:
+            histories: items, oldest first; only the last ``max_history`` are read.
+            k: items to return.
+            exclude: items that each user may not get.
+
+        Returns:
+            items [B, k] (-1 where there are fewer) and log-probabilities [B, k].
+        """
+        model = self.model
+        padded = pad_histories(histories, max_length=model.settings.max_history).to(model.device)
+        input_ids, attention_mask = prompt_tokens(padded, self._item_tokens, model.prompt)
+        barred = None
+        if exclude is not None:
+            barred = pad_histories(exclude).to(model.device)
+        with evaluating(model):
+            output = constrained_beam_search(
+                model.backbone,
+                input_ids,
+                attention_mask,
+                model.tree,
+                num_beams=max(self.num_beams, k),
+                num_return=k,
+                normalize=self.normalize,
+                temperature=self.temperature,
+                available=self.available,
+                exclude=barred,
+            )
+        return output.items.cpu().numpy(), output.scores.float().cpu().numpy()
+
+    def leaf_of(self) -> npt.NDArray[np.int64]:
+        """Identifier (leaf) of each item [items], for the ``string`` collision rule."""
+        items = torch.arange(self.model.tree.num_items, device=self.model.tree.device)
+        return self.model.tree.leaf_of(items).cpu().numpy()

@@ -1,0 +1,18 @@
+"""Flow-matching losses TB, DB, SubTB and VarGrad-TB, from log-probabilities or hidden states."""
+
+from __future__ import annotations
+
+from .fused import fused_db_loss, fused_subtb_loss, fused_tb_loss, fused_vargrad_loss
+from .losses import db_loss, subtb_loss, tb_loss, vargrad_log_z, vargrad_loss
+
+__all__ = [
+    "db_loss",
+    "fused_db_loss",
+    "fused_subtb_loss",
+    "fused_tb_loss",
+    "fused_vargrad_loss",
+    "subtb_loss",
+    "tb_loss",
+    "vargrad_log_z",
+    "vargrad_loss",
+]

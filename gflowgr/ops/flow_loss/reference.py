@@ -1,0 +1,301 @@
+"""Flow-matching losses and their gradients in plain PyTorch: the definitions.
+
+Exact for float32 and float64 on any device, the oracle of every faster backend and what they fall
+back to. What is meant by the arguments: :mod:`gflowgr.ops.flow_loss.losses`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gflowgr.ops import checks
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """The checked keyword arguments shared by all losses."""
+
+    beta: float
+    floor: float | None
+    reduction: str
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Clean inputs of a loss: one floating dtype, zeros wherever the mask is false."""
+
+    log_pf: Tensor  # [B, N, L]
+    log_reward: Tensor  # [B, N], shaped
+    mask: Tensor  # [B, N, L]
+    valid: Tensor  # [B, N]
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is float64, float32 otherwise."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def full_mask(log_pf: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask, all true where none was given."""
+    if mask is None:
+        return torch.ones(log_pf.shape, dtype=torch.bool, device=log_pf.device)
+    return mask
+
+
+def prepare(
+    log_pf: Tensor, log_reward: Tensor, mask: Tensor, options: RewardOptions, dtype: torch.dtype
+) -> Trajectories:
+    """Clean checked inputs and shape the reward.
+
+    Padding is replaced BEFORE anything is computed from it: `0 * NaN` in a backward pass would
+    otherwise carry the NaN of a masked position into the gradient.
+
+    A row whose mask is no prefix counts as one of L tokens with the reward NaN, so that without
+    data checks nobody takes its loss for one.
+    """
+    valid = mask.any(-1)
+    broken = checks.mask_rises(mask).any(-1)
+    mask = mask | broken[..., None]
+    reward = options.beta * log_reward.to(dtype).masked_fill(~valid, 0.0)
+    if options.floor is not None:
+        # A comparison with NaN is false, so NaN is floored too.
+        reward = reward.masked_fill(~(reward > options.floor), options.floor)
+        reward = reward.masked_fill(~valid, 0.0)
+    reward = reward.masked_fill(broken, math.nan)
+    return Trajectories(log_pf.to(dtype).masked_fill(~mask, 0.0), reward, mask, valid)
+
+
+def reduce_trajectories(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
+    """Reduce losses [B, N] that are zero at padding trajectories."""
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    counted = valid if reduction == "mean" else valid.any(-1)
+    return total / counted.sum().clamp(min=1)
+
+
+def tb_definition(t: Trajectories, log_z: Tensor) -> Tensor:
+    """Trajectory balance, squared residual of each trajectory [B, N]."""
+    return _tb_residual(t, log_z).square()
+
+
+def _tb_residual(t: Trajectories, log_z: Tensor) -> Tensor:
+    log_z = log_z.to(t.log_pf.dtype)[:, None].expand_as(t.valid).masked_fill(~t.valid, 0.0)
+    return log_z + t.log_pf.sum(-1) - t.log_reward
+
+
+def db_definition(t: Trajectories, log_flow: Tensor) -> Tensor:
+    """Detailed balance, squared residuals summed over each trajectory's tokens [B, N]."""
+    return _db_residual(t, log_flow).square().sum(-1)
+
+
+def _db_residual(t: Trajectories, log_flow: Tensor) -> Tensor:
+    """Residual of every token [B, N, L], zero at padding."""
+    flow = log_flow.to(t.log_pf.dtype).masked_fill(~t.mask, 0.0)
+    after = torch.where(
+        _last(t.mask), t.log_reward[..., None], _shift_left(flow)
+    )  # the flow of the state each token leads to: R at the last one
+    return flow + t.log_pf - after
+
+
+def subtb_definition(t: Trajectories, log_flow: Tensor, lam: float) -> Tensor:
+    """SubTB(lambda), weighted squared residuals over all sub-trajectories [B, N]."""
+    weight, residual = _subtb_pairs(t, log_flow, lam)
+    return (weight * residual.square()).sum((-2, -1))
+
+
+def _subtb_pairs(t: Trajectories, log_flow: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    """Weights and residuals of all sub-trajectories (i, j), each [B, N, L+1, L+1].
+
+    With potentials g_i = log F(s_i) - sum_{l<i} log_pf_l the residual of (i, j) is g_i - g_j, so
+    all pairs come from one outer difference of L+1 numbers per trajectory. Where a forbidden token
+    lies between them it is -inf, which that difference would make NaN beyond the token.
+    """
+    dtype, device = t.log_pf.dtype, t.log_pf.device
+    steps = t.log_pf.shape[-1]
+    zero = t.log_pf.new_zeros((*t.valid.shape, 1))
+    length = t.mask.sum(-1)  # [B, N]
+    position = torch.arange(steps + 1, device=device)
+
+    flow = torch.cat([log_flow.to(dtype).masked_fill(~t.mask, 0.0), zero], -1)
+    flow = torch.where(position == length[..., None], t.log_reward[..., None], flow)
+    forbidden = t.log_pf == -math.inf
+    along = t.log_pf.masked_fill(forbidden, 0.0).cumsum(-1)
+    potential = flow - torch.cat([zero, along], -1)
+    before = torch.cat([zero, forbidden.to(dtype).cumsum(-1)], -1)
+
+    # Weights lambda^(j-i) over their sum, in logs, so that no power under- or overflows.
+    distance = position[None, :] - position[:, None]  # j - i
+    pair = (distance > 0) & (position <= length[..., None])[..., None, :]
+    log_power = distance.to(dtype) * math.log(lam)
+    scale = _subtb_log_normaliser(steps, lam, dtype, device)[length]
+    exponent = torch.where(pair, log_power - scale[..., None, None], -math.inf)
+    crossed = pair & (before[..., :, None] != before[..., None, :])
+    residual = potential[..., :, None] - potential[..., None, :]
+    return exponent.exp(), torch.where(crossed, -math.inf, residual)
+
+
+def _subtb_log_normaliser(
+    steps: int, lam: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """log sum_{i<j<=K} lambda^(j-i) for every length K = 0..L [L+1]; 0 for K = 0.
+
+    A trajectory of K tokens has K + 1 - d sub-trajectories of d tokens.
+    """
+    size = torch.arange(steps + 1, device=device)
+    count = (size[:, None] + 1 - size[None, :]).clamp(min=1).to(dtype)
+    present = (size[None, :] >= 1) & (size[None, :] <= size[:, None])
+    terms = torch.where(present, count.log() + size.to(dtype) * math.log(lam), -math.inf)
+    return torch.where(size > 0, torch.logsumexp(terms, -1), 0.0)
+
+
+def vargrad_definition(t: Trajectories) -> Tensor:
+    """VarGrad-TB, squared residual of each trajectory against its prompt's own estimate [B, N]."""
+    return _vargrad_residual(t).square()
+
+
+def _vargrad_residual(t: Trajectories) -> Tensor:
+    gap = t.log_reward - t.log_pf.sum(-1)
+    estimate = valid_mean(gap, t.valid)
+    return (estimate[:, None] - gap).masked_fill(~t.valid, 0.0)
+
+
+def positive_nll(t: Trajectories) -> Tensor:
+    """Token-summed NLL of trajectory 0, zero for the others [B, N]."""
+    nll = -t.log_pf.sum(-1)
+    return torch.cat([nll[:, :1], torch.zeros_like(nll[:, 1:])], -1)
+
+
+def valid_mean(gap: Tensor, valid: Tensor) -> Tensor:
+    """Mean over each prompt's valid trajectories [B] (`gap` is zero elsewhere); 0 without one."""
+    return gap.sum(-1) / valid.sum(-1).clamp(min=1)
+
+
+def _last(mask: Tensor) -> Tensor:
+    """True at the last valid token of each row [B, N, L]."""
+    return mask & ~_shift_left(mask)
+
+
+def _shift_left(x: Tensor) -> Tensor:
+    """x[..., 1:] followed by a zero."""
+    return torch.cat([x[..., 1:], torch.zeros_like(x[..., :1])], -1)
+
+
+def _shift_right(x: Tensor) -> Tensor:
+    """A zero followed by x[..., :-1]."""
+    return torch.cat([torch.zeros_like(x[..., :1]), x[..., :-1]], -1)
+
+
+# ------------------------------------------------------------------ the registered op
+
+
+def loss_definition(
+    log_pf: Tensor,
+    log_reward: Tensor,
+    target: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    lam: float,
+    beta: float,
+    floor: float | None,
+    reduction: str,
+    sft_weight: float,
+) -> Tensor:
+    """The reduced loss of one kind plus ``sft_weight`` times the NLL of trajectory 0.
+
+    Arguments and result: ``gflowgr::flow_loss`` in :mod:`gflowgr.ops.flow_loss.op`. The NLL is
+    reduced over prompts for "mean" too.
+    """
+    t = _clean(log_pf, log_reward, mask, beta, floor, reduction)
+    if kind == "vargrad":
+        losses = vargrad_definition(t)
+    else:
+        assert target is not None
+        if kind == "tb":
+            losses = tb_definition(t, target)
+        elif kind == "db":
+            losses = db_definition(t, target)
+        else:
+            losses = subtb_definition(t, target, lam)
+    loss = reduce_trajectories(losses, t.valid, reduction)
+    if sft_weight > 0.0:
+        over_prompts = "prompt" if reduction == "mean" else reduction
+        loss = loss + sft_weight * reduce_trajectories(positive_nll(t), t.valid, over_prompts)
+    return loss
+
+
+def gradient_definition(
+    grad: Tensor,
+    log_pf: Tensor,
+    log_reward: Tensor,
+    target: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    lam: float,
+    beta: float,
+    floor: float | None,
+    reduction: str,
+    sft_weight: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of :func:`loss_definition` to log_pf, log_reward and target, given its own.
+
+    In closed form: an op's implementation runs below autograd.
+    """
+    t = _clean(log_pf, log_reward, mask, beta, floor, reduction)
+    prompts = t.valid.any(-1).sum().clamp(min=1)
+    counts = {"prompt": prompts, "mean": t.valid.sum().clamp(min=1)}
+    scale = (2 * grad / counts.get(reduction, 1)).expand_as(t.valid)  # of a residual, [B, N]
+    to_target: Tensor | None
+    if kind == "db":
+        assert target is not None
+        to_pf = scale[..., None] * _db_residual(t, target)
+        to_target = (to_pf - _shift_right(to_pf)).masked_fill(~t.mask, 0.0)
+        to_reward = -to_pf.masked_fill(~_last(t.mask), 0.0).sum(-1)
+    elif kind == "subtb":
+        assert target is not None
+        weight, residual = _subtb_pairs(t, target, lam)
+        pairs = scale[..., None, None] * weight * residual
+        to_potential = pairs.sum(-1) - pairs.sum(-2)  # of states 0..L
+        to_pf = to_potential[..., :-1].cumsum(-1).masked_fill(~t.mask, 0.0)
+        to_target = to_potential[..., :-1].masked_fill(~t.mask, 0.0)
+        length = t.mask.sum(-1, keepdim=True)
+        to_reward = to_potential.gather(-1, length).squeeze(-1)
+    else:
+        if kind == "tb":
+            assert target is not None
+            slope = scale * _tb_residual(t, target)
+            to_target = slope.sum(-1)
+        else:
+            slope = scale * _vargrad_residual(t)
+            # The estimate moves with every trajectory that it is the mean of.
+            slope = slope - valid_mean(slope, t.valid)[:, None]
+            to_target = None
+        to_pf = slope[..., None].expand_as(t.mask).masked_fill(~t.mask, 0.0)
+        to_reward = -slope
+    to_reward = (beta * to_reward).masked_fill(~t.valid, 0.0)
+    if floor is not None:
+        to_reward = to_reward.masked_fill(t.log_reward <= floor, 0.0)
+    if sft_weight > 0.0:
+        over = prompts if reduction in ("prompt", "mean") else 1
+        first = (sft_weight * grad / over).expand_as(t.valid)[:, :1, None]
+        nll = torch.cat([first * t.mask[:, :1], torch.zeros_like(to_pf[:, 1:])], 1)
+        to_pf = to_pf - nll
+    return to_pf, to_reward, to_target
+
+
+def _clean(
+    log_pf: Tensor,
+    log_reward: Tensor,
+    mask: Tensor | None,
+    beta: float,
+    floor: float | None,
+    reduction: str,
+) -> Trajectories:
+    options = RewardOptions(beta, floor, reduction)
+    return prepare(log_pf, log_reward, full_mask(log_pf, mask), options, log_pf.dtype)

@@ -1,0 +1,8 @@
+"""Preference and policy-gradient losses, DPO, S-DPO and GRPO, against a reference policy."""
+
+from __future__ import annotations
+
+from .fused import fused_dpo_loss, fused_grpo_loss
+from .losses import dpo_loss, grpo_loss, sdpo_loss
+
+__all__ = ["dpo_loss", "fused_dpo_loss", "fused_grpo_loss", "grpo_loss", "sdpo_loss"]

@@ -1,0 +1,1 @@
+"""Tables, plots and documents of reports, and facts about the machine: the only place for them."""

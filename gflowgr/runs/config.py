@@ -1,0 +1,316 @@
+"""The configuration of a run: one YAML file, checked before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+from ..errors import shown
+from ..models.causal import CausalConfig
+from ..models.gflow_model import FlowSettings
+from ..models.lora import LoraSettings
+from ..models.tiger import TigerConfig
+from ..plain_settings import make_plain
+from .yaml_file import ConfigError, apply_override, expand, read_yaml
+
+if TYPE_CHECKING:
+    from ..training.config import GFlowGRConfig
+
+__all__ = [
+    "CollaborativeConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "RunConfig",
+    "training_arguments",
+]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data.
+
+    Attributes:
+        path: folder of a dataset; none: the built-in one, generated under the output folder.
+        identifiers: name of the data's identifiers (``index.<name>.json.gz``), or a path of an
+            index file, or a method that makes them from texts (``kmeans``, ``rqvae``, ``letter``);
+            none: the only ones there are, or, without any, residual k-means over the collaborative
+            model's items.
+        max_history: items of a history that prompts keep.
+        users: users of the built-in dataset.
+        items: items of the built-in dataset.
+    """
+
+    path: str | None = None
+    identifiers: str | None = None
+    max_history: int = 20
+    users: int = 3000
+    items: int = 1200
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        _check_positive(self, "max_history", "users", "items")
+
+
+@dataclass(frozen=True)
+class CollaborativeConfig:
+    """The collaborative model (SASRec), trained first.
+
+    Attributes:
+        kind: ``"sasrec"``: train one; ``"embeddings"``: use a table of item vectors; ``"none"``.
+        embeddings: file of the table (``.npy``, [items, d]), for ``"embeddings"``.
+        epochs: upper bound on SASRec's epochs.
+        batch_size: users per step.
+        learning_rate: of AdamW.
+        dropout: dropout rate.
+        patience: evaluations without a better valid N@10 before stopping.
+    """
+
+    kind: Literal["sasrec", "embeddings", "none"] = "sasrec"
+    embeddings: str | None = None
+    epochs: int = 40
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    dropout: float = 0.3
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        _check_positive(self, "epochs", "batch_size", "learning_rate", "patience")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How the final table is made.
+
+    Attributes:
+        num_beams: beams of the constrained beam search.
+        collision: how items that share an identifier are scored: ``"item"`` or ``"string"``.
+        mask_seen: leave the user's history out of the recommendations.
+        max_users: evaluate a fixed random subset of the test users only.
+        examples: users whose recommendations the report shows.
+    """
+
+    num_beams: int = 20
+    collision: Literal["item", "string"] = "item"
+    mask_seen: bool = False
+    max_users: int | None = None
+    examples: int = 3
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        _check_positive(self, "num_beams", "max_users")
+        if self.examples < 0:
+            raise ValueError(f"examples must be >= 0; got {self.examples}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run.
+
+    Attributes:
+        output_dir: where checkpoints, results and the report go; a killed run resumes from it.
+        seed: of data order, initial weights, dropout and sampling.
+        data: which data.
+        collaborative: the collaborative model.
+        model: the generator: TIGER (``kind: tiger``) or a decoder-only model (``kind: causal``).
+        flow: objective of the fine-tuning, GFlowGR's or a baseline's.
+        sft: arguments of the first, supervised training
+            (:class:`~gflowgr.training.GFlowGRConfig`).
+        finetune: arguments of the fine-tuning, the same for GFlowGR and for continued SFT.
+        continued_sft: also continue SFT with the fine-tuning's budget, as the fair baseline.
+        evaluation: the final evaluation.
+        caveats: sentences for the report on what was shortened.
+    """
+
+    output_dir: str
+    seed: int = 42
+    data: DataConfig = field(default_factory=DataConfig)
+    collaborative: CollaborativeConfig = field(default_factory=CollaborativeConfig)
+    model: TigerConfig | CausalConfig = field(default_factory=TigerConfig)
+    flow: FlowSettings = field(default_factory=lambda: FlowSettings(objective="tb"))
+    sft: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    continued_sft: bool = True
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    caveats: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be in 0 .. 2**32 - 1, got {shown(self.seed)}")
+        if self.data.max_history != self.flow.max_history:
+            object.__setattr__(
+                self, "flow", dataclasses.replace(self.flow, max_history=self.data.max_history)
+            )
+        if (self.collaborative.kind == "embeddings") != (self.collaborative.embeddings is not None):
+            raise ConfigError("collaborative.embeddings goes with collaborative.kind: embeddings")
+        vargrad = self.flow.objective == "tb" and self.flow.partition == "vargrad"
+        if vargrad and self.finetune.get("num_trajectories", 3) == 1:
+            raise ConfigError(
+                "finetune.num_trajectories is 1, over which the loss of flow.partition: vargrad is "
+                "0; give 2 or more, or partition: learned"
+            )
+        for section in ("sft", "finetune"):
+            _check_training_arguments(section, getattr(self, section), self.seed)
+        finetune = training_arguments(self.finetune, "unused", self.seed)
+        try:
+            finetune.check_objective(self.flow)
+        except ValueError as error:
+            raise ConfigError(f"finetune: {error}") from error
+        if finetune.sampler_settings.needs_scores and self.collaborative.kind == "none":
+            raise ConfigError(
+                f"finetune.sampler is {finetune.sampler!r}, which needs a collaborative model; "
+                "with collaborative.kind: none, set finetune.sampler: random"
+            )
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+        """Read a YAML file.
+
+        Args:
+            path: the file. ``${NAME}`` in a text stands for the environment variable.
+            overrides: ``"section.key=value"``, values in YAML.
+
+        Raises:
+            ConfigError: not YAML, an unknown key, a value of a wrong type, an unset variable.
+        """
+        values = read_yaml(path)
+        for override in overrides:
+            apply_override(values, override)
+        return cls.from_dict(values, source=str(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> RunConfig:
+        """Build from nested dictionaries; see :meth:`load` for the errors."""
+        built: RunConfig = _build(cls, expand(dict(values), source), source)
+        return built
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready nested dictionaries."""
+        return asdict(self)
+
+
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "collaborative": CollaborativeConfig,
+    "flow": FlowSettings,
+    "evaluation": EvaluationConfig,
+}
+
+
+def _check_positive(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and > 0; got {value}")
+
+
+_GENERATORS: dict[Any, type] = {"tiger": TigerConfig, "causal": CausalConfig}
+
+
+def _section(key: str, values: Mapping[str, Any], where: str) -> type:
+    """The class of a section; the model's is named by its ``kind``."""
+    if key != "model":
+        return _SECTIONS[key]
+    kind = values.get("kind", "tiger")
+    if not isinstance(kind, str) or kind not in _GENERATORS:
+        raise ConfigError(f"{where}: kind must be one of {list(_GENERATORS)}, got {shown(kind)}")
+    return _GENERATORS[kind]
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    known = {item.name: item for item in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {shown(key)}{hint}")
+        if cls is RunConfig and key in (*_SECTIONS, "model"):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}: {key} must be a section, got {shown(value)}")
+            if key == "flow":
+                value = {"objective": "tb", **value}
+            inside = f"{where}: {key}"
+            value = _build(_section(key, value, inside), value, inside)
+        elif cls is CausalConfig and key == "lora" and isinstance(value, Mapping):
+            value = _build(LoraSettings, value, f"{where}: lora")
+        else:
+            _check_type(f"{where}: {key}", value, hints[key])
+        arguments[key] = value
+    if cls is RunConfig and "output_dir" not in arguments:
+        raise ConfigError(f"{where}: output_dir is missing: where is the run to go?")
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _check_type(where: str, value: Any, annotation: Any) -> None:
+    """Check a value as YAML gives it against the field's annotation."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    names = []
+    for kind in kinds:
+        plain = get_origin(kind) or kind
+        if plain is Literal:
+            if value in get_args(kind):
+                return
+            names.append(f"one of {list(get_args(kind))}")
+            continue
+        accepted = (int, float) if plain is float else plain
+        if isinstance(value, accepted) and (plain is bool or not isinstance(value, bool)):
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ConfigError(f"{where} must be a number of 64 bits, got {shown(value)}")
+            return
+        names.append("nothing" if kind is type(None) else plain.__name__)
+    raise ConfigError(f"{where} must be {' or '.join(names)}, got {shown(value)}")
+
+
+def training_arguments(values: Mapping[str, Any], output_dir: str, seed: int) -> GFlowGRConfig:
+    """Arguments of a training stage: the run's defaults, and ``values`` over them."""
+    from ..training.config import GFlowGRConfig
+
+    defaults: dict[str, Any] = {
+        "eval_strategy": "epoch",
+        "save_strategy": values.get("eval_strategy", "epoch"),
+        "load_best_model_at_end": True,
+        # The best one and the last one; with 1, the last one would go when the training ends.
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return GFlowGRConfig(output_dir=output_dir, seed=seed, **{**defaults, **values})
+
+
+def _check_training_arguments(section: str, values: dict[str, Any], seed: int) -> None:
+    from ..training.config import GFlowGRConfig
+
+    hints = get_type_hints(GFlowGRConfig)
+    fixed = {"output_dir", "seed", "data_seed"}
+    for key, value in values.items():
+        if key in fixed:
+            raise ConfigError(f"{section}.{key} is set by the run itself; leave it out")
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{section}: unknown training argument {shown(key)}{hint}")
+        _check_type(f"{section}.{key}", value, hints[key])
+    try:
+        training_arguments(values, "unused", seed)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{section}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,83 @@
+"""The generator that a configuration describes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data import Dataset
+from ..models import FlowSettings, GFlowModel
+from ..models.causal import (
+    CausalConfig,
+    check_causal_lm,
+    initialise_identifier_rows,
+    load_causal_lm,
+    load_tokenizer,
+    prompt_layout,
+)
+from ..models.lora import add_lora, check_peft
+from ..models.tiger import TigerConfig, build_tiger
+from .prepare import Catalogue
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["add_adapters", "check_generator", "make_generator"]
+
+
+def check_generator(config: TigerConfig | CausalConfig) -> PreTrainedTokenizerBase | None:
+    """Find out now, and not after hours, whether the generator can be made; return its tokenizer.
+
+    Raises:
+        DataError: the folder of a text model lacks something, or is damaged.
+        TypeError: its model cannot be trained.
+        ImportError: LoRA is asked for without ``peft``.
+    """
+    if isinstance(config, TigerConfig):
+        return None
+    if config.lora is not None:
+        check_peft()
+    tokenizer = load_tokenizer(config)
+    check_causal_lm(config)
+    return tokenizer
+
+
+def make_generator(
+    config: TigerConfig | CausalConfig,
+    catalogue: Catalogue,
+    dataset: Dataset,
+    settings: FlowSettings,
+    *,
+    seed: int,
+) -> GFlowModel:
+    """A generator as training finds it.
+
+    Args:
+        config: which.
+        catalogue: the items' identifiers.
+        dataset: its texts give a text model's new tokens their first embeddings.
+        settings: objective.
+        seed: of everything random in it.
+    """
+    vocabulary, tokenizer = catalogue.vocabulary, catalogue.tokenizer
+    if isinstance(config, TigerConfig):
+        backbone: Any = build_tiger(vocabulary, config, seed=seed)
+        return GFlowModel(backbone, catalogue.tree, vocabulary, settings)
+    assert tokenizer is not None
+    backbone = load_causal_lm(config, tokenizer, seed=seed)
+    positions = getattr(backbone.config, "max_position_embeddings", None)
+    layout = prompt_layout(config, tokenizer, vocabulary, positions)
+    texts = None
+    if config.rows == "text" and dataset.texts is not None:
+        texts = [fields.get("title") or " ".join(fields.values()) for fields in dataset.texts]
+    tokens = torch.from_numpy(catalogue.tokens)
+    initialise_identifier_rows(backbone, tokenizer, vocabulary, tokens, texts, seed=seed)
+    return GFlowModel(backbone, catalogue.tree, vocabulary, settings, layout, tokenizer)
+
+
+def add_adapters(config: TigerConfig | CausalConfig, model: GFlowModel) -> GFlowModel:
+    """``model``, with fresh LoRA adapters if ``config`` asks for them."""
+    if isinstance(config, CausalConfig) and config.lora is not None:
+        add_lora(model.backbone, config.lora, model.vocabulary)
+    return model

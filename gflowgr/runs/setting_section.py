@@ -1,0 +1,296 @@
+"""The part of a report about one dataset and set of identifiers: its tables and figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import figures
+from ..report.document import Block, Bullets, Paragraph, Picture, Section
+from .figures import Point
+from .results import ABLATION, MAIN, REFERENCE, START, CellResult, ExperimentResults
+from .statistics import METRICS
+from .summary import Comparison, Group, Row, Setting, Spread
+from .tables import breakdown_table, cost_table, difference_table, diversity_table, score_table
+
+__all__ = ["MAIN_GROUPS", "picture", "setting_section", "short_rules"]
+
+MAIN_GROUPS = (REFERENCE, START, MAIN)
+
+_CURVES = {
+    "loss_gr": "L_GR: observed item (nats)",
+    "loss_gfn": "L_GFN: flow residual (nats²)",
+    "loss_preference": "preference loss (nats)",
+    "eval_N@10": "validation NDCG@10",
+}
+_LOG_Z = {
+    "log_z": "learned log Z (nats)",
+    "log_z_group": "group estimate of log Z (nats)",
+    "log_z_gap_rms": "rms of their difference (nats)",
+}
+_DIVERSITY = {
+    "coverage": "coverage",
+    "item_entropy": "entropy of items (nats)",
+    "intra_list_distance": "intra-list distance",
+    "mean_popularity": "mean popularity",
+}
+_COSTS = {
+    "seconds_per_step": "time per step",
+    "seconds": "time in all",
+    "tokens": "tokens",
+    "peak_memory_bytes": "peak memory",
+}
+
+
+def setting_section(results: ExperimentResults, setting: Setting, out: Path) -> Section:
+    """The section of a setting; its figures are drawn into ``out/figures``."""
+    return _Setting(results, setting, out).section()
+
+
+def picture(
+    out: Path, name: str, title: str, alt: str, draw: Callable[[Path], bool]
+) -> list[Block]:
+    """The figure, if there is anything to draw."""
+    # Letters of any script stay: datasets that differ must not share a figure.
+    stem = re.sub(r"[^\w.=-]+", "_", name)
+    file = f"figures/{stem}.png"
+    return [Picture(file, title, alt)] if draw(out / file) else []
+
+
+def short_rules(setting: Setting) -> list[tuple[str, str]]:
+    """What must stand under every table; all rules are under the main one."""
+    shown = ("Users", "Collisions", "Seen items")
+    return [(title, setting.rules[title]) for title in shown if title in setting.rules]
+
+
+class _Setting:
+    """The section of one dataset and set of identifiers."""
+
+    def __init__(self, results: ExperimentResults, setting: Setting, out: Path) -> None:
+        self.results, self.setting, self.out = results, setting, out
+        self.main = setting.of_group(*MAIN_GROUPS)
+        self.rules = short_rules(setting)
+
+    def section(self) -> Section:
+        parts = {
+            "Results": self._scores(),
+            f"Differences to {self.results.baseline}": self._differences(),
+            "Ablations": self._ablations(),
+            "Parts of the users": self._breakdown(),
+            "Diversity": self._diversity(),
+            "Cost": self._cost(),
+            "Training": self._curves(),
+            "Calibration": self._calibration(),
+        }
+        sections = [Section(title, blocks) for title, blocks in parts.items() if blocks]
+        return Section(self.setting.title, (), sections)
+
+    def _figure(self, kind: str, title: str, alt: str, draw: Callable[[Path], bool]) -> list[Block]:
+        name = f"{self.setting.dataset}-{self.setting.identifiers}-{kind}"
+        return picture(self.out, name, title, f"{self.setting.title}: {alt}", draw)
+
+    def _scores(self) -> list[Block]:
+        if not self.main:
+            return []
+        shown = [row for row in self.main if row.method != "Popularity"]
+        panels = {metric: _spread_points(shown, "metrics", metric) for metric in METRICS}
+        alt = "; ".join(
+            f"{row.method} R@10 {row.metrics['R@10'].mean:.4f}, N@10 {row.metrics['N@10'].mean:.4f}"
+            for row in shown
+        )
+        names = [row.method for row in shown]
+        note = ("Best", "the largest mean of a column, in bold")
+        return [
+            score_table("Test users", self.main, [note, *self.setting.rules.items()]),
+            *self._figure(
+                "metrics",
+                "Mean ± standard deviation over seeds; single seeds in grey (popularity: see the "
+                "table)",
+                alt,
+                lambda path: figures.plot_points(names, panels, path),
+            ),
+        ]
+
+    def _differences(self) -> list[Block]:
+        rows = [row for row in self.main if row.to_baseline is not None]
+        pairs = [(row.method, row.to_baseline) for row in rows if row.to_baseline is not None]
+        shown = [pair for pair in pairs if pair[0] != "Popularity"]
+        if not pairs:
+            return []
+        return [
+            difference_table(f"Less {self.results.baseline}", pairs, self.rules),
+            *self._intervals("differences", shown),
+        ]
+
+    def _ablations(self) -> list[Block]:
+        pairs = [
+            (row.method, row.to_full)
+            for row in self.setting.of_group(ABLATION)
+            if row.to_full is not None
+        ]
+        rows = self.setting.of_group(ABLATION)
+        if not rows:
+            return []
+        fulls = [row for row in self.main if row.method in {each.of for each in rows}]
+        blocks: list[Block] = [score_table("Test users", [*fulls, *rows], self.rules)]
+        if pairs:
+            blocks.append(difference_table("Less the full method", pairs, self.rules))
+            blocks += self._intervals("ablations", pairs, bars=True)
+        return blocks
+
+    def _intervals(
+        self, kind: str, pairs: Sequence[tuple[str, Comparison]], bars: bool = False
+    ) -> list[Block]:
+        panels = {
+            f"{metric}, difference": {
+                name: Point(d.mean, d.low, d.high)
+                for name, found in pairs
+                for d in [found.metrics[metric]]
+            }
+            for metric in METRICS
+        }
+        names = [name for name, _ in pairs]
+        against = " or ".join(dict.fromkeys(found.against for _, found in pairs))
+        alt = "; ".join(f"{name} R@10 {f.metrics['R@10'].mean:+.4f}" for name, f in pairs)
+        return self._figure(
+            kind,
+            f"Difference to {against} with 95 % bootstrap interval over users",
+            alt,
+            lambda path: figures.plot_points(names, panels, path, line=0.0, bars=bars),
+        )
+
+    def _breakdown(self) -> list[Block]:
+        blocks: list[Block] = []
+        titles: dict[str, dict[str, Sequence[Group]]] = {}
+        for title in dict.fromkeys(title for row in self.main for title in row.breakdown):
+            found = [row for row in self.main if title in row.breakdown]
+            blocks.append(breakdown_table(title, found, self.rules))
+            titles[title] = {row.method: row.breakdown[title] for row in found}
+        alt = "R@10 of each method per part of the users: " + "; ".join(titles)
+        return blocks + self._figure(
+            "breakdown", "R@10 per part of the users, mean over seeds", alt,
+            lambda path: figures.plot_breakdown(titles, path),
+        )  # fmt: skip
+
+    def _diversity(self) -> list[Block]:
+        rows = [row for row in self.main if row.diversity]
+        if not rows:
+            return []
+        panels = {
+            label: _spread_points(rows, "diversity", key) for key, label in _DIVERSITY.items()
+        }
+        alt = "; ".join(
+            f"{row.method} coverage {row.diversity['coverage'].mean:.3f}"
+            for row in rows
+            if "coverage" in row.diversity
+        )
+        names = [row.method for row in rows]
+        return [
+            diversity_table("Recommended lists of 10", rows, self.rules),
+            *self._figure(
+                "diversity", "Diversity of the recommended lists; single seeds in grey", alt,
+                lambda path: figures.plot_points(names, panels, path),
+            ),
+        ]  # fmt: skip
+
+    def _cost(self) -> list[Block]:
+        rows = [row for row in self.setting.rows if row.training and row.group in (START, MAIN)]
+        if not rows:
+            return []
+        compared = [row for row in rows if row.relative and row.group == MAIN]
+        panels = {
+            label: {
+                row.method: Point(row.relative[key], row.relative[key], row.relative[key])
+                for row in compared
+                if key in row.relative
+            }
+            for key, label in _COSTS.items()
+        }
+        names = [row.method for row in compared]
+        alt = "; ".join(
+            f"{row.method} {row.relative['seconds_per_step']:.2f} times the time per step"
+            for row in compared
+            if "seconds_per_step" in row.relative
+        )
+        return [
+            cost_table("Training", rows, self.results.baseline),
+            *self._figure(
+                "cost", f"Cost relative to {self.results.baseline}", alt,
+                lambda path: figures.plot_points(names, panels, path, line=1.0, bars=True),
+            ),
+        ]  # fmt: skip
+
+    def _curves(self) -> list[Block]:
+        cells = self._cells_of_one_seed()
+        logs = {name: cell.logs for name, cell in cells.items() if name != "SFT"}
+        if not logs:
+            return []
+        seed = next(iter(cells.values())).seed
+        names = ", ".join(logs)
+        blocks = self._figure(
+            "curves", f"Losses and validation, seed {seed}", f"curves over steps of {names}",
+            lambda path: figures.plot_curves(logs, _CURVES, path),
+        )  # fmt: skip
+        blocks += self._figure(
+            "log_z", f"log Z and its group estimate, means over prompts, seed {seed}",
+            "log Z over steps of the methods that have one",
+            lambda path: figures.plot_curves(logs, _LOG_Z, path),
+        )  # fmt: skip
+        return blocks + self._figure(
+            "rewards", f"Reward signals, means over trajectories, seed {seed}",
+            "mean of each reward signal over steps, of the observed and of the augmented items",
+            lambda path: figures.plot_rewards(logs, path),
+        )  # fmt: skip
+
+    def _calibration(self) -> list[Block]:
+        cells = self._cells_of_one_seed()
+        points = {
+            name: (cell.analysis.log_p, cell.analysis.log_r)
+            for name, cell in cells.items()
+            if len(cell.analysis.log_p)
+        }
+        if not points:
+            return []
+        seed = next(iter(cells.values())).seed
+        entries = [
+            (row.method, ", ".join(f"{n} {s.mean:.3f}" for n, s in row.calibration.items()))
+            for row in self.main
+            if row.calibration
+        ]
+        text = (
+            "Correlation, within users and over the whole catalogue, of the exact log P(item) with "
+            "log R(item), mean over users and seeds; R is the same for all methods."
+        )
+        return [
+            Paragraph(text),
+            Bullets(entries),
+            *self._figure(
+                "calibration",
+                f"log P against log R of sampled items, each centred per user, seed {seed}",
+                "; ".join(f"{name}: {text}" for name, text in entries),
+                lambda path: figures.plot_calibration(points, path),
+            ),
+        ]
+
+    def _cells_of_one_seed(self) -> dict[str, CellResult]:
+        """The start and main methods of the first of the seeds that have most of them."""
+        setting = self.setting
+        found = {
+            row.method: self.results.seeds_of(setting.dataset, setting.identifiers, row.method)
+            for row in setting.of_group(START, MAIN)
+        }
+        counts = {s: sum(s in cells for cells in found.values()) for s in self.results.seeds}
+        seed = max(counts, key=lambda each: counts[each])
+        return {name: cells[seed] for name, cells in found.items() if seed in cells}
+
+
+def _spread_points(rows: Sequence[Row], what: str, key: str) -> dict[str, Point]:
+    points = {}
+    for row in rows:
+        spread: Spread | None = getattr(row, what).get(key)
+        if spread is not None:
+            sd = spread.sd or 0.0
+            singles = list(spread.values.values())
+            points[row.method] = Point(spread.mean, spread.mean - sd, spread.mean + sd, singles)
+    return points

@@ -1,0 +1,295 @@
+"""The stages of a run, each in its folder: a collaborative model, a training, an evaluation.
+
+Every stage writes its result whole and then ``done.json``; one that was killed goes on from its
+last complete checkpoint, and one that is done is read. What a result's manifest finds damaged is
+done again, and that is said.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import files
+from ..collaborative import CollaborativeModel, EmbeddingScorer, SASRecConfig
+from ..data import LeaveOneOut
+from ..errors import DataError
+from ..evaluation import Evaluation, Recommender, evaluate
+from ..folders import MANIFEST_NAME, find_damage, remove_leftovers, write_manifest
+from ..models.gflow_model import GFlowModel
+from .config import CollaborativeConfig, ConfigError, EvaluationConfig, training_arguments
+from .processes import device, first_process_first, is_first_process
+
+__all__ = [
+    "Screen",
+    "TrainedStage",
+    "collaborative_stage",
+    "evaluation_stage",
+    "is_done",
+    "mark_done",
+    "train_stage",
+]
+
+_ARRAYS = ("users", "ranks", "items")
+_FACTS = ("name", "which", "metrics", "rules")
+_LOG = "log_history.json"
+_DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where a run speaks.
+
+    Attributes:
+        say: receives one line per stage.
+        progress: show progress bars.
+    """
+
+    say: Callable[[str], None] = print
+    progress: bool = True
+
+
+def collaborative_stage(
+    settings: CollaborativeConfig,
+    split: LeaveOneOut,
+    folder: Path,
+    seed: int,
+    screen: Screen,
+) -> CollaborativeModel | None:
+    """The collaborative model of ``settings``, if any; one to be trained is kept in ``folder``.
+
+    Args:
+        settings: which, and how it is trained.
+        split: the data that it is trained and validated on.
+        folder: where a trained one is kept; one that is there already is loaded.
+        seed: of its initial weights, the order of batches and the dropout.
+        screen: where to report.
+
+    Raises:
+        ConfigError: a table of item vectors that does not fit the data.
+    """
+    if settings.kind == "none":
+        return None
+    if settings.kind == "embeddings":
+        assert settings.embeddings is not None
+        scorer = EmbeddingScorer.from_file(settings.embeddings)
+        if scorer.num_items != split.num_items:
+            raise ConfigError(
+                f"collaborative.embeddings: {settings.embeddings} has {scorer.num_items} rows, "
+                f"the data {split.num_items} items"
+            )
+        return scorer
+    from ..training.sasrec import train_sasrec
+
+    screen.say("Stage: SASRec (collaborative model)")
+    return train_sasrec(
+        split,
+        SASRecConfig(num_items=split.num_items, dropout=settings.dropout),
+        folder,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        lr=settings.learning_rate,
+        patience=settings.patience,
+        seed=seed,
+        progress=screen.progress,
+    )
+
+
+@dataclass(frozen=True)
+class TrainedStage:
+    """A trained generator.
+
+    Attributes:
+        model: it itself, on this process's device.
+        training: ``steps``, ``seconds`` (of training and validation), ``train_seconds``,
+            ``tokens`` read and predicted, ``batch_size``, ``learning_rate``, ``best_valid_N@10``,
+            ``peak_memory_bytes`` and its ``memory_kind``.
+        history: the log, as the Trainer keeps it.
+    """
+
+    model: GFlowModel
+    training: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+def train_stage(
+    folder: Path,
+    label: str,
+    make: Callable[[], GFlowModel],
+    arguments: dict[str, Any],
+    split: LeaveOneOut,
+    collaborative: CollaborativeModel | None,
+    seed: int,
+    screen: Screen,
+) -> TrainedStage:
+    """Train a generator in ``folder``, or go on with it, or read it.
+
+    Args:
+        folder: its own folder.
+        label: the method's name.
+        make: the untrained generator.
+        arguments: of :class:`~gflowgr.training.GFlowGRConfig`.
+        split: the data.
+        collaborative: scores items, if the method needs it.
+        seed: of data order, dropout and sampling.
+        screen: where to report.
+    """
+    if not is_done(folder, screen, _LOG, model=True):
+        from transformers import PrinterCallback, TrainerCallback
+
+        from ..training import GFlowGRTrainer, last_complete_checkpoint
+        from ..training.progress import ProgressBar
+        from ..distributed import first_process_finds
+
+        screen.say(f"Stage: {label}")
+        checkpoints = folder / "checkpoints"
+        args = training_arguments(arguments, str(checkpoints), seed)
+        # The partition head's first weights must not depend on what ran before in this process.
+        torch.manual_seed(seed)
+        callbacks: list[TrainerCallback] = [ProgressBar(label)] if screen.progress else []
+        trainer = GFlowGRTrainer(
+            make(), args, split, collaborative=collaborative, callbacks=callbacks
+        )
+        trainer.remove_callback(PrinterCallback)
+        if is_first_process():
+            remove_leftovers(folder, "model")
+        resume = first_process_finds(lambda: last_complete_checkpoint(checkpoints, screen.say))
+        if resume is not None:
+            screen.say(f"  resuming from {resume.name}")
+        outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        trainer.save_model(str(folder / "model"))
+        with first_process_first():
+            if is_first_process():
+                files.write_json(folder / _LOG, trainer.state.log_history)
+                write_manifest(folder, [_LOG])
+                mark_done(
+                    folder,
+                    {
+                        "steps": outcome.global_step,
+                        **_costs(trainer.state.log_history),
+                        "best_valid_N@10": trainer.state.best_metric,
+                        "batch_size": prompts,
+                        "learning_rate": args.learning_rate,
+                    },
+                )
+    return TrainedStage(
+        GFlowModel.from_pretrained(folder / "model").to(device()),
+        files.read_json(folder / _DONE),
+        files.read_json(folder / _LOG),
+    )
+
+
+def _costs(log_history: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a training took, all the runs of an interrupted one together; memory of the last."""
+    trained = [entry for entry in log_history if "tokens_per_second" in entry]
+    train_seconds = sum(entry["seconds"] for entry in trained)
+    validated = sum(entry.get("eval_runtime", 0.0) for entry in log_history)
+    memory, kind = _peak_memory()
+    return {
+        "seconds": float(train_seconds + validated),
+        "train_seconds": float(train_seconds),
+        "tokens": round(sum(entry["seconds"] * entry["tokens_per_second"] for entry in trained)),
+        "peak_memory_bytes": memory,
+        "memory_kind": kind,
+    }
+
+
+def _peak_memory() -> tuple[int, str]:
+    """Most bytes that tensors took on the accelerator, or this process in main memory."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated(), "accelerator"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident"
+
+
+def evaluation_stage(
+    settings: EvaluationConfig,
+    split: LeaveOneOut,
+    recommender: Recommender,
+    leaf_of: np.ndarray | None,
+    folder: Path,
+    screen: Screen,
+) -> Evaluation:
+    """Evaluate on the test users, or read the evaluation that is in ``folder``.
+
+    Args:
+        settings: the rules.
+        split: the data.
+        recommender: what is evaluated.
+        leaf_of: the identifier of each item [items]; needed by the rule "string".
+        folder: of this evaluation.
+        screen: where to report.
+    """
+    names = [f"{name}.npy" for name in _ARRAYS]
+    if is_done(folder, screen, *names):
+        return _read_evaluation(folder)
+    screen.say(f"Stage: evaluation of {recommender.name}")
+    evaluation = evaluate(
+        recommender,
+        split,
+        "test",
+        collision=settings.collision,
+        leaf_of=leaf_of,
+        mask_seen=settings.mask_seen,
+        max_users=settings.max_users,
+        progress=screen.progress,
+        truth=split.dataset.truth,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _ARRAYS:
+        files.save_npy(folder / f"{name}.npy", getattr(evaluation, name))
+    write_manifest(folder, names)
+    facts = {name: getattr(evaluation, name) for name in _FACTS}
+    mark_done(folder, facts)
+    return evaluation
+
+
+def _read_evaluation(folder: Path) -> Evaluation:
+    arrays: dict[str, Any] = {name: files.load_npy(folder / f"{name}.npy") for name in _ARRAYS}
+    facts = files.read_json(folder / _DONE, expect=dict)
+    if not set(_FACTS) <= set(facts):
+        raise DataError(f"{folder / _DONE} must have {', '.join(_FACTS)}; got {', '.join(facts)}")
+    return Evaluation(**{name: facts[name] for name in _FACTS}, **arrays)
+
+
+def is_done(folder: Path, screen: Screen, *names: str, model: bool = False) -> bool:
+    """Whether the stage of this folder is complete; one that is damaged is not, which is said.
+
+    Args:
+        folder: of the stage.
+        screen: where to say what is damaged.
+        *names: the files of its result.
+        model: it also has a saved model, in the folder ``model``.
+    """
+    if not (folder / _DONE).is_file():
+        return False
+    damage = _damage(folder, names, model)
+    if damage is not None:
+        screen.say(f"{folder}: {damage}; this stage is done again")
+    return damage is None
+
+
+def _damage(folder: Path, names: tuple[str, ...], model: bool) -> str | None:
+    try:
+        files.read_json(folder / _DONE, expect=dict)
+    except DataError as error:
+        return str(error)
+    missing = next((name for name in names if not (folder / name).is_file()), None)
+    if missing is not None:
+        return f"{missing} is missing"
+    # Folders of earlier versions have no manifests.
+    places = [folder, folder / "model"] if model else [folder]
+    checked = [place for place in places if (place / MANIFEST_NAME).is_file()]
+    found = ((place, find_damage(place)) for place in checked)
+    return next((f"in {place.name} {text}" for place, text in found if text is not None), None)
+
+
+def mark_done(folder: Path, facts: dict[str, Any]) -> None:
+    """Record that the stage of this folder is complete, and facts about it."""
+    files.write_json(folder / _DONE, facts)

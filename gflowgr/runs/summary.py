@@ -1,0 +1,318 @@
+"""The numbers of a report: one :class:`Setting` per dataset and identifiers, one row per method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from .results import ABLATION, REFERENCE, START, CellResult, ExperimentResults, MethodFacts
+from .statistics import METRICS, Difference, mean_and_spread, paired_bootstrap, user_differences
+
+__all__ = ["Comparison", "Group", "Row", "Setting", "Spread", "summarise", "verdict"]
+
+COSTS = ("seconds", "seconds_per_step", "tokens", "peak_memory_bytes")
+"""What is compared with the baseline's cost."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over seeds, standard deviation (None for one seed), and the values by seed."""
+
+    mean: float
+    sd: float | None
+    values: dict[int, float]
+
+    @classmethod
+    def of(cls, values: Mapping[int, float]) -> Spread:
+        """Of values by seed, at least one."""
+        return cls(*mean_and_spread(list(values.values())), dict(values))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences to another method, over the seeds that both have."""
+
+    against: str
+    seeds: list[int]
+    metrics: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Metrics of one part of the users, mean over seeds."""
+
+    name: str
+    users: float
+    metrics: dict[str, Spread]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one dataset with one set of identifiers.
+
+    Attributes:
+        method: the method's name.
+        group: see :class:`~gflowgr.runs.results.MethodFacts`, as ``of``, ``key``,
+            ``value`` and ``alias``.
+        seeds: seeds whose cell is complete.
+        metrics: metric to its values.
+        to_baseline: differences to the experiment's baseline, None without a common seed.
+        to_full: of an ablation, differences to the full method.
+        training: number to its values; ``seconds_per_step`` is training time over steps.
+        relative: cost to its mean ratio to the baseline's, over the seeds that both have.
+        memory_kind: which memory the peak is of.
+        diversity: measure to its values.
+        breakdown: title to its groups.
+        calibration: "pearson", "spearman" where they were measured.
+    """
+
+    method: str
+    group: str
+    of: str | None
+    key: str | None
+    value: float | None
+    alias: bool
+    seeds: list[int]
+    metrics: dict[str, Spread]
+    to_baseline: Comparison | None = None
+    to_full: Comparison | None = None
+    training: dict[str, Spread] = field(default_factory=dict)
+    relative: dict[str, float] = field(default_factory=dict)
+    memory_kind: str = ""
+    diversity: dict[str, Spread] = field(default_factory=dict)
+    breakdown: dict[str, list[Group]] = field(default_factory=dict)
+    calibration: dict[str, Spread] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All rows of one dataset and set of identifiers; reference rows are in each of them."""
+
+    dataset: str
+    identifiers: str
+    rules: dict[str, str]
+    rows: list[Row]
+
+    @property
+    def title(self) -> str:
+        """For headings."""
+        return f"{self.dataset}, {self.identifiers} identifiers"
+
+    def of_group(self, *groups: str) -> list[Row]:
+        """The rows of some groups, in order."""
+        return [row for row in self.rows if row.group in groups]
+
+
+def summarise(results: ExperimentResults) -> list[Setting]:
+    """Means, spread and comparisons of every dataset and set of identifiers that has any cell.
+
+    Raises:
+        DataError: cells that are compared but were evaluated on other users or by other rules.
+    """
+    settings = []
+    for dataset, identifiers in results.settings():
+        rows = [
+            (method, cells)
+            for method in results.methods
+            if (cells := results.seeds_of(dataset, identifiers, method.name))
+        ]
+        if rows:
+            settings.append(_setting(results, dataset, identifiers, rows))
+    return settings
+
+
+def _setting(
+    results: ExperimentResults,
+    dataset: str,
+    identifiers: str,
+    rows: Sequence[tuple[MethodFacts, dict[int, CellResult]]],
+) -> Setting:
+    # Reference rows rank items, not identifiers; their rule of collisions may be another one.
+    generators = [each for each in rows if each[0].group != REFERENCE]
+    first = next(iter((generators or rows)[0][1].values()))
+    by_name = {method.name: cells for method, cells in rows}
+    for cells in by_name.values():
+        for cell in cells.values():
+            _check_comparable(first, cell)
+    pairs = [(method.name, results.baseline) for method, _ in rows]
+    pairs += [(each.name, each.of) for each, _ in rows if each.group == ABLATION and each.of]
+    compared = _compare(by_name, pairs)
+    base = by_name.get(results.baseline, {})
+    return Setting(
+        dataset, identifiers, first.rules, [_row(*each, base, compared) for each in rows]
+    )
+
+
+def _check_comparable(first: CellResult, cell: CellResult) -> None:
+    names = [
+        f"{each.dataset}, {each.identifiers}, seed {each.seed}, {each.method.name}"
+        for each in (first, cell)
+    ]
+    if not np.array_equal(first.users, cell.users):
+        raise DataError(f"users.npy of ({names[1]}) differs from that of ({names[0]})")
+    if cell.method.group != REFERENCE and first.rules != cell.rules:
+        keys = {*first.rules, *cell.rules}
+        differing = sorted(key for key in keys if first.rules.get(key) != cell.rules.get(key))
+        raise DataError(f"rules of ({names[1]}) differ from ({names[0]}): {', '.join(differing)}")
+
+
+def _compare(
+    by_name: Mapping[str, Mapping[int, CellResult]], pairs: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], Comparison]:
+    """All comparisons of a setting, from one set of draws."""
+    common = {
+        (name, other): [seed for seed in by_name[name] if seed in by_name.get(other, {})]
+        for name, other in pairs
+        if name != other
+    }
+    common = {pair: seeds for pair, seeds in common.items() if seeds}
+    if not common:
+        return {}
+    columns = [
+        user_differences(*([by_name[each][seed].ranks for seed in seeds] for each in pair))
+        for pair, seeds in common.items()
+    ]
+    found = iter(paired_bootstrap(np.concatenate(columns, axis=1)))
+    return {
+        pair: Comparison(pair[1], seeds, {metric: next(found) for metric in METRICS})
+        for pair, seeds in common.items()
+    }
+
+
+def _row(
+    method: MethodFacts,
+    cells: Mapping[int, CellResult],
+    base: Mapping[int, CellResult],
+    compared: Mapping[tuple[str, str], Comparison],
+) -> Row:
+    calibration = {
+        name: {
+            seed: value
+            for seed, cell in cells.items()
+            if (value := getattr(cell.analysis, name)) is not None
+        }
+        for name in ("pearson", "spearman")
+    }
+    comparisons = {other: found for (name, other), found in compared.items() if name == method.name}
+    full = comparisons.pop(method.of or "", None) if method.group == ABLATION else None
+    return Row(
+        method.name,
+        method.group,
+        method.of,
+        method.key,
+        method.value,
+        method.alias,
+        list(cells),
+        _spreads({seed: cell.metrics for seed, cell in cells.items()}),
+        # An ablation of the baseline itself has one comparison that is both.
+        next(iter(comparisons.values()), full),
+        full,
+        _spreads({seed: _training(cell) for seed, cell in cells.items()}),
+        _relative(cells, base),
+        next(iter(cells.values())).memory_kind,
+        _spreads({seed: cell.analysis.diversity for seed, cell in cells.items()}),
+        _breakdown(cells),
+        {name: Spread.of(values) for name, values in calibration.items() if values},
+    )
+
+
+def _spreads(by_seed: Mapping[int, Mapping[str, float]]) -> dict[str, Spread]:
+    keys = dict.fromkeys(key for values in by_seed.values() for key in values)
+    return {
+        key: Spread.of({seed: values[key] for seed, values in by_seed.items() if key in values})
+        for key in keys
+    }
+
+
+def _training(cell: CellResult) -> dict[str, float]:
+    facts = dict(cell.training)
+    if facts.get("steps") and "train_seconds" in facts:
+        facts["seconds_per_step"] = facts["train_seconds"] / facts["steps"]
+    return facts
+
+
+def _relative(cells: Mapping[int, CellResult], base: Mapping[int, CellResult]) -> dict[str, float]:
+    pairs = [(_training(cells[seed]), _training(base[seed])) for seed in cells if seed in base]
+    found = {}
+    for key in COSTS:
+        ratios = [
+            ours[key] / other[key] for ours, other in pairs if ours.get(key) and other.get(key)
+        ]
+        if ratios:
+            found[key] = float(np.mean(ratios))
+    return found
+
+
+def _breakdown(cells: Mapping[int, CellResult]) -> dict[str, list[Group]]:
+    titles = dict.fromkeys(title for cell in cells.values() for title in cell.analysis.breakdown)
+    found = {}
+    for title in titles:
+        strata = {
+            seed: {part.name: part for part in cell.analysis.breakdown.get(title, [])}
+            for seed, cell in cells.items()
+        }
+        names = dict.fromkeys(name for parts in strata.values() for name in parts)
+        found[title] = [
+            Group(
+                name,
+                float(np.mean([parts[name].users for parts in strata.values() if name in parts])),
+                _spreads({s: parts[name].metrics for s, parts in strata.items() if name in parts}),
+            )
+            for name in names
+        ]
+    return found
+
+
+def labelled(method: str, group: str) -> str:
+    """The name in a verdict: a start that is above the baseline must not pass for a method."""
+    return f"{method} (the start of all)" if group == START else method
+
+
+def verdict(differences: Mapping[str, Mapping[str, tuple[float, float]]], baseline: str) -> str:
+    """One sentence that says what holds, by a fixed rule.
+
+    Args:
+        differences: method to metric to (mean difference to the baseline, p).
+        baseline: the baseline's name.
+
+    A difference counts when its p is below 0.05. Methods are named under the first that applies:
+    above on all metrics; above on some and below on none; above on some, below on others; below on
+    some; no difference shown.
+    """
+    groups: dict[str, list[str]] = {}
+    for method, metrics in differences.items():
+        above = [key for key, (mean, p) in metrics.items() if p < 0.05 and mean > 0]
+        below = [key for key, (mean, p) in metrics.items() if p < 0.05 and mean < 0]
+        if len(above) == len(metrics):
+            groups.setdefault(f"above {baseline} on all metrics", []).append(method)
+        elif len(below) == len(metrics):
+            groups.setdefault(f"below {baseline} on all metrics", []).append(method)
+        elif above and below:
+            detail = f"{method} (above: {', '.join(above)}; below: {', '.join(below)})"
+            groups.setdefault("mixed", []).append(detail)
+        elif above or below:
+            side = "above" if above else "below"
+            detail = f"{method} ({', '.join(above or below)})"
+            groups.setdefault(f"{side} {baseline} on some metrics", []).append(detail)
+        else:
+            groups.setdefault(f"no difference to {baseline} shown", []).append(method)
+    order = (
+        f"above {baseline} on all metrics",
+        f"above {baseline} on some metrics",
+        "mixed",
+        f"no difference to {baseline} shown",
+        f"below {baseline} on some metrics",
+        f"below {baseline} on all metrics",
+    )
+    text = "; ".join(f"{part}: {', '.join(groups[part])}" for part in order if part in groups)
+    return f"With p < 0.05, {text}." if text else ""
+
+
+def to_json(settings: Sequence[Setting]) -> list[dict[str, Any]]:
+    """The settings as they go into ``results.json``."""
+    return [dataclasses.asdict(setting) for setting in settings]

@@ -1,0 +1,212 @@
+"""The tables of an experiment's report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..report.document import Cell, Table
+from .statistics import METRICS
+from .summary import Comparison, Row, Spread
+
+__all__ = [
+    "breakdown_table",
+    "cost_table",
+    "difference_table",
+    "diversity_table",
+    "format_p",
+    "grid_table",
+    "score_table",
+]
+
+Notes = Sequence[tuple[str, str]]
+
+_NONE = Cell("-")
+
+
+def _spread_text(spread: Spread, decimals: int) -> str:
+    text = f"{spread.mean:.{decimals}f}"
+    return text if spread.sd is None else f"{text} ± {spread.sd:.{decimals}f}"
+
+
+def _column(
+    rows: Sequence[Row],
+    find: Callable[[Row], Spread | None],
+    decimals: int = 4,
+    best: bool = False,
+) -> list[Cell]:
+    """A column of mean and spread; with ``best``, all that show the largest mean are bold."""
+    spreads = [find(row) for row in rows]
+    shown = [None if s is None else f"{s.mean:.{decimals}f}" for s in spreads]
+    there = [(s.mean, text) for s, text in zip(spreads, shown, strict=True) if s is not None]
+    top = max(there)[1] if best and len({*there}) > 1 else None
+    return [
+        _NONE if s is None else Cell(_spread_text(s, decimals), text == top)
+        for s, text in zip(spreads, shown, strict=True)
+    ]
+
+
+def _assemble(
+    title: str, corner: str, names: Sequence[str], columns: dict[str, list[Cell]], notes: Notes
+) -> Table:
+    rows = [
+        [Cell(name), *(cells[place] for cells in columns.values())]
+        for place, name in enumerate(names)
+    ]
+    return Table(title, [corner, *columns], rows, notes)
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """Names; rows with fewer seeds than the fullest say how many they have."""
+    most = max(len(row.seeds) for row in rows)
+    return [
+        row.method if len(row.seeds) == most else f"{row.method} ({len(row.seeds)} of {most} seeds)"
+        for row in rows
+    ]
+
+
+def score_table(title: str, rows: Sequence[Row], notes: Notes) -> Table:
+    """Recall and NDCG, and whatever utility was measured; the best of a column is bold."""
+    extra = dict.fromkeys(key for row in rows for key in row.metrics if key.startswith("utility"))
+    columns = {
+        key: _column(rows, lambda row, key=key: row.metrics.get(key), best=True)  # type: ignore[misc]
+        for key in (*METRICS, *extra)
+    }
+    return _assemble(title, "method", _names(rows), columns, notes)
+
+
+def format_p(p: float) -> str:
+    """A p-value in three decimals, or that it is below 0.001."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def difference_table(
+    title: str, comparisons: Sequence[tuple[str, Comparison]], notes: Notes
+) -> Table:
+    """Differences with interval and p; bold where p < 0.05."""
+    rows = []
+    most = max(len(found.seeds) for _, found in comparisons)
+    for name, found in comparisons:
+        few = len(found.seeds) < most
+        cells = [Cell(f"{name} ({len(found.seeds)} of {most} seeds)" if few else name)]
+        for metric in METRICS:
+            d = found.metrics[metric]
+            text = f"{d.mean:+.4f} ({d.low:+.4f}, {d.high:+.4f}), p {format_p(d.p)}"
+            cells.append(Cell(text, d.p < 0.05))
+        rows.append(cells)
+    marked = ("Differences", "mean (95 % interval), p; bold where p < 0.05")
+    return Table(title, ["method", *METRICS], rows, [marked, *notes])
+
+
+def cost_table(title: str, rows: Sequence[Row], baseline: str) -> Table:
+    """Steps, tokens, times and memory, and their ratios to the baseline's."""
+
+    def of(key: str, decimals: int, scale: float = 1.0) -> list[Cell]:
+        cells = []
+        for row in rows:
+            spread = row.training.get(key)
+            cells.append(_NONE if spread is None else Cell(f"{spread.mean * scale:,.{decimals}f}"))
+        return cells
+
+    def ratio(key: str) -> list[Cell]:
+        return [Cell(f"{row.relative[key]:.2f}") if key in row.relative else _NONE for row in rows]
+
+    kinds = {row.memory_kind for row in rows if row.memory_kind}
+    columns = {
+        "steps": of("steps", 0),
+        "batch": of("batch_size", 0),
+        "tokens, million": of("tokens", 2, 1e-6),
+        "ratio ": ratio("tokens"),
+        "s": of("seconds", 1),
+        "ratio": ratio("seconds"),
+        "ms per step": of("seconds_per_step", 1, 1e3),
+        "ratio  ": ratio("seconds_per_step"),
+        "peak memory, MiB": of("peak_memory_bytes", 0, 2.0**-20),
+        "ratio   ": ratio("peak_memory_bytes"),
+    }
+    notes = [
+        ("Ratios", f"to {baseline}, mean over the seeds that both have"),
+        ("s", "training and validation, mean over seeds, with whatever else ran on the machine"),
+        ("ms per step", "training alone"),
+        ("Peak memory", " and ".join(sorted(kinds)) + " memory of the process" if kinds else "-"),
+    ]
+    return _assemble(title, "method", _names(rows), columns, notes)
+
+
+def diversity_table(title: str, rows: Sequence[Row], notes: Notes) -> Table:
+    """Diversity measures, mean over seeds and spread."""
+    labels = {
+        "coverage": ("coverage", 4),
+        "item_entropy": ("entropy of items", 3),
+        "gini": ("Gini", 3),
+        "intra_list_distance": ("intra-list distance", 3),
+        "mean_popularity": ("mean popularity", 1),
+    }
+    columns = {}
+    for key, (label, decimals) in labels.items():
+        if any(key in row.diversity for row in rows):
+            columns[label] = _column(
+                rows,
+                lambda row, key=key: row.diversity.get(key),  # type: ignore[misc]
+                decimals,
+            )
+    levels = dict.fromkeys(
+        key for row in rows for key in row.diversity if key.startswith("code_entropy/")
+    )
+    if levels:
+        columns["entropy of codes per level"] = [
+            Cell(", ".join(f"{row.diversity[k].mean:.2f}" for k in levels if k in row.diversity))
+            if any(key in row.diversity for key in levels)
+            else _NONE
+            for row in rows
+        ]
+    own = [
+        ("Coverage", "share of the catalogue in any list"),
+        ("Entropy", "of what is recommended, in nats"),
+        ("Gini", "0 if all items are recommended equally often"),
+        (
+            "Intra-list distance",
+            "share of identifier positions in which two items of a list differ",
+        ),
+        ("Mean popularity", "interactions in training of what is recommended"),
+    ]
+    return _assemble(title, "method", _names(rows), columns, [*own, *notes])
+
+
+def breakdown_table(title: str, rows: Sequence[Row], notes: Notes, metric: str = "R@10") -> Table:
+    """One metric per part of the users; the best of a part is bold."""
+    parts: dict[str, float] = {}
+    for row in rows:
+        for group in row.breakdown[title]:
+            parts.setdefault(group.name, group.users)
+
+    def of(part: str) -> Callable[[Row], Spread | None]:
+        return lambda row: next(
+            (g.metrics.get(metric) for g in row.breakdown[title] if g.name == part), None
+        )
+
+    columns = {
+        f"{part} ({users:,.0f} users)": _column(rows, of(part), best=True)
+        for part, users in parts.items()
+    }
+    return _assemble(f"{metric}. {title}", "method", _names(rows), columns, notes)
+
+
+def grid_table(title: str, key: str, rows: Sequence[Row], notes: Notes) -> Table:
+    """A row per value of the grid, with R@10 and N@10 compared to the baseline."""
+    rows = sorted(rows, key=lambda row: row.value or 0.0)
+    columns = {
+        metric: _column(rows, lambda row, metric=metric: row.metrics[metric], best=True)  # type: ignore[misc]
+        for metric in METRICS
+    }
+    for metric in ("R@10", "N@10"):
+        cells = []
+        for row in rows:
+            if row.to_baseline is None:
+                cells.append(_NONE)
+                continue
+            d = row.to_baseline.metrics[metric]
+            cells.append(Cell(f"{d.mean:+.4f}, p {format_p(d.p)}", d.p < 0.05))
+        columns[f"{metric} less the baseline's"] = cells
+    names = [f"{row.value:g}" + (" (own)" if row.alias else "") for row in rows]
+    own = ("own", "the value of the method itself")
+    return _assemble(title, key.split(".")[-1], names, columns, [own, *notes])

@@ -1,0 +1,55 @@
+"""Trajectory samplers."""
+
+from .base import (
+    AUGMENTED,
+    NOT_RECORDED,
+    SHOWN,
+    Candidates,
+    SampleRequest,
+    TrajectorySampler,
+    TrajectorySet,
+)
+from .mixture import MixtureSampler
+from .on_policy import ConfidenceSampler, OnPolicySampler
+from .pool import CandidatePool
+from .proposer import BackboneProposer, Proposals, Proposer
+from .recording import RecordingSampler, ReplayedSampler
+from .replay import ReplayBuffer, ReplaySampler
+from .schedules import Schedule
+from .settings import SamplerSettings, make_sampler
+from .strategies import (
+    CurriculumSampler,
+    ImpressionSampler,
+    LogSampler,
+    PopularitySampler,
+    RandomSampler,
+)
+
+__all__ = [
+    "AUGMENTED",
+    "NOT_RECORDED",
+    "SHOWN",
+    "BackboneProposer",
+    "CandidatePool",
+    "Candidates",
+    "ConfidenceSampler",
+    "CurriculumSampler",
+    "ImpressionSampler",
+    "LogSampler",
+    "MixtureSampler",
+    "OnPolicySampler",
+    "PopularitySampler",
+    "Proposals",
+    "Proposer",
+    "RandomSampler",
+    "RecordingSampler",
+    "ReplayBuffer",
+    "ReplaySampler",
+    "ReplayedSampler",
+    "SampleRequest",
+    "SamplerSettings",
+    "Schedule",
+    "TrajectorySampler",
+    "TrajectorySet",
+    "make_sampler",
+]

@@ -1,0 +1,76 @@
+"""Using a trained model: loading it with its dataset, and evaluating it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from ..data import Dataset, LeaveOneOut, load_dataset
+from ..errors import DataError
+from ..evaluation.generative import GenerativeRecommender
+from ..models.gflow_model import GFlowModel
+from ..runs.processes import device, quiet_transformers
+
+__all__ = ["check_counts", "evaluate_checkpoint", "load_for"]
+
+
+def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
+    """A saved model and the dataset it is to be used on.
+
+    Raises:
+        DataError: either is damaged, or they have different numbers of items.
+    """
+    quiet_transformers()
+    folder = Path(model_folder)
+    if not (folder / "gflowgr.json").is_file() and (folder / "gflowgr" / "model").is_dir():
+        folder = folder / "gflowgr" / "model"  # the folder of a whole run
+    dataset = load_dataset(data_folder)
+    model = GFlowModel.from_pretrained(folder)
+    if model.tree.num_items != dataset.num_items:
+        raise DataError(
+            f"{folder} was trained on {model.tree.num_items} items, but {data_folder} has "
+            f"{dataset.num_items}"
+        )
+    return model.eval().to(device()), dataset
+
+
+def evaluate_checkpoint(
+    model_folder: str,
+    data_folder: str,
+    *,
+    part: Literal["valid", "test"],
+    num_beams: int,
+    collision: Literal["item", "string"],
+    mask_seen: bool,
+    max_users: int | None,
+    progress: bool,
+) -> None:
+    """Evaluate a saved model and print its metrics with the rules they follow."""
+    from ..evaluation import evaluate
+    from ..report.tables import format_table
+    from ..runs.method_report import TableRow
+
+    check_counts({"--beams": num_beams})
+    model, dataset = load_for(model_folder, data_folder)
+    recommender = GenerativeRecommender(model, num_beams=num_beams, name=Path(model_folder).name)
+    result = evaluate(
+        recommender,
+        LeaveOneOut(dataset, max_history=model.settings.max_history),
+        part,
+        collision=collision,
+        leaf_of=recommender.leaf_of(),
+        mask_seen=mask_seen,
+        max_users=max_users,
+        progress=progress,
+        truth=dataset.truth if part == "test" else None,
+    )
+    print(format_table([TableRow(str(model_folder), result.metrics)]))
+    for name, rule in result.rules.items():
+        print(f"{name}: {rule}")
+
+
+def check_counts(counts: dict[str, int]) -> None:
+    """Raise ValueError for an option that must be at least 1 and is not."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")

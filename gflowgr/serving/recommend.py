@@ -1,0 +1,180 @@
+"""Recommendations of a saved model, for any number of users in bounded memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..decoding.beam import Normalize
+from ..errors import DataError
+from ..evaluation.generative import GenerativeRecommender
+from ..files import regular_file
+from .answers import Answer, AnswerFields, check_output, open_answers
+from .load import check_counts, load_for
+from .queries import Query, QueryReader, parquet_rows, read_available
+
+__all__ = ["RecommendOptions", "recommend_from_checkpoint"]
+
+
+@dataclass(frozen=True)
+class RecommendOptions:
+    """How to recommend.
+
+    Attributes:
+        top: items for each user.
+        beams: beams of the search; at least ``top`` are used.
+        mask_seen: whether a user's history is left out.
+        available: text file of the items that may be recommended; None for all.
+        temperature: divides the logits.
+        normalize: over what token probabilities are normalised; None for the model's own setting.
+        batch_size: users that are searched for together.
+        fields: what a record holds.
+    """
+
+    top: int = 10
+    beams: int = 20
+    mask_seen: bool = True
+    available: str | None = None
+    temperature: float = 1.0
+    normalize: Normalize | None = None
+    batch_size: int = 64
+    fields: AnswerFields = field(default_factory=AnswerFields)
+
+    def __post_init__(self) -> None:
+        check_counts({"--top": self.top, "--beams": self.beams, "--batch-size": self.batch_size})
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"--temperature must be above 0 and finite, got {self.temperature}")
+
+
+def recommend_from_checkpoint(
+    model_folder: str,
+    data_folder: str,
+    options: RecommendOptions,
+    *,
+    users: Sequence[str] = (),
+    histories: Sequence[str] = (),
+    source: str | None = None,
+    output: str | None = None,
+    table: bool = False,
+    progress: bool = True,
+) -> None:
+    """Write the best items of users and histories, batch by batch as they are found.
+
+    Args:
+        model_folder: a saved model, or the folder of a run.
+        data_folder: the dataset.
+        options: how to recommend.
+        users: users of the dataset.
+        histories: items, such as ``3,14,15``.
+        source: instead of both, a file of requests (:meth:`QueryReader.from_file`); one batch of it
+            is held at a time.
+        output: file for the answers, written whole or not at all; None for standard output.
+        table: on standard output, a table for people instead of JSON lines.
+        progress: show the progress on standard error when that is a terminal, and in the end a line
+            with the users per second.
+
+    Raises:
+        DataError: a request names what is not there. The answers to the requests before it have
+            been written to standard output.
+        ValueError: an option is out of range, or ``source`` comes with users or histories.
+    """
+    if (source is None) == (not users and not histories):
+        raise ValueError("give either --input, or users by --user and --history")
+    if output is not None:
+        check_output(output)
+    rows = len(users) + len(histories) if source is None else None
+    if source is not None and source.endswith(".parquet"):
+        rows = parquet_rows(source)  # opened before the model is: a wrong name is found at once
+    elif source not in (None, "-"):
+        with regular_file(source).open("rb"):
+            pass
+    model, dataset = load_for(model_folder, data_folder)
+    available = None
+    if options.available is not None:
+        available = torch.from_numpy(read_available(options.available, dataset.num_items))
+    recommender = GenerativeRecommender(
+        model,
+        num_beams=options.beams,
+        normalize=options.normalize,
+        temperature=options.temperature,
+        available=available,
+    )
+    reader = QueryReader(dataset)
+    queries: Iterable[Query] = (
+        reader.from_arguments(users, histories) if source is None else reader.from_file(source)
+    )
+    with (
+        open_answers(output, dataset, options.fields, table=table) as write,
+        _Progress(rows, bar=progress and (output is not None or not sys.stdout.isatty())) as bar,
+    ):
+        for batch in _batches(queries, options.batch_size):
+            write(_answers(recommender, batch, options))
+            bar.advance(len(batch))
+    if progress and not table:
+        print(f"gflowgr: {bar.summary()}", file=sys.stderr)
+
+
+def _answers(
+    recommender: GenerativeRecommender, batch: list[Query], options: RecommendOptions
+) -> list[Answer]:
+    past = [query.history for query in batch]
+    found = recommender.recommend(past, options.top, past if options.mask_seen else None)
+    return [
+        Answer(query, items[items >= 0], scores[items >= 0])
+        for query, items, scores in zip(batch, *found, strict=True)
+    ]
+
+
+def _batches(queries: Iterable[Query], size: int) -> Iterator[list[Query]]:
+    """Batches of queries; those before a bad one are handed out before its error is raised."""
+    batch: list[Query] = []
+    bad: DataError | None = None
+    source = iter(queries)
+    while bad is None:
+        try:
+            query = next(source, None)
+        except DataError as error:
+            bad, query = error, None
+        if query is not None:
+            batch.append(query)
+        if batch and (query is None or len(batch) == size):
+            yield batch
+            batch = []
+        if query is None:
+            break
+    if bad is not None:
+        raise bad
+
+
+class _Progress:
+    """Users done, and how many per second, on standard error where that is a terminal."""
+
+    def __init__(self, total: int | None, *, bar: bool) -> None:
+        from tqdm import tqdm
+
+        self.users, self.begin = 0, time.perf_counter()
+        shown = bar and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total, unit="user", disable=not shown, dynamic_ncols=True, leave=False
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, users: int) -> None:
+        """Count ``users`` more."""
+        self.users += users
+        self._bar.update(users)
+
+    def summary(self) -> str:
+        """What was done, in a line."""
+        seconds = time.perf_counter() - self.begin
+        rate = self.users / max(seconds, 1e-9)
+        return f"{self.users:,} users in {seconds:.1f} s ({rate:,.1f} users/s)"

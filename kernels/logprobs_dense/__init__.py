@@ -1,0 +1,1 @@
+"""Triton kernels of the dense head: log-probabilities and joint losses over the vocabulary."""

@@ -1,0 +1,274 @@
+"""The written report: its numbers, its page, and what it says of an incomplete experiment."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import runpy
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from support.experiment_folder import BASELINE, FULL, METHODS, write_experiment
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from gflowgr.runs.cells import alone
+from gflowgr.report.document import Block, Bullets, Code, Document, Paragraph, to_markdown
+from gflowgr.runs.report import write_report
+from gflowgr.runs.results import read_results
+from gflowgr.runs.summary import verdict
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "readme_results.py"
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects texts, anchors and references."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.ids.update(value for key, value in attrs if key == "id" and value)
+        if tag == "a":
+            self.links.append(values["href"] or "")
+        if tag == "img":
+            self.images.append(values)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_experiment(tmp_path_factory.mktemp("experiment"))
+    assert write_report(folder)[0] == folder / "report.md"
+    return folder
+
+
+def test_tables_have_the_means_spread_and_differences(out: Path) -> None:
+    results = read_results(out)
+    facts = json.loads((out / "results.json").read_text())
+    rows = {row["method"]: row for row in facts["settings"][0]["rows"]}
+    cells = results.seeds_of("Shop", "tiger", FULL)
+    values = [cell.metrics["R@10"] for cell in cells.values()]
+    mean, sd = statistics.mean(values), statistics.stdev(values)
+    assert rows[FULL]["metrics"]["R@10"]["mean"] == pytest.approx(mean)
+    text = (out / "report.md").read_text()
+    assert re.search(rf"\| {FULL} \|.*\*\*{mean:.4f} ± {sd:.4f}\*\*", text)
+    difference = rows[FULL]["to_baseline"]["metrics"]["R@10"]
+    base = results.seeds_of("Shop", "tiger", BASELINE)
+    other = statistics.mean(cell.metrics["R@10"] for cell in base.values())
+    assert difference["mean"] == pytest.approx(mean - other)
+    assert f"**{mean - other:+.4f} ({difference['low']:+.4f}, {difference['high']:+.4f})" in text
+    assert rows[f"{FULL} without r_a"]["to_full"]["metrics"]["R@10"]["mean"] < 0
+    assert rows[FULL]["relative"]["seconds_per_step"] == pytest.approx(1.5)
+    assert f"{FULL} without r_a" in text
+    assert "0.1 (own)" in text
+    assert (
+        text.count("**Seen items**: not masked") >= 6
+    )  # the rules that matter most, under each table
+
+
+def test_nothing_of_the_machine_but_its_kind_is_passed_on(out: Path) -> None:
+    for name in ("results.json", "report.md", "report.html"):
+        assert "/secret" not in (out / name).read_text()
+    assert json.loads((out / "results.json").read_text())["base"]["data"]["path"] == "Shop"
+
+
+def test_lines_hold_every_number_once(out: Path) -> None:
+    with (out / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    wanted = {"seed": "43", "method": FULL, "kind": "metric", "quantity": "N@10"}
+    (line,) = (each for each in lines if wanted.items() <= each.items())
+    cell = read_results(out).seeds_of("Shop", "tiger", FULL)[43]
+    assert float(line["number"]) == cell.metrics["N@10"]
+    kinds = {each["kind"].split(",")[0] for each in lines}
+    expected = {"metric", "training", "diversity", "calibration", "breakdown"}
+    assert kinds == expected | {f"difference to {BASELINE}", f"difference to {FULL}"}
+
+
+def test_the_page_is_sound_and_needs_nothing_else(out: Path) -> None:
+    text = (out / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert all(link[0] == "#" and link[1:] in page.ids for link in page.links)
+    assert page.links
+    assert not page.tags & {"script", "link", "iframe"}
+    assert "http" not in text
+    assert "url(" not in text
+    assert len(page.images) == len(list((out / "figures").iterdir())) >= 9
+    for image in page.images:
+        assert (image["src"] or "").startswith("data:image/png;base64,")
+        assert len(image["alt"] or "") > 20
+    assert "A made-up <experiment>" in page.texts
+    markdown = (out / "report.md").read_text()
+    for file in re.findall(r"\]\((.*?\.png)\)", markdown):
+        assert (out / file).is_file()
+    # The same numbers in both.
+    numbers = re.findall(r"\d\.\d{4} ± \d\.\d{4}", markdown)
+    shown = " ".join(page.texts)
+    assert numbers
+    assert all(number in shown for number in numbers)
+
+
+def test_an_incomplete_experiment_says_what_is_missing(tmp_path: Path) -> None:
+    out = write_experiment(tmp_path / "out", seeds=(42, 43))
+    for cell in ("seed_42/tiger/gflowgr-tb", "seed_42/tiger/sft_continued"):
+        (out / "Shop" / cell / "evaluation" / "analysis.json").unlink()
+    (out / "Shop/seed_43/tiger/sft_continued/evaluation/analysis.json").unlink()
+    text = write_report(out)[0].read_text()
+    assert "## What is missing" in text
+    assert f"{BASELINE}; {FULL} (seed 42)" in text
+    assert f"{FULL} (1 of 2 seeds)" in text
+    assert "missing" in write_report(out)[1]
+
+
+def test_nothing_but_the_description(tmp_path: Path) -> None:
+    out = write_experiment(tmp_path / "out", seeds=(42,))
+    for path in out.rglob("analysis.json"):
+        path.unlink()
+    assert f"{FULL}; {FULL} without r_a" in write_report(out)[0].read_text()
+
+
+def test_one_seed_has_no_spread(tmp_path: Path) -> None:
+    methods = [each for each in METHODS if each["group"] == "main"]
+    out = write_experiment(tmp_path / "out", seeds=(42,), methods=methods)
+    text = write_report(out)[0].read_text()
+    assert "One seed: nothing is known" in text
+    assert not re.search(r"\d ± ", text)
+    assert "### Ablations" not in text
+    assert "## Grids" not in text
+
+
+def test_one_seed_of_several_is_said(tmp_path: Path) -> None:
+    out = write_experiment(tmp_path / "out", seeds=(42, 43))
+    for path in (out / "Shop" / "seed_43").rglob("analysis.json"):
+        path.unlink()
+    text = write_report(out)[0].read_text()
+    assert "One seed: 42 (of 42, 43)." in text
+    assert "One seed: nothing is known" in text
+
+
+def test_callers_that_end_together_write_one_after_the_other(tmp_path: Path) -> None:
+    out = write_experiment(tmp_path / "out", seeds=(42,))
+    with ThreadPoolExecutor(1) as pool:
+        with alone("report", out):
+            other = pool.submit(write_report, out)
+            assert not wait([other], timeout=1).done
+            assert not (out / "report.md").exists()
+        assert other.result(timeout=60)[0].is_file()
+
+
+def test_the_screen_has_the_main_table_and_a_sentence(out: Path) -> None:
+    text = write_report(out)[1]
+    assert "Shop, tiger identifiers" in text
+    assert f"above {BASELINE} on all metrics: {FULL}" in text
+    assert "without r_a" not in text
+
+
+def test_the_verdict_follows_its_rule() -> None:
+    up, down, none = (0.1, 0.01), (-0.1, 0.01), (0.1, 0.06)
+    differences = {
+        "A": {"R": up, "N": up},
+        "B": {"R": up, "N": none},
+        "C": {"R": up, "N": down},
+        "D": {"R": none, "N": none},
+        "E": {"R": down, "N": down},
+    }
+    assert verdict(differences, "X") == (
+        "With p < 0.05, above X on all metrics: A; above X on some metrics: B (R); "
+        "mixed: C (above: R; below: N); no difference to X shown: D; below X on all metrics: E."
+    )
+    assert verdict({}, "X") == ""
+
+
+def test_markdown_shows_texts_as_they_are() -> None:
+    text = to_markdown(Document("r_a * 2", [Paragraph("a <b> [c] 1 < 2"), Bullets([("t", "_x_")])]))
+    assert text == "# r_a \\* 2\n\na \\<b> \\[c\\] 1 < 2\n\n- **t**: \\_x\\_\n"
+
+
+@pytest.mark.parametrize("text", ["x\n```\n# out", "````\n~~~", "```", "a ``` b ````` c"])
+def test_a_code_block_ends_where_its_text_ends(text: str) -> None:
+    (token,) = [t for t in _parsed([Code("Config", text)]) if t.type == "fence"]
+    assert token.content == text + "\n"
+    assert [t.type for t in _parsed([Code("Config", text), Paragraph("after")])][-3:] == [
+        *("paragraph_open", "inline", "paragraph_close")
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("# a", "- a", "+ a", "> a", "1. a", "12) a", "---", "===", "~~~", "```", "&lt;b&gt;"),
+        *("~~a~~", "<img src=x onerror=alert(1)>", "[a](b)", "a\n# b", "**a**", "__a__", "\\"),
+    ],
+)
+def test_a_text_stays_one_paragraph_of_that_text(text: str) -> None:
+    for block, around in ((Paragraph(text), ""), (Bullets([("", text)]), "bullet_list")):
+        tokens = _parsed([block])
+        others = {"heading_open", "fence", "hr", "html_block", "blockquote_open"}
+        assert [t.type for t in tokens if t.type in others] == ["heading_open"], "only the title's"
+        assert [t.type for t in tokens if t.type.endswith("list_open")] == (
+            [f"{around}_open"] if around else []
+        )
+        inline = [t for t in tokens if t.type == "inline"][-1]
+        assert {child.type for child in inline.children or ()} <= {"text", "text_special"}
+        assert "".join(child.content for child in inline.children or ()) == " ".join(text.split())
+
+
+def _parsed(blocks: Sequence[Block]) -> list[Token]:
+    markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    return markdown.parse(to_markdown(Document("Title", blocks)))
+
+
+def readme(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return int(end.value.code or 0)
+
+
+def test_the_readme_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert readme(monkeypatch, "--check") == 0
+
+
+def test_the_readme_gets_the_main_tables(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "benchmarks" / "results" / "made_up"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text((out / "results.json").read_text())
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
+    assert readme(monkeypatch, "--check", "--root", str(tmp_path)) == 1
+    assert readme(monkeypatch, "--root", str(tmp_path)) == 0
+    text = path.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert f"above {BASELINE} on all metrics: {FULL}" in text
+    assert "without r_a" not in text
+    assert readme(monkeypatch, "--check", "--root", str(tmp_path)) == 0

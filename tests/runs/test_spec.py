@@ -1,0 +1,229 @@
+"""What an experiment's file may say, what it becomes, and what is refused before any work."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.tiny_experiment import tiny_experiment
+
+from gflowgr.runs import ExperimentSpec, cells_of, shipped_specs
+from gflowgr.runs.cells import alone, check_claims, claim
+from gflowgr.runs import ConfigError
+
+
+def spec_of(**changes: Any) -> ExperimentSpec:
+    return ExperimentSpec.from_dict(tiny_experiment() | changes)
+
+
+def test_cells_are_the_product_of_datasets_identifiers_seeds_and_methods() -> None:
+    two = {"data": {"users": 100, "items": 100}, "identifiers": ["kmeans", "rqvae"]}
+    spec = spec_of(seeds=[1, 2], datasets={"one": {}, "two": two})
+    ids = [cell.id for cell in cells_of(spec)]
+    assert len(set(ids)) == len(ids)
+    assert ids[:4] == [
+        "one/seed_1/collaborative",
+        "one/seed_1/default/sft",
+        "one/seed_1/default/sft_continued",
+        "one/seed_1/default/gflowgr_tb",
+    ]
+    # 2 seeds: one collaborative model per dataset, and a start and 2 methods per identifiers.
+    assert len(ids) == 2 * (2 + 3 * (1 + 2))
+    assert "two/seed_2/rqvae/gflowgr_tb" in ids
+
+
+def test_every_cell_comes_after_those_that_it_needs() -> None:
+    seen: set[str] = set()
+    for cell in cells_of(spec_of(seeds=[1, 2])):
+        assert seen.issuperset(cell.needs), cell.id
+        seen.add(cell.id)
+
+
+def test_methods_share_everything_but_their_own_settings() -> None:
+    spec = spec_of()
+    track = spec.tracks[0]
+    sft, flow = (spec.config(track, method) for method in spec.methods)
+    assert (sft.flow.objective, flow.flow.objective) == ("sft", "tb")
+    for part in ("seed", "data", "collaborative", "model", "sft", "finetune", "evaluation"):
+        assert getattr(sft, part) == getattr(flow, part), part
+
+
+def test_a_dataset_may_change_the_base() -> None:
+    spec = spec_of(datasets={"one": {}, "two": {"sft": {"max_steps": 99}}})
+    steps = [spec.config(track).sft["max_steps"] for track in spec.tracks]
+    assert steps == [12, 99]
+    assert spec.config(spec.tracks[1]).sft["learning_rate"] == 1e-2, "the rest of it stays"
+
+
+def test_variants_change_one_thing_of_their_method() -> None:
+    spec = spec_of(
+        ablations={"GFlowGR-TB": {"without r_a": {"flow": {"signals": ["r_sim"]}}}},
+        grids={"GFlowGR-TB": {"flow.gfn_weight": [0.5, 1.0], "finetune.num_trajectories": [2, 3]}},
+    )
+    variants = {method.name: method for method in spec.methods if method.group != "main"}
+    assert list(variants) == [
+        "GFlowGR-TB without r_a",
+        "GFlowGR-TB gfn_weight=0.5",
+        "GFlowGR-TB gfn_weight=1.0",
+        "GFlowGR-TB num_trajectories=2",
+        "GFlowGR-TB num_trajectories=3",
+    ]
+    assert {method.of for method in variants.values()} == {"GFlowGR-TB"}
+    config = spec.config(spec.tracks[0], variants["GFlowGR-TB gfn_weight=0.5"])
+    assert config.flow.gfn_weight == 0.5
+    # What the method itself has, by the defaults, too, is not trained a second time.
+    aliases = [name for name, method in variants.items() if method.alias]
+    assert aliases == ["GFlowGR-TB gfn_weight=1.0", "GFlowGR-TB num_trajectories=3"]
+    assert len(cells_of(spec)) == 2 + 2 + 3
+
+
+def test_a_spec_survives_json() -> None:
+    spec = spec_of(grids={"GFlowGR-TB": {"flow.beta": [1.0, 2.0]}})
+    again = ExperimentSpec.from_plain(json.loads(json.dumps(spec.to_dict())))
+    assert again == spec
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"datsets": {}}, "unknown key 'datsets'; known: name, title"),
+        ({"seeds": []}, "seeds is missing or empty"),
+        ({"seeds": [1, 1]}, r"seeds must be different integers, got \[1, 1\]"),
+        ({"seeds": [1.5]}, r"seeds must be different integers, got \[1.5\]"),
+        ({"methods": {}}, "methods is missing or empty"),
+        ({"baseline": "SFT"}, "baseline 'SFT' is no method"),
+        ({"base": {"modle": {}}}, "base: unknown section 'modle'; known: data, collaborative"),
+        ({"base": {"data": {"identifiers": "x"}}}, "data.identifiers: name them in the list"),
+        ({"datasets": {"a/b": {}}}, "datasets: 'a/b' names a folder"),
+        ({"datasets": {"a": {"identifiers": []}}}, "a: identifiers must be a list of different"),
+        ({"datasets": {"a": {"flow": {"bata": 1.0}}}}, "a: flow: unknown key 'bata'; did you mean"),
+        ({"methods": {"A": {"sft": {}}}}, "methods: A: unknown section 'sft'; known: flow, finetu"),
+        ({"methods": {"A": {"flow": {"beta": -1.0}}}}, "A: flow: beta must be finite and > 0"),
+        ({"methods": {"SFT": {}}}, "methods: 'SFT' is too like 'the start'"),
+        ({"methods": {"A-B": {}, "a b": {}}}, "methods: 'a b' is too like 'A-B'"),
+        ({"ablations": {"X": {}}}, "ablations: 'X' is no method; there are SFT continued"),
+        ({"grids": {"GFlowGR-TB": {"sft.max_steps": [1]}}}, "grids: GFlowGR-TB: unknown section"),
+        ({"grids": {"GFlowGR-TB": {"flow.beta": 1.0}}}, "flow.beta must be a list, got 1.0"),
+        ({"grids": {"GFlowGR-TB": {"flow.bta": [1.0]}}}, "unknown key 'bta'; did you mean 'beta'"),
+        ({"name": 3}, "name must be str, got 3"),
+        ({"methods": {"..": {}}}, "methods: a name must have a letter or a digit; got '..', which"),
+        ({"methods": {"?!": {}}}, r"methods: a name must have a letter or a digit; got '\?!'"),
+        ({"methods": {"x" * 65: {}}}, "methods: a name must make a folder of at most 64 bytes"),
+        ({"methods": {"digests.json": {}}}, "'digests.json' is too like .*the track's own"),
+        ({"methods": {"É": {}, "E\u0301": {}}}, "is too like 'É': both would have the folder 'é'"),
+        ({"datasets": {"figures": {}}}, "'figures' is too like .*the experiment's own figures"),
+        ({"datasets": {"A": {}, "a": {}}}, "datasets: 'a' is too like 'A'"),
+        (
+            {"datasets": {"a": {"identifiers": ["/x/index.k.json.gz", "/y/index.k.json.gz"]}}},
+            "a: identifiers: '/y/index.k.json.gz' is too like '/x/index.k.json.gz'",
+        ),
+        ({"datasets": {"a": {"identifiers": ["..."]}}}, "a: identifiers: a name must have a lett"),
+        ({"datasets": {"a": {"identifiers": ["collaborative"]}}}, "too like 'the collaborative mo"),
+        (
+            {"datasets": {"a": {"identifiers": [None, "Default"]}}},
+            "'Default' is too like 'default'",
+        ),
+        ({"datasets": {"a": {"identifiers": [["x"]]}}}, "a: identifiers must be a list of differ"),
+        ({"seeds": [-1]}, "seed must be in 0 .. 2.*32 - 1, got -1"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(change: dict[str, Any], message: str) -> None:
+    values = copy.deepcopy(tiny_experiment()) | change
+    if "methods" in change or "datasets" in change:
+        values.pop("baseline")
+    with pytest.raises(ConfigError, match=message):
+        ExperimentSpec.from_dict(values)
+
+
+def test_overrides_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = tiny_experiment() | {"title": "${SHOP} twice"}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match="needs the environment variable SHOP"):
+        ExperimentSpec.load(tmp_path / "spec.yaml")
+    monkeypatch.setenv("SHOP", "Both")
+    spec = ExperimentSpec.load(tmp_path / "spec.yaml", ["base.sft.max_steps=7", "seeds=[9]"])
+    assert (spec.title, spec.seeds) == ("Both twice", [9])
+    assert spec.config(spec.tracks[0]).sft["max_steps"] == 7
+
+
+@pytest.mark.parametrize("name", shipped_specs())
+def test_shipped_experiments_can_be_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GFLOWGR_DATA", "/data")
+    spec = ExperimentSpec.load(name)
+    assert spec.name == name
+    assert len(spec.seeds) == 3
+    assert spec.baseline == "SFT continued"
+
+
+def test_a_folder_of_other_values_is_refused(tmp_path: Path) -> None:
+    spec = spec_of()
+    start = cells_of(spec)[1]
+    claim(start, spec, tmp_path)
+    check_claims(spec, cells_of(spec), tmp_path)
+    longer = ExperimentSpec.from_dict(tiny_experiment(sft={"max_steps": 50}))
+    with pytest.raises(ConfigError, match=r"sft.max_steps: 12 there, 50 here.*delete these in it"):
+        check_claims(longer, cells_of(longer), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "stale"),
+    [
+        ("collaborative", {"dropout": 0.5}, {"collaborative", "sft", "method"}),
+        ("data", {"users": 201}, {"collaborative", "sft", "method"}),
+        ("evaluation", {"num_beams": 11}, {"collaborative", "sft", "method"}),
+        ("model", {"d_ff": 64}, {"sft", "method"}),
+        ("sft", {"learning_rate": 1e-3}, {"sft", "method"}),
+        ("flow", {"normalize": "children"}, {"sft", "method"}),
+        ("flow", {"beta": 2.0}, {"method"}),
+        ("finetune", {"num_trajectories": 5}, {"method"}),
+    ],
+)
+def test_a_cell_is_made_from_what_its_stage_reads(
+    section: str, change: dict[str, Any], stale: set[str], tmp_path: Path
+) -> None:
+    spec, other = spec_of(), ExperimentSpec.from_dict(tiny_experiment(**{section: change}))
+    for cell in cells_of(spec):
+        claim(cell, spec, tmp_path)
+    found = set()
+    for cell in cells_of(other):
+        try:
+            check_claims(other, [cell], tmp_path)
+        except ConfigError:
+            found.add(cell.stage)
+    assert found == stale
+
+
+def test_names_of_any_script_have_folders_of_their_own() -> None:
+    methods = {"SFT continued": {"flow": {"objective": "sft"}}, "方法": {}, "مؤشر": {}, "Émile": {}}
+    spec = spec_of(methods=methods, datasets={"数据": {}, "données": {}})
+    ids = [cell.id for cell in cells_of(spec)]
+    assert len(set(ids)) == len(ids) == 2 * (2 + 4)
+    assert "数据/seed_1/default/方法" in ids
+    assert all(".." not in Path(id_).parts and Path(id_).name for id_ in ids)
+
+
+def test_different_cells_have_different_locks(tmp_path: Path) -> None:
+    spec = spec_of(datasets={"a": {}, "a__seed_1": {}})
+    folders = {name for cell in cells_of(spec) for name in (cell.id, *map(str, _above(cell.id)))}
+    for name in folders:
+        with alone(name, tmp_path):
+            pass
+    assert len(list((tmp_path / ".locks").iterdir())) == len(folders)
+
+
+def _above(cell: str) -> list[Path]:
+    return list(Path(cell).parents)[:-1]
+
+
+def test_where_the_data_lie_is_not_what_results_are_made_from() -> None:
+    here, there = (
+        ExperimentSpec.from_dict(tiny_experiment(data={"path": f"{place}/Beauty"}))
+        for place in ("/here", "/there")
+    )
+    for one, other in zip(cells_of(here), cells_of(there), strict=True):
+        assert one.made_from(here) == other.made_from(there)
+        assert "/here" not in json.dumps(one.made_from(here))

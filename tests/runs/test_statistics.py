@@ -1,0 +1,87 @@
+"""Per-user metrics, spread, and the paired bootstrap, against definitions of their own."""
+
+from __future__ import annotations
+
+import statistics as standard
+
+import numpy as np
+import pytest
+
+from gflowgr.evaluation.metrics import ndcg, recall
+from gflowgr.runs.statistics import (
+    METRICS,
+    mean_and_spread,
+    paired_bootstrap,
+    per_user,
+    user_differences,
+)
+
+
+def test_metrics_per_user_average_to_those_of_the_evaluation() -> None:
+    ranks = np.random.default_rng(0).integers(-1, 10, 200)
+    expected = [recall(ranks, 5), recall(ranks, 10), ndcg(ranks, 5), ndcg(ranks, 10)]
+    assert per_user(ranks).mean(axis=0) == pytest.approx(np.array(expected))
+    assert per_user(np.array([2])) == pytest.approx(np.array([[1, 1, 0.5, 0.5]]))
+    assert not per_user(np.array([-1])).any()
+
+
+def test_spread_is_the_sample_deviation_and_none_for_one_seed() -> None:
+    values = [0.31, 0.35, 0.30]
+    assert mean_and_spread(values) == pytest.approx((standard.mean(values), standard.stdev(values)))
+    assert mean_and_spread([0.5]) == (0.5, None)
+
+
+def test_differences_are_paired_by_user_and_averaged_over_seeds() -> None:
+    ours = [np.array([0, -1, 5]), np.array([0, 0, -1])]
+    other = [np.array([-1, -1, 5]), np.array([0, -1, 4])]
+    assert user_differences(ours, other)[:, METRICS.index("R@10")].tolist() == [0.5, 0.5, -0.5]
+    with pytest.raises(ValueError, match="2 and 1 seeds"):
+        user_differences(ours, other[:1])
+    with pytest.raises(ValueError, match="users"):
+        user_differences(ours[:1], [np.array([1, 2])])
+
+
+def test_bootstrap_equals_resampling_written_out() -> None:
+    rng = np.random.default_rng(1)
+    values = np.where(rng.random((40, 2)) < 0.5, 0.0, rng.normal(size=(40, 2)))
+    drawn = np.random.default_rng(3).integers(40, size=(500, 40), dtype=np.int32)
+    for column, found in enumerate(paired_bootstrap(values, draws=500, seed=3)):
+        means = np.array([values[rows, column].mean() for rows in drawn])
+        assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))))
+        assert found.mean == pytest.approx(values[:, column].mean())
+        smaller = min((means <= 0).sum(), (means >= 0).sum())
+        assert found.p == pytest.approx(min(1.0, 2 * (smaller + 1) / 501))
+
+
+def test_interval_is_that_of_the_normal_law_for_many_users() -> None:
+    values = np.random.default_rng(5).normal(0.1, 1.0, size=(2500, 1))
+    (found,) = paired_bootstrap(values, draws=4000)
+    half = 1.96 * values.std() / 50
+    assert found.low == pytest.approx(values.mean() - half, abs=0.08 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.08 * half)
+
+
+def test_p_is_uniform_where_there_is_no_difference() -> None:
+    # 400 experiments, whose users are independent, in one call.
+    values = np.random.default_rng(7).normal(size=(150, 400))
+    p = np.array([found.p for found in paired_bootstrap(values, draws=1000)])
+    assert 0.02 < (p < 0.05).mean() < 0.09
+    # Kolmogorov and Smirnov's distance to the uniform law; at 1 % it is 1.63 / sqrt(n).
+    distance = np.abs(np.sort(p) - (np.arange(400) + 0.5) / 400).max()
+    assert distance < 1.63 / 20
+
+
+def test_p_of_clear_and_of_no_differences() -> None:
+    values = np.stack([np.ones(50), np.zeros(50), -np.ones(50)], axis=1)
+    above, equal, below = paired_bootstrap(values, draws=999)
+    assert above.p == below.p == pytest.approx(2 / 1000)
+    assert (equal.p, equal.low, equal.high) == (1.0, 0.0, 0.0)
+
+
+def test_draws_do_not_depend_on_what_else_is_compared() -> None:
+    values = np.random.default_rng(2).normal(size=(60, 3))
+    (alone,) = paired_bootstrap(values[:, :1], draws=300)
+    beside = paired_bootstrap(values, draws=300)[0]
+    assert vars(beside) == pytest.approx(vars(alone))
+    with pytest.raises(ValueError, match="0 users"):
+        paired_bootstrap(values[:0])

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, shops, runs and cases, and other processes' scripts."""
