@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .backends import available_backends as available_backends
     from .backends import backend as backend
     from .decoding import constrained_beam_search as constrained_beam_search
     from .decoding import flow_calibration as flow_calibration
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from .evaluation.generative import GenerativeRecommender as GenerativeRecommender
     from .models import FlowSettings as FlowSettings
     from .models import GFlowModel as GFlowModel
+    from .ops import available_backends as available_backends
     from .ops import db_loss as db_loss
     from .ops import dpo_loss as dpo_loss
     from .ops import fused_db_loss as fused_db_loss
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .tree import PrefixTree as PrefixTree
 
 _HOME = {
-    "backends": ("available_backends", "backend"),
+    "backends": ("backend",),
     "decoding": (
         "constrained_beam_search",
         "flow_calibration",
@@ -59,6 +59,7 @@ _HOME = {
     "errors": ("DataError", "GFlowGRError"),
     "models": ("FlowSettings", "GFlowModel"),
     "ops": (
+        "available_backends",
         "db_loss",
         "dpo_loss",
         "fused_db_loss",

@@ -90,10 +90,11 @@ def available_backends(
 ) -> dict[str, dict[str, str | None]]:
     """Per op and backend: None when it can run on ``device``, else the reason why not.
 
+    Ops are known once :mod:`gflowgr.ops` is imported, as it is by ``gflowgr.available_backends``.
+
     ``device`` defaults to the GPU when there is one, else to the CPU.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _import_ops()
     return {
         op: {
             name: probes[name](where, dtype) if name in probes else "the op has no such backend"
@@ -101,12 +102,6 @@ def available_backends(
         }
         for op, probes in sorted(_registry.items())
     }
-
-
-def _import_ops() -> None:
-    import gflowgr.ops
-    import gflowgr.ops.beam_step.op
-    import gflowgr.tree.walk  # noqa: F401
 
 
 def _library_path(name: str) -> Path | None:

@@ -1,22 +1,29 @@
-"""Work and numbers shared by the processes of a run (``torchrun``); with one there is no cost."""
+"""Several processes: what they share (``torchrun``), and models sharded over them (FSDP2).
+
+FSDP2 gathers parameters in the hooks of ``forward``; whatever else reads them, as decoding and the
+flow's start do, would meet shards. :func:`whole_parameters` gathers them for a block of code.
+With one process, or a model that is not sharded, everything here costs nothing and changes nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
-
-from .evaluation import Recommender
+from torch import Tensor, nn
 
 __all__ = [
-    "SharedRecommender",
+    "announce_sharding",
     "first_process_finds",
     "gathered",
+    "is_sharded",
+    "load_whole_state",
     "process",
     "sum_over_processes",
+    "whole_parameters",
+    "whole_state",
 ]
 
 T = TypeVar("T")
@@ -66,31 +73,91 @@ def sum_over_processes(
     return total
 
 
-class SharedRecommender:
-    """A recommender whose users are divided between the processes; all get the same answer.
+# ------------------------------------------------------------------ sharded models (FSDP2)
 
-    All processes must call it together, with the same arguments.
+_RESHARDS = "_gflowgr_reshards_blocks"
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 (``fully_shard``) was applied to ``model`` itself."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def announce_sharding(model: nn.Module, *, reshards_blocks: bool) -> None:
+    """Prepare a model for :func:`whole_parameters`, after it was sharded and before its first use.
 
     Args:
-        inner: the recommender, with the same model in every process.
+        model: the root of the sharded modules.
+        reshards_blocks: whether they free their parameters after a forward pass.
     """
+    if not is_sharded(model) or hasattr(model, _RESHARDS):
+        return
+    from torch.distributed.fsdp import register_fsdp_forward_method
 
-    def __init__(self, inner: Recommender) -> None:
-        self.inner = inner
-        self.name = inner.name
+    # FSDP takes the module it meets first for the root, which must not be one of the blocks.
+    register_fsdp_forward_method(model, "extra_repr")
+    model.extra_repr()
+    del model.extra_repr
+    setattr(model, _RESHARDS, reshards_blocks)
 
-    def recommend(
-        self,
-        histories: Sequence[npt.NDArray[np.integer]],
-        k: int,
-        exclude: Sequence[npt.NDArray[np.integer]] | None = None,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """See :meth:`gflowgr.evaluation.Recommender.recommend`."""
-        rank, count = process()
-        begin, end = (len(histories) * place // count for place in (rank, rank + 1))
-        found = np.empty((0, k), np.int64), np.empty((0, k), np.float32)
-        if end > begin:
-            barred = None if exclude is None else exclude[begin:end]
-            found = self.inner.recommend(histories[begin:end], k, barred)
-        items, scores = zip(*gathered(found), strict=True)
-        return np.concatenate(items), np.concatenate(scores)
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """In this block all parameters of ``model`` are ordinary tensors, in the forward's precision.
+
+    All processes must enter it together; within it none waits for another, so that each may run
+    other batches, and other numbers of them. What is written to parameters is lost. Each process
+    holds the whole model for that time. Not to be nested.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    parts: list[Any] = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            again = part is not model and getattr(model, _RESHARDS)
+            part.set_reshard_after_forward(again, recurse=False)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The whole state of a sharded model on the CPU of the first process ({} on the others).
+
+    All processes must call it together. None for a model that is not sharded.
+    """
+    if not is_sharded(model):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    # Tied weights are gathered one by one; as one tensor they are saved once.
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same = first.setdefault(id(parameter), name)
+        if same in state:
+            state[name] = state[same]
+    return state
+
+
+def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a part of the state, the same in all processes, into the model, sharded or not."""
+    if not is_sharded(model):
+        model.load_state_dict(state, strict=False)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, dict(state), options=options)

@@ -50,7 +50,7 @@ def usable_backends(
 
     The second list holds (name, reason).
     """
-    able = backends.available_backends(device, dtype)
+    able = gflowgr.available_backends(device, dtype)
     ops = {op: reasons for op, reasons in able.items() if op.startswith(_OPS[group])}
     found: list[str | None] = [None] if device.type == "cuda" and ops else []
     missing = []

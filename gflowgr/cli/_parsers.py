@@ -43,3 +43,13 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a saved model, such as RUN/gflowgr/model")
     parser.add_argument("--data", required=True, metavar="FOLDER", help="the dataset")
     parser.add_argument("--beams", type=int, default=20, help="beams (default: %(default)s)")
+
+
+def print_facts(facts: dict[str, object]) -> None:
+    """Print names and values in two columns."""
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        if isinstance(value, list):
+            value = "; ".join(str(entry) for entry in value)
+        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        print(f"  {name:<{width}}  {text}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from ._parsers import Commands, command
+from ._parsers import Commands, command, print_facts
 from .importing import add_import, add_overwrite
 
-__all__ = ["add_data", "print_facts"]
+__all__ = ["add_data"]
 
 
 def add_data(commands: Commands) -> None:
@@ -54,13 +54,3 @@ def _data_inspect(args: argparse.Namespace) -> int:
     print("\nleave-one-out split:")
     print_facts(LeaveOneOut(dataset).report())
     return 0
-
-
-def print_facts(facts: dict[str, object]) -> None:
-    """Print names and values in two columns."""
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        if isinstance(value, list):
-            value = "; ".join(str(entry) for entry in value)
-        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        print(f"  {name:<{width}}  {text}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ._parsers import Commands, command
+from ._parsers import Commands, command, print_facts
 
 __all__ = ["FORMATS", "add_import", "add_overwrite", "import_arguments"]
 
@@ -127,7 +127,6 @@ def import_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run(args: argparse.Namespace) -> int:
     from ..data import check_target, importers, save_dataset
-    from .data import print_facts
 
     check_target(args.out, overwrite=args.overwrite)  # before the hours that an import may take
     options = import_arguments(args)

@@ -6,7 +6,7 @@ sampler, and the estimated-score signal of the reward. All are optional.
 
 from __future__ import annotations
 
-from gflowgr.collaborative.base import CollaborativeModel, load_collaborative
+from gflowgr.collaborative.base import CollaborativeModel
 from gflowgr.collaborative.cached import CachedScores
 from gflowgr.collaborative.embedding import EmbeddingScorer
 from gflowgr.collaborative.popularity import Popularity
@@ -19,5 +19,4 @@ __all__ = [
     "Popularity",
     "SASRec",
     "SASRecConfig",
-    "load_collaborative",
 ]

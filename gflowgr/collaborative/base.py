@@ -125,25 +125,6 @@ def load_saved(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
         raise DataError(f"{weights} is not a readable safetensors file: {error}") from error
 
 
-def load_collaborative(folder: str | Path) -> CollaborativeModel:
-    """Load a collaborative model of any kind from the folder its ``save`` wrote.
-
-    Raises:
-        DataError: no such model there, or an unknown kind.
-    """
-    from gflowgr.collaborative.embedding import EmbeddingScorer
-    from gflowgr.collaborative.popularity import Popularity
-    from gflowgr.collaborative.sasrec import SASRec
-
-    kinds = {cls.KIND: cls for cls in (SASRec, EmbeddingScorer, Popularity)}
-    kind = _read_config(Path(folder)).get("kind")
-    if kind not in kinds:
-        raise DataError(
-            f"{Path(folder) / CONFIG_NAME}: kind is {kind!r}, expected one of {sorted(kinds)}"
-        )
-    return kinds[kind].load(folder)
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():

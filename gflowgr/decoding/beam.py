@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.beam_step.op import BeamStep
 from ..ops.topk import stable_topk
 from ..tree import PrefixTree
-from .admissible import Admissible, admissible_for
+from ..tree.admissible import Admissible, admissible_for
 from .decoders import StepDecoder, decoder_for
 
 if TYPE_CHECKING:

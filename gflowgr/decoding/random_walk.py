@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .admissible import Admissible
+from ..tree.admissible import Admissible
 from .decoders import StepDecoder
 from .keyed_noise import keyed_gumbel, keyed_uniform
 from .node_rows import distinct, parents_of

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..models.evaluating import evaluating
 from ..tree import PrefixTree
-from .admissible import admissible_for
+from ..tree.admissible import admissible_for
 from .decoders import decoder_for
 from .keyed_noise import prompt_keys
 from .random_walk import TreeWalk, log1mexp, nothing

@@ -12,7 +12,6 @@ from ..decoding import flow_calibration
 from ..distributed import gathered, process
 from ..models.gflow_model import GFlowModel
 from ..rewards import BehaviourAwareReward
-from ..training.config import GFlowGRConfig
 from .calibration import catalogue_flow
 
 __all__ = ["catalogue_calibration"]
@@ -23,9 +22,11 @@ def catalogue_calibration(
     reward: BehaviourAwareReward,
     split: LeaveOneOut,
     collaborative: CollaborativeModel | None,
-    args: GFlowGRConfig,
+    *,
+    users: int,
+    seed: int,
 ) -> dict[str, float]:
-    """How close the generator is to its target on ``args.eval_calibration_users`` validation users.
+    """How close the generator is to its target on `users` validation users, drawn with `seed`.
 
     The probabilities are exact, of every item; the reward is that of training, with the validation
     item as the positive. Several processes divide the users. Items that share an identifier share
@@ -37,9 +38,8 @@ def catalogue_calibration(
         sequences that are no item).
     """
     rows = np.arange(len(split.eval_users("valid")))
-    count = args.eval_calibration_users
-    if count < len(rows):
-        rows = np.sort(np.random.default_rng(args.seed).choice(rows, count, replace=False))
+    if users < len(rows):
+        rows = np.sort(np.random.default_rng(seed).choice(rows, users, replace=False))
     rank, processes = process()
     rows = rows[rank::processes]
     parts: list[Tensor] = []

@@ -10,6 +10,7 @@ import torch
 
 from gflowgr.collaborative.base import CollaborativeModel
 from gflowgr.data import pad_histories
+from gflowgr.distributed import gathered, process
 from gflowgr.integers import integer_array
 from gflowgr.ops.topk import stable_topk
 
@@ -93,3 +94,33 @@ class ScoringRecommender:
         items_out = np.pad(items.cpu().numpy(), ((0, 0), (0, short)), constant_values=-1)
         values_out = np.pad(values.cpu().numpy(), ((0, 0), (0, short)), constant_values=-np.inf)
         return items_out, values_out
+
+
+class SharedRecommender:
+    """A recommender whose users are divided between the processes; all get the same answer.
+
+    All processes must call it together, with the same arguments.
+
+    Args:
+        inner: the recommender, with the same model in every process.
+    """
+
+    def __init__(self, inner: Recommender) -> None:
+        self.inner = inner
+        self.name = inner.name
+
+    def recommend(
+        self,
+        histories: Sequence[np.ndarray],
+        k: int,
+        exclude: Sequence[np.ndarray] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See :meth:`Recommender.recommend`."""
+        rank, count = process()
+        begin, end = (len(histories) * place // count for place in (rank, rank + 1))
+        found = np.empty((0, k), np.int64), np.empty((0, k), np.float32)
+        if end > begin:
+            barred = None if exclude is None else exclude[begin:end]
+            found = self.inner.recommend(histories[begin:end], k, barred)
+        items, scores = zip(*gathered(found), strict=True)
+        return np.concatenate(items), np.concatenate(scores)

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .. import files
+from ..distributed import load_whole_state
 from ..errors import DataError
 from ..folders import MANIFEST_NAME, find_damage, fresh_folder
-from ..sharded import load_whole_state
 from ..tree import PrefixTree
 from .lora import has_lora, load_adapter, merged_copy, save_adapter
 from .prompts import PromptLayout

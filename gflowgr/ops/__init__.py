@@ -6,6 +6,8 @@ all: B prompts, N trajectories each, L tokens, width d, vocabulary V.
 
 from __future__ import annotations
 
+from gflowgr.backends import available_backends
+
 from .beam_step import beam_step, beam_step_hidden
 from .checks import set_validation, validation, validation_enabled
 from .flow_loss import (
@@ -28,6 +30,7 @@ from .logprobs import (
 from .preference import dpo_loss, fused_dpo_loss, fused_grpo_loss, grpo_loss, sdpo_loss
 
 __all__ = [
+    "available_backends",
     "beam_step",
     "beam_step_hidden",
     "db_loss",

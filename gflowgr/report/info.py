@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gflowgr import __version__, backends
+from gflowgr.ops import available_backends
 from gflowgr.tree.build import host_module
 
 _PACKAGES = (
@@ -136,7 +137,7 @@ def _ops() -> dict[str, dict[str, Any]]:
     ops: dict[str, dict[str, Any]] = {}
     for kind in kinds:
         device = torch.device(kind)
-        for op, reasons in backends.available_backends(device).items():
+        for op, reasons in available_backends(device).items():
             used, error = None, None
             try:
                 used = backends.resolve(op, device, torch.float32)

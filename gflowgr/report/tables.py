@@ -5,13 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from gflowgr.evaluation.evaluate import Evaluation
-
 _FIRST = ("R@5", "R@10", "N@5", "N@10")
 _DECIMALS = {"entropy": 3, "num_users": 0}
+
+
+class Measured(Protocol):
+    """What a row is made of, such as a :class:`gflowgr.evaluation.Evaluation`."""
+
+    @property
+    def name(self) -> str:
+        """The method."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metric to value."""
+
+    @property
+    def rules(self) -> object:
+        """How it was measured; two can only be averaged under equal rules."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,7 @@ class TableRow:
     note: str = ""
 
     @classmethod
-    def of(cls, *evaluations: Evaluation, name: str = "", note: str = "") -> TableRow:
+    def of(cls, *evaluations: Measured, name: str = "", note: str = "") -> TableRow:
         """The row of one evaluation, or the mean and spread of several (one per seed).
 
         Raises:

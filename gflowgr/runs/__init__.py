@@ -1,11 +1,11 @@
 """Whole runs and experiments: from one configuration to trained models, tables and a report."""
 
+from .cells import Cell, cells_of
 from .config import ConfigError, RunConfig
 from .quickstart import quickstart_config
-from .run_report import run_and_report
-from .run import RunResult, run
-from .cells import Cell, cells_of
 from .rehearsal import rehearsal_of
+from .run import RunResult, run
+from .run_report import run_and_report
 from .runner import Outcome, Resources, cell_states, run_experiment, select_cells
 from .spec import ExperimentSpec, Method, Track, shipped_specs
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from gflowgr import files
 from gflowgr.data import LeaveOneOut
-from gflowgr.report import plots
 from gflowgr.evaluation.evaluate import Evaluation
+from gflowgr.report import plots
 from gflowgr.report.tables import TableRow, escape_line_start, format_table
 
 REPORT_NAME = "report.md"

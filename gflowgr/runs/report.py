@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, files
-from ..report.tables import TableRow, format_table
-from .method_report import command_as_typed, machine_summary
-from .cells import alone
 from ..report.document import to_markdown
 from ..report.html import to_html
+from ..report.tables import TableRow, format_table
+from .cells import alone
+from .method_report import command_as_typed, machine_summary
 from .results import ExperimentResults, read_results
 from .sections import differences_of, experiment_document
 from .setting_section import MAIN_GROUPS

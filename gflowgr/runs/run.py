@@ -13,8 +13,8 @@ from typing import Any
 
 from ..collaborative import CollaborativeModel, Popularity, SASRec
 from ..data import LeaveOneOut
-from ..evaluation.generative import GenerativeRecommender
 from ..evaluation import Evaluation, Recommender, ScoringRecommender
+from ..evaluation.generative import GenerativeRecommender
 from ..models.gflow_model import FlowSettings, GFlowModel
 from ..rewards import make_signals
 from .claim import claim_configuration, claim_data, digest_of

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, files
+from ..models.settings import FlowSettings
+from ..report.tables import TableRow, format_table
+from .config import RunConfig
 from .method_report import (
     Report,
     command_as_typed,
@@ -14,9 +17,6 @@ from .method_report import (
     machine_summary,
     write_report,
 )
-from ..report.tables import TableRow, format_table
-from ..models.settings import FlowSettings
-from .config import RunConfig
 from .processes import is_first_process, working_alone
 from .run import RunResult, run
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import figures
 from ..report.document import Block, Bullets, Code, Document, Paragraph, Section
+from . import figures
 from .results import GRID, MAIN, START, ExperimentResults
 from .setting_section import picture, setting_section, short_rules
 from .statistics import STATISTICS_RULES

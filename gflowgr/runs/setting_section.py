@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import figures
 from ..report.document import Block, Bullets, Paragraph, Picture, Section
+from . import figures
 from .figures import Point
 from .results import ABLATION, MAIN, REFERENCE, START, CellResult, ExperimentResults
 from .statistics import METRICS

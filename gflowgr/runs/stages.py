@@ -143,9 +143,9 @@ def train_stage(
     if not is_done(folder, screen, _LOG, model=True):
         from transformers import PrinterCallback, TrainerCallback
 
+        from ..distributed import first_process_finds
         from ..training import GFlowGRTrainer, last_complete_checkpoint
         from ..training.progress import ProgressBar
-        from ..distributed import first_process_finds
 
         screen.say(f"Stage: {label}")
         checkpoints = folder / "checkpoints"

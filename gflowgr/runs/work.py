@@ -18,10 +18,12 @@ import torch
 from .. import files
 from ..collaborative import CollaborativeModel
 from ..data import Dataset, LeaveOneOut
-from ..evaluation.generative import GenerativeRecommender
 from ..evaluation import Recommender, analyse, measure_calibration
+from ..evaluation.generative import GenerativeRecommender
 from ..models import GFlowModel
+from ..rewards import BehaviourAwareReward, make_signals
 from . import RunConfig
+from .cells import BUSY, Cell, alone, cells_of, claim, locked
 from .claim import claim_data, digest_of
 from .generator import check_generator
 from .prepare import (
@@ -34,10 +36,8 @@ from .prepare import (
 )
 from .processes import quiet_transformers
 from .run import check_reward, finetune, reference_recommenders, train_supervised
-from .stages import Screen, collaborative_stage, evaluation_stage
-from ..rewards import BehaviourAwareReward, make_signals
-from .cells import BUSY, Cell, alone, cells_of, claim, locked
 from .spec import ExperimentSpec
+from .stages import Screen, collaborative_stage, evaluation_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,10 +18,18 @@ from transformers.trainer_utils import TrainOutput
 
 from ..collaborative import CollaborativeModel
 from ..data import LeaveOneOut
-from ..distributed import SharedRecommender, first_process_finds
+from ..distributed import (
+    announce_sharding,
+    first_process_finds,
+    is_sharded,
+    load_whole_state,
+    whole_parameters,
+    whole_state,
+)
 from ..evaluation import evaluate
 from ..evaluation.calibrating import catalogue_calibration
 from ..evaluation.generative import GenerativeRecommender
+from ..evaluation.recommender import SharedRecommender
 from ..models.cheap_dropout import use_cheap_dropout
 from ..models.checkpoint import write_checkpoint
 from ..models.dense_attention import use_dense_attention
@@ -30,7 +38,6 @@ from ..models.gflow_model import GFlowModel
 from ..models.lora import has_lora
 from ..models.objective import flow_start
 from ..ops import validation, validation_enabled
-from ..sharded import announce_sharding, is_sharded, load_whole_state, whole_parameters, whole_state
 from ..transfer import to_device
 from .batches import JointExamples, LengthBucketSampler, ProcessBatches, PromptCollator
 from .callbacks import EpochOrder, LogBeforeSaving
@@ -426,7 +433,12 @@ class GFlowGRTrainer(CheckpointTrainer):
             )
             if self.args.eval_calibration_users and reward is not None:
                 calibration = catalogue_calibration(
-                    model, reward, split, self.collaborative, self.args
+                    model,
+                    reward,
+                    split,
+                    self.collaborative,
+                    users=self.args.eval_calibration_users,
+                    seed=self.args.seed,
                 )
         measured = result.metrics | calibration
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}

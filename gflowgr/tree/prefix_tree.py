@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gflowgr.errors import DataError
 from gflowgr.tree.available import any_in_ranges, live_nodes
 from gflowgr.tree.build import build, check_range, integer_tensor
+from gflowgr.tree.continuations import AllowedTokens
 from gflowgr.tree.facts import accept, codebooks_of, moved
 from gflowgr.tree.layout import Buffer, TreeLayout
 from gflowgr.tree.storage import read_buffer, write_buffer
@@ -85,24 +84,6 @@ class PrefixTree:
         tree = cls(buffer, trust=True)
         tree._codebooks = codebooks_of(buffer)  # while it is in the caches
         return tree
-
-    @classmethod
-    def from_index_file(
-        cls, path: str | os.PathLike[str], *, num_items: int | None = None
-    ) -> PrefixTree:
-        """Build from an index file of token strings (``index.<name>.json.gz``).
-
-        A level's tokens are numbered by their rank among the level's strings, and the levels follow
-        each other: level 0 has 0..K0-1, level 1 has K0..K0+K1-1, and so on. Raises DataError for a
-        bad file.
-        """
-        from gflowgr.identifiers import read_index
-
-        index = read_index(Path(path), num_items=num_items)
-        sizes = [len(names) for names in index.level_tokens]
-        offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-        codes = np.asarray(index.codes)
-        return cls.from_identifiers(np.where(codes >= 0, codes + offsets, -1))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file holding the buffer (whole or not at all)."""
@@ -449,8 +430,6 @@ class PrefixTree:
         The list is never empty. For the arguments, and faster ways, see
         :class:`gflowgr.decoding.adapters.PrefixTreeLogitsProcessor`.
         """
-        from gflowgr.decoding.adapters import AllowedTokens
-
         return AllowedTokens(
             self, prompt_length=prompt_length, end_token=end_token, available=available
         )

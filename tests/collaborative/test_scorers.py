@@ -19,7 +19,6 @@ from gflowgr.collaborative import (
     Popularity,
     SASRec,
     SASRecConfig,
-    load_collaborative,
 )
 from gflowgr.collaborative.loss import catalogue_cross_entropy, sampled_cross_entropy
 from gflowgr.data import pad_histories
@@ -109,8 +108,7 @@ def test_bad_input_is_named(
 def test_saved_model_scores_the_same(kind: str, tmp_path: Path) -> None:
     model = make(kind)
     model.save(tmp_path / "m")
-    loaded = load_collaborative(tmp_path / "m")
-    assert type(loaded) is type(model)
+    loaded = type(model).load(tmp_path / "m")
     assert torch.equal(loaded.score(HISTORIES, None), model.score(HISTORIES, None))
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
         "config.json",
@@ -137,8 +135,8 @@ def test_broken_saved_models_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="do not agree"):
         SASRec.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "kind": "other"}))
-    with pytest.raises(DataError, match="kind is 'other'"):
-        load_collaborative(tmp_path)
+    with pytest.raises(DataError, match="kind 'other', expected 'sasrec'"):
+        SASRec.load(tmp_path)
 
 
 # ---- SASRec ----

@@ -14,12 +14,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from support.experiment_folder import BASELINE, FULL, METHODS, write_experiment
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from support.experiment_folder import BASELINE, FULL, METHODS, write_experiment
 
-from gflowgr.runs.cells import alone
 from gflowgr.report.document import Block, Bullets, Code, Document, Paragraph, to_markdown
+from gflowgr.runs.cells import alone
 from gflowgr.runs.report import write_report
 from gflowgr.runs.results import read_results
 from gflowgr.runs.summary import verdict

@@ -12,12 +12,11 @@ import yaml
 from support.tiny_experiment import tiny_experiment
 
 from gflowgr.cli.main import main
-from gflowgr.runs import ExperimentSpec, cells_of
-from gflowgr.runs.work import run_cell
 from gflowgr.files import read_json, write_json
 from gflowgr.models import GFlowModel
-from gflowgr.runs import ConfigError
+from gflowgr.runs import ConfigError, ExperimentSpec, cells_of
 from gflowgr.runs.stages import Screen
+from gflowgr.runs.work import run_cell
 
 METHODS = ("sft", "sft_continued", "gflowgr_tb")
 

@@ -11,6 +11,8 @@ import pytest
 from gflowgr.collaborative import EmbeddingScorer, Popularity
 from gflowgr.data import LeaveOneOut
 from gflowgr.errors import OutputError
+from gflowgr.evaluation import ScoringRecommender, evaluate
+from gflowgr.report.tables import TableRow, format_table
 from gflowgr.runs.method_report import (
     Report,
     command_as_typed,
@@ -18,8 +20,6 @@ from gflowgr.runs.method_report import (
     machine_summary,
     write_report,
 )
-from gflowgr.evaluation import ScoringRecommender, evaluate
-from gflowgr.report.tables import TableRow, format_table
 
 ROWS = [
     TableRow("SFT", {"R@5": 0.0413, "N@10": 0.0343, "entropy": 7.2, "num_users": 10.0}),

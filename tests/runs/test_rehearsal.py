@@ -13,8 +13,8 @@ from support.tiny_experiment import tiny_experiment
 
 from gflowgr.cli.main import main
 from gflowgr.data import generate_builtin, save_dataset
-from gflowgr.runs import ExperimentSpec, cells_of, rehearsal_of, shipped_specs
 from gflowgr.files import read_json
+from gflowgr.runs import ExperimentSpec, cells_of, rehearsal_of, shipped_specs
 
 
 def rehearse(values: dict[str, Any], folder: Path) -> int:

@@ -17,17 +17,17 @@ import pytest
 from support.tiny_experiment import tiny_experiment
 
 from gflowgr.runs import (
+    ConfigError,
     ExperimentSpec,
     Outcome,
     Resources,
     cell_states,
     cells_of,
     run_experiment,
+    runner,
     select_cells,
 )
-from gflowgr.runs import runner
 from gflowgr.runs.cells import alone, locked
-from gflowgr.runs import ConfigError
 
 _STAND_IN = """
 import fcntl, json, os, sys, time

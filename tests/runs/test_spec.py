@@ -11,9 +11,8 @@ import pytest
 import yaml
 from support.tiny_experiment import tiny_experiment
 
-from gflowgr.runs import ExperimentSpec, cells_of, shipped_specs
+from gflowgr.runs import ConfigError, ExperimentSpec, cells_of, shipped_specs
 from gflowgr.runs.cells import alone, check_claims, claim
-from gflowgr.runs import ConfigError
 
 
 def spec_of(**changes: Any) -> ExperimentSpec:

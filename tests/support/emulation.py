@@ -110,7 +110,8 @@ def load_library(path: str) -> None:
     """Register ``gflowgr_cuda`` for CPU tensors, and the backend "cuda" of all ops with it."""
     torch.ops.load_library(path)
     backends.cuda_missing = lambda: None  # type: ignore[assignment]
-    backends.available_backends("cpu")  # imports all ops
+    import gflowgr.ops  # noqa: F401  # registers them
+
     gpu = torch.device("cuda")
     for op, probes in backends._registry.items():
         if "cuda" in probes:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from support.dict_trie import Catalogue, DictTrie, catalogues
 
+from gflowgr.data.index import read_index
 from gflowgr.errors import DataError
 from gflowgr.tree import PrefixTree
 from gflowgr.tree import build as _tree_build
@@ -357,7 +358,9 @@ class TestFiles:
 
     def test_index_file(self, data_root: Path) -> None:
         path = data_root / "Beauty" / "index.letter_official.json.gz"
-        tree = PrefixTree.from_index_file(path, num_items=12_101)
+        index = read_index(path, num_items=12_101)
+        offsets = np.cumsum([0, *index.level_sizes[:-1]])
+        tree = PrefixTree.from_identifiers(index.codes + offsets)
         assert (tree.num_items, tree.max_length) == (12_101, 4)
         tokens = tree.identifiers(torch.arange(12_101))
         assert torch.equal(tree.leaves(tokens), tree.leaf_of(torch.arange(12_101)))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from ..tree import PrefixTree
+if TYPE_CHECKING:
+    from gflowgr.tree.prefix_tree import PrefixTree
+
 
 __all__ = ["Admissible", "admissible_for"]
 
