@@ -343,6 +343,9 @@ def test_sdist_and_wheel_are_complete(tmp_path: Path) -> None:
     wanted = {str(p.relative_to(ROOT)) for p in sources if "__pycache__" not in p.parts}
     assert wanted <= names, wanted - names
     assert {"setup.py", "pyproject.toml", "gflowgr/py.typed", "LICENSE", "README.md"} <= names
+    left_out = ("benchmarks/results", "docs/api", "docs/_build")
+    assert not any(name.startswith(left_out) for name in names)
+    assert archive.stat().st_size < 3 * 2**20, "megabytes of recorded results, or of something else"
 
     done = subprocess.run(
         [
