@@ -22,7 +22,7 @@ class FlowCalibration:
     Attributes:
         pearson: correlation of log P and log R over the items that have both.
         spearman: the same of their ranks (equal values share the mean of their ranks).
-        total_variation: half the sum over the items of |P / sum P - R / sum R|, in [0, 1].
+        total_variation: half the sum over the items of ``|P / sum P - R / sum R|``, in [0, 1].
         invalid_mass: 1 - sum of P: the probability of token sequences that are no item. It says
             something for log P normalised over the vocabulary; below 0 only by rounding.
         num_items: items that entered the correlations.

@@ -15,7 +15,7 @@ def residual_kmeans(
 
     Items whose codes are all the same are told apart by one more token, their number within the
     group in the order of item ids: no two items share an identifier. Equal arguments give equal
-        codes.
+    codes.
 
     Args:
         embeddings: float [items, d], finite.
