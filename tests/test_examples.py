@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from gflowgr import backends
 from gflowgr.cli import main as cli
 from gflowgr.runs import RunConfig
 
@@ -42,6 +46,57 @@ def test_the_losses_in_a_loop_of_ones_own_reach_the_rewards(
     assert losses[-1] < losses[0] / 10
     assert all(later < earlier for earlier, later in pairwise(left))
     assert left[-1] < 0.25
+
+
+def run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """What the script prints. In this process, whose imports are paid for."""
+    path = EXAMPLES / name
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    with torch.random.fork_rng(devices=[]):
+        runpy.run_path(str(path), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_the_losses_in_a_plain_trainer_fall(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run("hf_trainer.py", monkeypatch, capsys)
+    losses = [float(loss) for loss in out.rpartition("losses")[2].split()]
+    assert len(losses) == 3
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_search_generate_and_exact_scores_agree_and_nothing_barred_comes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run("constrained_generation.py", monkeypatch, capsys)
+    found = {line[:15].strip(): ast.literal_eval(line[15:].strip()) for line in out.splitlines()}
+    best, rest, later = (found[name] for name in ("best items", "without these", "after removal"))
+    assert found["by generate"] == best
+    assert found["the best, exact"] == [row[0] for row in best]
+    sold_out = best[0][2]
+    for before, after in zip(best, rest, strict=True):
+        assert not {*before[:2], sold_out} & {*after}
+    removed = {row[0] for row in best}
+    assert not removed & {item for row in later for item in row}
+
+
+def test_the_method_in_python_trains_and_evaluates(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run("train_and_evaluate.py", monkeypatch, capsys, "1", "4")
+    rows = re.findall(r"^(SFT|GFlowGR-TB) .*R@10 ([0-9.]+).*num_users 100", out, re.MULTILINE)
+    assert [name for name, _ in rows] == ["SFT", "GFlowGR-TB"]
+
+
+def test_an_op_is_timed_on_each_backend_after_it_was_found_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run("time_an_op.py", monkeypatch, capsys, "2", "64")
+    assert [line.split()[0] for line in out.splitlines()] == list(backends.BACKENDS)
+    assert re.search(r"^torch +[0-9.]+ ms   relative error", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.name)
