@@ -1,20 +1,19 @@
-"""The README's results of experiments, made from the committed files.
+"""Results in the README and in docs/results.md, made from the files under benchmarks/results.
 
-    python benchmarks/readme_results.py           # rewrites the section
-    python benchmarks/readme_results.py --check   # fails if it is not up to date
+    python docs/generate_results.py           # rewrites the marked parts
+    python docs/generate_results.py --check   # fails if one is not up to date
 
-Read are ``benchmarks/results/*/results.json`` that ``gflowgr experiment`` wrote. The section lies
-between ``<!-- results: begin -->`` and ``<!-- results: end -->``. For each dataset and
-identifiers: the main methods' means over seeds with standard deviation, the p-values of their
-differences to the baseline, and one sentence derived from these by
-:func:`gflowgr.runs.summary.verdict`.
+A part lies between ``<!-- results NAME: begin -->`` and ``<!-- results NAME: end -->``; NAME is one
+of :data:`PARTS`. No figure in them is typed by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,49 +23,93 @@ from gflowgr.runs.statistics import METRICS
 from gflowgr.runs.summary import labelled, verdict
 from gflowgr.runs.tables import format_p
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/results.md")
+METHOD = "GFlowGR-TB"
+
+# The README's table: label, then folder, op, shape, variant and the family compared with.
+CHOSEN = (
+    ("TB + SFT loss from hidden states, V 33024", "letter", "head", "letter", "cpp", "vocabulary"),
+    ("TB + SFT loss, the head frozen", "letter", "head-frozen", "letter", "cpp", "vocabulary"),
+    ("TB + SFT loss, V 1027", "tiger", "head", "tiger", "cpp", "vocabulary"),
+    (
+        "TB + SFT loss over a tree's children, V 152064",
+        "children_llm",
+        "children",
+        "llm",
+        "cpp",
+        "restricted",
+    ),
+    ("TB from log-probabilities", "reductions", "tb", "losses", "cpp", "reduction"),
+    ("SubTB from log-probabilities", "reductions", "subtb", "losses", "cpp", "reduction"),
+    ("a step of beam search, V 33124", "decode", "beam", "beam:64x20x33124x12101", "cpp", "csr"),
+    ("beam search, T5, 64 prompts", "decode", "search", "t5:64x60x20x12101", "", "transformers"),
+    ("beam search, T5, 1 prompt", "decode", "search", "t5:1x60x20x12101", "", "transformers"),
+    (
+        "SFT of a small TIGER, an epoch's steps",
+        "train",
+        "train",
+        "sft-small:128x16x12101",
+        "SFT",
+        "",
+    ),
+)
 
 
 def main() -> int:
-    """Rewrite or check the section."""
+    """Rewrite or check the parts."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail if outdated")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md")
     args = parser.parse_args()
-    path = args.root / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = with_section(old, section(args.root))
-    if args.check:
-        if new != old:
-            print(f"{path.name}: results outdated; run {Path(__file__).name}", file=sys.stderr)
-        return int(new != old)
-    files.write_text(path, new)
-    return 0
+    outdated = 0
+    for page in PAGES:
+        path = args.root / page
+        if not path.is_file():
+            continue
+        old = path.read_text(encoding="utf-8")
+        new = with_parts(old, args.root)
+        if new == old:
+            continue
+        outdated += 1
+        if args.check:
+            print(f"{page}: results outdated; run docs/{Path(__file__).name}", file=sys.stderr)
+        else:
+            files.write_text(path, new)
+    return int(args.check and outdated > 0)
 
 
-def with_section(readme: str, text: str) -> str:
-    """The README with another section between the marks.
+def with_parts(page: str, root: Path) -> str:
+    """The page with every marked part made anew.
 
     Raises:
-        SystemExit: the marks are not there, once each and in order.
+        SystemExit: a part has an unknown name, or no end.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise SystemExit(f"README.md must hold {BEGIN} and {END} once each")
-    before, _, rest = readme.partition(BEGIN)
-    after = rest.partition(END)[2]
-    if not after:
-        raise SystemExit(f"README.md: {END} must come after {BEGIN}")
-    return f"{before}{BEGIN}\n{text}{END}{after}"
+    for name in re.findall(r"<!-- results (\w+): begin -->", page):
+        begin, end = f"<!-- results {name}: begin -->", f"<!-- results {name}: end -->"
+        if name not in PARTS:
+            raise SystemExit(f"results {name}: must be one of {', '.join(PARTS)}")
+        before, _, rest = page.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise SystemExit(f"{begin} must be followed by {end}")
+        page = f"{before}{begin}\n{PARTS[name](root)}{end}{after}"
+    return page
 
 
-def section(root: Path) -> str:
-    """All committed experiments, by name of their folder."""
-    parts = []
-    for path in sorted((root / "benchmarks" / "results").glob("*/results.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if "settings" in facts:  # of an experiment, not of a single run
-            parts.append(_experiment(facts, path.parent.relative_to(root).as_posix()))
+def _recorded(root: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Folder and content of each committed file of this name."""
+    for path in sorted((root / "benchmarks" / "results").glob(f"*/{name}")):
+        yield path.parent.name, json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---- methods ----
+
+
+def methods(root: Path) -> str:
+    """Tables of all committed experiments, by name of their folder."""
+    found = _recorded(root, "results.json")
+    parts = [_experiment(facts, name) for name, facts in found if "settings" in facts]
     return "\n".join(parts) if parts else "No results of experiments are committed yet.\n"
 
 
@@ -82,7 +125,8 @@ def _experiment(facts: dict[str, Any], folder: str) -> str:
         seeds = f"one seed, {seeds}"
     machine = facts["machine"]
     where = machine["processor"] if machine["accelerator"] == "none" else machine["accelerator"]
-    text = f"**{facts['title']}** ([report]({folder}/report.md); `{facts['command']}`; {where}). "
+    text = f"### {facts['title']}\n\n`{facts['command']}` on {where}; "
+    text += f"`benchmarks/results/{folder}/report.md`. "
     text += f"Test users; {seeds}; p: paired bootstrap over "
     text += f"users of the difference to {facts['baseline']}."
     if facts["missing"]:
@@ -113,6 +157,107 @@ def _setting(setting: dict[str, Any], baseline: str) -> str:
     sentence = verdict(differences, baseline)
     title = f"{setting['dataset']}, {setting['identifiers']} identifiers"
     return f"{title}:\n\n{table}\n\n" + (f"{sentence}\n\n" if sentence else "")
+
+
+def against_baseline(root: Path) -> str:
+    """A sentence for each data set of each experiment: GFlowGR-TB beside continued SFT."""
+    lines = []
+    for folder, facts in _recorded(root, "results.json"):
+        for setting in facts.get("settings", ()):
+            rows = {row["method"]: row for row in setting["rows"]}
+            ours, base = rows[METHOD], rows[facts["baseline"]]
+            parts = []
+            for metric in ("R@10", "N@10"):
+                pair = [row["metrics"][metric]["mean"] for row in (ours, base)]
+                p = format_p(ours["to_baseline"]["metrics"][metric]["p"])
+                parts.append(f"{metric} {pair[0]:.4f} against {pair[1]:.4f} (p {p})")
+            seeds = ", ".join(map(str, ours["seeds"]))
+            place = f"{setting['dataset']} (`{folder}`; seeds {seeds})"
+            lines.append(f"- {place}: {'; '.join(parts)}\n")
+    return "".join(lines)
+
+
+def runs(root: Path) -> str:
+    """Tables of the single runs that were recorded."""
+    text = ""
+    for folder, facts in _recorded(root, "results.json"):
+        if "settings" in facts:
+            continue
+        rows = [TableRow(name, found["metrics"]) for name, found in facts["methods"].items()]
+        text += (
+            f"### {folder}\n\n`{facts['command']}` on {facts['machine']['processor']}; one seed, "
+        )
+        text += f"{facts['config']['seed']}; `benchmarks/results/{folder}/report.md`.\n\n"
+        text += format_table(rows, style="markdown") + "\n\n"
+    return text
+
+
+# ---- microbenchmarks ----
+
+
+def speed(root: Path) -> str:
+    """The README's table of times and memory."""
+    machines = {}
+    text = "| | gflowgr | fastest other | times faster | memory | |\n|---|---:|---|---:|---:|---|\n"
+    recorded = dict(_recorded(root, "bench.json"))
+    for label, folder, op, shape, variant, family in CHOSEN:
+        facts = recorded[f"bench_{folder}"]
+        machines[facts["machine"]["device"]] = None
+        names = {"cpp": "gflowgr/cpp", "": "gflowgr", "SFT": "gflowgr, SFT, float32"}
+        (row,) = (
+            row
+            for row in facts["rows"]
+            if (row["op"], row["shape"], row["variant"]) == (op, shape, names[variant])
+            and row["dtype"] == "float32"
+        )
+        family = family or "transformers"
+        memory = row[f"memory_{family}"]
+        text += f"| {label} | {_ms(row['ms'])} | {row[f'fastest_{family}_peer']} | "
+        text += f"{row[f'speedup_{family}']:.3g} | {'' if memory is None else f'{memory:.2g}'} | "
+        text += f"{'disturbed' if row['contended'] else ''} |\n"
+    return text + f"\nOn {', '.join(machines)}, float32. Memory: ours over that of the other.\n"
+
+
+def microbenchmarks(root: Path) -> str:
+    """All recorded rows of ours, a table for each folder."""
+    text = ""
+    for folder, facts in _recorded(root, "bench.json"):
+        machine = facts["machine"]
+        text += f"### {folder}\n\n`{machine['command']}` on {machine['device']}, torch "
+        text += f"{machine['torch']}, {machine['date'][:10]}.\n\n"
+        text += (
+            "| op, shape, dtype | variant | time | over the floor | extra MiB | faster than | |\n"
+        )
+        text += "|---|---|---:|---:|---:|---|---|\n"
+        for row in facts["rows"]:
+            if row["family"] or row["status"] != "ok":
+                continue
+            peers = [
+                f"{row[key]:.3g} x {row[key.replace('speedup', 'fastest') + '_peer']}"
+                for key in row
+                if key.startswith("speedup_") and row[key] is not None
+            ]
+            sizes = [row["over_floor"], row["extra_mib"]]
+            cells = ["-" if size is None else f"{size:.3g}" for size in sizes]
+            text += f"| {row['op']}, {row['shape']}, {row['dtype']} | {row['variant']} | "
+            text += f"{_ms(row['ms'])} | {' | '.join(cells)} | {'; '.join(peers)} | "
+            text += f"{'disturbed' if row['contended'] else ''} |\n"
+        text += "\n"
+    return text
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+PARTS: dict[str, Callable[[Path], str]] = {
+    "methods": methods,
+    "against_baseline": against_baseline,
+    "runs": runs,
+    "speed": speed,
+    "microbenchmarks": microbenchmarks,
+}
+"""Name of a part -> its text, given the repository's root."""
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from gflowgr.runs.results import read_results
 from gflowgr.runs.summary import verdict
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "readme_results.py"
+SCRIPT = ROOT / "docs" / "generate_results.py"
 VOID = {"meta", "img", "br"}
 
 
@@ -244,31 +244,37 @@ def _parsed(blocks: Sequence[Block]) -> list[Token]:
     return markdown.parse(to_markdown(Document("Title", blocks)))
 
 
-def readme(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def generate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     return int(end.value.code or 0)
 
 
-def test_the_readme_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert readme(monkeypatch, "--check") == 0
+def test_the_results_in_readme_and_docs_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert generate(monkeypatch, "--check") == 0
 
 
-def test_the_readme_gets_the_main_tables(
+def test_the_results_page_gets_the_main_tables(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "benchmarks" / "results" / "made_up"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text((out / "results.json").read_text())
-    path = tmp_path / "README.md"
-    path.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
-    assert readme(monkeypatch, "--check", "--root", str(tmp_path)) == 1
-    assert readme(monkeypatch, "--root", str(tmp_path)) == 0
+    path = tmp_path / "docs" / "results.md"
+    path.parent.mkdir()
+    marks = [f"<!-- results methods: {place} -->" for place in ("begin", "end")]
+    path.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    assert generate(monkeypatch, "--check", "--root", str(tmp_path)) == 1
+    assert generate(monkeypatch, "--root", str(tmp_path)) == 0
     text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert f"above {BASELINE} on all metrics: {FULL}" in text
     assert "without r_a" not in text
-    assert readme(monkeypatch, "--check", "--root", str(tmp_path)) == 0
+    assert generate(monkeypatch, "--check", "--root", str(tmp_path)) == 0
+    path.write_text(f"{marks[0]}\nno end\n")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--root", str(tmp_path)])
+    with pytest.raises(SystemExit, match="must be followed by"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
