@@ -1,0 +1,104 @@
+"""The code blocks of README, CONTRIBUTING and docs, and the names that their Python uses."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+_MARKER = re.compile(r"<!-- (run|not run: .+) -->\s*")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: page and line, language, text, and what the comment before it says."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+    marker: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(language: str | None = None) -> list[Block]:
+    """All blocks of a language, page by page."""
+    found = [block for path in PAGES for block in _of_page(path)]
+    return [block for block in found if language in (None, block.language)]
+
+
+def _of_page(path: Path) -> Iterator[Block]:
+    marker, language, begin, text = "", None, 0, ""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if language is None and line.startswith("```"):
+            language, begin, text = line[3:].strip(), number, ""
+        elif line.startswith("```"):
+            yield Block(str(path.relative_to(ROOT)), begin, language or "", text, marker)
+            marker, language = "", None
+        elif language is not None:
+            text += line + "\n"
+        elif (found := _MARKER.fullmatch(line)) is not None:
+            marker = found.group(1)
+        elif line.strip():
+            marker = ""
+    assert language is None, f"{path}: the block of line {begin} has no end"
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a shell block, continuation lines joined, without comments."""
+    joined = text.replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.split("#")[0].strip()]
+
+
+@functools.cache
+def _recommender() -> dict[str, Any]:
+    """A split, a scorer, a model of a tiny shop, and a batch of its prompts."""
+    from support.tiny_shop import make_inputs, make_model, make_scorer, shop
+
+    model = make_model(objective="sft").eval()
+    inputs = make_inputs(model)
+    return {
+        "model": model,
+        "backbone": model.backbone,
+        "tree": model.tree,
+        "split": shop(),
+        "sasrec": make_scorer(),
+        **{name: inputs[name] for name in ("input_ids", "attention_mask", "tokens", "mask")},
+    }
+
+
+def names_of_pages(page: str) -> dict[str, Any]:
+    """What the blocks of a page may use; each page gets its own, its blocks share them.
+
+    Tensors are those of a prompt batch as every page describes it: hidden [B, N, L, d], tokens and
+    mask [B, N, L], log_pf [B, N, L], log_reward [B, N], log_z [B].
+    """
+    import gflowgr
+
+    names = {"gflowgr": gflowgr, "torch": torch, **_recommender()}
+    torch.manual_seed(0)
+    batch, count, length = names["tokens"].shape
+    names["item_tokens"] = names["model"].item_tokens()
+    names["lm_head"] = torch.nn.Linear(16, names["tree"].vocab_size, bias=False)
+    names["hidden"] = torch.randn(batch, count, length, 16, requires_grad=True)
+    names["log_pf"] = torch.randn(batch, count, length).log_softmax(-1)
+    names["log_reward"] = torch.randn(batch, count)
+    names["log_z"] = torch.zeros(batch)
+    if page not in ("docs/decoding.md", "docs/training.md"):
+        names["tree"] = None  # a page that uses one makes it
+        names["mask"] = torch.ones_like(names["mask"])
+    return names
