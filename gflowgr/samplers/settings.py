@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,7 +47,8 @@ class SamplerSettings:
     """Which sampler, and its constants.
 
     Attributes:
-        kind: one of :data:`KINDS`, or a mixture of them as weights by name.
+        kind: one of :data:`KINDS`, or one of your own as ``"module:Class"``, a
+            :class:`TrajectorySampler` made of a pool and N; or a mixture as weights by name.
         pool_size: curriculum: items of the pool (default 2 N - 1).
         schedule: curriculum: ``"linear"``, ``"cosine"``, ``"step"`` or ``"constant"``.
         schedule_start: curriculum: score quantile at the beginning.
@@ -98,9 +100,10 @@ class SamplerSettings:
         if not self.weights:
             raise ValueError("sampler is an empty mixture; name at least one sampler")
         for name, weight in self.weights.items():
-            if name not in KINDS:
+            if name not in KINDS and name.count(":") != 1:
                 raise ValueError(
-                    f"sampler must be one of {KINDS}, or weights of them; got {name!r}"
+                    f"sampler must be one of {KINDS}, 'module:Class', or weights of them; "
+                    f"got {name!r}"
                 )
             if isinstance(weight, bool) or not 0 < weight < float("inf"):
                 raise ValueError(
@@ -200,6 +203,8 @@ def make_sampler(
             )
         if name == "impressions":
             return ImpressionSampler(pool, count, split, settings.side)
+        if name not in KINDS:
+            return _load(name, pool, count, has_scores)
         fallback = build(settings.fallback or ("curriculum" if has_scores else "random"))
         if name == "on_policy":
             return OnPolicySampler(
@@ -236,3 +241,17 @@ def make_sampler(
     if settings.record is not None:
         sampler = RecordingSampler(sampler, settings.record)
     return sampler
+
+
+def _load(path: str, pool: CandidatePool, count: int, has_scores: bool) -> TrajectorySampler:
+    """A sampler from outside the package."""
+    module, _, attribute = path.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), attribute)(pool, count)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"sampler: cannot make {path!r}: {error}") from error
+    if not isinstance(made, TrajectorySampler):
+        raise ValueError(f"sampler must be a TrajectorySampler; got {path!r}, a {type(made)}")
+    if made.needs_scores and not has_scores:
+        raise ValueError(f"sampler={path!r} needs a collaborative model; pass one")
+    return made

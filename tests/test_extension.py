@@ -1,0 +1,121 @@
+"""A sampler, a signal, an objective and a backbone from outside the package, as in CONTRIBUTING."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.small_models import padded_prompts, small_model
+from support.tiny_shop import make_args, make_inputs, make_model
+from support.tiny_trainer import make_trainer, steps
+from torch import Tensor
+
+import gflowgr
+from gflowgr.models import output_head, trajectory_hidden_states
+from gflowgr.rewards import SignalContext
+from gflowgr.samplers import Candidates, SampleRequest, TrajectorySampler
+
+ASKED: list[SampleRequest] = []
+
+
+class NextDoor(TrajectorySampler):
+    """The items whose ids follow the observed one."""
+
+    def candidates(self, request: SampleRequest) -> Candidates:
+        ASKED.append(request)
+        following = np.arange(1, self.num_trajectories)
+        return Candidates.augmented((request.targets[:, None] + following) % self.pool.num_items)
+
+
+class Scored(NextDoor):
+    needs_scores = True
+
+
+class Even:
+    """Items with an even id are worth twice as much."""
+
+    name = "r_even"
+
+    def __call__(self, context: SignalContext) -> Tensor:
+        return 1.0 + (context.items % 2 == 0).float()
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """These classes as a module that is not of the package."""
+    module = ModuleType("mine")
+    module.__dict__.update(NextDoor=NextDoor, Scored=Scored, Even=Even, number=7)
+    monkeypatch.setitem(sys.modules, "mine", module)
+    return module
+
+
+@pytest.mark.parametrize("sampler", ["mine:NextDoor", {"mine:NextDoor": 0.5, "random": 0.5}])
+def test_a_sampler_and_a_signal_from_outside_train(
+    sampler: Any, mine: ModuleType, tmp_path: Path
+) -> None:
+    ASKED.clear()
+    args = make_args(tmp_path, sampler=sampler, num_trajectories=3, max_steps=2)
+    model = make_model(signals=["r_sim", "mine:Even"])
+    trainer = make_trainer(args, model, scorer=False)
+    trainer.train()
+    assert ASKED
+    logged = steps(trainer)[-1]
+    assert math.isfinite(logged["loss"])
+    assert 1.0 <= logged["reward/r_even"] <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ("mine", "sampler must be one of"),
+        ("mine:Nobody", "cannot make 'mine:Nobody'"),
+        ("nowhere:NextDoor", "cannot make 'nowhere:NextDoor'"),
+        ("mine:Even", "cannot make 'mine:Even'"),
+        ("mine:Scored", "needs a collaborative model"),
+    ],
+)
+def test_a_sampler_that_cannot_be_had_is_refused_before_any_work(
+    sampler: str, message: str, mine: ModuleType, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(make_args(tmp_path, sampler=sampler), scorer=False)
+
+
+def test_an_objective_from_outside_is_a_loop_over_states_and_losses() -> None:
+    """TB whose log Z is the free energy of the group: nothing of the trainer is needed."""
+    model = make_model(objective="sft")
+    inputs = make_inputs(model)
+    optimizer = torch.optim.Adam(model.backbone.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        states = trajectory_hidden_states(
+            model.backbone, *(inputs[n] for n in ("input_ids", "attention_mask", "tokens", "mask"))
+        )
+        weight, bias = output_head(model.backbone)
+        log_pf = gflowgr.trajectory_logprobs(
+            states.hidden, weight, inputs["tokens"], bias=bias, mask=inputs["mask"]
+        )
+        valid = inputs["mask"].any(-1)
+        log_z = inputs["log_reward"].masked_fill(~valid, -math.inf).logsumexp(-1)
+        loss = gflowgr.tb_loss(log_pf, inputs["log_reward"], log_z, mask=inputs["mask"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_backbone_that_nobody_prepared_for_is_searched_by_the_general_path() -> None:
+    bart = small_model("bart")
+    input_ids, mask = padded_prompts("right")
+    tree = gflowgr.PrefixTree.from_identifiers([[9, 20], [9, 21], [12, 20], [14, 30]])
+    out = gflowgr.constrained_beam_search(bart, input_ids, mask, tree, num_beams=4)
+    exact = gflowgr.item_logprobs(bart, input_ids, mask, tree)
+    assert torch.equal(out.items, exact.argsort(dim=1, descending=True))
+    torch.testing.assert_close(out.scores, exact.gather(1, out.items))
