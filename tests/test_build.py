@@ -17,7 +17,7 @@ import pytest
 from gflowgr import backends
 
 ROOT = Path(__file__).parents[1]
-CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+CUDA_SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
 
@@ -36,7 +36,7 @@ def test_nvcc_compiles_without_torch(source: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(nvcc(), "-std=c++17", "-O3", "-c", "-Werror", "all-warnings", "-Xptxas", "-v"),
-            *(*targets, str(source), "-o", str(tmp_path / "kernel.o")),
+            *(*targets, f"-I{ROOT / 'csrc'}", str(source), "-o", str(tmp_path / "kernel.o")),
         ],
         capture_output=True,
         text=True,
@@ -49,7 +49,7 @@ def test_nvcc_compiles_without_torch(source: Path, tmp_path: Path) -> None:
 # Per kernel: the signatures that its launcher makes, with the constants that go with them.
 # head_tiles_kernel has a test of its own below.
 TRITON_SIGNATURES: dict[str, list[tuple[dict[str, str], dict[str, object]]]] = {
-    "head_rows.head_combine_kernel": [
+    "logprobs_dense.rows.head_combine_kernel": [
         (
             {
                 **dict.fromkeys(("maxima", "sums", "picked"), "*fp32"),
@@ -69,7 +69,7 @@ TRITON_SIGNATURES: dict[str, list[tuple[dict[str, str], dict[str, object]]]] = {
         )
         for scores in ("*fp32", "constexpr")
     ],
-    "head_rows.head_factors_kernel": [
+    "logprobs_dense.rows.head_factors_kernel": [
         (
             {
                 "scores": f"*{'bf16' if state == 'fp16' else state}",
@@ -93,7 +93,7 @@ TRITON_SIGNATURES: dict[str, list[tuple[dict[str, str], dict[str, object]]]] = {
         for state in ("fp32", "bf16", "fp16")
         for full in (True, False)
     ],
-    "tree_walk.tree_walk_kernel": [
+    "tree.walk.tree_walk_kernel": [
         (
             {
                 "tokens": f"*{token}",
@@ -116,10 +116,11 @@ def test_every_triton_kernel_is_compiled_below() -> None:
     if backends.triton_missing() is not None:
         pytest.skip(f"triton: {backends.triton_missing()}")
     names = set()
-    for file in (ROOT / "kernels").glob("[!_]*.py"):
-        module = importlib.import_module(f"gflowgr.kernels.{file.stem}")
-        names |= {f"{file.stem}.{name}" for name in vars(module) if name.endswith("_kernel")}
-    assert names == {*TRITON_SIGNATURES, "head_tiles.head_tiles_kernel"}
+    for file in (ROOT / "kernels").glob("*/[!_]*.py"):
+        place = f"{file.parent.name}.{file.stem}"
+        module = importlib.import_module(f"gflowgr.kernels.{place}")
+        names |= {f"{place}.{name}" for name in vars(module) if name.endswith("_kernel")}
+    assert names == {*TRITON_SIGNATURES, "logprobs_dense.tiles.head_tiles_kernel"}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
@@ -133,7 +134,7 @@ def test_triton_compiles_without_a_gpu(kernel: str, capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, _, name = kernel.partition(".")
+    module, _, name = kernel.rpartition(".")
     function = getattr(importlib.import_module(f"gflowgr.kernels.{module}"), name)
     for signature, constants in TRITON_SIGNATURES[kernel]:
         source = ASTSource(fn=function, signature=signature, constexprs=constants)
@@ -170,15 +171,7 @@ def test_head_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gflowgr.kernels.logprobs_dense import (
-        configs as head_configs,
-    )
-    from gflowgr.kernels.logprobs_dense import (
-        launch as head_launch,
-    )
-    from gflowgr.kernels.logprobs_dense import (
-        tiles as head_tiles,
-    )
+    from gflowgr.kernels.logprobs_dense import configs, launch, tiles
 
     operand = "fp32" if dtype == "tf32" else dtype
     pointers = {
@@ -194,11 +187,11 @@ def test_head_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
         "GRAD": ("maxima", "sums", "picked"),
     }
     for epilogue, rows, other in head_tiles_calls(capability, dtype):
-        name = head_configs.candidates(capability, 4 if operand == "fp32" else 2, rows)[0]
-        config = head_configs.CONFIGURATIONS[name]
+        name = configs.candidates(capability, 4 if operand == "fp32" else 2, rows)[0]
+        config = configs.CONFIGURATIONS[name]
         even = other != "odd width"
         constants: dict[str, object] = {
-            **head_launch.tile_constants(config, getattr(head_tiles, epilogue), 512 if even else 5),
+            **launch.tile_constants(config, getattr(tiles, epilogue), 512 if even else 5),
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
             "UPCAST": False,
             "bias_stride": 1,
@@ -209,14 +202,14 @@ def test_head_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
             argument: "constexpr"
             if argument in constants
             else pointers.get(argument, "fp32" if argument == "scale" else "i32")
-            for argument in head_tiles.head_tiles_kernel.arg_names
+            for argument in tiles.head_tiles_kernel.arg_names
         }
         aligned = {"hidden", "weight", "bias", "out", "out_stride"}
         if even:
             aligned |= {"columns", "width", "hidden_stride", "weight_stride"}
         compiled = triton.compile(
             ASTSource(
-                fn=head_tiles.head_tiles_kernel,
+                fn=tiles.head_tiles_kernel,
                 signature=signature,
                 constexprs=constants,
                 attrs={
@@ -362,6 +355,6 @@ def test_sdist_and_wheel_are_complete(tmp_path: Path) -> None:
         files = set(content.namelist())
     packaged = [*(ROOT / "gflowgr").rglob("*.py"), ROOT / "gflowgr" / "py.typed"]
     wanted = {str(path.relative_to(ROOT)) for path in packaged}
-    wanted |= {f"gflowgr/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    wanted |= {f"gflowgr/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     assert wanted <= files, wanted - files
     assert not any(name.startswith(("tests/", "csrc/", "kernels/")) for name in files)

@@ -1,7 +1,1 @@
-"""The ``gflowgr`` command: one module per subcommand."""
-
-from __future__ import annotations
-
-from .main import main
-
-__all__ = ["main"]
+"""The ``gflowgr`` command (:mod:`gflowgr.cli.main`): one module per subcommand."""

@@ -44,7 +44,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from gflowgr.kernels.logprobs_dense import launch as launch
+from gflowgr.kernels.logprobs_dense import launch
 
 Upstream = Callable[[int, Tensor], Tensor]
 _P = ParamSpec("_P")

@@ -203,10 +203,10 @@ def test_help_teaches(capsys: Capture) -> None:
 
 
 def test_the_command_line_alone_loads_nothing_heavy() -> None:
-    code = "import gflowgr.cli, sys; gflowgr.cli._parser(); print(*sys.modules)"
+    code = "import gflowgr.cli.main, sys; gflowgr.cli.main._parser(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
-    assert "gflowgr.cli" in loaded
+    assert "gflowgr.cli.main" in loaded
     ours = {name for name in loaded if name.startswith("benchmarks.harness.")}
     assert ours == {"benchmarks.harness.command"}
     assert "matplotlib" not in loaded

@@ -1,6 +1,6 @@
 // Runs CUDA kernels on the CPU, to test them where there is no GPU. Not fast, not a simulator of timing.
 //
-// The kernel files of csrc/cuda are compiled by a host compiler with GFLOWGR_EMULATE defined and this file
+// The kernel files of csrc are compiled by a host compiler with GFLOWGR_EMULATE defined and this file
 // on the include path (csrc/common/cuda_launch.h takes it in the place of the CUDA headers). Blocks run one after
 // the other; the threads of a block are fibers that run until they meet a barrier or a warp-wide operation.
 //

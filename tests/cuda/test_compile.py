@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-BINDINGS = sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
+BINDINGS = sorted((ROOT / "csrc").glob("*/*_cuda.cpp"))
 
 
 @pytest.mark.parametrize("source", BINDINGS, ids=lambda path: path.name)

@@ -1,6 +1,6 @@
 """Runs the CUDA kernels on the CPU, in the emulator of emulate.h, without a GPU.
 
-The very kernel files of ``csrc/cuda`` and their bindings are compiled by g++ with AddressSanitizer
+The very kernel files (``csrc/*/*.cu``) and their bindings are compiled by g++ with AddressSanitizer
 and UndefinedBehaviorSanitizer, and ``FILES`` run in processes of their own (the sanitizer must be
 loaded before everything else), where ``gflowgr_cuda`` takes CPU tensors.
 """

@@ -16,7 +16,7 @@ import torch
 from gflowgr import backends
 
 HERE = Path(__file__).parents[1] / "cuda"
-SOURCES = HERE.parents[1] / "csrc" / "cuda"
+SOURCES = HERE.parents[1] / "csrc"
 LIBRARY_VARIABLE = "GFLOWGR_EMULATED_LIBRARY"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SCHEDULES = (0, 1, 7)
@@ -62,7 +62,7 @@ def compile_all(gxx: str, sources: list[Path], folder: Path, options: list[str])
             [
                 *(gxx, "-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror"),
                 *("-Wno-unknown-pragmas", *SANITIZE, "-DGFLOWGR_EMULATE", f"-I{HERE}"),
-                *(f"-I{SOURCES.parent}", *options, "-x", "c++", "-c"),
+                *(f"-I{SOURCES}", *options, "-x", "c++", "-c"),
                 *(str(source), "-o", str(target)),
             ],
             capture_output=True,
@@ -79,7 +79,11 @@ def compile_all(gxx: str, sources: list[Path], folder: Path, options: list[str])
 def build_library(gxx: str, folder: Path) -> Path:
     """All kernels and their bindings, for CPU tensors."""
     torch_folder = Path(torch.__file__).parent
-    sources = [*sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp")), HERE / "emulate.cpp"]
+    sources = [
+        *sorted(SOURCES.glob("*/*.cu")),
+        *sorted(SOURCES.glob("*/*_cuda.cpp")),
+        HERE / "emulate.cpp",
+    ]
     # As in setup.py: the stable ABI as of torch 2.10. Torch's headers are not held to our warnings.
     options = [
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
