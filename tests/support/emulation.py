@@ -79,11 +79,8 @@ def compile_all(gxx: str, sources: list[Path], folder: Path, options: list[str])
 def build_library(gxx: str, folder: Path) -> Path:
     """All kernels and their bindings, for CPU tensors."""
     torch_folder = Path(torch.__file__).parent
-    sources = [
-        *sorted(SOURCES.glob("*/*.cu")),
-        *sorted(SOURCES.glob("*/*_cuda.cpp")),
-        HERE / "emulate.cpp",
-    ]
+    kernels, bindings = (sorted(SOURCES.glob(f"*/{name}")) for name in ("*.cu", "*_cuda.cpp"))
+    sources = [*kernels, *bindings, HERE / "emulate.cpp"]
     # As in setup.py: the stable ABI as of torch 2.10. Torch's headers are not held to our warnings.
     options = [
         "-DTORCH_TARGET_VERSION=0x020a000000000000",

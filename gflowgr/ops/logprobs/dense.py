@@ -4,8 +4,8 @@ Rows are flat here: ``hidden`` [T, d] with T = B N L, one int64 target per row. 
 a masked row, never read and with zero results; the target V stands for a token that is elsewhere
 (in another shard of the vocabulary), with the logit 0; a larger one is no token, and all that is
 made of its row is NaN. The definition is
-:func:`gflowgr.ops.logprobs.reference.dense_logprobs`; the fast backends are ``csrc/head_*.cpp`` and
-``kernels/logprobs_dense/calls.py``.
+:func:`gflowgr.ops.logprobs.reference.dense_logprobs`; the fast backends are
+``csrc/logprobs_dense`` and ``kernels/logprobs_dense``.
 
 Derivatives of the gradients are refused: the ops are differentiable once.
 """
