@@ -37,7 +37,7 @@ def collect_info() -> dict[str, Any]:
     """
     return {
         "gflowgr": __version__,
-        "folder": str(Path(__file__).parent),
+        "folder": str(Path(__file__).parents[1]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},

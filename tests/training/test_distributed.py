@@ -40,13 +40,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def job(root: Path) -> subprocess.CompletedProcess[str]:
-    helpers = Path(distributed_run.__file__).parent
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "2", distributed_run.__file__, str(root)),
         ],
-        env={**os.environ, "PYTHONPATH": str(helpers), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -16,7 +16,7 @@ import pytest
 
 CASES = int(os.environ.get("GFLOWGR_FUZZ_CASES", "400"))
 SEED = int(os.environ.get("GFLOWGR_FUZZ_SEED", "0"))
-SCRIPT = Path(__file__).parent / "helpers" / "tree_fuzz.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "tree_fuzz.py"
 
 
 @pytest.mark.timeout(60 + CASES)

@@ -1,8 +1,8 @@
 """``gflowgr::children_logprobs``: log-probabilities among the children of each token's tree node.
 
 The definition is ``gflowgr.ops.logprobs.reference._children_logprobs``; the fast backends are
-in ``csrc/logprobs_children``. Work is proportional to the sum, over the rows, of the children of the
-row's node; a node with one child costs nothing.
+in ``csrc/logprobs_children``. Work is proportional to the sum, over the rows, of the children of
+the row's node; a node with one child costs nothing.
 """
 
 from __future__ import annotations
