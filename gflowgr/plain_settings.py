@@ -7,7 +7,6 @@ has no such number.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Mapping
@@ -50,18 +49,13 @@ def make_plain(settings: Any, *, prefix: str = "", only: frozenset[str] | None =
     Raises:
         ValueError: a field's value is not of its type.
     """
-    hints = _hints(type(settings))
+    hints = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         if only is not None and field.name not in only:
             continue
         value = plain(getattr(settings, field.name))
         checked = _typed(prefix + field.name, value, hints[field.name])
         object.__setattr__(settings, field.name, checked)
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

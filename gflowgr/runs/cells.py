@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .. import files
-from . import ConfigError
+from .config import ConfigError
 from .spec import ExperimentSpec, Method, Track
 
 __all__ = ["BUSY", "Cell", "alone", "cells_of", "check_claims", "claim", "locked"]

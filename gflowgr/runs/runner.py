@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import files
-from . import ConfigError
 from .cells import BUSY, Cell, cells_of, check_claims, locked
+from .config import ConfigError
 from .spec import ExperimentSpec
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import shown
-from . import ConfigError, RunConfig
-from .config import training_arguments
+from .config import ConfigError, RunConfig, training_arguments
 from .yaml_file import apply_override, expand, read_yaml
 
 __all__ = ["ExperimentSpec", "Method", "Track", "Values", "merge", "shipped_specs"]

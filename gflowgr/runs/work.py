@@ -22,9 +22,9 @@ from ..evaluation import Recommender, analyse, measure_calibration
 from ..evaluation.generative import GenerativeRecommender
 from ..models import GFlowModel
 from ..rewards import BehaviourAwareReward, make_signals
-from . import RunConfig
 from .cells import BUSY, Cell, alone, cells_of, claim, locked
 from .claim import claim_data, digest_of
+from .config import RunConfig
 from .generator import check_generator
 from .prepare import (
     Catalogue,

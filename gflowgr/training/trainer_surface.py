@@ -118,9 +118,9 @@ def refuse_arguments(args: TrainingArguments) -> None:
     for name, reason in REFUSED_ARGUMENTS.items():
         if name not in known:  # of another version of transformers
             continue
-        value, default = getattr(args, name), known[name].default
-        if default is MISSING:
-            default = known[name].default_factory()  # type: ignore[misc]
+        value, field = getattr(args, name), known[name]
+        factory = field.default_factory
+        default = field.default if factory is MISSING else factory()
         if value is not None and value != default:
             raise ValueError(f"{name} must be {default!r}: {reason}; got {value!r}")
 
