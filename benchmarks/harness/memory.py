@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.case import Case, Variant
-from benchmarks.harness.cases import build_case
 from benchmarks.harness.checking import FAILURES
 from benchmarks.harness.shapes import AnyShape, read_shape
+from benchmarks.logprobs_dense import build_case
 
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",

@@ -13,7 +13,6 @@ import torch
 from benchmarks.harness import checking, measuring, memory, report
 from benchmarks.harness.bars import judge_bars
 from benchmarks.harness.case import Case, Variant
-from benchmarks.harness.cases import build_case
 from benchmarks.harness.floors import Rates
 from benchmarks.harness.peers import read_peers
 from benchmarks.harness.plots import write_plots
@@ -29,6 +28,7 @@ from benchmarks.harness.shapes import (
     read_shape,
     shape_problem,
 )
+from benchmarks.logprobs_dense import build_case
 from gflowgr import files
 
 _CHECK_SEED = 1

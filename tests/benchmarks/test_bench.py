@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import cases, checking, measuring, memory, peers, report
+from benchmarks import logprobs_dense as cases
+from benchmarks.harness import checking, measuring, memory, peers, report
 from benchmarks.harness.case import Variant
 from benchmarks.harness.floors import Floor, Rates
 from benchmarks.harness.shapes import GROUPS, OPS, read_shape

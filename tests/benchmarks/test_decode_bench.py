@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import measuring, model_cases, report, step_cases
+from benchmarks import beam_step as step_cases
+from benchmarks import search as model_cases
+from benchmarks.harness import measuring, report
 from benchmarks.harness.bars import judge_bars
 from benchmarks.harness.case import Variant
-from benchmarks.harness.cases import build_case
 from benchmarks.harness.constraints import CsrMatrix, DictTrie, packed, prefix_keys, random_tokens
 from benchmarks.harness.judging import Ranking, judge_equal, judge_rankings
 from benchmarks.harness.shapes import GROUPS, read_shape
+from benchmarks.logprobs_dense import build_case
 from gflowgr.cli.main import main
 from gflowgr.tree import PrefixTree
 

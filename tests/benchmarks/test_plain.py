@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import gflowgr
-from benchmarks.harness.cases import build_case
 from benchmarks.harness.inputs import Inputs, catalogue, head_inputs
 from benchmarks.harness.plain import (
     PlainRestriction,
@@ -18,6 +17,7 @@ from benchmarks.harness.plain import (
     whole_reference,
 )
 from benchmarks.harness.shapes import CODES, read_shape
+from benchmarks.logprobs_dense import build_case
 from gflowgr.tree import PrefixTree
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import throughput
+from benchmarks import training as throughput
 from benchmarks.harness.shapes import read_shape
-from benchmarks.harness.throughput import throughput_case
+from benchmarks.training import throughput_case
 from gflowgr.cli.main import main
 
 SHAPE = "sft-small:8x2x50"

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import report, train_step
+from benchmarks import train_step
+from benchmarks.harness import report
 from benchmarks.harness.bars import judge_bars
 from benchmarks.harness.shapes import TrainShape
-from benchmarks.harness.train_step import SeparateForwards, train_step_case
+from benchmarks.train_step import SeparateForwards, train_step_case
 from gflowgr.cli.main import main
 
 Capture = pytest.CaptureFixture[str]

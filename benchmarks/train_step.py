@@ -25,8 +25,8 @@ from benchmarks.harness.checking import TOLERANCES, Check, relative_error
 from benchmarks.harness.constraints import random_tokens
 from benchmarks.harness.floors import Floor
 from benchmarks.harness.inputs import Inputs
-from benchmarks.harness.model_cases import build_model
 from benchmarks.harness.shapes import CODES, LENGTH, TrainShape
+from benchmarks.search import build_model
 from gflowgr.collaborative import SASRec, SASRecConfig
 from gflowgr.data import Dataset, LeaveOneOut, Ragged
 from gflowgr.models import FlowSettings, GFlowModel, TigerConfig, build_tiger

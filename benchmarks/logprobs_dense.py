@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.beam_step import step_case
 from benchmarks.harness import floors, ours, plain
 from benchmarks.harness.case import Case, Variant
 from benchmarks.harness.floors import Floor
 from benchmarks.harness.inputs import Inputs, catalogue, head_inputs, loss_inputs
-from benchmarks.harness.model_cases import score_case, search_case
 from benchmarks.harness.peers import KEYS, PEERS, Peer, Unusable
 from benchmarks.harness.shapes import (
     GROUPS,
@@ -25,10 +25,10 @@ from benchmarks.harness.shapes import (
     TrainShape,
     TreeShape,
 )
-from benchmarks.harness.step_cases import step_case
-from benchmarks.harness.throughput import throughput_case
-from benchmarks.harness.train_step import train_step_case
-from benchmarks.harness.tree_cases import tree_case
+from benchmarks.search import score_case, search_case
+from benchmarks.train_step import train_step_case
+from benchmarks.training import throughput_case
+from benchmarks.tree import tree_case
 from gflowgr.tree import PrefixTree
 
 Forward = Callable[[Inputs], Tensor]
