@@ -1,4 +1,4 @@
-"""Steps of a beam search: from logits (``beam``), or from hidden states (``beam-hidden``).
+"""One step of a constrained beam search, from logits or from hidden states.
 
 A run makes the step at depths 1, 2 and 3 of the tree, each on beams at random nodes of that depth
 and the same logits or states; a time is that of one of the three on average. The first step of a
@@ -8,8 +8,9 @@ search is left out: it has a single row per prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +20,34 @@ from benchmarks.harness.constraints import RandomCatalogue, random_catalogue
 from benchmarks.harness.floors import Floor, one_launch
 from benchmarks.harness.inputs import Inputs
 from benchmarks.harness.judging import SCORE_TOLERANCE, Ranking, judge_rankings
-from benchmarks.harness.shapes import HIDDEN, LENGTH, StepShape
+from benchmarks.harness.registry import Table, register
+from benchmarks.harness.shapes import BEAUTY_ITEMS, CODES, LENGTH, Shape
 from gflowgr import backends
 from gflowgr.ops.beam_step.op import BeamStep, beam_step, beam_step_hidden
 
 DEPTHS = range(1, LENGTH)
+HIDDEN = 512
+"""Width of the states."""
+
 _LARGEST_TRIE = 10_000_000  # 300 bytes an item
+
+
+@dataclass(frozen=True)
+class StepShape(Shape):
+    """A step: prompts, beams, vocabulary, items of a random catalogue."""
+
+    kind: ClassVar[str] = "beam_step"
+    example: ClassVar[str] = "64x20x33124x10m"
+    few: ClassVar[dict[str, int]] = {"prompts": 2, "items": 1000}
+    prompts: int
+    beams: int
+    vocab: int
+    items: int
+
+    def problem(self) -> str | None:
+        """The codebooks must fit into the vocabulary."""
+        least = LENGTH * CODES
+        return f"VOCAB must be at least {least}; got {self.vocab}" if self.vocab < least else None
 
 
 class Kept(NamedTuple):
@@ -39,23 +62,30 @@ class Kept(NamedTuple):
 Step = Callable[[Inputs, int], Kept]
 
 
-def step_case(op: str, shape: StepShape, device: torch.device, peers: tuple[str, ...]) -> Case:
-    """``beam`` or ``beam-hidden``."""
+def _build(
+    table: str,
+    shape: StepShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    peers: tuple[str, ...],
+) -> Case:
     catalogue = random_catalogue(shape.items, shape.vocab, device)
-    hidden = op == "beam-hidden"
+    hidden = table == "beam_step.hidden"
     reference = _hidden_children_step if hidden else _logits_step
     case = Case(
-        op,
+        table,
         shape,
         device,
-        torch.float32,
+        dtype,
         partial(_make_inputs, shape, catalogue, hidden),
         {"float64": partial(_reference, catalogue, partial(reference, catalogue))},
         judge=lambda result, wanted: judge_rankings(_ranking(result, catalogue), wanted),
         tolerance=SCORE_TOLERANCE,
-        uncounted="a step holds little but its result; the structures' bytes are in bench tree",
+        uncounted="a step holds little but its result; the structures' bytes are in tree.build",
     )
     case.notes.append("one step: the mean of those at depths 1, 2 and 3")
+    if hidden:
+        case.notes.append(f"states of width {HIDDEN}")
     case.bare = {"a launch": one_launch} if device.type == "cuda" else {}
     _add_variants(case, catalogue, shape, peers, hidden)
     return case
@@ -83,9 +113,10 @@ def _add_variants(
         case.floors = {"logits": Floor(0.0, nbytes, bare)}
     floor = "children" if hidden else "logits"
     timing = {"trains": False, "scale": 1 / len(DEPTHS)}
-    case.add_ours("beam", partial(_steps, ours), "float64", floor=floor, **timing)
+    name = "beam_step_hidden" if hidden else "beam_step"
+    case.add_ours(name, partial(_steps, ours), "float64", floor=floor, **timing)
     if case.device.type == "cuda":
-        _add_graph(case, ours, floor)
+        _add_graph(case, ours, name, floor)
 
     def add(name: str, family: str, step: Step) -> None:
         forward = partial(_steps, step)
@@ -219,8 +250,8 @@ class GraphedSteps:
         return self._result
 
 
-def _add_graph(case: Case, step: Step, floor: str) -> None:
-    name, op = "gflowgr, CUDA graph", "beam_step_hidden" if floor == "children" else "beam_step"
+def _add_graph(case: Case, step: Step, op: str, floor: str) -> None:
+    name = "gflowgr, CUDA graph"
     chosen = backends.resolve(op, case.device, case.dtype)
     if chosen == "torch":
         case.missing.append((name, f"{op} runs its definition here, which waits for the device"))
@@ -304,3 +335,29 @@ def _logits_first_step(catalogue: RandomCatalogue, inputs: Inputs, depth: int) -
     logits = inputs["hidden"] @ inputs["weight"].T
     found = beam_step(logits, *beams, width=beams[0].shape[1], normalize="children")
     return _kept(found, depth)
+
+
+def _shapes(
+    rows: tuple[tuple[int, int], ...], vocabularies: tuple[int, ...]
+) -> tuple[StepShape, ...]:
+    # Catalogues outermost: one is built, and serves all that follow.
+    return tuple(
+        StepShape(prompts, beams, vocab, items)
+        for vocab in vocabularies
+        for items in (BEAUTY_ITEMS, 1_000_000, 10_000_000)
+        for prompts, beams in rows
+    )
+
+
+_CPU_ROWS = ((1, 10), (8, 20), (64, 20))
+_GPU_ROWS = ((1, 20), (8, 20), (64, 20), (512, 20))
+for _part, _vocabularies in (("logits", (1027, 33124)), ("hidden", (33124,))):
+    register(
+        Table(
+            f"beam_step.{_part}",
+            _build,
+            StepShape,
+            on_cpu=_shapes(_CPU_ROWS, _vocabularies),
+            on_gpu=_shapes(_GPU_ROWS, _vocabularies),
+        )
+    )

@@ -1,4 +1,4 @@
-"""Whole training steps (``step``): SFT, set-wise TB, and TB with a forward per trajectory.
+"""A training step of GFlowGR-TB and its parts, against SFT and a forward per trajectory.
 
 Every variant is a :class:`~gflowgr.training.GFlowGRTrainer` of its own over the same random split,
 and a step is what the trainer does with a collated batch: collaborative scores, sampling, rewards,
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from benchmarks.harness.checking import TOLERANCES, Check, relative_error
 from benchmarks.harness.constraints import random_tokens
 from benchmarks.harness.floors import Floor
 from benchmarks.harness.inputs import Inputs
-from benchmarks.harness.shapes import CODES, LENGTH, TrainShape
-from benchmarks.search import build_model
+from benchmarks.harness.models import build_model
+from benchmarks.harness.registry import Table, register
+from benchmarks.harness.shapes import BEAUTY_ITEMS, CODES, LENGTH, Shape
 from gflowgr.collaborative import SASRec, SASRecConfig
 from gflowgr.data import Dataset, LeaveOneOut, Ragged
 from gflowgr.models import FlowSettings, GFlowModel, TigerConfig, build_tiger
@@ -36,16 +37,37 @@ from gflowgr.training import GFlowGRConfig, GFlowGRTrainer
 from gflowgr.training.flow_inputs import sample_request
 from gflowgr.tree import PrefixTree
 
-__all__ = ["SeparateForwards", "train_step_case"]
+__all__ = ["SeparateForwards"]
 
 _CHECKED = 8  # prompts whose loss and gradients are compared in float64
 _DRAWS = 4  # users per prompt of a batch: each round draws others
 _SEED = 0
-_OURS, _SFT = "gflowgr, TB", "SFT"
+OURS, SFT, SEPARATE = "gflowgr, TB", "SFT", "TB, a forward per trajectory"
 
 Outcome = Callable[[], tuple[Tensor, Tensor]]
 """Of a step's batch, without dropout: the loss as it is computed, and the gradient of all weights
 as one vector, in float64: a ReLU that rounding turns over changes a gradient by a thousandth."""
+
+
+@dataclass(frozen=True)
+class StepShape(Shape):
+    """A step: a model, prompts, tokens of a prompt's history, trajectories of each, items."""
+
+    kind: ClassVar[str] = "train_step"
+    models: ClassVar[tuple[str, ...]] = ("t5", "qwen3")
+    example: ClassVar[str] = "128x80x4x12101"
+    few: ClassVar[dict[str, int]] = {"prompts": 2}
+    model: str
+    prompts: int
+    source: int
+    trajectories: int
+    items: int
+
+    def problem(self) -> str | None:
+        """A history is whole items."""
+        if self.source % LENGTH:
+            return f"SOURCE must be a multiple of {LENGTH}; got {self.source}"
+        return None
 
 
 class SeparateForwards(GFlowModel):
@@ -68,7 +90,7 @@ class SeparateForwards(GFlowModel):
 class _World:
     """What all variants of a case share."""
 
-    shape: TrainShape
+    shape: StepShape
     device: torch.device
     split: LeaveOneOut
     collaborative: SASRec
@@ -76,7 +98,7 @@ class _World:
     full: np.ndarray  # examples whose history fills the prompt
 
     @classmethod
-    def build(cls, shape: TrainShape, device: torch.device) -> _World:
+    def build(cls, shape: StepShape, device: torch.device) -> _World:
         history = shape.source // LENGTH
         users = _DRAWS * shape.prompts
         events = history + 3  # a target behind the full history; then validation and test
@@ -222,24 +244,28 @@ class _Trainer:
         return found | {"forward": forward, "forward, backward": both, "optimiser": update}
 
 
-def train_step_case(
-    op: str, shape: TrainShape, device: torch.device, peers: tuple[str, ...]
+def _build(
+    table: str,
+    shape: StepShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    peers: tuple[str, ...],
 ) -> Case:
     """SFT, TB and TB by separate forwards; the parts of the first two as bare operations."""
     world = _World.build(shape, device)
     sft, tb = _Trainer(world, GFlowModel, "sft"), _Trainer(world, GFlowModel, "tb")
     separate = _Trainer(world, SeparateForwards, "tb")
     case = Case(
-        op,
+        table,
         shape,
         device,
-        torch.float32,
+        dtype,
         partial(_draw, world, (tb, sft)),
         {"SFT, float64": sft.reference, "separate forwards, float64": separate.reference},
         judge=_judge,
-        tolerance=TOLERANCES[torch.float32],
+        tolerance=TOLERANCES[dtype],
     )
-    for row, trainer in ((_OURS, tb), (_SFT, sft)):
+    for row, trainer in ((OURS, tb), (SFT, sft)):
         for part, run in trainer.parts().items():
             case.bare[f"{row}: {part}"] = run
             case.parts[f"{row}: {part}"] = row
@@ -248,9 +274,9 @@ def train_step_case(
         f"{min(_CHECKED, shape.prompts)} prompts, without dropout; learning rates are 0"
     )
     rows = (
-        (_OURS, "", tb, "separate forwards, float64"),
-        (_SFT, "sft", sft, "SFT, float64"),
-        ("TB, a forward per trajectory", "separate", separate, "separate forwards, float64"),
+        (OURS, "", tb, "separate forwards, float64"),
+        (SFT, "sft", sft, "SFT, float64"),
+        (SEPARATE, "separate", separate, "separate forwards, float64"),
     )
     one = Inputs({k: v[:1] for k, v in case.make_inputs(_SEED).tensors.items()})
     weights = float(sum(p.numel() * p.element_size() for p in sft.model.parameters()))
@@ -289,8 +315,18 @@ def _flops(trainer: _Trainer, one: Inputs) -> float:
     return float(counter.get_total_flops())
 
 
-def _vocabulary(shape: TrainShape) -> IdentifierVocabulary:
+def _vocabulary(shape: StepShape) -> IdentifierVocabulary:
     sizes = (CODES,) * LENGTH
     if shape.model == "t5":
         return IdentifierVocabulary(sizes)
     return IdentifierVocabulary(sizes, offset=3, eos_token=2)
+
+
+def _shapes(times: int) -> tuple[StepShape, ...]:
+    return (
+        StepShape("t5", 128 * times, 80, 4, BEAUTY_ITEMS),
+        StepShape("qwen3", 32 * times, 256, 4, BEAUTY_ITEMS),
+    )
+
+
+register(Table("train_step", _build, StepShape, on_cpu=_shapes(1), on_gpu=_shapes(8)))

@@ -1,4 +1,4 @@
-"""Supervised training end to end (``train``): ours against the plain ``transformers.Trainer``.
+"""Supervised training end to end, against the plain ``transformers.Trainer``; GFlowGR-TB's cost.
 
 Every variant trains a copy of the same T5 once over the same examples: batches of as many prompts,
 as many steps. The clock runs around ``trainer.train()`` and so around everything: order, collation,
@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from benchmarks.harness.checking import Check, relative_error
 from benchmarks.harness.constraints import random_tokens
 from benchmarks.harness.floors import Floor
 from benchmarks.harness.inputs import Inputs
-from benchmarks.harness.shapes import CODES, LENGTH, ThroughputShape
+from benchmarks.harness.registry import Table, register
+from benchmarks.harness.shapes import BEAUTY_ITEMS, CODES, LENGTH, Shape
 from gflowgr.collaborative import SASRec, SASRecConfig
 from gflowgr.data import Dataset, LeaveOneOut, Ragged
 from gflowgr.models import FlowSettings, GFlowModel, IdentifierVocabulary, TigerConfig, build_tiger
@@ -34,8 +35,6 @@ from gflowgr.models.dense_attention import use_dense_attention
 from gflowgr.training import GFlowGRConfig, GFlowGRTrainer
 from gflowgr.training.batches import PromptCollator
 from gflowgr.tree import PrefixTree
-
-__all__ = ["throughput_case"]
 
 _HISTORY = 20
 _SEED = 0
@@ -57,16 +56,35 @@ _BEAUTY_EVENTS = (
 
 
 @dataclass(frozen=True)
+class TrainingShape(Shape):
+    """A whole training: sizes of T5, prompts of a step, steps, items."""
+
+    kind: ClassVar[str] = "training"
+    models: ClassVar[tuple[str, ...]] = tuple(_SIZES)
+    example: ClassVar[str] = "128x16x12101"
+    few: ClassVar[dict[str, int]] = {"steps": 2}
+    model: str
+    prompts: int
+    steps: int
+    items: int
+
+    @property
+    def examples(self) -> int:
+        """Of all steps."""
+        return self.prompts * self.steps
+
+
+@dataclass(frozen=True)
 class _World:
     """What all variants share."""
 
-    shape: ThroughputShape
+    shape: TrainingShape
     device: torch.device
     model: GFlowModel  # where all start
     collaborative: SASRec
 
     @classmethod
-    def build(cls, shape: ThroughputShape, device: torch.device) -> _World:
+    def build(cls, shape: TrainingShape, device: torch.device) -> _World:
         vocabulary = IdentifierVocabulary((CODES,) * LENGTH)
         tokens = torch.from_numpy(random_tokens(shape.items, vocabulary.offset))
         backbone = build_tiger(vocabulary, _SIZES[shape.model], seed=_SEED)
@@ -210,22 +228,27 @@ class _Plain(_Row):
         return loss * LENGTH  # theirs is the mean over tokens
 
 
-def throughput_case(
-    op: str, shape: ThroughputShape, device: torch.device, peers: tuple[str, ...]
+def _build(
+    table: str,
+    shape: TrainingShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    peers: tuple[str, ...],
 ) -> Case:
     """SFT by our trainer as it is and in float32, by the plain Trainer, and our GFlowGR-TB."""
     world = _World.build(shape, device)
     plain = _Plain(world)
     case = Case(
-        op,
+        table,
         shape,
         device,
-        torch.float32,
+        dtype,
         lambda seed: Inputs({"seed": torch.tensor(seed)}),
         {"transformers, float64": partial(_reference, world, plain)},
         judge=_judge,
         tolerance=_LIMITS["float32"],
         uncounted="a whole training holds what its framework holds",
+        examples=shape.examples,
     )
     rows: list[tuple[str, str, _Row]] = [
         ("gflowgr, SFT", "", _Ours(world, "sft")),
@@ -304,3 +327,14 @@ def _flops(world: _World) -> float:
             ).loss.backward()
         total += count * float(counter.get_total_flops())
     return total
+
+
+register(
+    Table(
+        "training",
+        _build,
+        TrainingShape,
+        on_cpu=(TrainingShape("small", 128, 16, BEAUTY_ITEMS),),
+        on_gpu=(TrainingShape("tiger", 1024, 64, BEAUTY_ITEMS),),
+    )
+)

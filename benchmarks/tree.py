@@ -1,4 +1,4 @@
-"""The prefix tree: build it, walk it, find what is available in it, save and load it.
+"""The prefix tree: build it, walk it, find the available nodes, save and load it (CPU only).
 
 Random identifiers of 4 tokens, 256 codes a level (the worst case: real catalogues share more
 prefixes). All of it runs on the CPU.
@@ -7,8 +7,9 @@ prefixes). All of it runs on the CPU.
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,8 @@ from benchmarks.harness.constraints import (
 from benchmarks.harness.floors import Floor
 from benchmarks.harness.inputs import Inputs
 from benchmarks.harness.judging import judge_equal
-from benchmarks.harness.shapes import CODES, LENGTH, TreeShape
+from benchmarks.harness.registry import Table, register
+from benchmarks.harness.shapes import BEAUTY_ITEMS, CODES, LENGTH, Shape
 from gflowgr.tree import PrefixTree
 from gflowgr.tree import build as _tree_build
 from gflowgr.tree.layout import build_numpy
@@ -38,6 +40,16 @@ _VOCAB = LENGTH * CODES  # nothing but codes
 _WALKS = 1_000_000
 _AVAILABLE = 0.2
 _SLOW_ITEMS = 1_000_000  # what is built in Python or NumPy is not tried on more
+
+
+@dataclass(frozen=True)
+class TreeShape(Shape):
+    """A catalogue of random identifiers."""
+
+    kind: ClassVar[str] = "tree"
+    example: ClassVar[str] = "10m"
+    few: ClassVar[dict[str, int]] = {"items": 1000}
+    items: int
 
 
 class Structure(Protocol):
@@ -52,15 +64,16 @@ class Structure(Protocol):
         """Bytes, the map from leaves to items apart."""
 
 
-def tree_case(op: str, shape: TreeShape, peers: tuple[str, ...]) -> Case:
-    """One of the ops of group ``tree``."""
-    make = {
-        "tree-build": _build_case,
-        "tree-walk": _walk_case,
-        "tree-available": _available_case,
-        "tree-files": _files_case,
-    }[op]
-    return make(Case(op, shape, _CPU, torch.float32, lambda seed: Inputs({}), {}), shape, peers)
+def _build(
+    table: str,
+    shape: TreeShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    peers: tuple[str, ...],
+) -> Case:
+    case = Case(table, shape, _CPU, dtype, lambda seed: Inputs({}), {})
+    case.notes.append(f"random identifiers of {LENGTH} tokens, {CODES} codes a level")
+    return _PARTS[table.partition(".")[2]](case, shape, peers)
 
 
 # ---- build ----
@@ -145,7 +158,9 @@ def _walk_case(case: Case, shape: TreeShape, peers: tuple[str, ...]) -> Case:
     case.make_inputs, case.judge, case.tolerance = make_inputs, judge_equal, 0.0
     case.references = {"ranks": reference}
     case.notes.append(f"{count:,} walks from the root to a leaf")
-    case.add_ours("walk", lambda inputs: items.tree.walk(inputs["tokens"]), "ranks", trains=False)
+    case.add_ours(
+        "tree_walk", lambda inputs: items.tree.walk(inputs["tokens"]), "ranks", trains=False
+    )
     return case
 
 
@@ -216,3 +231,21 @@ def _files_case(case: Case, shape: TreeShape, peers: tuple[str, ...]) -> Case:
     ):
         case.variants.append(Variant(name, "", run, "tree", floor, trains=False))
     return case
+
+
+_PARTS = {
+    "build": _build_case,
+    "walk": _walk_case,
+    "available": _available_case,
+    "files": _files_case,
+}
+
+for _part in _PARTS:
+    register(
+        Table(
+            f"tree.{_part}",
+            _build,
+            TreeShape,
+            on_cpu=tuple(TreeShape(items) for items in (BEAUTY_ITEMS, 1_000_000, 10_000_000)),
+        )
+    )

@@ -1,36 +1,73 @@
-"""What the decode, tree and training benchmarks are to reach on a CPU of two threads."""
+"""Bars: the figures that are to be reached on a CPU of two threads, as one table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from benchmarks.harness.shapes import (
-    AnyShape,
-    ScoreShape,
-    SearchShape,
-    StepShape,
-    ThroughputShape,
-    TrainShape,
-    TreeShape,
-    default_shapes,
-    read_shape,
-)
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from benchmarks.harness.report import Row
+    from benchmarks.harness.report import BenchRow
 
-_ROWS = "64x20"  # what the figures of a step are for
-_FLAT = 1.5
+
+class Wanted(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        table: name of the benchmark's table.
+        shape: a pattern of shapes as they are written; ``*``, ``?`` and ``[18]`` as in file names.
+        dtype: name of the dtype.
+        figure: "ms", "seconds", "bytes per item"; "faster, FAMILY" and "memory, FAMILY", as the
+            tables' columns; "time, FAMILY", the inverse of "faster"; "slowest over fastest", over
+            the shapes that match.
+        sign, bar: "<=" or ">=", and the limit.
+        variant: ours that is judged; "": the fastest.
+    """
+
+    table: str
+    shape: str
+    dtype: str
+    figure: str
+    sign: str
+    bar: float
+    variant: str = ""
+
+
+# fmt: off
+BARS = tuple(Wanted(*row) for row in (
+    ("beam_step.logits", "beam_step:64x20x1027x*", "float32", "ms", "<=", 0.7),
+    ("beam_step.logits", "beam_step:64x20x1027x*", "float32", "slowest over fastest", "<=", 1.5),
+    ("beam_step.logits", "beam_step:64x20x33124x*", "float32", "faster, csr", ">=", 3.0),
+    ("beam_step.logits", "beam_step:64x20x33124x*", "float32", "faster, transformers", ">=", 20.0),
+    ("beam_step.logits", "beam_step:64x20x33124x*", "float32", "slowest over fastest", "<=", 1.5),
+    ("beam_step.hidden", "beam_step:64x20x33124x*", "float32", "faster, logits", ">=", 20.0),
+    ("search", "search-t5:1x60x20x12101", "float32", "faster, transformers", ">=", 5.0),
+    ("search", "search-t5:64x60x20x12101", "float32", "faster, transformers", ">=", 8.0),
+    ("search", "search-t5:*x60x20x12101", "float32", "memory, transformers", "<=", 1 / 3),
+    ("search", "search-gpt2:[18]x512x20x12101", "float32", "faster, transformers", ">=", 4.0),
+    ("search", "search-gpt2:[18]x512x20x12101", "float32", "memory, transformers", "<=", 1 / 3),
+    ("search", "search-qwen3:[18]x512x20x12101", "float32", "faster, transformers", ">=", 4.0),
+    ("search", "search-qwen3:[18]x512x20x12101", "float32", "memory, transformers", "<=", 1 / 3),
+    ("catalogue_scores", "catalogue_scores:4x60x12101", "float32", "faster, pairs", ">=", 30.0),
+    ("tree.build", "tree:??m", "float32", "bytes per item", "<=", 5.0),
+    ("tree.build", "tree:??m", "float32", "seconds", "<=", 2.0),
+    ("tree.build", "tree:???m", "float32", "bytes per item", "<=", 2.0),
+    ("tree.build", "tree:???m", "float32", "seconds", "<=", 15.0),
+    ("tree.files", "tree:*??m", "float32", "ms", "<=", 10.0, "load, memory-mapped"),
+    ("train_step", "train_step-t5:128x80x4x12101", "float32", "time, sft", "<=", 1.15),
+    ("train_step", "train_step-qwen3:32x256x4x12101", "float32", "time, sft", "<=", 1.15),
+    ("training", "training-small:128x16x12101", "float32", "faster, transformers", ">=", 3.0),
+))
+# fmt: on
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One figure to reach.
+    """A figure that was measured and its limit.
 
     Attributes:
-        what: the op and its shape, and what is measured.
+        what: table, shape and figure.
         measured, wanted: the figure and its limit.
         most: the limit is an upper one; otherwise a lower one.
         contended: other work disturbed the run.
@@ -58,86 +95,59 @@ class Bar:
         return f"{state}: {self.what} {self.measured:.3g}, {sign} {self.wanted:.3g}{end}"
 
 
-def judge_bars(rows: Sequence[Row]) -> list[Bar]:
-    """Those that the rows can tell. Ours is its fastest variant; what is not right has no time."""
-    best: dict[tuple[str, str], Row] = {}
-    mapped: dict[str, Row] = {}
-    for row in rows:
-        if row.family or row.ms is None or row.device != "cpu":
+def judge_bars(rows: Sequence[BenchRow], wanted: Sequence[Wanted] = BARS) -> list[Bar]:
+    """The bars that the rows can tell, in the order of ``wanted``.
+
+    Ours is its fastest variant at a shape; what is wrong has no time, and no bar.
+    """
+    found = []
+    for each in wanted:
+        best: dict[str, BenchRow] = {}
+        for row in rows:
+            if _matches(row, each):
+                fastest = best.setdefault(row.shape, row)
+                if (row.ms or 0.0) < (fastest.ms or 0.0):
+                    best[row.shape] = row
+        if each.figure == "slowest over fastest":
+            found += _spread(each, list(best.values()))
             continue
-        if row.variant == "load, memory-mapped":
-            mapped[row.shape] = row
-        key = (row.op, row.shape)
-        if key not in best or row.ms < (best[key].ms or 0.0):
-            best[key] = row
-    found = []
-    for (op, name), row in best.items():
-        found += _bars(op, read_shape(name), mapped.get(name, row))
-    return found + _flat(best)
-
-
-def _bars(op: str, shape: AnyShape, row: Row) -> list[Bar]:
-    found = []
-
-    def add(what: str, measured: float | None, wanted: float, *, most: bool = False) -> None:
-        if measured is not None:
-            text = f"{op}, {shape.name}: {what}"
-            found.append(Bar(text, measured, wanted, most, row.contended))
-
-    ms = row.ms or 0.0
-    if isinstance(shape, StepShape):
-        _step_bars(op, shape, row, add)
-    elif isinstance(shape, SearchShape) and shape in default_shapes(op, "cpu"):
-        wanted = {1: 5.0, 64: 8.0}.get(shape.prompts, 0.0) if shape.model == "t5" else 4.0
-        if wanted:
-            add("times faster than generate", row.speedup_transformers, wanted)
-        add("of the memory of generate", row.memory_transformers, 1 / 3, most=True)
-    elif isinstance(shape, ScoreShape) and shape in default_shapes(op, "cpu"):
-        add("times faster than a row per item", row.speedup_pairs, 30.0)
-    elif isinstance(shape, TreeShape) and shape.items >= 10_000_000:
-        large = shape.items >= 100_000_000
-        if op == "tree-build":
-            add("bytes per item", row.bytes_per_item, 2.0 if large else 5.0, most=True)
-            add("seconds", ms / 1e3, 15.0 if large else 2.0, most=True)
-        elif op == "tree-files":
-            add("ms to load by memory-map", ms, 10.0, most=True)
-    elif isinstance(shape, TrainShape) and shape in default_shapes(op, "cpu") and row.speedup_sft:
-        add("times the cost of an SFT step", 1 / row.speedup_sft, 1.15, most=True)
-    elif isinstance(shape, ThroughputShape) and shape in default_shapes(op, "cpu"):
-        rate = shape.examples / (ms / 1e3) if ms else 0.0
-        add(f"{rate:,.0f} examples/s, times the plain Trainer's", row.speedup_transformers, 3.0)
+        for shape, row in best.items():
+            measured = _figure(row, each.figure)
+            if measured is not None:
+                found.append(_bar(each, shape, measured, row.contended))
     return found
 
 
-def _step_bars(op: str, shape: StepShape, row: Row, add: Callable[..., None]) -> None:
-    if not _full(shape):
-        return
-    if op == "beam-hidden":
-        if shape.vocab == 33124:
-            add("times faster than all logits first", row.speedup_logits, 20.0)
-    elif shape.vocab == 1027:
-        add("ms", row.ms, 0.7, most=True)
-    elif shape.vocab == 33124:
-        add("times faster than CSR", row.speedup_csr, 3.0)
-        add("times faster than transformers", row.speedup_transformers, 20.0)
+def _matches(row: BenchRow, wanted: Wanted) -> bool:
+    ours = not row.family and row.ms is not None and row.device == "cpu"
+    return (
+        ours
+        and (row.op, row.dtype) == (wanted.table, wanted.dtype)
+        and fnmatchcase(row.shape, wanted.shape)
+        and wanted.variant in ("", row.variant)
+    )
 
 
-def _full(shape: StepShape) -> bool:
-    return f"{shape.prompts}x{shape.beams}" == _ROWS
+def _figure(row: BenchRow, figure: str) -> float | None:
+    what, _, family = figure.partition(", ")
+    if what in ("ms", "seconds"):
+        return None if row.ms is None else row.ms / (1e3 if what == "seconds" else 1.0)
+    if what == "bytes per item":
+        return row.bytes_per_item
+    ratio = row.ratios.get(family)
+    if ratio is None:
+        return None
+    return {"faster": ratio.speedup, "time": 1 / ratio.speedup, "memory": ratio.memory}[what]
 
 
-def _flat(best: dict[tuple[str, str], Row]) -> list[Bar]:
-    """The slowest catalogue over the fastest, where a step was measured on several."""
-    groups: dict[int, list[Row]] = {}
-    for (op, name), row in best.items():
-        shape = read_shape(name)
-        if op == "beam" and isinstance(shape, StepShape) and _full(shape):
-            groups.setdefault(shape.vocab, []).append(row)
-    found = []
-    for vocab, members in groups.items():
-        times = [row.ms for row in members if row.ms]
-        if len(times) > 1:
-            what = f"beam, {_ROWS}, V {vocab}: the slowest catalogue over the fastest"
-            contended = any(row.contended for row in members)
-            found.append(Bar(what, max(times) / min(times), _FLAT, True, contended))
-    return found
+def _spread(wanted: Wanted, rows: list[BenchRow]) -> list[Bar]:
+    times = [row.ms for row in rows if row.ms]
+    if len(times) < 2:
+        return []
+    contended = any(row.contended for row in rows)
+    return [_bar(wanted, wanted.shape, max(times) / min(times), contended)]
+
+
+def _bar(wanted: Wanted, shape: str, measured: float, contended: bool) -> Bar:
+    what = f"{wanted.table}, {shape}: {wanted.figure}"
+    return Bar(what, measured, wanted.bar, wanted.sign == "<=", contended)

@@ -11,7 +11,7 @@ import torch
 from benchmarks.harness import ours
 from benchmarks.harness.floors import Bare, Floor
 from benchmarks.harness.inputs import Inputs, MakeInputs
-from benchmarks.harness.shapes import AnyShape
+from benchmarks.harness.shapes import Shape
 
 if TYPE_CHECKING:
     from benchmarks.harness.checking import Check
@@ -26,8 +26,8 @@ class Variant:
 
     Attributes:
         name: unique in the case.
-        family: what a peer competes in, see ``report.FAMILIES``; "" for ours, which compete with
-            every family.
+        family: what a peer competes in, such as "csr"; "" for ours, which compete with every
+            family of their case.
         forward: what is timed; of an op that trains, the forward pass.
         reference: key of the case's references.
         floor: key of the case's floors; None: no floor is known for what it computes.
@@ -68,18 +68,20 @@ class Variant:
 
 @dataclass
 class Case:
-    """An op at a shape, on a device, in a dtype.
+    """A table at a shape, on a device, in a dtype.
 
     Attributes:
+        op: name of the table.
         judge: compares a result with its reference; None: result and gradients, in norm.
         tolerance: the judge's; None: that of the dtype.
         missing: (variant, why it is left out).
         uncounted: why memory is not counted; "": it is.
+        examples: what a run trains on; 0: nothing is counted.
         parts: bare operations that are a part of a variant's work, by name, and the variant's name.
     """
 
     op: str
-    shape: AnyShape
+    shape: Shape
     device: torch.device
     dtype: torch.dtype
     make_inputs: MakeInputs
@@ -92,20 +94,25 @@ class Case:
     judge: Judge | None = None
     tolerance: float | None = None
     uncounted: str = ""
+    examples: int = 0
     parts: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         """What the tables are headed with."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.op}, {self.shape.name}, {dtype} ({self.shape.sizes(self.op)})"
+        return f"{self.op}, {self.shape.label}, {dtype} ({self.shape.sizes(self.op)})"
 
     def add_ours(
-        self, group: str, forward: Callable[[Inputs], Any], reference: str, **more: Any
+        self, ops: str, forward: Callable[[Inputs], Any], reference: str, **more: Any
     ) -> None:
-        """A variant for each of our backends that runs here; the others in :attr:`missing`."""
+        """A variant for each of our backends that runs here; the others in :attr:`missing`.
+
+        ``ops`` is what the names of the registered ops begin with; ``suffix`` comes behind the
+        variant's name; ``more`` is the variant's.
+        """
         suffix = more.pop("suffix", "")
-        found, missing = ours.usable_backends(group, self.device, self.dtype)
+        found, missing = ours.usable_backends(ops, self.device, self.dtype)
         for backend in found:
             name = ours.variant_name(backend) + suffix
             self.variants.append(Variant(name, "", forward, reference, backend=backend, **more))

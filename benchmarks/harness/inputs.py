@@ -1,4 +1,4 @@
-"""Random inputs of a case, new for every seed, and the tree that the tree cases restrict to."""
+"""Random inputs of a case, new for every seed, and the identifiers that trees are made of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness.shapes import CODES, Shape
+from benchmarks.harness.shapes import CODES, LossShape
 
 # Distinct prefixes of Beauty's published identifiers, level by level.
 _BEAUTY_PREFIXES = (197, 7931, 11696, 12088)
@@ -53,7 +53,7 @@ MakeInputs = Callable[[int], Inputs]
 
 
 def head_inputs(
-    shape: Shape,
+    shape: LossShape,
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -98,29 +98,6 @@ def head_inputs(
     return make
 
 
-def loss_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, kind: str) -> MakeInputs:
-    """Inputs of a pure reduction: log-probabilities and log Z (tb) or flows (db, subtb)."""
-    trajectories = (shape.B, shape.N)
-
-    def make(seed: int) -> Inputs:
-        g = torch.Generator(device).manual_seed(seed)
-
-        def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=g, device=device).mul_(2.0).to(dtype)
-
-        tensors = {
-            "log_pf": (-normal(*trajectories, shape.L).abs()).requires_grad_(),
-            "log_reward": normal(*trajectories),
-        }
-        if kind == "tb":
-            tensors["log_z"] = normal(shape.B).requires_grad_()
-        elif kind != "vargrad":
-            tensors["log_flow"] = normal(*trajectories, shape.L).requires_grad_()
-        return Inputs(tensors)
-
-    return make
-
-
 @dataclass(frozen=True)
 class Catalogue:
     """Distinct identifiers as tokens of the head, and where they come from."""
@@ -129,7 +106,7 @@ class Catalogue:
     source: str
     _device: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
-    def draw(self, shape: Shape, device: torch.device) -> Callable[[torch.Generator], Tensor]:
+    def draw(self, shape: LossShape, device: torch.device) -> Callable[[torch.Generator], Tensor]:
         """Trajectories [B, N, L]: items drawn uniformly."""
         if device not in self._device:
             self._device[device] = torch.from_numpy(self.tokens).to(device)
@@ -142,7 +119,7 @@ class Catalogue:
         return tokens
 
 
-def catalogue(shape: Shape) -> Catalogue:
+def catalogue(shape: LossShape) -> Catalogue:
     """Beauty's published identifiers as tokens of this head, or random ones of the same shape.
 
     Taken from ``$GFLOWGR_DATA/Beauty``, else from ``shared/data/Beauty`` beside the source tree.

@@ -26,8 +26,8 @@ import torch
 
 from benchmarks.harness.case import Case, Variant
 from benchmarks.harness.checking import FAILURES
-from benchmarks.harness.shapes import AnyShape, read_shape
-from benchmarks.logprobs_dense import build_case
+from benchmarks.harness.registry import build_case, read_shape
+from benchmarks.harness.shapes import Shape
 
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -36,6 +36,7 @@ _ENVIRONMENT = {
     "MKL_DISABLE_FAST_MM": "1",
 }
 _SEED = 999
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def peak_extra_bytes(
@@ -54,10 +55,10 @@ def peak_extra_bytes(
         "peers": peers,
         "threads": torch.get_num_threads(),
     }
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path}
     command = [sys.executable, "-m", "benchmarks.harness.memory", json.dumps(request)]
-    done = subprocess.run(
-        command, env={**os.environ, **_ENVIRONMENT}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         return None, lines[-1] if lines else f"the process ended with {done.returncode}"
@@ -82,7 +83,7 @@ def _count(request: dict[str, object]) -> int:
     device, dtype = torch.device("cpu"), getattr(torch, str(request["dtype"]))
     peers: tuple[str, ...] = tuple(request["peers"])  # type: ignore[arg-type]
 
-    def find(size: AnyShape) -> tuple[Case, Variant]:
+    def find(size: Shape) -> tuple[Case, Variant]:
         case = build_case(str(request["op"]), size, device, dtype, peers)
         named = {v.name: v for v in case.variants}
         if request["variant"] not in named:

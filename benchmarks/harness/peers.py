@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness import plain
+from benchmarks.harness.case import Case, Variant
+from benchmarks.harness.inputs import Inputs
 from benchmarks.harness.plain import LogProbs, log_softmax_gather
 
 # Its own rules for the chunk collapse to a few rows where V is large and T small.
@@ -107,18 +110,24 @@ def _liger_chunked(device: torch.device, dtype: torch.dtype) -> LogProbs:
     return run
 
 
-def _trl(device: torch.device, dtype: torch.dtype) -> LogProbs:
+def trl_log_softmax() -> Callable[[Tensor, Tensor], Tensor]:
+    """trl's (logits [T, V], tokens [T]) -> log-probabilities [T]; raises Unusable."""
     function = getattr(_module("trl.trainer.utils", "trl"), "selective_log_softmax", None)
     if function is None:
         raise Unusable("this trl has no trl.trainer.utils.selective_log_softmax")
 
-    def run(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def run(logits: Tensor, tokens: Tensor) -> Tensor:
         # It loops over the first dimension: pieces of 64 rows keep the loop short, its memory low.
-        pieces = 64 if len(targets) % 64 == 0 else len(targets)
-        logits = (hidden @ weight.T).unflatten(0, (-1, pieces))
-        return function(logits, targets.view(-1, pieces)).flatten().float()
+        pieces = 64 if len(tokens) % 64 == 0 else len(tokens)
+        found: Tensor = function(logits.unflatten(0, (-1, pieces)), tokens.view(-1, pieces))
+        return found.flatten().float()
 
     return run
+
+
+def _trl(device: torch.device, dtype: torch.dtype) -> LogProbs:
+    function = trl_log_softmax()
+    return lambda hidden, weight, targets: function(hidden @ weight.T, targets)
 
 
 PEERS = (
@@ -143,7 +152,37 @@ def read_peers(names: list[str] | None) -> tuple[str, ...]:
         return ()
     for name in names:
         if name not in KEYS:
-            raise ValueError(
-                f"peer {name!r} is unknown; expected none, or any of {', '.join(KEYS)}"
-            )
+            raise ValueError(f"peer must be none, or any of {', '.join(KEYS)}; got {name!r}")
     return tuple(key for key in KEYS if key in names)
+
+
+def add_vocabulary_peers(
+    case: Case, peers: tuple[str, ...], *, loss: bool, floor: str | None
+) -> None:
+    """Add the wanted ones to a case from hidden states; ``loss`` puts the plain loss on each."""
+    for peer in PEERS:
+        if peer.key not in peers:
+            continue
+        try:
+            forward = _forward(peer, case, loss=loss)
+        except Unusable as reason:
+            case.missing.append((peer.name, str(reason)))
+            continue
+        case.variants.append(
+            Variant(peer.name, "vocabulary", forward, "vocabulary", floor, compiles=peer.compiles)
+        )
+
+
+def _forward(peer: Peer, case: Case, *, loss: bool) -> Callable[[Inputs], Tensor]:
+    logprobs = peer.make(case.device, case.dtype)
+
+    def whole(
+        hidden: Tensor, weight: Tensor, tokens: Tensor, log_reward: Tensor, log_z: Tensor
+    ) -> Tensor:
+        flat = logprobs(hidden.flatten(0, -2), weight, tokens.flatten())
+        log_pf = flat.view(tokens.shape)
+        return plain.tb_nll_loss(log_pf, log_reward, log_z) if loss else log_pf
+
+    run = torch.compile(whole, dynamic=False) if peer.compile else whole
+    names = ("hidden", "weight", "tokens", "log_reward", "log_z")
+    return lambda inputs: run(*(inputs[name] for name in names))

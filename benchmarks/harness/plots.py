@@ -11,14 +11,14 @@ from gflowgr import files
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from benchmarks.harness.report import Row
+    from benchmarks.harness.report import BenchRow
 
 # Okabe and Ito's blue for ours, their orange for peers: told apart in grey print, too.
 _OURS, _PEER = "#0072B2", "#E69F00"
 _COLUMNS = 2
 
 
-def write_plots(folder: Path, summaries: list[dict[str, Any]], rows: list[Row]) -> list[Path]:
+def write_plots(folder: Path, summaries: list[dict[str, Any]], rows: list[BenchRow]) -> list[Path]:
     """``time.png`` and ``memory.png`` of what was measured; says so if matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
@@ -46,7 +46,7 @@ def write_plots(folder: Path, summaries: list[dict[str, Any]], rows: list[Row]) 
     return written
 
 
-def _height(row: Row, key: str, floor: float | None) -> float | None:
+def _height(row: BenchRow, key: str, floor: float | None) -> float | None:
     if key == "over_floor" and row.over_floor is None and row.ms is not None and floor:
         return row.ms / floor
     value = getattr(row, key)

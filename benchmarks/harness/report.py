@@ -8,10 +8,10 @@ import os
 import platform
 import shlex
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,24 +20,33 @@ from benchmarks.harness.case import Case, Variant
 from benchmarks.harness.checking import TOLERANCES, Check
 from benchmarks.harness.floors import Rates
 from benchmarks.harness.measuring import Times, quartiles
-from benchmarks.harness.shapes import GROUPS
 from gflowgr import __version__, files
+from gflowgr.report.info import collect_info
+from gflowgr.report.tables import align_table
 
 _PACKAGES = ("triton", "cut-cross-entropy", "liger-kernel", "trl", "transformers", "numpy")
 _MIB = 2**20
 
 
+class Ratio(NamedTuple):
+    """A row over the fastest peer of a family: times faster, and the multiple of its memory."""
+
+    peer: str
+    speedup: float
+    memory: float | None
+
+
 @dataclass
-class Row:
+class BenchRow:
     """One variant of one case. Times in milliseconds, memory in MiB; None: not known."""
 
-    op: str
+    op: str  # name of the table
     shape: str
     sizes: str
     dtype: str
     device: str
     variant: str
-    family: str  # see cases.Variant
+    family: str  # see case.Variant
     floor: str  # which of the case's floors; "": none is known
     status: str  # see checking.Check
     reason: str
@@ -57,65 +66,21 @@ class Row:
     tflops: float | None = None
     gb_per_s: float | None = None
     contended: bool = False
-    # Over the fastest peer of each family: how many times faster, and its memory's multiple.
-    fastest_vocabulary_peer: str = ""
-    speedup_vocabulary: float | None = None
-    memory_vocabulary: float | None = None
-    fastest_restricted_peer: str = ""
-    speedup_restricted: float | None = None
-    memory_restricted: float | None = None
-    fastest_reduction_peer: str = ""
-    speedup_reduction: float | None = None
-    memory_reduction: float | None = None
-    fastest_csr_peer: str = ""
-    speedup_csr: float | None = None
-    memory_csr: float | None = None
-    fastest_transformers_peer: str = ""
-    speedup_transformers: float | None = None
-    memory_transformers: float | None = None
-    fastest_dicts_peer: str = ""
-    speedup_dicts: float | None = None
-    memory_dicts: float | None = None
-    fastest_logits_peer: str = ""
-    speedup_logits: float | None = None
-    memory_logits: float | None = None
-    fastest_pairs_peer: str = ""
-    speedup_pairs: float | None = None
-    memory_pairs: float | None = None
-    fastest_decoder_pairs_peer: str = ""
-    speedup_decoder_pairs: float | None = None
-    memory_decoder_pairs: float | None = None
-    fastest_sft_peer: str = ""
-    speedup_sft: float | None = None
-    memory_sft: float | None = None
-    fastest_separate_peer: str = ""
-    speedup_separate: float | None = None
-    memory_separate: float | None = None
-    fastest_tb_peer: str = ""
-    speedup_tb: float | None = None
-    memory_tb: float | None = None
+    ratios: dict[str, Ratio] = field(default_factory=dict)  # by the peers' family
 
-
-FAMILIES = (
-    "vocabulary",  # the whole softmax
-    "restricted",  # the same restriction to the tree, in plain PyTorch
-    "reduction",  # the same loss
-    "csr",  # a sparse matrix of transitions
-    "transformers",  # its generate or its constraint, with a trie of dicts
-    "dicts",  # a trie of dicts
-    "logits",  # all logits first
-    "pairs",  # every prompt and item through the model
-    "decoder_pairs",  # every prompt once through the encoder, every pair through the decoder
-    "sft",  # a supervised training step
-    "separate",  # a forward per trajectory
-    "tb",  # a training of GFlowGR-TB
-)
+    def flat(self) -> dict[str, Any]:
+        """Plain values; the ratios as ``fastest_FAMILY_peer``, ``speedup_...``, ``memory_...``."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        del values["ratios"]
+        for family, ratio in self.ratios.items():
+            values[f"fastest_{family}_peer"] = ratio.peer
+            values[f"speedup_{family}"] = ratio.speedup
+            values[f"memory_{family}"] = ratio.memory
+        return values
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Machine, versions and command: plain values."""
-    from gflowgr.report.info import collect_info
-
     info = collect_info()
     names = [d["name"] for d in info["devices"] if d["device"].startswith(device.type)]
     versions = {}
@@ -125,7 +90,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return {
-        "command": shlex.join(["gflowgr", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": ", ".join(names),
         "threads": torch.get_num_threads(),
@@ -150,11 +115,11 @@ def make_row(
     rates: Rates,
     extra_bytes: int | None,
     extra_note: str,
-) -> Row:
+) -> BenchRow:
     """A row without the ratios to peers, which need all rows of the case."""
-    row = Row(
+    row = BenchRow(
         op=case.op,
-        shape=case.shape.name,
+        shape=case.shape.label,
         sizes=case.shape.text,
         dtype=str(case.dtype).removeprefix("torch."),
         device=case.device.type,
@@ -191,23 +156,23 @@ def make_row(
     return row
 
 
-def fill_ratios(rows: list[Row]) -> None:
+def fill_ratios(rows: list[BenchRow]) -> None:
     """Speed-up and memory of every row of a case over the fastest peer of each family.
 
     A dense gradient of the head is compared with dense ones, a row-sparse one with row-sparse ones
     where the family has any.
     """
-    for family in FAMILIES:
+    for family in dict.fromkeys(row.family for row in rows if row.family):
         timed = [row for row in rows if row.family == family and row.ms is not None]
         for row in rows:
             alike = [peer for peer in timed if peer.floor == row.floor] or timed
             best = min(alike, key=lambda peer: peer.ms or 0.0, default=None)
             if row.ms is None or best is None or not best.ms:
                 continue
-            setattr(row, f"fastest_{family}_peer", best.variant)
-            setattr(row, f"speedup_{family}", best.ms / row.ms)
+            memory = None
             if row.extra_mib is not None and best.extra_mib:
-                setattr(row, f"memory_{family}", row.extra_mib / best.extra_mib)
+                memory = row.extra_mib / best.extra_mib
+            row.ratios[family] = Ratio(best.variant, best.ms / row.ms, memory)
 
 
 def make_summary(case: Case, times: Times, rates: Rates) -> dict[str, Any]:
@@ -224,19 +189,17 @@ def make_summary(case: Case, times: Times, rates: Rates) -> dict[str, Any]:
         predicted = floor.predict(rates) * 1e3
         entry = {"flops": floor.flops, "bytes": floor.nbytes, "predicted_ms": predicted}
         floors[name] = {**entry, "bandwidth_used_gb_per_s": rates.bandwidth_at(floor.nbytes) / 1e9}
-    notes = list(case.notes)
-    if case.uncounted:
-        notes.append(f"memory is not counted: {case.uncounted}")
     return {
         "title": case.title,
         "op": case.op,
-        "shape": case.shape.name,
+        "shape": case.shape.label,
         "dtype": str(case.dtype).removeprefix("torch."),
         "tolerance": TOLERANCES[case.dtype] if case.tolerance is None else case.tolerance,
         "notes": [
             *case.notes,
             *([f"memory is not counted: {case.uncounted}"] * bool(case.uncounted)),
         ],
+        "examples": case.examples,
         "missing": [{"variant": name, "reason": reason} for name, reason in case.missing],
         "bare": bare,
         "floors": floors,
@@ -251,12 +214,12 @@ def make_summary(case: Case, times: Times, rates: Rates) -> dict[str, Any]:
 # ---- tables ----
 
 
-def case_text(summary: dict[str, Any], rows: list[Row], *, markdown: bool = False) -> str:
+def case_text(summary: dict[str, Any], rows: list[BenchRow], *, markdown: bool = False) -> str:
     """The table of a case, with everything needed to judge it."""
     cells = _cells(rows)
     title, rule = summary["title"], "-" * len(summary["title"])
     lines = [f"## {title}", ""] if markdown else [title, rule]
-    lines += _markdown(cells) if markdown else _aligned(cells)
+    lines.append(align_table(cells, len(cells[0]) - 1, style="markdown" if markdown else "text"))
     notes = list(summary["notes"])
     for name, bare in summary["bare"].items():
         share = f", {bare['share']:.1%} of it" if "share" in bare else ""
@@ -276,6 +239,9 @@ def case_text(summary: dict[str, Any], rows: list[Row], *, markdown: bool = Fals
         + (" -- CONTENDED: other work disturbed this run" if summary["contended"] else "")
     )
     for row in rows:
+        if summary["examples"] and row.ms:
+            rate = summary["examples"] / row.ms * 1e3
+            notes.append(f"{row.variant}: {rate:,.0f} examples/s")
         if row.status != "ok":
             notes.append(f"not timed: {row.variant} ({row.status}): {row.reason}")
         if row.extra_note:
@@ -285,11 +251,11 @@ def case_text(summary: dict[str, Any], rows: list[Row], *, markdown: bool = Fals
     return "\n".join([*lines, *([""] if markdown else []), *(mark + note for note in notes)])
 
 
-def _cells(rows: list[Row]) -> list[list[str]]:
-    families = [f for f in FAMILIES if any(getattr(r, f"speedup_{f}") is not None for r in rows)]
+def _cells(rows: list[BenchRow]) -> list[list[str]]:
+    families = list(dict.fromkeys(family for row in rows for family in row.ratios))
     rates = any(row.device == "cuda" for row in rows)
     sized = any(row.bytes_per_item is not None for row in rows)
-    by_cpu = any(row.op in GROUPS["tree"] for row in rows)
+    by_cpu = any(row.op.startswith("tree.") for row in rows)
     memory = ["memory"] * any(row.extra_mib is not None for row in rows)
     header = ["variant", "ms", "quartiles", "x floor", *(["extra MiB"] if memory else [])]
     header += ["CPU ms"] if by_cpu else []
@@ -309,8 +275,9 @@ def _cells(rows: list[Row]) -> list[list[str]]:
         line += [_number(row.cpu_ms, 4)] if by_cpu else []
         line += [_number(row.bytes_per_item, 3)] if sized else []
         for family in families:
-            line.append(_number(getattr(row, f"speedup_{family}"), 3))
-            line += [_number(getattr(row, f"memory_{family}"), 3)] if memory else []
+            ratio = row.ratios.get(family)
+            line.append(_number(ratio and ratio.speedup, 3))
+            line += [_number(ratio and ratio.memory, 3)] if memory else []
         if rates:
             line += [_number(row.tflops, 3), _number(row.gb_per_s, 3)]
         errors = [e for e in (row.result_error, row.gradient_error) if e is not None]
@@ -326,49 +293,37 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}g}"
 
 
-def _aligned(cells: list[list[str]]) -> list[str]:
-    widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
-    return [
-        "  ".join(
-            text.ljust(width) if place == 0 else text.rjust(width)
-            for place, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
-
-
-def _markdown(cells: list[list[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(cells[0]) - 1)]
-    return ["| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]]]
-
-
 # ---- files ----
 
 
 def write_files(
-    folder: Path, machine: dict[str, Any], summaries: list[dict[str, Any]], rows: list[Row]
+    folder: Path, machine: dict[str, Any], summaries: list[dict[str, Any]], rows: list[BenchRow]
 ) -> None:
     """``bench.json``, ``bench.csv`` and ``bench.md``, each whole or not at all."""
+    flat = [row.flat() for row in rows]
     files.write_json(
         folder / "bench.json",
         {
             "machine": machine,
             "bars": [asdict(bar) for bar in judge_bars(rows)],
             "cases": summaries,
-            "rows": [asdict(row) for row in rows],
+            "rows": flat,
         },
     )
     with (
         files.atomic_path(folder / "bench.csv") as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        columns = dict.fromkeys(name for row in flat for name in row)
+        writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(flat)
     files.write_text(folder / "bench.md", _summary_text(machine, summaries, rows))
 
 
-def _summary_text(machine: dict[str, Any], summaries: list[dict[str, Any]], rows: list[Row]) -> str:
+def _summary_text(
+    machine: dict[str, Any], summaries: list[dict[str, Any]], rows: list[BenchRow]
+) -> str:
     lines = ["# Benchmark of the ops", ""]
     lines += [f"- {name}: {value}" for name, value in machine.items() if value != ""]
     lines += ["", "How to read it: [benchmarks/README.md](../README.md) of the repository.", ""]
@@ -381,5 +336,5 @@ def _summary_text(machine: dict[str, Any], summaries: list[dict[str, Any]], rows
     return "\n".join(lines)
 
 
-def _same_case(row: Row, summary: dict[str, Any]) -> bool:
+def _same_case(row: BenchRow, summary: dict[str, Any]) -> bool:
     return (row.op, row.shape, row.dtype) == (summary["op"], summary["shape"], summary["dtype"])

@@ -1,4 +1,4 @@
-"""The whole of ``gflowgr bench``: cases one after the other, a table each, then the files."""
+"""A run of the benchmark: cases one after the other, a table each, then the files."""
 
 from __future__ import annotations
 
@@ -16,19 +16,9 @@ from benchmarks.harness.case import Case, Variant
 from benchmarks.harness.floors import Rates
 from benchmarks.harness.peers import read_peers
 from benchmarks.harness.plots import write_plots
-from benchmarks.harness.report import Row
-from benchmarks.harness.shapes import (
-    DTYPES,
-    FLOAT32_OPS,
-    GROUPS,
-    AnyShape,
-    default_shapes,
-    fits,
-    read_ops,
-    read_shape,
-    shape_problem,
-)
-from benchmarks.logprobs_dense import build_case
+from benchmarks.harness.registry import Table, read_shape, read_tables
+from benchmarks.harness.report import BenchRow
+from benchmarks.harness.shapes import DTYPES, Shape
 from gflowgr import files
 
 _CHECK_SEED = 1
@@ -36,12 +26,12 @@ _CHECK_SEED = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run; see ``gflowgr bench --help``."""
+    """What to run; see ``python -m benchmarks --help``."""
 
-    ops: tuple[str, ...]
+    tables: tuple[Table, ...]
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
-    shapes: tuple[AnyShape, ...]  # empty: each op's own
+    shapes: tuple[Shape, ...]  # empty: each table's own
     peers: tuple[str, ...]
     repeats: int = 7
     seconds: float = 60.0
@@ -68,38 +58,41 @@ class Settings:
         """Check words and numbers; sets the number of threads. Raises ValueError or OutputError."""
         for name in dtypes:
             if name not in DTYPES:
-                raise ValueError(f"dtype {name!r} is unknown; expected any of {', '.join(DTYPES)}")
+                raise ValueError(f"dtype must be any of {', '.join(DTYPES)}; got {name!r}")
         if device not in ("cpu", "cuda"):
-            raise ValueError(f"device {device!r} is unknown; expected cpu or cuda")
+            raise ValueError(f"device must be cpu or cuda; got {device!r}")
         if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device cuda: torch sees no GPU")
+            raise ValueError("device must be cpu: torch sees no GPU; got cuda")
         if repeats < 1:
-            raise ValueError(f"--repeats must be at least 1, got {repeats}")
+            raise ValueError(f"--repeats must be at least 1; got {repeats}")
         if not seconds > 0:
-            raise ValueError(f"--seconds must be greater than 0, got {seconds:g}")
+            raise ValueError(f"--seconds must be greater than 0; got {seconds:g}")
         if threads is not None and threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {threads}")
-        wanted = read_ops(list(ops))
+            raise ValueError(f"--threads must be at least 1; got {threads}")
+        wanted = read_tables(ops)
         if device == "cuda":
-            if ops and set(wanted) <= set(GROUPS["tree"]):
-                raise ValueError("the ops of group tree run on the CPU: leave --device out")
-            wanted = [op for op in wanted if op not in GROUPS["tree"]]
+            able = [table for table in wanted if table.on_gpu]
+            if ops and not able:
+                names = ", ".join(table.name for table in wanted)
+                raise ValueError(f"device must be cpu for {names}; got cuda")
+            wanted = able
         sizes = tuple(read_shape(text) for text in shapes)
         for shape in sizes:
-            able = [op for op in wanted if fits(op, shape)]
-            if not able:
-                raise ValueError(f"shape {shape.text} is of none of the ops {', '.join(wanted)}")
-            for op in able:
-                problem = shape_problem(op, shape)
+            fitting = [table for table in wanted if table.fits(shape)]
+            if not fitting:
+                names = ", ".join(table.name for table in wanted)
+                raise ValueError(f"shape must be one of {names}; got {shape.text}")
+            for table in fitting:
+                problem = table.refuse(shape)
                 if problem is not None:
-                    raise ValueError(f"op {op} at shape {shape.text}: {problem}")
+                    raise ValueError(f"{table.name} at shape {shape.text}: {problem}")
         keys = read_peers(None if peers is None else list(peers))
         if out is not None:
             files.ensure_writable(out)
         if threads is not None:
             torch.set_num_threads(threads)
         return cls(
-            ops=tuple(wanted),
+            tables=tuple(wanted),
             device=torch.device(device),
             dtypes=tuple(getattr(torch, name) for name in dtypes),
             shapes=sizes,
@@ -111,27 +104,27 @@ class Settings:
             progress=progress,
         )
 
-    def cases(self) -> list[tuple[str, AnyShape, torch.dtype]]:
-        """What is measured, in order; an op that none of the given shapes fits is left out."""
+    def cases(self) -> list[tuple[Table, Shape, torch.dtype]]:
+        """What is measured, in order; a table that none of the given shapes fits is left out."""
         found = []
-        for op in self.ops:
-            dtypes = (torch.float32,) if op in FLOAT32_OPS else self.dtypes
-            for shape in self.shapes or default_shapes(op, str(self.device)):
-                if fits(op, shape):
-                    found += [(op, shape, dtype) for dtype in dtypes]
+        for table in self.tables:
+            dtypes = (torch.float32,) if table.float32_only else self.dtypes
+            for shape in self.shapes or table.defaults(str(self.device)):
+                if table.fits(shape):
+                    found += [(table, shape, dtype) for dtype in dtypes]
         return found
 
 
-def run_benchmarks(settings: Settings) -> list[Row]:
+def run_benchmarks(settings: Settings) -> list[BenchRow]:
     """Measure everything, print a table per case, write the files of ``settings.out``."""
     machine = report.describe_machine(settings.device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     summaries: list[dict[str, Any]] = []
-    for op, shape, dtype in settings.cases():
+    for table, shape, dtype in settings.cases():
         # Compiled code of earlier cases: keeping it would meet the compiler's recompilation limit.
         torch.compiler.reset()
-        case = build_case(op, shape, settings.device, dtype, settings.peers)
+        case = table.build(table.name, shape, settings.device, dtype, settings.peers)
         found, summary = _measure(case, settings)
         rows += found
         summaries.append(summary)
@@ -148,7 +141,7 @@ def run_benchmarks(settings: Settings) -> list[Row]:
     return rows
 
 
-def _measure(case: Case, settings: Settings) -> tuple[list[Row], dict[str, Any]]:
+def _measure(case: Case, settings: Settings) -> tuple[list[BenchRow], dict[str, Any]]:
     say = _Status(settings.progress)
     checks = _check_all(case, say)
     right = [v for v in case.variants if checks[v.name].status == "ok"]

@@ -3,8 +3,6 @@ what runs. Imported with the command line, so nothing heavy is imported before a
 
 from __future__ import annotations
 
-from benchmarks.__main__ import add_bench
-
 from .data import add_data
 from .evaluate import add_evaluate
 from .experiment import add_experiment
@@ -23,7 +21,6 @@ COMMANDS = (
     add_recommend,
     add_data,
     add_identifiers,
-    add_bench,
     add_info,
 )
 """In the order of the help."""

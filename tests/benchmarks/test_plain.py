@@ -9,15 +9,15 @@ import torch
 import gflowgr
 from benchmarks.harness.inputs import Inputs, catalogue, head_inputs
 from benchmarks.harness.plain import (
-    PlainRestriction,
-    joint_loss,
     log_softmax_gather,
+    tb_nll_loss,
     token_logprobs,
     vocabulary_reference,
     whole_reference,
 )
-from benchmarks.harness.shapes import CODES, read_shape
-from benchmarks.logprobs_dense import build_case
+from benchmarks.harness.registry import build_case, read_shape
+from benchmarks.harness.shapes import CODES
+from benchmarks.logprobs_children import PlainRestriction
 from gflowgr.tree import PrefixTree
 
 CPU = torch.device("cpu")
@@ -50,13 +50,13 @@ def test_inputs_are_new_for_every_seed_and_the_same_for_one() -> None:
         assert not torch.equal(first[name], other[name])
 
 
-def test_joint_loss_is_the_packages() -> None:
+def test_the_plain_loss_is_the_packages() -> None:
     g = torch.Generator().manual_seed(0)
     log_pf = -torch.rand(3, 2, 4, generator=g, dtype=torch.float64)
     log_reward = torch.randn(3, 2, generator=g, dtype=torch.float64)
     log_z = torch.randn(3, generator=g, dtype=torch.float64)
     wanted = gflowgr.tb_loss(log_pf, log_reward, log_z) - log_pf[:, 0].sum(-1).mean()
-    torch.testing.assert_close(joint_loss(log_pf, log_reward, log_z), wanted)
+    torch.testing.assert_close(tb_nll_loss(log_pf, log_reward, log_z), wanted)
 
 
 def test_the_plain_restriction_is_the_packages_tree() -> None:
@@ -106,7 +106,7 @@ def test_a_reference_in_blocks_is_the_whole(
 
     def forward(wide: Inputs) -> torch.Tensor:
         log_pf = token_logprobs(wide, log_softmax_gather)
-        return log_pf if upstream else joint_loss(log_pf, wide["log_reward"], wide["log_z"])
+        return log_pf if upstream else tb_nll_loss(log_pf, wide["log_reward"], wide["log_z"])
 
     result, gradients = whole_reference(inputs, forward)
     assert result.dtype == torch.float64
@@ -120,7 +120,9 @@ def test_a_reference_in_blocks_is_the_whole(
 
 
 def test_the_floor_of_the_head_is_its_products() -> None:
-    case = build_case("head", read_shape("2x2x2x4x30"), CPU, torch.float32, ())
+    case = build_case("logprobs_dense.fused", read_shape("2x2x2x4x30"), CPU, torch.float32, ())
     assert case.floors["products"].flops == 3 * 2 * 8 * 4 * 30
-    frozen = build_case("head-frozen", read_shape("2x2x2x4x30"), CPU, torch.float32, ())
+    frozen = build_case(
+        "logprobs_dense.fused_frozen", read_shape("2x2x2x4x30"), CPU, torch.float32, ()
+    )
     assert frozen.floors["products"].flops == 2 * 2 * 8 * 4 * 30

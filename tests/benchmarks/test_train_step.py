@@ -1,4 +1,4 @@
-"""``gflowgr bench train``: the steps compared are the trainer's, and of the same loss."""
+"""Benchmark of a training step: the steps compared are the trainer's, and of the same loss."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ import torch
 from torch import Tensor
 
 from benchmarks import train_step
+from benchmarks.__main__ import main
 from benchmarks.harness import report
 from benchmarks.harness.bars import judge_bars
-from benchmarks.harness.shapes import TrainShape
-from benchmarks.train_step import SeparateForwards, train_step_case
-from gflowgr.cli.main import main
+from benchmarks.harness.registry import build_case
+from benchmarks.train_step import OURS, SEPARATE, SFT, SeparateForwards, StepShape
 
 Capture = pytest.CaptureFixture[str]
-OURS, SFT, SEPARATE = "gflowgr, TB", "SFT", "TB, a forward per trajectory"
-SMALL = TrainShape("t5", 2, 8, 3, 50)
+SMALL = StepShape("t5", 2, 8, 3, 50)
 
 
 def bench(*arguments: Any) -> int:
     shared = ("--no-progress", "--no-memory", "--repeats", "1")
-    return main(["bench", "step", *shared, *map(str, arguments)])
+    return main(["train_step", *shared, *map(str, arguments)])
 
 
 @pytest.mark.parametrize("model", ["t5", "qwen3"])
 def test_packed_and_separate_steps_are_right(model: str, tmp_path: Path, capsys: Capture) -> None:
-    shape = f"train-{model}:2x8x3x50"
+    shape = f"train_step-{model}:2x8x3x50"
     assert bench("--shapes", shape, "--out", tmp_path / "o") == 0
     found = json.loads((tmp_path / "o" / "bench.json").read_text())
     rows = {row["variant"]: row for row in found["rows"]}
@@ -78,7 +77,7 @@ def test_a_step_is_the_trainers_and_leaves_the_weights(monkeypatch: pytest.Monke
         return compute(self, model, *arguments, **options)
 
     monkeypatch.setattr(train_step.GFlowGRTrainer, "compute_loss", counted)
-    case = train_step_case("step", SMALL, torch.device("cpu"), ())
+    case = build_case("train_step", SMALL, torch.device("cpu"), torch.float32, ())
     seen.clear()
     inputs = case.make_inputs(3)
     assert inputs["input_ids"].shape == (2, 8 + 1)  # two items of four tokens, and eos
@@ -91,17 +90,17 @@ def test_a_step_is_the_trainers_and_leaves_the_weights(monkeypatch: pytest.Monke
 
 
 def test_the_bar_is_for_the_published_sizes() -> None:
-    def row(shape: str, speedup: float) -> report.Row:
-        named = ("step", shape, shape, "float32", "cpu", OURS, "", "", "ok", "")
-        return report.Row(*named, None, None, ms=10.0, speedup_sft=speedup)
+    def row(shape: str, speedup: float) -> report.BenchRow:
+        named = ("train_step", shape, shape, "float32", "cpu", OURS, "", "", "ok", "")
+        ratios = {"sft": report.Ratio(SFT, speedup, None)}
+        return report.BenchRow(*named, None, None, ms=10.0, ratios=ratios)
 
     rows = [
-        row("train-t5:128x80x4x12101", 0.9),
-        row("train-qwen3:32x256x4x12101", 0.8),
-        row("train-t5:2x80x4x12101", 0.1),
+        row("train_step-t5:128x80x4x12101", 0.9),
+        row("train_step-qwen3:32x256x4x12101", 0.8),
+        row("train_step-t5:2x80x4x12101", 0.1),
     ]
     assert [bar.text for bar in judge_bars(rows)] == [
-        "met: step, train-t5:128x80x4x12101: times the cost of an SFT step 1.11, at most 1.15",
-        "MISSED: step, train-qwen3:32x256x4x12101: times the cost of an SFT step 1.25, "
-        "at most 1.15",
+        "met: train_step, train_step-t5:128x80x4x12101: time, sft 1.11, at most 1.15",
+        "MISSED: train_step, train_step-qwen3:32x256x4x12101: time, sft 1.25, at most 1.15",
     ]

@@ -1,10 +1,11 @@
-"""``gflowgr bench decode`` and ``bench tree``: what is compared, how it is judged, the bars."""
+"""Benchmarks of decoding and of the tree: what is compared, how it is judged, the bars."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import beam_step as step_cases
-from benchmarks import search as model_cases
-from benchmarks.harness import measuring, report
-from benchmarks.harness.bars import judge_bars
+from benchmarks import beam_step
+from benchmarks.__main__ import main
+from benchmarks.harness import measuring, models, report
+from benchmarks.harness.bars import BARS, Wanted, judge_bars
 from benchmarks.harness.case import Variant
 from benchmarks.harness.constraints import CsrMatrix, DictTrie, packed, prefix_keys, random_tokens
 from benchmarks.harness.judging import Ranking, judge_equal, judge_rankings
-from benchmarks.harness.shapes import GROUPS, read_shape
-from benchmarks.logprobs_dense import build_case
-from gflowgr.cli.main import main
+from benchmarks.harness.registry import build_case, read_shape, read_tables
 from gflowgr.tree import PrefixTree
 
 Capture = pytest.CaptureFixture[str]
@@ -36,18 +35,19 @@ def no_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def bench(*arguments: Any) -> int:
-    return main(["bench", "--no-progress", "--no-memory", "--repeats", "1", *map(str, arguments)])
+    return main(["--no-progress", "--no-memory", "--repeats", "1", *map(str, arguments)])
 
 
 # ---- from end to end ----
 
 
 def test_every_variant_is_right(tmp_path: Path) -> None:
-    shapes = ("beam:2x3x1027x300", "t5:2x5x3x60", "score:1x5x40", "tree:500")
+    ops = ("beam_step", "search", "catalogue_scores", "tree")
+    sizes = ("beam_step:2x3x1027x300", "search-t5:2x5x3x60", "catalogue_scores:1x5x40", "tree:500")
     out = tmp_path / "results"
-    assert bench("decode", "tree", "--shapes", *shapes, "--out", out) == 0
+    assert bench(*ops, "--shapes", *sizes, "--out", out) == 0
     rows = json.loads((out / "bench.json").read_text())["rows"]
-    assert {row["op"] for row in rows} == {*GROUPS["decode"], *GROUPS["tree"]}
+    assert {row["op"] for row in rows} == {table.name for table in read_tables(ops)}
     for row in rows:
         assert row["status"] == "ok", row
         assert row["dtype"] == "float32"
@@ -57,21 +57,21 @@ def test_every_variant_is_right(tmp_path: Path) -> None:
     def variants(op: str) -> set[str]:
         return {row["variant"] for row in rows if row["op"] == op}
 
-    assert variants("beam") >= {
+    assert variants("beam_step.logits") >= {
         "gflowgr/torch",
         "CSR, top-k of the candidates",
         "CSR, top-k of the vocabulary",
         "transformers, dict trie",
     }
-    assert variants("beam-hidden") >= {"gflowgr/torch", "logits first, plain torch"}
+    assert variants("beam_step.hidden") >= {"gflowgr/torch", "logits first, plain torch"}
     assert variants("search") == {"gflowgr", "generate, dict trie"}
-    assert variants("score") == {
+    assert variants("catalogue_scores") == {
         "gflowgr",
         "a row per item",
         "a row per item, encoded once",
     }
-    assert variants("tree-files") == {"save", "load", "load, memory-mapped"}
-    sizes = {row["variant"]: row["bytes_per_item"] for row in rows if row["op"] == "tree-build"}
+    assert variants("tree.files") == {"save", "load", "load, memory-mapped"}
+    sizes = {row["variant"]: row["bytes_per_item"] for row in rows if row["op"] == "tree.build"}
     assert sizes["gflowgr, NumPy"] < sizes["CSR, NumPy"] < sizes["dict trie"]
     text = (out / "bench.md").read_text()
     assert "memory is not counted: a step holds little" in text
@@ -81,7 +81,7 @@ def test_every_variant_is_right(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["gpt2", "qwen3"])
 def test_decoder_only_searches_are_right(model: str, tmp_path: Path) -> None:
-    assert bench("search", "--shapes", f"{model}:2x4x3x50", "--out", tmp_path / "o") == 0
+    assert bench("search", "--shapes", f"search-{model}:2x4x3x50", "--out", tmp_path / "o") == 0
     rows = json.loads((tmp_path / "o" / "bench.json").read_text())["rows"]
     assert [row["status"] for row in rows] == ["ok", "ok"]
     assert rows[0]["speedup_transformers"] > 0
@@ -90,19 +90,19 @@ def test_decoder_only_searches_are_right(model: str, tmp_path: Path) -> None:
 def test_a_wrong_step_is_neither_timed_nor_compared(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
-    step = step_cases.beam_step
+    step = beam_step.beam_step
 
     def off(*args: Any, **options: Any) -> Any:
         found = step(*args, **options)
         return found._replace(scores=found.scores + 1e-3)
 
-    monkeypatch.setattr(step_cases, "beam_step", off)
-    shape = ("beam", "--shapes", "beam:2x3x1027x300", "--peers", "csr")
+    monkeypatch.setattr(beam_step, "beam_step", off)
+    shape = ("beam_step.logits", "--shapes", "beam_step:2x3x1027x300", "--peers", "csr")
     assert bench(*shape, "--out", tmp_path / "o") == 1
     rows = json.loads((tmp_path / "o" / "bench.json").read_text())["rows"]
     ours = [row for row in rows if not row["family"]]
     assert {row["status"] for row in ours} == {"wrong"}
-    assert {row["speedup_csr"] for row in ours} == {None}
+    assert not any("speedup_csr" in row for row in ours)
     assert "a score is off by 0.001, over 1e-05" in capsys.readouterr().out
 
 
@@ -111,7 +111,10 @@ def test_the_tree_is_not_benchmarked_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert bench("tree", "--device", "cuda") == 2
-    assert "the ops of group tree run on the CPU" in capsys.readouterr().err
+    assert (
+        "device must be cpu for tree.build, tree.walk, tree.available, tree.files; got cuda"
+        in capsys.readouterr().err
+    )
 
 
 # ---- the structures of the others ----
@@ -208,7 +211,9 @@ def test_equal_is_every_element() -> None:
 
 def test_what_comes_before_the_clock_and_scaled_times() -> None:
     """``prepare`` runs once for each new inputs; ``scale`` is of the times."""
-    case = build_case("beam", read_shape("beam:1x1x1027x20"), CPU, torch.float32, ())
+    case = build_case(
+        "beam_step.logits", read_shape("beam_step:1x1x1027x20"), CPU, torch.float32, ()
+    )
     prepared = []
 
     def forward(inputs: Any) -> None:
@@ -224,8 +229,8 @@ def test_what_comes_before_the_clock_and_scaled_times() -> None:
 
 def test_arithmetic_of_a_token_is_that_of_its_products() -> None:
     """T5: projections of both attentions, feed-forward and head; attention itself adds a little."""
-    model = model_cases.build_model("t5", CPU)
-    prompt, token = model_cases.token_flops(model, 2)
+    model = models.build_model("t5", CPU)
+    prompt, token = models.token_flops(model, 2)
     per_layer = 6 * 128 * 384 + 2 * 128 * 1024
     assert token == pytest.approx(2 * (4 * per_layer + 128 * 1027), rel=0.03)
     encoder_layer = 4 * 128 * 384 + 2 * 128 * 1024
@@ -233,8 +238,8 @@ def test_arithmetic_of_a_token_is_that_of_its_products() -> None:
     assert prompt == pytest.approx(2 * 2 * 4 * (encoder_layer + cross_keys), rel=0.03)
 
 
-def row(op: str, shape: str, ms: float, **values: Any) -> report.Row:
-    return report.Row(
+def row(op: str, shape: str, ms: float, **values: Any) -> report.BenchRow:
+    return report.BenchRow(
         *(op, shape, shape, "float32", "cpu", "gflowgr/cpp", "", "", "ok", ""),
         result_error=0.0,
         gradient_error=None,
@@ -244,20 +249,44 @@ def row(op: str, shape: str, ms: float, **values: Any) -> report.Row:
 
 
 def test_bars_are_judged_by_our_fastest_variant() -> None:
+    peers = {"transformers": report.Ratio("generate, dict trie", 9.0, 0.5)}
     rows = [
-        row("beam", "beam:64x20x1027x12101", 0.9),
-        row("beam", "beam:64x20x1027x12101", 0.5),
-        row("beam", "beam:64x20x1027x10m", 0.8),
-        row("beam", "beam:8x20x1027x10m", 9.0),  # nothing is asked of it
-        row("search", "t5:64x60x20x12101", 1, speedup_transformers=9, memory_transformers=0.5),
-        row("tree-build", "tree:10m", 1500, bytes_per_item=4.9, contended=True),
+        row("beam_step.logits", "beam_step:64x20x1027x12101", 0.9),
+        row("beam_step.logits", "beam_step:64x20x1027x12101", 0.5),
+        row("beam_step.logits", "beam_step:64x20x1027x10m", 0.8),
+        row("beam_step.logits", "beam_step:8x20x1027x10m", 9.0),  # nothing is asked of it
+        row("search", "search-t5:64x60x20x12101", 1, ratios=peers),
+        row("tree.build", "tree:10m", 1500, bytes_per_item=4.9, contended=True),
     ]
     assert [bar.text for bar in judge_bars(rows)] == [
-        "met: beam, beam:64x20x1027x12101: ms 0.5, at most 0.7",
-        "MISSED: beam, beam:64x20x1027x10m: ms 0.8, at most 0.7",
-        "met: search, t5:64x60x20x12101: times faster than generate 9, at least 8",
-        "MISSED: search, t5:64x60x20x12101: of the memory of generate 0.5, at most 0.333",
-        "met: tree-build, tree:10m: bytes per item 4.9, at most 5 (CONTENDED)",
-        "met: tree-build, tree:10m: seconds 1.5, at most 2 (CONTENDED)",
-        "MISSED: beam, 64x20, V 1027: the slowest catalogue over the fastest 1.6, at most 1.5",
+        "met: beam_step.logits, beam_step:64x20x1027x12101: ms 0.5, at most 0.7",
+        "MISSED: beam_step.logits, beam_step:64x20x1027x10m: ms 0.8, at most 0.7",
+        "MISSED: beam_step.logits, beam_step:64x20x1027x*: slowest over fastest 1.6, at most 1.5",
+        "met: search, search-t5:64x60x20x12101: faster, transformers 9, at least 8",
+        "MISSED: search, search-t5:64x60x20x12101: memory, transformers 0.5, at most 0.333",
+        "met: tree.build, tree:10m: bytes per item 4.9, at most 5 (CONTENDED)",
+        "met: tree.build, tree:10m: seconds 1.5, at most 2 (CONTENDED)",
     ]
+
+
+def test_what_is_wrong_or_a_peers_has_no_bar() -> None:
+    wrong = row("tree.files", "tree:10m", 1.0)
+    wrong.ms = None
+    peer = row("tree.files", "tree:10m", 1.0)
+    peer.variant, peer.family = "load, memory-mapped", "others"
+    assert judge_bars([wrong, peer]) == []
+    loaded = row("tree.files", "tree:10m", 1.0)  # of another variant than the bar's
+    assert judge_bars([loaded]) == []
+    loaded.variant = "load, memory-mapped"
+    assert [bar.measured for bar in judge_bars([loaded])] == [1.0]
+
+
+@pytest.mark.parametrize("wanted", BARS, ids=lambda wanted: f"{wanted.shape} {wanted.figure}")
+def test_every_bar_is_of_a_shape_that_is_measured(wanted: Wanted) -> None:
+    """A misspelt pattern would ask for nothing. 100 million items are measured on request."""
+    (table,) = read_tables([wanted.table])
+    shapes = [shape.label for shape in table.on_cpu] + ["tree:100m"] * (table.op == "tree")
+    assert any(fnmatchcase(shape, wanted.shape) for shape in shapes)
+    if wanted.variant:
+        case = build_case(wanted.table, read_shape("tree:9"), CPU, torch.float32, ())
+        assert wanted.variant in [variant.name for variant in case.variants]
