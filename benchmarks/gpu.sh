@@ -27,11 +27,11 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "== compute-sanitizer was not found: not run"
 fi
-step python -m gflowgr bench tree --out "$results/bench_tree"
+step python -m benchmarks tree --out "$results/bench_tree"
 # What is missing of these is left out of the comparison, with the reason printed.
 python -m pip install cut-cross-entropy liger-kernel trl || echo "== not all peers were installed"
 # Losses, decoding and training steps; the steps of a beam search in CUDA graphs too.
-step python -m gflowgr bench --device cuda --dtype bfloat16 float32 --out "$results/bench_gpu"
+step python -m benchmarks --device cuda --dtype bfloat16 float32 --out "$results/bench_gpu"
 # The paper's table, as far as the time goes (EXPERIMENT_SECONDS); the same call goes on with it.
 if [ -n "${GFLOWGR_DATA:-}" ]; then
     timeout "${EXPERIMENT_SECONDS:-1200}" python -m gflowgr experiment paper_main --out runs/paper_main
