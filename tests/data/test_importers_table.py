@@ -400,6 +400,7 @@ def test_a_folder_that_spark_wrote(tmp_path: Path) -> None:
         (gzip.compress(EVENTS.encode())[:-9], "the gzip file is truncated"),
         (EVENTS.encode("utf-16")[:-1], "not utf-16 text"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_text_tables_that_cannot_be_used(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "t.csv").write_bytes(content)
