@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..models.packed import real_prompt
+
 # Also registers torch.ops.gflowgr.beam_step and beam_step_hidden.
 from ..ops.beam_step.op import BeamStep
 from ..ops.topk import stable_topk
@@ -47,7 +49,7 @@ class BeamSearchOutput:
 def constrained_beam_search(
     model: PreTrainedModel,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     tree: PrefixTree,
     *,
     num_beams: int = 20,
@@ -67,8 +69,8 @@ def constrained_beam_search(
     Args:
         model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode; which
             ones run fast is said by :func:`gflowgr.decoding.decoders.decoder_for`.
-        input_ids: prompts [B, S].
-        attention_mask: 1 for real tokens [B, S]; padding may be on either side.
+        input_ids: prompts [B, S]; padding may be on either side and hold any value.
+        attention_mask: 1 for real tokens [B, S]; None: every token is real.
         tree: prefix tree in the model's token ids, on the model's device.
         num_beams: beams K kept at each step.
         num_return: items returned per prompt (default ``num_beams``).
@@ -91,7 +93,8 @@ def constrained_beam_search(
         ValueError: an argument is out of range or of a wrong shape.
         FloatingPointError: the model's scores are NaN.
     """
-    _check(input_ids, attention_mask, tree, num_beams, num_return, normalize, temperature)
+    input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
+    _check(input_ids, tree, num_beams, num_return, normalize, temperature)
     count = num_beams if num_return is None else num_return
     batch, device = input_ids.shape[0], input_ids.device
     admissible = admissible_for(tree, batch, available, exclude)
@@ -219,18 +222,12 @@ def _to_items(
 
 def _check(
     input_ids: Tensor,
-    attention_mask: Tensor,
     tree: PrefixTree,
     num_beams: int,
     num_return: int | None,
     normalize: str,
     temperature: float,
 ) -> None:
-    if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
-        raise ValueError(
-            "input_ids and attention_mask must both be [B, S]; got "
-            f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
-        )
     if num_beams < 1:
         raise ValueError(f"num_beams must be >= 1; got {num_beams}")
     if num_return is not None and num_return < 1:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..models.evaluating import evaluating
+from ..models.packed import real_prompt
 from ..tree import PrefixTree
 from ..tree.admissible import admissible_for
 from .decoders import decoder_for
@@ -83,7 +84,7 @@ class SampledItems:
 def sample_items(
     model: PreTrainedModel,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     tree: PrefixTree,
     num_samples: int,
     *,
@@ -107,8 +108,8 @@ def sample_items(
     Args:
         model: any that :func:`constrained_beam_search` takes; runs in evaluation mode and is left
             as it was.
-        input_ids: prompts [B, S'].
-        attention_mask: 1 for real tokens [B, S']; padding may be on either side.
+        input_ids: prompts [B, S']; padding may be on either side and hold any value.
+        attention_mask: 1 for real tokens [B, S']; None: every token is real.
         tree: prefix tree in the model's token ids, on the model's device, without an identifier
             that is a prefix of another (a model gives no probability to stop).
         num_samples: items S per prompt.
@@ -133,7 +134,8 @@ def sample_items(
             a prefix of another.
         FloatingPointError: the model's scores are NaN.
     """
-    _check(input_ids, attention_mask, tree, num_samples, normalize, temperature, top_p, keys)
+    input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
+    _check(input_ids, tree, num_samples, normalize, temperature, top_p, keys)
     batch, device = input_ids.shape[0], input_ids.device
     admissible = admissible_for(tree, batch, available, exclude)
     if isinstance(seed, torch.Generator):
@@ -171,7 +173,6 @@ def sample_items(
 
 def _check(
     input_ids: Tensor,
-    attention_mask: Tensor,
     tree: PrefixTree,
     num_samples: int,
     normalize: str,
@@ -182,11 +183,6 @@ def _check(
     check_options(normalize, temperature)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1]; got {top_p}")
-    if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
-        raise ValueError(
-            "input_ids and attention_mask must both be [B, S]; got "
-            f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
-        )
     if tree.device != input_ids.device:
         raise ValueError(f"tree is on {tree.device}, input_ids on {input_ids.device}")
     if num_samples < 1:

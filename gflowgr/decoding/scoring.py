@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.evaluating import evaluating
+from ..models.packed import real_prompt
 from ..tree import PrefixTree
 from .decoders import GenericDecoder, StepDecoder, decoder_for, decoder_kind
 from .node_rows import distinct, parents_of
@@ -32,7 +33,7 @@ _PROMPTS = 8
 def item_logprobs(
     model: PreTrainedModel,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     tree: PrefixTree,
     items: Tensor | None = None,
     *,
@@ -49,8 +50,8 @@ def item_logprobs(
     Args:
         model: any that :func:`constrained_beam_search` takes; runs in evaluation mode and is left
             as it was.
-        input_ids: prompts [B, S].
-        attention_mask: 1 for real tokens [B, S]; padding may be on either side.
+        input_ids: prompts [B, S]; padding may be on either side and hold any value.
+        attention_mask: 1 for real tokens [B, S]; None: every token is real.
         tree: prefix tree in the model's token ids, on the model's device.
         items: item ids [M], the same for all prompts, or [B, M], -1 for padding; None for the whole
             catalogue in the order of item ids.
@@ -73,7 +74,8 @@ def item_logprobs(
         ValueError: an argument is out of range or of a wrong shape.
         FloatingPointError: a result is NaN, which the model's weights or states must be.
     """
-    _check(input_ids, attention_mask, tree, items, normalize, temperature, batch_bytes)
+    input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
+    _check(input_ids, tree, items, normalize, temperature, batch_bytes)
     batch, device = input_ids.shape[0], input_ids.device
     if batch_bytes is None:
         batch_bytes = 2**25 if device.type == "cpu" else 2**30
@@ -208,7 +210,6 @@ def _path(tree: PrefixTree, leaves: Tensor) -> list[Tensor]:
 
 def _check(
     input_ids: Tensor,
-    attention_mask: Tensor,
     tree: PrefixTree,
     items: Tensor | None,
     normalize: str,
@@ -216,11 +217,6 @@ def _check(
     batch_bytes: int | None,
 ) -> None:
     check_options(normalize, temperature)
-    if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape:
-        raise ValueError(
-            "input_ids and attention_mask must both be [B, S]; got "
-            f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
-        )
     if tree.device != input_ids.device:
         raise ValueError(f"tree is on {tree.device}, input_ids on {input_ids.device}")
     if batch_bytes is not None and batch_bytes < 1:

@@ -121,7 +121,7 @@ class GFlowModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         tokens: Tensor,
         mask: Tensor | None = None,
         log_reward: Tensor | None = None,
@@ -134,7 +134,7 @@ class GFlowModel(nn.Module):
 
         Args:
             input_ids: prompts [B, S].
-            attention_mask: 1 for real prompt tokens [B, S].
+            attention_mask: 1 for real prompt tokens [B, S]; None: every token is real.
             tokens: trajectories [B, N, L]; n = 0 is the observed positive. Alone (N = 1) it makes
                 a supervised step of the objectives ``"sprec"`` and ``"ipa"``.
             mask: true for real tokens [B, N, L].
@@ -205,7 +205,11 @@ class GFlowModel(nn.Module):
         return {"loss": loss, **logs}
 
     def log_pf(
-        self, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Pooled prompt states [B, d] and forward log-probabilities [B, N, L] of trajectories."""
         hidden, pooled = self._states(input_ids, attention_mask, tokens, mask)
@@ -228,7 +232,7 @@ class GFlowModel(nn.Module):
     def _preference(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         tokens: Tensor,
         mask: Tensor,
         log_reward: Tensor | None,
@@ -262,7 +266,7 @@ class GFlowModel(nn.Module):
         return {"loss": loss, **logs}
 
     def _states(
-        self, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor | None
+        self, input_ids: Tensor, attention_mask: Tensor | None, tokens: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """States [B, N, L, d] that predict the tokens, and pooled prompt states [B, d]."""
         states = trajectory_hidden_states(self.backbone, input_ids, attention_mask, tokens, mask)
@@ -332,7 +336,7 @@ class GFlowModel(nn.Module):
     def flow_statistics(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         tokens: Tensor,
         mask: Tensor,
         log_reward: Tensor | None = None,

@@ -10,6 +10,7 @@ models run prompt and branches as one sequence: :mod:`gflowgr.models.packed_caus
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "TrajectoryStates",
     "encode_prompt",
     "output_head",
+    "real_prompt",
     "trajectory_hidden_states",
 ]
 
@@ -65,6 +67,47 @@ class TrajectoryStates:
 
     hidden: Tensor
     pooled: Tensor
+
+
+def real_prompt(
+    model: PreTrainedModel | Any, input_ids: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Prompts as models take them, whatever stands for padding.
+
+    Args:
+        model: says by its ``pad_token_id`` whether prompts without a mask look padded.
+        input_ids: prompts [B, S]; padding may be on either side and hold any value, also one that
+            is no token of the model.
+        attention_mask: 1 or true for real tokens [B, S]; None: every token is real, as it is for
+            the models of ``transformers``. As there, a warning says where a prompt begins or ends
+            with the model's token of padding nevertheless.
+
+    Returns:
+        Prompts [B, S] with token 0 as padding, which nothing looks at, and the mask int64 [B, S].
+
+    Raises:
+        ValueError: a shape is wrong.
+    """
+    if input_ids.dim() != 2 or (
+        attention_mask is not None and attention_mask.shape != input_ids.shape
+    ):
+        other = None if attention_mask is None else tuple(attention_mask.shape)
+        raise ValueError(
+            "input_ids and attention_mask must both be [B, S] (or attention_mask None); got "
+            f"{tuple(input_ids.shape)} and {other}"
+        )
+    if attention_mask is not None:
+        real = attention_mask != 0
+        return input_ids.masked_fill(~real, 0), real.long()
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    looks = pad is not None and input_ids.numel() > 0 and not torch.compiler.is_compiling()
+    if looks and bool((input_ids[:, [0, -1]] == pad).any()):
+        warnings.warn(
+            f"a prompt begins or ends with the model's pad_token_id = {pad}, and without "
+            "attention_mask it counts as a real token; pass attention_mask if it is padding",
+            stacklevel=3,
+        )
+    return input_ids, torch.ones_like(input_ids, dtype=torch.long)
 
 
 def encode_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> PromptState:
@@ -123,7 +166,7 @@ def _branch_states(model: PreTrainedModel, prompt: PromptState, prefixes: Tensor
 def trajectory_hidden_states(
     model: PreTrainedModel,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     tokens: Tensor,
     mask: Tensor | None = None,
 ) -> TrajectoryStates:
@@ -136,7 +179,8 @@ def trajectory_hidden_states(
             GPT-NeoX, Llama, Mistral, OLMo 2, Qwen2, Qwen3 or SmolLM3 without a sliding window, with
             its language modelling head; also in a ``peft.PeftModel``.
         input_ids: prompts [B, S]; padding may be on either side and hold any value.
-        attention_mask: 1 for real tokens [B, S]; a decoder-only model needs one in each row.
+        attention_mask: 1 for real tokens [B, S]; a decoder-only model needs one in each row. None:
+            every token is real.
         tokens: trajectories [B, N, L], token ids of the model.
         mask: true for real tokens [B, N, L]; padding may be any token, or a whole trajectory, and
             hold any value.
@@ -149,6 +193,7 @@ def trajectory_hidden_states(
             add tokens to prompts.
     """
     model = _without_peft(model)
+    input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
     if mask is not None:
         tokens = tokens.masked_fill(~mask, 0)
     if not getattr(model.config, "is_encoder_decoder", False):
@@ -156,7 +201,6 @@ def trajectory_hidden_states(
         states, hidden = causal_states(model, input_ids, attention_mask, tokens)
         return TrajectoryStates(hidden, PromptState(states, attention_mask).pooled())
     config: Any = model.config
-    input_ids = input_ids.masked_fill(attention_mask == 0, config.pad_token_id)
     prompt = encode_prompt(model, input_ids, attention_mask)
     start = torch.full_like(tokens[..., :1], config.decoder_start_token_id)
     hidden = _branch_states(model, prompt, torch.cat([start, tokens[..., :-1]], dim=-1))

@@ -27,8 +27,8 @@ def causal_states(
 
     Args:
         model: a supported decoder-only model with its language modelling head.
-        input_ids: prompts [B, S]; padding may be on either side.
-        attention_mask: 1 for real tokens [B, S], at least one in each row.
+        input_ids: prompts [B, S]; padding may be on either side, and is any token of the model.
+        attention_mask: int64, 1 for real tokens [B, S], at least one in each row.
         tokens: trajectories [B, N, L], valid token ids also where there is padding.
 
     Returns:
@@ -52,7 +52,7 @@ def causal_states(
     else:
         mask = _branch_mask(model, real, branches, steps)
     hidden: Tensor = model.base_model(
-        input_ids=torch.cat([input_ids.masked_fill(~real, 0), branch_ids], dim=1),
+        input_ids=torch.cat([input_ids, branch_ids], dim=1),
         attention_mask=mask,
         position_ids=torch.cat([positions, after], dim=1),
         use_cache=False,

@@ -50,7 +50,7 @@ class Reference:
         self,
         backbone: PreTrainedModel,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         tokens: Tensor,
         mask: Tensor | None,
     ) -> ReferenceStates:

@@ -139,6 +139,24 @@ class TestDecoderOnly:
         )
         assert_same(found, expected)
 
+    @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+    def test_padding_may_be_a_token_of_identifiers(self, family: str) -> None:
+        """In all three ways, whose prompts end where identifiers begin."""
+        inputs, pad = prompts(family), FIXED[0][0]
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, pad)
+        wanted = ours(family=family)
+        ways = (
+            {"custom_generate": constrained_generate, "tree": TREE},
+            {"logits_processor": [PrefixTreeLogitsProcessor(TREE, end_token=EOS)]},
+            {"prefix_allowed_tokens_fn": TREE.as_prefix_allowed_tokens_fn(end_token=EOS)},
+        )
+        for way in ways:
+            found = make_model(family).generate(**inputs, **{**CALL, "pad_token_id": pad, **way})
+            assert found.sequences[:, 4:].tolist() == wanted.sequences[:, 4:].tolist()
+            torch.testing.assert_close(
+                found.sequences_scores, wanted.sequences_scores, rtol=1e-5, atol=1e-5
+            )
+
     def test_unsupported_inputs_are_named(self) -> None:
         model = make_model("gpt2")
         embeds = model.get_input_embeddings()(prompts("gpt2")["input_ids"])

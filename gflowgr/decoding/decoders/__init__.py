@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ...models.packed import real_prompt
 from .base import IdentifierCache, StepDecoder
 from .causal import CausalDecoder, causal_refusal
 from .generic import GenericDecoder
@@ -41,7 +42,7 @@ def decoder_kind(model: PreTrainedModel | Any) -> tuple[type[StepDecoder], str |
 def decoder_for(
     model: PreTrainedModel | Any,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     encoded: Tensor | None = None,
 ) -> StepDecoder:
     """Process prompts, and return what continues them step by step.
@@ -50,14 +51,14 @@ def decoder_for(
         model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode.
             T5 and the families of :mod:`gflowgr.models.families` run fast, any other by whole
             sequences. T5 in float32 on a CPU runs in C++ where no gradients are recorded.
-        input_ids: prompts [B, S], at least one.
-        attention_mask: 1 for real tokens [B, S].
+        input_ids: prompts [B, S], at least one; padding may be on either side and hold any value.
+        attention_mask: 1 for real tokens [B, S]; None: every token is real.
         encoded: the encoder's states [B, S, d], where they are known already.
 
     Raises:
-        ValueError: ``encoded`` is of a wrong shape, or the model has no encoder.
+        ValueError: an argument is of a wrong shape, or the model has no encoder.
     """
-    given: tuple[Tensor, ...] = (input_ids, attention_mask)
+    given: tuple[Tensor, ...] = real_prompt(model, input_ids, attention_mask)
     if encoded is not None:
         if not getattr(model.config, "is_encoder_decoder", False):
             raise ValueError(f"encoded: {type(model).__name__} has no encoder")
