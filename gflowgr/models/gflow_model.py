@@ -426,6 +426,7 @@ class GFlowModel(nn.Module):
         private: bool | None = None,
         token: str | None = None,
         message: str = "Upload a gflowgr model",
+        state: Mapping[str, Tensor] | None = None,
     ) -> str:
         """Save the model into a repository of the hub, which is made if it is not there.
 
@@ -437,6 +438,7 @@ class GFlowModel(nn.Module):
             private: of a new repository; none: as its owner has set.
             token: access token; by default the stored one.
             message: of the commit.
+            state: of a model sharded by FSDP2, gathered.
 
         Returns:
             URL of the commit.
@@ -444,7 +446,8 @@ class GFlowModel(nn.Module):
         Raises:
             ValueError: ``repo_id`` is no id.
         """
-        return push_model(self, repo_id, card=card, private=private, token=token, message=message)
+        options: dict[str, Any] = {"card": card, "private": private, "token": token}
+        return push_model(self, repo_id, message=message, state=state, **options)
 
     # ---- as the Trainer calls them ----
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .gflow_model import GFlowModel
 
 __all__ = ["model_card", "model_folder", "push_model"]
@@ -66,6 +69,7 @@ def push_model(
     private: bool | None = None,
     token: str | None = None,
     message: str = "Upload a gflowgr model",
+    state: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Save ``model`` into a repository of the hub; see :meth:`GFlowModel.push_to_hub`."""
     from huggingface_hub import HfApi
@@ -75,7 +79,7 @@ def push_model(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        model.save_pretrained(folder)  # whole, before anything is made on the hub
+        model.save_pretrained(folder, state)  # whole, before anything is made on the hub
         found = api.create_repo(repo_id, private=private, exist_ok=True)
         full: str = found.repo_id
         if card is not None or not api.file_exists(full, "README.md"):

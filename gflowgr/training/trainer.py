@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..collaborative import CollaborativeModel
 from ..data import LeaveOneOut
 from ..distributed import (
     announce_sharding,
-    first_process_finds,
     is_sharded,
     load_whole_state,
     whole_parameters,
-    whole_state,
 )
 from ..evaluation import evaluate
 from ..evaluation.calibrating import catalogue_calibration
 from ..evaluation.generative import GenerativeRecommender
 from ..evaluation.recommender import SharedRecommender
 from ..models.cheap_dropout import use_cheap_dropout
-from ..models.checkpoint import write_checkpoint
 from ..models.dense_attention import use_dense_attention
 from ..models.feed_forward import use_direct_feed_forward
 from ..models.gflow_model import GFlowModel
@@ -41,28 +34,22 @@ from ..ops import validation, validation_enabled
 from ..transfer import to_device
 from .batches import JointExamples, LengthBucketSampler, ProcessBatches, PromptCollator
 from .callbacks import EpochOrder, LogBeforeSaving
-from .checkpoints import (
-    CheckpointTrainer,
-    check_checkpoint,
-    has_ended,
-    last_complete_checkpoint,
-    named_write_errors,
-)
 from .config import GFlowGRConfig
 from .flow_inputs import FlowInputs
 from .global_batch import Count, Part, parts_of
-from .optimiser import parameter_groups
 from .rounds import FreezeReference, Rounds
+from .saving import SavingTrainer
 from .step_log import Logs, StepLog, of_model
 from .trainer_surface import refused_method
 
 __all__ = ["GFlowGRTrainer"]
 
 _PROMPTS = ("input_ids", "attention_mask")
+_GROUP_OF = {"partition": "flow", "state_flow": "flow", "fusion": "fusion"}  # of parameters
 _PART, _FLOW = "gflowgr_part", "gflowgr_flow"  # what get_batch_samples adds to a micro-batch
 
 
-class GFlowGRTrainer(CheckpointTrainer):
+class GFlowGRTrainer(SavingTrainer):
     """Trains a :class:`~gflowgr.models.GFlowModel` by SFT, jointly with a flow objective, or by a
     baseline's objective against the model as it was when the training began.
 
@@ -139,7 +126,6 @@ class GFlowGRTrainer(CheckpointTrainer):
         )
         self._flow_started = False
         self._has_looked = False
-        self._saves_checkpoint = False
         self._step_log = StepLog()
         super().__init__(
             model=model,
@@ -167,59 +153,6 @@ class GFlowGRTrainer(CheckpointTrainer):
                 f"objective {model.settings.objective!r} keeps a frozen reference, which is not "
                 "sharded: use DDP, without fsdp"
             )
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """As ``transformers.Trainer.train``, but a training that had ended is not trained further.
-
-        Args:
-            resume_from_checkpoint: a folder, or True for the last complete checkpoint of
-                ``args.output_dir``.
-            trial: of a hyper-parameter search.
-            ignore_keys_for_eval: unused; it is an argument of the base class.
-
-        Raises:
-            ValueError: True was given, and there is no complete checkpoint.
-            DataError: the folder given is no complete checkpoint.
-            FloatingPointError: the loss or the gradient became NaN or infinite.
-            OutputError: a checkpoint cannot be written, or another process trains in this folder.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        if model.settings.has_reference and model.reference is None:
-            model.freeze_reference()  # a checkpoint has its own
-        checkpoint = None
-        if resume_from_checkpoint:
-            checkpoint = first_process_finds(lambda: self._checkpoint(resume_from_checkpoint))
-        if checkpoint is not None:
-            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if has_ended(state, self.args):
-                return self._adopt(checkpoint, state)
-            self._flow_inputs.load_state(checkpoint)
-        self._step_log.restart()
-        place = None if checkpoint is None else str(checkpoint)
-        return super().train(place, trial, ignore_keys_for_eval)
-
-    def _checkpoint(self, asked: str | bool) -> Path:
-        if asked is not True:
-            check_checkpoint(Path(str(asked)))
-            return Path(str(asked))
-        found = last_complete_checkpoint(str(self.args.output_dir))
-        if found is None:
-            raise ValueError(f"there is no complete checkpoint in {self.args.output_dir}")
-        return found
-
-    def _adopt(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
-        """The model and state that the ended training would have left."""
-        self.state = state
-        best = checkpoint.parent / f"checkpoint-{state.best_global_step}"
-        keeps_best = self.args.load_best_model_at_end and best.is_dir()
-        self._load_from_checkpoint(str(best if keeps_best else checkpoint))
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
 
     # ---- the objective ----
 
@@ -368,7 +301,7 @@ class GFlowGRTrainer(CheckpointTrainer):
             args = self.args
             decayed = set(self.get_decay_parameter_names(model))
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(args)
-            groups = parameter_groups(model, decayed, args)
+            groups = _parameter_groups(model, decayed, args)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
@@ -469,51 +402,34 @@ class GFlowGRTrainer(CheckpointTrainer):
 
     # ---- what of the base class is of no use here ----
 
-    def create_model_card(self, *args: Any, **options: Any) -> None:
-        """As ``transformers.Trainer.create_model_card``: a ``README.md`` in the output folder."""
-        card = copy.copy(self)
-        # It reads the configuration of a transformers model.
-        card.model = self.accelerator.unwrap_model(self.model).backbone
-        super(GFlowGRTrainer, card).create_model_card(*args, **options)
-
     predict = refused_method("predict")
     prediction_step = refused_method("prediction_step")
     evaluation_loop = refused_method("evaluation_loop")
     get_eval_dataloader = refused_method("get_eval_dataloader")
     get_test_dataloader = refused_method("get_test_dataloader")
     hyperparameter_search = refused_method("hyperparameter_search")
+    init_hf_repo = refused_method("init_hf_repo")
 
-    # ---- checkpoints: the model's own format ----
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model (:meth:`gflowgr.models.GFlowModel.save_pretrained`).
+def _parameter_groups(
+    model: nn.Module, decayed: set[str], args: GFlowGRConfig
+) -> list[dict[str, Any]]:
+    """The trained parameters: log Z or log F, and a learned fusion, have rates of their own.
 
-        All processes must call it; the first one writes.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        with named_write_errors(output_dir or self.args.output_dir or "."):
-            self._saves_checkpoint = _internal_call
-            if self.is_fsdp_enabled:  # the base class would not save a sharded model as a model
-                self._save(output_dir)
-            else:
-                super().save_model(output_dir, _internal_call)
-            if _internal_call and output_dir and self.args.should_save:  # of a checkpoint
-                self._flow_inputs.save_state(Path(output_dir))
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        state = whole_state(model)  # by all processes together
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir or ".")
-        if self._saves_checkpoint:  # into an empty folder of the checkpoint's
-            write_checkpoint(model, folder, state)
-        else:
-            model.save_pretrained(folder, state)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        self.accelerator.unwrap_model(model or self.model).load_weights(resume_from_checkpoint)
+    Args:
+        model: a :class:`~gflowgr.models.GFlowModel`, also wrapped by DDP.
+        decayed: names of parameters that weight decay is for.
+        args: rates and decay.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        "decayed": {"params": [], "weight_decay": args.weight_decay},
+        "others": {"params": [], "weight_decay": 0.0},
+        "flow": {"params": [], "weight_decay": 0.0, "lr": args.partition_learning_rate},
+        "fusion": {"params": [], "weight_decay": 0.0, "lr": args.fusion_learning_rate},
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.removeprefix("module.").partition(".")[0]
+            group = _GROUP_OF.get(part, "decayed" if name in decayed else "others")
+            groups[group]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]

@@ -23,6 +23,7 @@ __all__ = [
 _LOSS = "the objectives are losses of whole trajectories"
 _RANKS = "an evaluation ranks the catalogue for the split's users"
 _ORDER = "the trainer has a data order of its own"
+_PUSH = "checkpoints are not pushed: call push_to_hub() after the training"
 _LIGER = "the losses are fused with the output head already"
 
 
@@ -53,6 +54,10 @@ REFUSED_ARGUMENTS: dict[str, str] = {
     "optim_target_modules": "log Z, log F and a learned fusion have optimiser groups of their own",
     "parallelism_config": "parameters are shared by DDP or FSDP2",
     "deepspeed": "parameters are shared by DDP or FSDP2: use fsdp",
+    "push_to_hub": _PUSH,
+    "hub_strategy": _PUSH,
+    "hub_always_push": _PUSH,
+    "hub_revision": "push_to_hub() pushes to the main branch",
     "remove_unused_columns": "the collator reads all columns",
 }
 """Why a value other than the default is refused."""
@@ -69,9 +74,9 @@ HONOURED_ARGUMENTS = _names(
     log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
     trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay
     per_device_eval_batch_size eval_on_start save_only_model save_strategy save_steps
-    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token
-    hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
-    load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
+    save_on_each_node save_total_limit enable_jit_checkpoint hub_token
+    hub_private_repo hub_model_id load_best_model_at_end metric_for_best_model
+    greater_is_better ignore_data_skip
     restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
@@ -87,6 +92,7 @@ REFUSED_METHODS: dict[str, str] = {
     "evaluation_loop": "call evaluate()",
     "get_eval_dataloader": "evaluate() ranks for the split's users, and loads no batches",
     "get_test_dataloader": "evaluate() ranks for the split's users, and loads no batches",
+    "init_hf_repo": "push_to_hub() makes the repository",
     "hyperparameter_search": "the trainer has one model: make a trainer for each trial",
 }
 """What to do instead."""
@@ -99,7 +105,7 @@ HONOURED_METHODS = _names(
     floating_point_ops get_batch_samples get_cp_size get_decay_parameter_names
     get_learning_rates get_num_trainable_parameters get_optimizer_cls_and_kwargs
     get_optimizer_group get_sp_size get_total_train_batch_size get_tp_size get_train_dataloader
-    init_hf_repo is_local_process_zero is_world_process_zero log log_metrics
+    is_local_process_zero is_world_process_zero log log_metrics
     loss_is_scaled_for_ga metrics_format num_examples pop_callback push_to_hub remove_callback
     save_metrics save_model save_state set_initial_training_values store_flos train
     training_step

@@ -14,8 +14,8 @@ from support.tiny_shop import make_inputs, make_model
 from torch import Tensor
 
 from gflowgr.errors import DataError
-from gflowgr.models import CausalConfig, GFlowModel, LoraSettings, prompt_tokens
-from gflowgr.models.preference_objective import best_and_worst
+from gflowgr.models import CausalConfig, FlowSettings, GFlowModel, LoraSettings, prompt_tokens
+from gflowgr.models.preference_objective import best_and_worst, preference_loss
 
 BETA = {"dpo": 0.1, "sdpo": 1.0, "grpo": 1e-3}
 
@@ -202,6 +202,35 @@ def test_ipa_compares_the_best_with_the_worst_generated_trajectory() -> None:
     assert output["loss"].item() == pytest.approx(nll + 0.5 * expected, rel=1e-4)
     with pytest.raises(ValueError, match="N >= 3 trajectories for objective 'ipa'; got 2"):
         best_and_worst(inputs["tokens"][:, :2], inputs["mask"][:, :2], inputs["log_reward"][:, :2])
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipa"])
+def test_model_and_reference_each_have_the_bias_of_their_own_head(objective: str) -> None:
+    """No T5 has one; the losses here are ``-log sigmoid(0.1 * what the chosen gained more)``."""
+    g = torch.Generator().manual_seed(0)
+    count = 3 if objective == "ipa" else 2
+    shape, vocabulary = (4, count, 3), 11
+    hidden, ref_hidden = (torch.randn(*shape, 5, generator=g) for _ in range(2))
+    weight, ref_weight = (torch.randn(vocabulary, 5, generator=g) for _ in range(2))
+    bias, ref_bias = (3 * torch.randn(vocabulary, generator=g) for _ in range(2))
+    tokens = torch.randint(vocabulary, shape, generator=g)
+    mask = torch.ones(shape, dtype=torch.bool)
+
+    def log_p(states: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+        logits = (states @ matrix.T + offset).log_softmax(-1)
+        return logits.gather(-1, tokens[..., None])[..., 0].sum(-1)
+
+    head: dict[str, Any] = {"weight": weight, "bias": bias, "tree": None, "normalize": "vocab"}
+    reference = (ref_hidden, ref_weight, ref_bias)
+    settings = FlowSettings(objective=objective, max_history=8)
+    loss, logs = preference_loss(settings, head, hidden, tokens, mask, reference, None)
+    now = log_p(hidden, weight, bias)
+    gained = now - log_p(*reference)
+    margin = gained[:, -2] - gained[:, -1]
+    expected = torch.nn.functional.softplus(-0.1 * margin).mean()
+    torch.testing.assert_close(logs["loss_preference"], expected)
+    torch.testing.assert_close(logs["preference_margin"], margin.mean())
+    torch.testing.assert_close(loss, expected - (objective == "ipa") * now[:, 0].mean())
 
 
 @pytest.mark.parametrize("objective", ["sprec", "ipa"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.tiny_shop import make_args, make_model, shop
+from support.tiny_shop import make_args, make_model, make_scorer, shop
 from support.tiny_trainer import (
     make_trainer,
     steps,
@@ -19,8 +19,9 @@ from support.tiny_trainer import (
 )
 from transformers import TrainerCallback
 
+from gflowgr.collaborative import CollaborativeModel, EmbeddingScorer
 from gflowgr.rewards import SignalContext
-from gflowgr.training import GFlowGRConfig
+from gflowgr.training import GFlowGRConfig, GFlowGRTrainer
 
 # ---- the objective ----
 
@@ -122,6 +123,82 @@ def test_works_without_a_collaborative_model(tmp_path: Path) -> None:
     assert entry["reward/r_yhat"] == 0
 
 
+@dataclasses.dataclass
+class Step:
+    """What the first step of a training was given, and what the model said before it.
+
+    Attributes:
+        items: of the trajectories [B, N].
+        signals: the reward's signals [B, N, K].
+        log_pf: log P(trajectory | prompt) [B, N].
+        scores: the collaborative model's, of the whole catalogue [B, items], if there is one.
+        behaviours: codes of the positives [B].
+        entry: what was logged.
+    """
+
+    items: torch.Tensor
+    signals: torch.Tensor
+    log_pf: torch.Tensor
+    scores: torch.Tensor | None
+    behaviours: torch.Tensor
+    entry: dict[str, float]
+
+
+def first_step(
+    folder: Path,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    scorer: CollaborativeModel | None,
+) -> Step:
+    args = make_args(folder, per_device_train_batch_size=64, max_steps=1, **options)
+    model = make_model(**settings)
+    trainer = GFlowGRTrainer(model, args, shop(), collaborative=scorer)
+    step, seen = trainer.compute_loss, {}
+
+    def look(module: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        seen.update(inputs)
+        return step(module, inputs, *rest, **more)
+
+    def look_at_the_flow(module: Any, _: Any, flow: dict[str, Any]) -> None:
+        seen.update(flow, log_pf=model.log_probs(flow))
+
+    trainer.compute_loss = look
+    with model.register_forward_pre_hook(look_at_the_flow, with_kwargs=True):
+        trainer.train()
+    item_of = {tuple(row): item for item, row in enumerate(model.item_tokens().tolist())}
+    items = [[item_of[tuple(row)] for row in rows] for rows in seen["tokens"].tolist()]
+    scores = None if scorer is None else scorer.score(seen["histories"])
+    return Step(
+        torch.tensor(items),
+        seen["signals"],
+        seen["log_pf"],
+        scores,
+        seen["behaviour"],
+        steps(trainer)[0],
+    )
+
+
+def expected_signal(name: str, step: Step) -> torch.Tensor:
+    """A signal [B, N] by its definition, of one trajectory at a time."""
+    rows, columns = step.items.shape
+    tokens, names = make_model().item_tokens(), shop().dataset.behaviour_names
+    found = torch.zeros(rows, columns)
+    for b in range(rows):
+        for n in range(columns):
+            item = int(step.items[b, n])
+            if name == "r_sim":
+                found[b, n] = (tokens[item] == tokens[step.items[b, 0]]).sum()
+            elif name == "r_generation":
+                found[b, n] = math.exp(step.log_pf[b, n] / tokens.shape[1])
+            elif name == "r_a" and n == 0:
+                found[b, n] = {"purchase": 10.0, "click": 1.0}[names[step.behaviours[b]]]
+            elif name == "r_yhat" and step.scores is not None:
+                row = step.scores[b].double()
+                z = (row[item] - row.mean()) / row.std(correction=0)
+                found[b, n] = math.log1p(math.exp(z))
+    return found
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "scorer"),
     [
@@ -137,21 +214,32 @@ def test_works_without_a_collaborative_model(tmp_path: Path) -> None:
 def test_ablations(
     settings: dict[str, Any], options: dict[str, Any], scorer: bool, tmp_path: Path
 ) -> None:
-    """Everything the paper leaves out in turn can be left out here."""
-    args = make_args(tmp_path, per_device_train_batch_size=64, max_steps=1, **options)
-    trainer = make_trainer(args, make_model(**settings), scorer=scorer)
-    trainer.train()
-    entry = steps(trainer)[0]
-    signals = settings.get("signals", ["r_a", "r_yhat", "r_sim"])
-    assert {name for name in entry if name.startswith("reward/")} == {
-        f"reward/{name}" for name in signals
-    }
-    alone = options.get("num_trajectories") == 1
-    assert [n for n in entry if n.startswith("reward_augmented")] == (
-        [] if alone else [f"reward_augmented/{name}" for name in signals]
-    )
-    if "r_generation" in signals:
-        assert 0 < entry["reward/r_generation"] < 1
+    """Everything the paper leaves out in turn can be left out here.
+
+    The loss sees the signals that are named and no others, with the values of their definitions;
+    and items depend on the collaborative model with the curriculum alone.
+    """
+    step = first_step(tmp_path / "one", settings, options, make_scorer() if scorer else None)
+    names = settings.get("signals", ["r_a", "r_yhat", "r_sim"])
+    wanted = torch.stack([expected_signal(name, step) for name in names], -1)
+    torch.testing.assert_close(step.signals, wanted, rtol=1e-4, atol=1e-4)
+    assert all(bool(signal.any()) for signal in wanted.unbind(-1))
+
+    log_z = (wanted.sum(-1).clamp_min(1e-6).log() - step.log_pf).mean()
+    assert step.entry["log_z_group"] == pytest.approx(log_z.item(), rel=1e-4)
+    means = {f"reward/{name}": wanted[:, 0, k].mean().item() for k, name in enumerate(names)}
+    if step.items.shape[1] > 1:
+        others = wanted[:, 1:].flatten(0, 1).mean(0).tolist()
+        means |= {f"reward_augmented/{n}": v for n, v in zip(names, others, strict=True)}
+    logged = {name: value for name, value in step.entry.items() if name.startswith("reward")}
+    assert logged == pytest.approx(means, rel=1e-4)
+
+    assert step.items.shape[1] == options.get("num_trajectories", 3)
+    if scorer:
+        table = torch.randn(200, 4, generator=torch.Generator().manual_seed(6))
+        other = first_step(tmp_path / "two", settings, options, EmbeddingScorer(table))
+        by_curriculum = "sampler" not in options and step.items.shape[1] > 1
+        assert torch.equal(step.items, other.items) == (not by_curriculum)
 
 
 class RareItems:

@@ -14,6 +14,7 @@ from support.tiny_trainer import make_trainer, steps
 from transformers import Trainer, TrainingArguments
 
 from gflowgr.data import LeaveOneOut, generate_builtin
+from gflowgr.models import GFlowModel
 from gflowgr.training.trainer_surface import (
     HONOURED_ARGUMENTS,
     HONOURED_METHODS,
@@ -55,6 +56,8 @@ OTHER_VALUES: dict[str, Any] = {
     "accelerator_config": {"split_batches": True},
     "optim_target_modules": "all-linear",
     "parallelism_config": {"tp_size": 2},
+    "hub_strategy": "end",
+    "hub_revision": "dev",
     "deepspeed": {"zero_optimization": {"stage": 3}},
 }
 
@@ -98,6 +101,36 @@ def test_a_model_card_is_written(trainer: Any) -> None:
     card = (Path(trainer.args.output_dir) / "README.md").read_text()
     assert "the shop's" in card
     assert "- gflowgr" in card
+
+
+def test_a_push_is_the_models_own(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the arguments' repository, token and privacy, and nothing of the output folder."""
+    pushed: list[tuple[str, dict[str, Any]]] = []
+
+    def push(model: GFlowModel, repo_id: str, **options: Any) -> str:
+        assert model is trainer.model
+        pushed.append((repo_id, options))
+        return "the commit"
+
+    monkeypatch.setattr(GFlowModel, "push_to_hub", push)
+    assert trainer.push_to_hub() == "the commit"
+    monkeypatch.setattr(trainer.args, "hub_model_id", "me/shop")
+    monkeypatch.setattr(trainer.args, "hub_token", "secret")
+    monkeypatch.setattr(trainer.args, "hub_private_repo", True)
+    trainer.push_to_hub()
+    trainer.push_to_hub("done", token="other", private=False, card="mine")
+    one = {"message": "End of training", "card": None, "private": None, "token": None}
+    two = {**one, "private": True, "token": "secret"}
+    three = {"message": "done", "card": "mine", "private": False, "token": "other"}
+    state = {"state": None}  # that of a sharded model
+    assert pushed == [
+        (Path(trainer.args.output_dir).name, one | state),
+        ("me/shop", two | state),
+        ("me/shop", three | state),
+    ]
+    for options in ({"blocking": False}, {"revision": "dev"}, {"tags": ["shop"]}):
+        with pytest.raises(ValueError, match=rf"^{next(iter(options))} must be .* push_to_hub\(\)"):
+            trainer.push_to_hub(**options)
 
 
 def test_a_batch_that_fits_is_found(tmp_path: Path) -> None:
