@@ -1,4 +1,4 @@
-"""The cells of an experiment: pieces of work that each leave one folder, and what they need."""
+"""The cells of a run or an experiment, the folders that they fill, and their locks."""
 
 from __future__ import annotations
 
@@ -6,133 +6,211 @@ import contextlib
 import fcntl
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Literal, TextIO
 
-from .. import files
-from .config import ConfigError
-from .spec import ExperimentSpec, Method, Track
+from ..models.settings import FlowSettings
+from .config import RunConfig
+from .spec import ExperimentSpec, Method, Values, Variant
 
-__all__ = ["BUSY", "Cell", "alone", "cells_of", "check_claims", "claim", "locked"]
+__all__ = ["BUSY", "Cell", "alone", "cells_of", "cells_of_run", "folders_of", "locked"]
 
 BUSY = 75
 """Exit status of a process whose cell is being worked on elsewhere."""
 
-_CLAIM = "cell.json"
-_OF_START = ("seed", "data", "collaborative", "model", "sft", "evaluation")
-_MADE_FROM = {
-    "collaborative": ("seed", "data", "collaborative", "evaluation"),
+_OF_START = ("seed", "data", "collaborative", "model", "sft")
+_READS = {
+    "collaborative": ("seed", "data", "collaborative"),
     "sft": _OF_START,
     "method": (*_OF_START, "flow", "finetune"),
 }
+_PLACES = (("data", "path"), ("collaborative", "embeddings"), ("model", "path"))
+_COLLABORATIVE = {"sasrec": ["SASRec"], "embeddings": ["Item embeddings"], "none": []}
+_DATA_SEED = 42  # of an experiment's built-in dataset, which is the same for all its seeds
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One piece of work.
+    """One piece of work: a training, if its stage has one, and the evaluations of its result.
+
+    All folders are relative to the output folder.
 
     Attributes:
         stage: ``"collaborative"``: train and evaluate the collaborative model, and popularity;
             ``"sft"``: the supervised start; ``"method"``: a fine-tuning from there.
-        track: dataset, seed and identifiers.
-        method: of a fine-tuning.
+        label: the method's name.
+        id: folder of the cell's own training.
+        config: what is done, as for ``gflowgr train``.
+        data_seed: of the built-in dataset.
+        data_folder: what belongs to the dataset alone.
+        collaborative_folder: the collaborative model.
+        identifiers_folder: identifiers that have to be made; None: the cell belongs to several sets
+            of identifiers, so none take part in its evaluations.
+        evaluations: name of what is evaluated to the folder of its evaluation.
+        needs: ids of the cells that must be complete before; a method's start is the last.
     """
 
-    stage: str
-    track: Track
-    method: Method | None = None
+    stage: Literal["collaborative", "sft", "method"]
+    label: str
+    id: str
+    config: RunConfig
+    data_seed: int
+    data_folder: str
+    collaborative_folder: str
+    identifiers_folder: str | None
+    evaluations: dict[str, str]
+    needs: tuple[str, ...] = ()
 
-    @property
-    def id(self) -> str:
-        """Its folder, under the experiment's."""
-        if self.stage == "collaborative":
-            return f"{self.track.seed_folder}/collaborative"
-        return f"{self.track.folder}/{'sft' if self.method is None else self.method.slug}"
+    def to_dict(self) -> Values:
+        """JSON-ready; :meth:`from_dict` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Values) -> Cell:
+        """The inverse of :meth:`to_dict`."""
+        config = RunConfig.from_dict(values["config"])
+        return cls(**values | {"config": config, "needs": tuple(values["needs"])})
 
     def is_complete(self, out: Path) -> bool:
-        """Whether the last of its files is there."""
-        evaluation = out / self.id / "evaluation"
-        if self.stage == "collaborative":
-            evaluation /= "popularity"
-        return (evaluation / "analysis.json").is_file()
+        """Whether the last of its files is there, in an experiment."""
+        last = [*self.evaluations.values()][-1]
+        return (out / last / "analysis.json").is_file()
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Ids of the cells that must be done before."""
-        collaborative = Cell("collaborative", self.track).id
-        return {
-            "collaborative": (),
-            "sft": (collaborative,),
-            "method": (collaborative, Cell("sft", self.track).id),
-        }[self.stage]
+    def made_from(self) -> dict[str, Values]:
+        """The folders that the cell may fill, each with the values that its content depends on.
 
-    @property
-    def label(self) -> str:
-        """For the screen."""
-        return "SFT" if self.stage == "sft" else self.method.name if self.method else "SASRec"
+        JSON-ready, and without places on this machine: what lies there has a digest.
+        """
+        config = self.config.to_dict()
+        del config["evaluation"]["examples"]  # of the report
+        for section, key in _PLACES:
+            if config[section].get(key) is not None:
+                config[section][key] = Path(config[section][key]).name
+        reads = {stage: {name: config[name] for name in names} for stage, names in _READS.items()}
+        reads["sft"]["flow"] = {"normalize": config["flow"]["normalize"]}
+        without = {name: each for name, each in config["data"].items() if name != "identifiers"}
+        reads["collaborative"]["data"] = without
+        folders: dict[str, Values] = {}
+        if self.config.data.path is None:
+            made = {name: config["data"][name] for name in ("users", "items")}
+            folders[str(Path(self.data_folder) / "data")] = {"seed": self.data_seed, "data": made}
+        if self.config.collaborative.kind == "sasrec":
+            folders[self.collaborative_folder] = reads["collaborative"]
+        if self.stage != "collaborative":
+            folders[self.id] = reads[self.stage]
+        evaluated = reads[self.stage] | {"evaluation": config["evaluation"]}
+        if self.stage == "collaborative" and self.identifiers_folder is not None:
+            evaluated["data"] = config["data"]
+        folders |= dict.fromkeys(self.evaluations.values(), evaluated)
+        plain: dict[str, Values] = json.loads(json.dumps(folders))  # tuples as they are read
+        return plain
 
-    def made_from(self, spec: ExperimentSpec) -> dict[str, Any]:
-        """The values that its results depend on, JSON-ready, without places on this machine."""
-        config = spec.config(self.track, self.method).to_dict()
-        values = {name: config[name] for name in _MADE_FROM[self.stage]}
-        if self.stage == "sft":
-            values["normalize"] = config["flow"]["normalize"]
-        for section, key in (("data", "path"), ("collaborative", "embeddings"), ("model", "path")):
-            if section in values and values[section].get(key) is not None:
-                values[section][key] = Path(values[section][key]).name
-        if self.stage == "collaborative":
-            del values["data"]["identifiers"]
-        made: dict[str, Any] = json.loads(json.dumps(values))  # tuples as they are read
-        return made
+
+def cells_of_run(config: RunConfig) -> list[Cell]:
+    """The cells of ``gflowgr train``, in the order of their work.
+
+    The collaborative model, SFT, and from there, with the same budget, continued SFT and the method
+    of ``config.flow``.
+    """
+
+    def cell(id_: str, label: str, config: RunConfig, *needs: str) -> Cell:
+        return Cell(
+            stage="method" if len(needs) == 2 else "sft",
+            label=label,
+            id=id_,
+            config=config,
+            data_seed=config.seed,
+            data_folder="",
+            collaborative_folder="sasrec",
+            identifiers_folder="",
+            evaluations={label: _run_evaluation(label)},
+            needs=needs,
+        )
+
+    sft = cell("sft", "SFT", config, "sasrec")
+    names = _references(config)
+    collaborative = replace(
+        sft,
+        stage="collaborative",
+        label=names[0],
+        id="sasrec",
+        evaluations={name: _run_evaluation(name) for name in names},
+        needs=(),
+    )
+    cells = [collaborative, sft]
+    if config.continued_sft:
+        flow = FlowSettings(
+            objective="sft", normalize=config.flow.normalize, max_history=config.flow.max_history
+        )
+        continued = replace(config, flow=flow)
+        cells.append(cell("sft_continued", "SFT continued", continued, "sasrec", "sft"))
+    return [*cells, cell("gflowgr", config.flow.label, config, "sasrec", "sft")]
+
+
+def _run_evaluation(label: str) -> str:
+    return f"evaluation/{label.lower().replace(' ', '_')}"
 
 
 def cells_of(spec: ExperimentSpec) -> list[Cell]:
-    """All cells, in an order in which each comes after those that it needs."""
+    """The cells of an experiment, in an order in which each comes after those that it needs."""
     cells: dict[str, Cell] = {}
-    for track in spec.tracks:
-        methods = [Cell("method", track, method) for method in spec.methods]
-        for cell in (Cell("collaborative", track), Cell("sft", track), *methods):
+    for variant in spec.variants:
+        for cell in _cells_of_variant(spec, variant):
             cells.setdefault(cell.id, cell)
     return list(cells.values())
 
 
-def claim(cell: Cell, spec: ExperimentSpec, out: Path) -> None:
-    """Record what the cell's folder is made from."""
-    files.write_json(out / cell.id / _CLAIM, cell.made_from(spec))
+def _cells_of_variant(spec: ExperimentSpec, variant: Variant) -> Iterator[Cell]:
+    """One start and the methods from it, after the collaborative model that variants share."""
+    config = spec.config(variant)
+    shared = f"{variant.seed_folder}/collaborative"
+    names = _references(config)
+    collaborative = Cell(
+        stage="collaborative",
+        label=names[0],
+        id=shared,
+        config=config,
+        data_seed=_DATA_SEED,
+        data_folder=variant.data_folder,
+        collaborative_folder=f"{shared}/sasrec",
+        identifiers_folder=None,
+        evaluations={
+            name: f"{shared}/evaluation/{name.lower().replace(' ', '_')}" for name in names
+        },
+    )
+    yield collaborative
 
-
-def check_claims(spec: ExperimentSpec, cells: list[Cell], out: Path) -> None:
-    """Check that what is there was made from the same values.
-
-    Raises:
-        ConfigError: it was not; the message names the values, and the folders to delete.
-    """
-    stale, changed = [], dict[str, str]()
-    for cell in cells:
-        path = out / cell.id / _CLAIM
-        if not path.is_file():
-            continue
-        found, wanted = files.read_json(path, expect=dict), cell.made_from(spec)
-        if found != wanted:
-            stale.append(cell.id)
-            changed |= _differences(found, wanted)
-    if stale:
-        shown = ", ".join(stale[:5]) + (f" and {len(stale) - 5} more" if len(stale) > 5 else "")
-        raise ConfigError(
-            f"{out} holds results of other values ({'; '.join(changed.values())}). Choose another "
-            f"output folder, or delete these in it: {shown}"
+    def cell(id_: str, label: str, method: Method | None, *needs: str) -> Cell:
+        return replace(
+            collaborative,
+            stage="sft" if method is None else "method",
+            label=label,
+            id=id_,
+            config=spec.config(variant, method),
+            identifiers_folder=variant.folder,
+            evaluations={label: f"{id_}/evaluation"},
+            needs=needs,
         )
 
+    start = f"{variant.folder}/sft"
+    yield cell(start, "SFT", None, shared)
+    for method in spec.methods:
+        yield cell(f"{variant.folder}/{method.slug}", method.name, method, shared, start)
 
-def _differences(found: Any, wanted: Any, key: str = "") -> dict[str, str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        parts: dict[str, str] = {}
-        for name in found | wanted:
-            inner = f"{key}.{name}" if key else name
-            parts |= _differences(found.get(name), wanted.get(name), inner)
-        return parts
-    return {} if found == wanted else {key: f"{key}: {found!r} there, {wanted!r} here"}
+
+def _references(config: RunConfig) -> list[str]:
+    """What the generators are compared with: the collaborative model, if any, and popularity."""
+    return [*_COLLABORATIVE[config.collaborative.kind], "Popularity"]
+
+
+def folders_of(cells: list[Cell]) -> dict[str, Values]:
+    """:meth:`Cell.made_from` of all cells together; those before come first."""
+    folders: dict[str, Values] = {}
+    for cell in cells:
+        for folder, values in cell.made_from().items():
+            folders.setdefault(folder, values)
+    return folders
 
 
 @contextlib.contextmanager

@@ -30,8 +30,12 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "RunConfig",
+    "quickstart_config",
     "training_arguments",
 ]
+
+
+_QUICKSTART = Path(__file__).parent / "quickstart.yaml"
 
 
 @dataclass(frozen=True)
@@ -314,3 +318,19 @@ def _check_training_arguments(section: str, values: dict[str, Any], seed: int) -
         training_arguments(values, "unused", seed)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{section}: {' '.join(str(error).split())}") from error
+
+
+def quickstart_config(
+    output_dir: str, *, data: str | None = None, identifiers: str | None = None, seed: int = 42
+) -> RunConfig:
+    """The run of ``gflowgr quickstart``: ``quickstart.yaml``, which ``examples/`` has, too.
+
+    Args:
+        output_dir: where everything goes.
+        data: folder of a dataset; none: the built-in one.
+        identifiers: name of the identifiers, if the dataset has several.
+        seed: seeds everything.
+    """
+    config = RunConfig.load(_QUICKSTART)
+    chosen = dataclasses.replace(config.data, path=data, identifiers=identifiers)
+    return dataclasses.replace(config, output_dir=output_dir, data=chosen, seed=seed)

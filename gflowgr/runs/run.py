@@ -1,45 +1,27 @@
-"""The main job: collaborative model, SFT, GFlowGR and its fair baseline, evaluation, report.
+"""One run: ``gflowgr train`` and ``gflowgr quickstart``.
 
-A run that was killed goes on from its last complete stage, and inside a training from its last
-complete checkpoint; see :mod:`.stages`.
+The cells of :func:`.cells.cells_of_run`, worked on one after the other in this process, or in the
+processes of one ``torchrun``; nothing is spawned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..collaborative import CollaborativeModel, Popularity, SASRec
+from .. import files
 from ..data import LeaveOneOut
-from ..evaluation import Evaluation, Recommender, ScoringRecommender
-from ..evaluation.generative import GenerativeRecommender
-from ..models.gflow_model import FlowSettings, GFlowModel
-from ..rewards import make_signals
-from .claim import claim_configuration, claim_data, digest_of
+from ..evaluation import Evaluation
+from .cells import cells_of_run, folders_of
 from .config import ConfigError, RunConfig
-from .generator import add_adapters, check_generator, make_generator
-from .prepare import (
-    Catalogue,
-    load_data,
-    make_catalogue,
-    make_identifiers,
-    published_identifiers,
-    split_data,
-)
 from .processes import first_process_first, is_first_process, quiet_transformers, working_alone
-from .stages import Screen, TrainedStage, collaborative_stage, evaluation_stage, train_stage
+from .same_inputs import check_same_inputs
+from .stages import Console
+from .work import prepare_inputs, run_cell
 
-__all__ = [
-    "RunResult",
-    "TableEntry",
-    "check_reward",
-    "finetune",
-    "reference_recommenders",
-    "run",
-    "train_supervised",
-]
+__all__ = ["RunResult", "TableEntry", "run"]
 
 
 @dataclass(frozen=True)
@@ -101,147 +83,28 @@ def run(
 
 def _run(config: RunConfig, say: Callable[[str], None], progress: bool) -> RunResult:
     output = Path(config.output_dir)
-    screen = Screen(say, progress) if is_first_process() else Screen(_silent, False)
+    console = Console(say, progress) if is_first_process() else Console(_silent, False)
+    cells = cells_of_run(config)
     with first_process_first():
-        claim_configuration(output, config)
-        screen.say(f"Output: {output}")
-        dataset = load_data(config.data, output, config.seed)
-        split = split_data(dataset, config.data.max_history, output)
-        claim_data(output, {"data": digest_of(split.dataset)})
-        check_reward(config, split)
-        tokenizer = check_generator(config.model)
-    screen.say(
-        f"Data: {dataset.name}, {dataset.num_users:,} users, {dataset.num_items:,} items, "
-        f"{len(split.train):,} training examples"
-    )
-    published = published_identifiers(dataset, config.data.identifiers)
-    collaborative = collaborative_stage(
-        config.collaborative, split, output / "sasrec", config.seed, screen
-    )
-    vectors = getattr(collaborative, "item_embeddings", None)
-    with first_process_first():
-        name, identifiers = published or make_identifiers(
-            dataset,
-            vectors,
-            config.seed,
-            config.collaborative,
-            method=config.data.identifiers,
-            folder=output,
-            progress=screen.progress,
-        )
-        claim_data(output, {"identifiers": digest_of(identifiers)})
-    catalogue = make_catalogue(name, identifiers, tokenizer)
-    tree = catalogue.tree
-    screen.say(
-        f"Identifiers: {name}, {tree.num_leaves:,} distinct for {tree.num_items:,} items, "
-        f"{sum(catalogue.vocabulary.codebook_sizes):,} tokens"
-    )
-    stages = _training_stages(config, catalogue, split, collaborative, output, screen)
-
-    recommenders: dict[str, Recommender] = {
-        label: GenerativeRecommender(stage.model, num_beams=config.evaluation.num_beams, name=label)
-        for label, stage in stages.items()
-    }
-    recommenders |= reference_recommenders(split, collaborative)
-    rows = []
-    for label, recommender in recommenders.items():
-        folder = output / "evaluation" / label.lower().replace(" ", "_")
-        with first_process_first():
-            evaluation = evaluation_stage(
-                config.evaluation, split, recommender, catalogue.leaf_of, folder, screen
-            )
-        training = stages[label].training if label in stages else {}
-        rows.append(TableEntry(label, evaluation, training))
-    histories = {label: stage.history for label, stage in stages.items()}
-    return RunResult(config, split, name, rows, histories)
+        check_same_inputs(output, folders_of(cells))
+        if is_first_process():
+            files.write_json(output / "config.json", config.to_dict())
+    console.say(f"Output: {output}")
+    inputs = prepare_inputs(cells[-1], output, console)
+    generators: list[TableEntry] = []
+    references: list[TableEntry] = []
+    histories: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        work = run_cell(cell, inputs, output, console)
+        training, rows = {}, references
+        if work.trained is not None:
+            training, rows = work.trained.training, generators
+            histories[cell.label] = work.trained.history
+        rows += [TableEntry(name, each, training) for name, each in work.evaluations.items()]
+    assert inputs.catalogue is not None
+    name = inputs.catalogue.identifiers_name
+    return RunResult(config, inputs.split, name, generators + references, histories)
 
 
 def _silent(text: str) -> None:
     """Only the first process speaks."""
-
-
-def check_reward(config: RunConfig, split: LeaveOneOut) -> None:
-    """Find a missing reward now and not after hours of supervised training.
-
-    Raises:
-        ConfigError: the data have a behaviour without a value.
-    """
-    try:
-        make_signals(
-            config.flow.signals,
-            behaviour_values=config.finetune.get("behaviour_values"),
-            behaviour_names=split.dataset.behaviour_names,
-            side=(config.finetune.get("sampler_options") or {}).get("side", "impression"),
-        )
-    except ValueError as error:
-        raise ConfigError(f"flow.signals, finetune.behaviour_values: {error}") from error
-
-
-def reference_recommenders(
-    split: LeaveOneOut, collaborative: CollaborativeModel | None
-) -> dict[str, Recommender]:
-    """What the generators are compared with, by name: the collaborative model and popularity."""
-    found: dict[str, Recommender] = {}
-    if collaborative is not None:
-        label = "SASRec" if isinstance(collaborative, SASRec) else "Item embeddings"
-        found[label] = ScoringRecommender(label, collaborative)
-    found["Popularity"] = ScoringRecommender("Popularity", Popularity(split.item_counts))
-    return found
-
-
-def train_supervised(
-    config: RunConfig, catalogue: Catalogue, split: LeaveOneOut, folder: Path, screen: Screen
-) -> TrainedStage:
-    """The supervised start of all fine-tunings, by ``config.sft``."""
-    settings = FlowSettings(
-        objective="sft", normalize=config.flow.normalize, max_history=config.flow.max_history
-    )
-
-    def make() -> GFlowModel:
-        made = make_generator(config.model, catalogue, split.dataset, settings, seed=config.seed)
-        return add_adapters(config.model, made)
-
-    return train_stage(folder, "SFT", make, config.sft, split, None, config.seed, screen)
-
-
-def finetune(
-    config: RunConfig,
-    start: GFlowModel,
-    flow: FlowSettings,
-    label: str,
-    split: LeaveOneOut,
-    collaborative: CollaborativeModel | None,
-    folder: Path,
-    screen: Screen,
-) -> TrainedStage:
-    """Fine-tune a copy of ``start`` by ``flow`` and ``config.finetune``.
-
-    With ``flow.objective`` "sft", it is continued SFT.
-    """
-
-    def make() -> GFlowModel:
-        return add_adapters(config.model, start.with_settings(**asdict(flow)))
-
-    scorer = None if flow.objective == "sft" else collaborative
-    return train_stage(folder, label, make, config.finetune, split, scorer, config.seed, screen)
-
-
-def _training_stages(
-    config: RunConfig,
-    catalogue: Catalogue,
-    split: LeaveOneOut,
-    collaborative: CollaborativeModel | None,
-    output: Path,
-    screen: Screen,
-) -> dict[str, TrainedStage]:
-    """SFT, then from the same start and with the same budget: continued SFT and ``flow``."""
-    stages = {"SFT": train_supervised(config, catalogue, split, output / "sft", screen)}
-    start = stages["SFT"].model
-    methods = {config.flow.label: (config.flow, "gflowgr")}
-    if config.continued_sft:
-        methods = {"SFT continued": (start.settings, "sft_continued"), **methods}
-    for label, (flow, name) in methods.items():
-        stages[label] = finetune(
-            config, start, flow, label, split, collaborative, output / name, screen
-        )
-    return stages

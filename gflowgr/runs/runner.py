@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import files
-from .cells import BUSY, Cell, cells_of, check_claims, locked
+from .cells import BUSY, Cell, cells_of, folders_of, locked
 from .config import ConfigError
+from .same_inputs import check_same_inputs
 from .spec import ExperimentSpec
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ __all__ = ["Outcome", "Resources", "cell_states", "run_experiment", "select_cell
 
 _POLL_SECONDS = 0.2
 _FACTS = "experiment.json"
-_WORK = (sys.executable, "-m", f"{__package__}.work")
+_WORK = (sys.executable, "-m", f"{__package__}.cell_process")
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def run_experiment(
     """
     cells = select_cells(spec, only)
     files.ensure_writable(out)
-    check_claims(spec, cells_of(spec), out)
+    check_same_inputs(out, folders_of(cells_of(spec)))
     files.write_json(out / _FACTS, _facts(spec))
     return _Scheduler(spec, cells, out, resources, say).run(progress)
 
@@ -166,9 +167,9 @@ def _facts(spec: ExperimentSpec) -> dict[str, object]:
         "datasets": {
             name: {
                 "identifiers": [
-                    Path(track.folder).name
-                    for track in spec.tracks
-                    if track.dataset == name and track.seed == spec.seeds[0]
+                    Path(variant.folder).name
+                    for variant in spec.variants
+                    if variant.dataset == name and variant.seed == spec.seeds[0]
                 ]
             }
             for name in spec.datasets
@@ -261,8 +262,7 @@ class _Scheduler:
             gpus = self.resources.gpus
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
         job = {
-            "spec": self.spec.to_dict(),
-            "cell": cell.id,
+            "cell": cell.to_dict(),
             "out": str(self.out),
             "threads": self.resources.threads,
         }

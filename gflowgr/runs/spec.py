@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from ..errors import shown
 from .config import ConfigError, RunConfig, training_arguments
 from .yaml_file import apply_override, expand, read_yaml
 
-__all__ = ["ExperimentSpec", "Method", "Track", "Values", "merge", "shipped_specs"]
+__all__ = ["ExperimentSpec", "Method", "Values", "Variant", "merge", "shipped_specs"]
 
 Values = dict[str, Any]
 
@@ -30,7 +30,7 @@ _OF_EXPERIMENT = {
     )
 }
 _OF_SEED = {"collaborative": "the collaborative model"}
-_OF_TRACK = {"sft": "the start", "digests.json": "the track's own digests.json"}
+_OF_VARIANT = {"sft": "the start", "digests.json": "the variant's own digests.json"}
 _MAX_FOLDER = 64
 """Bytes of a folder's name; a lock's file name is made of three of them, and has 255 at most."""
 
@@ -70,7 +70,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Track:
+class Variant:
     """What one supervised start belongs to.
 
     Attributes:
@@ -95,7 +95,7 @@ class Track:
 
     @property
     def folder(self) -> str:
-        """Folder of the track."""
+        """Folder of the variant."""
         return f"{self.seed_folder}/{self.slug}"
 
     @property
@@ -186,7 +186,7 @@ class ExperimentSpec:
         baseline = values.get("baseline", methods[0].name)
         if baseline not in [method.name for method in methods]:
             raise ConfigError(f"{source}: baseline {baseline!r} is no method")
-        _check_folders(f"{source}: methods", [(m.name, m.slug) for m in methods], _OF_TRACK)
+        _check_folders(f"{source}: methods", [(m.name, m.slug) for m in methods], _OF_VARIANT)
         spec = cls(
             name=values["name"],
             title=values.get("title") or values["name"],
@@ -200,21 +200,11 @@ class ExperimentSpec:
         spec._check(source)
         return replace(spec, methods=[spec._aliased(method) for method in methods])
 
-    def to_dict(self) -> Values:
-        """JSON-ready, with all variants written out; :meth:`from_plain` reads it."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return values | {"methods": [vars(method) for method in self.methods]}
-
-    @classmethod
-    def from_plain(cls, values: Values) -> ExperimentSpec:
-        """The inverse of :meth:`to_dict`."""
-        return cls(**values | {"methods": [Method(**method) for method in values["methods"]]})
-
     @property
-    def tracks(self) -> list[Track]:
+    def variants(self) -> list[Variant]:
         """In the order in which they are worked on."""
         return [
-            Track(dataset, seed, identifiers)
+            Variant(dataset, seed, identifiers)
             for dataset in self.datasets
             for seed in self.seeds
             for identifiers in self.identifiers(dataset)
@@ -224,20 +214,20 @@ class ExperimentSpec:
         """The sets of identifiers of a dataset."""
         return list(self.datasets[dataset].get("identifiers", [None]))
 
-    def config(self, track: Track, method: Method | None = None) -> RunConfig:
-        """The configuration of a track's supervised start, or of a method's fine-tuning.
+    def config(self, variant: Variant, method: Method | None = None) -> RunConfig:
+        """The configuration of a variant's supervised start, or of a method's fine-tuning.
 
         Raises:
             ConfigError: it cannot be run.
         """
-        own = {k: v for k, v in self.datasets[track.dataset].items() if k != "identifiers"}
+        own = {k: v for k, v in self.datasets[variant.dataset].items() if k != "identifiers"}
         values = merge(self.base, own)
         if method is not None:
             values = merge(values, method.settings)
-        where = f"{self.name}: {track.dataset}" + (f": {method.name}" if method else "")
-        values["data"] = {**values.get("data", {}), "identifiers": track.identifiers}
+        where = f"{self.name}: {variant.dataset}" + (f": {method.name}" if method else "")
+        values["data"] = {**values.get("data", {}), "identifiers": variant.identifiers}
         return RunConfig.from_dict(
-            {**values, "seed": track.seed, "output_dir": track.folder}, source=where
+            {**values, "seed": variant.seed, "output_dir": variant.folder}, source=where
         )
 
     def _aliased(self, method: Method) -> Method:
@@ -246,8 +236,8 @@ class ExperimentSpec:
             return method
         original = next(other for other in self.methods if other.name == method.of)
         same = all(
-            _outcome(self.config(track, method)) == _outcome(self.config(track, original))
-            for track in self.tracks
+            _outcome(self.config(variant, method)) == _outcome(self.config(variant, original))
+            for variant in self.variants
         )
         return replace(method, alias=same)
 
@@ -276,13 +266,13 @@ class ExperimentSpec:
                 raise ConfigError(
                     f"{source}: {name}: identifiers must be a list of different names; got {listed}"
                 )
-            tracks = [Track(name, 0, each) for each in listed]
-            folders = [(track.identifiers or "default", track.slug) for track in tracks]
+            variants = [Variant(name, 0, each) for each in listed]
+            folders = [(variant.identifiers or "default", variant.slug) for variant in variants]
             _check_folders(f"{source}: {name}: identifiers", folders, _OF_SEED)
         for dataset in self.datasets:
-            track = Track(dataset, self.seeds[0], self.identifiers(dataset)[0])
+            variant = Variant(dataset, self.seeds[0], self.identifiers(dataset)[0])
             for method in (None, *self.methods):
-                self.config(track, method)
+                self.config(variant, method)
 
 
 def _methods(source: str, values: Mapping[str, Any]) -> Iterator[Method]:

@@ -27,7 +27,7 @@ from .config import CollaborativeConfig, ConfigError, EvaluationConfig, training
 from .processes import device, first_process_first, is_first_process
 
 __all__ = [
-    "Screen",
+    "Console",
     "TrainedStage",
     "collaborative_stage",
     "evaluation_stage",
@@ -43,7 +43,7 @@ _DONE = "done.json"
 
 
 @dataclass(frozen=True)
-class Screen:
+class Console:
     """Where a run speaks.
 
     Attributes:
@@ -60,7 +60,7 @@ def collaborative_stage(
     split: LeaveOneOut,
     folder: Path,
     seed: int,
-    screen: Screen,
+    console: Console,
 ) -> CollaborativeModel | None:
     """The collaborative model of ``settings``, if any; one to be trained is kept in ``folder``.
 
@@ -69,7 +69,7 @@ def collaborative_stage(
         split: the data that it is trained and validated on.
         folder: where a trained one is kept; one that is there already is loaded.
         seed: of its initial weights, the order of batches and the dropout.
-        screen: where to report.
+        console: where to report.
 
     Raises:
         ConfigError: a table of item vectors that does not fit the data.
@@ -87,7 +87,7 @@ def collaborative_stage(
         return scorer
     from ..training.sasrec import train_sasrec
 
-    screen.say("Stage: SASRec (collaborative model)")
+    console.say("Stage: SASRec (collaborative model)")
     return train_sasrec(
         split,
         SASRecConfig(num_items=split.num_items, dropout=settings.dropout),
@@ -97,7 +97,7 @@ def collaborative_stage(
         lr=settings.learning_rate,
         patience=settings.patience,
         seed=seed,
-        progress=screen.progress,
+        progress=console.progress,
     )
 
 
@@ -126,7 +126,7 @@ def train_stage(
     split: LeaveOneOut,
     collaborative: CollaborativeModel | None,
     seed: int,
-    screen: Screen,
+    console: Console,
 ) -> TrainedStage:
     """Train a generator in ``folder``, or go on with it, or read it.
 
@@ -138,30 +138,30 @@ def train_stage(
         split: the data.
         collaborative: scores items, if the method needs it.
         seed: of data order, dropout and sampling.
-        screen: where to report.
+        console: where to report.
     """
-    if not is_done(folder, screen, _LOG, model=True):
+    if not is_done(folder, console, _LOG, model=True):
         from transformers import PrinterCallback, TrainerCallback
 
         from ..distributed import first_process_finds
         from ..training import GFlowGRTrainer, last_complete_checkpoint
         from ..training.progress import ProgressBar
 
-        screen.say(f"Stage: {label}")
+        console.say(f"Stage: {label}")
         checkpoints = folder / "checkpoints"
         args = training_arguments(arguments, str(checkpoints), seed)
         # The partition head's first weights must not depend on what ran before in this process.
         torch.manual_seed(seed)
-        callbacks: list[TrainerCallback] = [ProgressBar(label)] if screen.progress else []
+        callbacks: list[TrainerCallback] = [ProgressBar(label)] if console.progress else []
         trainer = GFlowGRTrainer(
             make(), args, split, collaborative=collaborative, callbacks=callbacks
         )
         trainer.remove_callback(PrinterCallback)
         if is_first_process():
             remove_leftovers(folder, "model")
-        resume = first_process_finds(lambda: last_complete_checkpoint(checkpoints, screen.say))
+        resume = first_process_finds(lambda: last_complete_checkpoint(checkpoints, console.say))
         if resume is not None:
-            screen.say(f"  resuming from {resume.name}")
+            console.say(f"  resuming from {resume.name}")
         outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         trainer.save_model(str(folder / "model"))
@@ -214,7 +214,7 @@ def evaluation_stage(
     recommender: Recommender,
     leaf_of: np.ndarray | None,
     folder: Path,
-    screen: Screen,
+    console: Console,
 ) -> Evaluation:
     """Evaluate on the test users, or read the evaluation that is in ``folder``.
 
@@ -224,12 +224,12 @@ def evaluation_stage(
         recommender: what is evaluated.
         leaf_of: the identifier of each item [items]; needed by the rule "string".
         folder: of this evaluation.
-        screen: where to report.
+        console: where to report.
     """
     names = [f"{name}.npy" for name in _ARRAYS]
-    if is_done(folder, screen, *names):
+    if is_done(folder, console, *names):
         return _read_evaluation(folder)
-    screen.say(f"Stage: evaluation of {recommender.name}")
+    console.say(f"Stage: evaluation of {recommender.name}")
     evaluation = evaluate(
         recommender,
         split,
@@ -238,7 +238,7 @@ def evaluation_stage(
         leaf_of=leaf_of,
         mask_seen=settings.mask_seen,
         max_users=settings.max_users,
-        progress=screen.progress,
+        progress=console.progress,
         truth=split.dataset.truth,
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -258,12 +258,12 @@ def _read_evaluation(folder: Path) -> Evaluation:
     return Evaluation(**{name: facts[name] for name in _FACTS}, **arrays)
 
 
-def is_done(folder: Path, screen: Screen, *names: str, model: bool = False) -> bool:
+def is_done(folder: Path, console: Console, *names: str, model: bool = False) -> bool:
     """Whether the stage of this folder is complete; one that is damaged is not, which is said.
 
     Args:
         folder: of the stage.
-        screen: where to say what is damaged.
+        console: where to say what is damaged.
         *names: the files of its result.
         model: it also has a saved model, in the folder ``model``.
     """
@@ -271,7 +271,7 @@ def is_done(folder: Path, screen: Screen, *names: str, model: bool = False) -> b
         return False
     damage = _damage(folder, names, model)
     if damage is not None:
-        screen.say(f"{folder}: {damage}; this stage is done again")
+        console.say(f"{folder}: {damage}; this stage is done again")
     return damage is None
 
 

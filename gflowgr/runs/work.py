@@ -1,31 +1,24 @@
-"""One cell's work, in a process of its own: ``python -m gflowgr.runs.work < job.json``.
+"""The work of one cell: prepare what it reads, train, evaluate.
 
-The process ends with 0 when the cell is complete, with :data:`.cells.BUSY` when another has it,
-and otherwise with a traceback.
+The stages are the same for ``gflowgr train``, where all cells are worked on in one process (or in
+those of one ``torchrun``), and for ``gflowgr experiment``, where each has a process of its own.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-
-from .. import files
-from ..collaborative import CollaborativeModel
-from ..data import Dataset, LeaveOneOut
-from ..evaluation import Recommender, analyse, measure_calibration
+from ..collaborative import CollaborativeModel, Popularity
+from ..data import LeaveOneOut
+from ..evaluation import Evaluation, Recommender, ScoringRecommender
 from ..evaluation.generative import GenerativeRecommender
-from ..models import GFlowModel
-from ..rewards import BehaviourAwareReward, make_signals
-from .cells import BUSY, Cell, alone, cells_of, claim, locked
-from .claim import claim_data, digest_of
-from .config import RunConfig
-from .generator import check_generator
+from ..models.gflow_model import FlowSettings, GFlowModel
+from ..rewards import make_signals
+from .cells import Cell, alone
+from .config import ConfigError, RunConfig
+from .generator import add_adapters, check_generator, make_generator
 from .prepare import (
     Catalogue,
     load_data,
@@ -34,173 +27,194 @@ from .prepare import (
     published_identifiers,
     split_data,
 )
-from .processes import quiet_transformers
-from .run import check_reward, finetune, reference_recommenders, train_supervised
-from .spec import ExperimentSpec
-from .stages import Screen, collaborative_stage, evaluation_stage
+from .processes import first_process_first, is_first_process
+from .same_inputs import check_same_data, digest_of, record_inputs
+from .stages import Console, TrainedStage, collaborative_stage, evaluation_stage, train_stage
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["run_cell"]
-
-_CALIBRATION_USERS = 32
-_DATA_SEED = 42  # of the built-in dataset, which is the same for all seeds
-
-
-def main() -> int:
-    """Work on the cell that standard input describes."""
-    job = json.load(sys.stdin)
-    spec = ExperimentSpec.from_plain(job["spec"])
-    cell = next(cell for cell in cells_of(spec) if cell.id == job["cell"])
-    out = Path(job["out"])
-    torch.set_num_threads(job["threads"])
-    with locked(cell, out) as mine:
-        if not mine:
-            return BUSY
-        if not cell.is_complete(out):
-            run_cell(spec, cell, out, Screen(_say, progress=False))
-    return 0
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
+__all__ = ["CellInputs", "CellWork", "prepare_inputs", "run_cell"]
 
 
 @dataclass(frozen=True)
-class _Ground:
-    """What all cells of a dataset and seed stand on."""
+class CellInputs:
+    """What the cells of one dataset, seed and set of identifiers read.
 
-    config: RunConfig
-    dataset: Dataset
+    Attributes:
+        split: data and split.
+        collaborative: the trained collaborative model, if there is one.
+        catalogue: identifiers and tree; None for a cell that belongs to several sets of them.
+    """
+
     split: LeaveOneOut
     collaborative: CollaborativeModel | None
-    tokenizer: PreTrainedTokenizerBase | None
+    catalogue: Catalogue | None
 
 
-def run_cell(spec: ExperimentSpec, cell: Cell, out: Path, screen: Screen) -> None:
-    """Do a cell's work, or go on with it; the cells that it needs must be complete.
+@dataclass(frozen=True)
+class CellWork:
+    """What a cell's work gave.
+
+    Attributes:
+        trained: the generator; None at the stage ``"collaborative"``.
+        evaluations: on the test users, by name as in ``Cell.evaluations``.
+    """
+
+    trained: TrainedStage | None
+    evaluations: dict[str, Evaluation]
+
+
+def prepare_inputs(cell: Cell, out: Path, console: Console) -> CellInputs:
+    """Load the data, train or load the collaborative model, find or make the identifiers.
+
+    What can be found wrong is found before anything is trained.
 
     Args:
-        spec: the experiment.
-        cell: one of its cells.
-        out: the experiment's folder.
-        screen: where to report.
+        cell: whose inputs; cells with the same folders share them.
+        out: the output folder.
+        console: where to report.
 
     Raises:
         ConfigError: the data have changed, or have a behaviour without a reward.
         DataError: the data are damaged, or do not fit the identifiers.
     """
-    quiet_transformers()
-    folder = out / cell.id
-    folder.mkdir(parents=True, exist_ok=True)
-    claim(cell, spec, out)
-    ground = _ground(spec, cell, out, screen)
-    if cell.stage == "collaborative":
-        recommenders = reference_recommenders(ground.split, ground.collaborative)
-        for name, recommender in recommenders.items():
-            where = folder / "evaluation" / name.lower().replace(" ", "_")
-            _evaluate(ground, recommender, None, None, where, screen)
-        return
-    catalogue = _catalogue(ground, out / cell.track.folder)
-    if cell.method is None:
-        trained = train_supervised(ground.config, catalogue, ground.split, folder, screen)
-        label = "SFT"
-    else:
-        start = GFlowModel.from_pretrained(out / cell.track.folder / "sft" / "model")
-        label = cell.method.name
-        trained = finetune(
-            ground.config,
-            start,
-            ground.config.flow,
-            label,
-            ground.split,
-            ground.collaborative,
-            folder,
-            screen,
-        )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the model is saved apart
-    generator = GenerativeRecommender(
-        trained.model, num_beams=ground.config.evaluation.num_beams, name=label
-    )
-    _evaluate(ground, generator, trained.model, catalogue, folder / "evaluation", screen)
-
-
-def _ground(spec: ExperimentSpec, cell: Cell, out: Path, screen: Screen) -> _Ground:
-    config = spec.config(cell.track, cell.method)
-    data_folder = out / cell.track.data_folder
-    with alone(cell.track.data_folder, out):
-        dataset = load_data(config.data, data_folder, _DATA_SEED)
+    config = cell.config
+    data_folder = out / cell.data_folder
+    with first_process_first(), alone(f"{cell.data_folder}/data", out):
+        _record(cell, str(Path(cell.data_folder) / "data"), out)
+        dataset = load_data(config.data, data_folder, cell.data_seed)
         split = split_data(dataset, config.data.max_history, data_folder)
-        claim_data(data_folder, {"data": digest_of(dataset)})
-    check_reward(config, split)
+        check_same_data(data_folder, {"data": digest_of(split.dataset)})
+    _check_reward(config, split)
     tokenizer = check_generator(config.model)
+    console.say(
+        f"Data: {dataset.name}, {dataset.num_users:,} users, {dataset.num_items:,} items, "
+        f"{len(split.train):,} training examples"
+    )
+    published = None
+    if cell.identifiers_folder is not None:
+        published = published_identifiers(dataset, config.data.identifiers)
+    _record(cell, cell.collaborative_folder, out)
     collaborative = collaborative_stage(
-        config.collaborative,
-        split,
-        out / cell.track.seed_folder / "collaborative" / "sasrec",
-        config.seed,
-        screen,
+        config.collaborative, split, out / cell.collaborative_folder, config.seed, console
     )
-    return _Ground(config, dataset, split, collaborative, tokenizer)
-
-
-def _catalogue(ground: _Ground, folder: Path) -> Catalogue:
-    """Identifiers and tree of a track; identifiers that have to be made are kept in its folder."""
-    config = ground.config
-    name, identifiers = published_identifiers(
-        ground.dataset, config.data.identifiers
-    ) or make_identifiers(
-        ground.dataset,
-        getattr(ground.collaborative, "item_embeddings", None),
-        config.seed,
-        config.collaborative,
-        method=config.data.identifiers,
-        folder=folder,
+    if cell.identifiers_folder is None:
+        return CellInputs(split, collaborative, None)
+    folder = out / cell.identifiers_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with first_process_first():
+        name, identifiers = published or make_identifiers(
+            dataset,
+            getattr(collaborative, "item_embeddings", None),
+            config.seed,
+            config.collaborative,
+            method=config.data.identifiers,
+            folder=folder,
+            progress=console.progress,
+        )
+        check_same_data(folder, {"identifiers": digest_of(identifiers)})
+    catalogue = make_catalogue(name, identifiers, tokenizer)
+    console.say(
+        f"Identifiers: {name}, {catalogue.tree.num_leaves:,} distinct for "
+        f"{catalogue.tree.num_items:,} items, {sum(catalogue.vocabulary.codebook_sizes):,} tokens"
     )
-    claim_data(folder, {"identifiers": digest_of(identifiers)})
-    return make_catalogue(name, identifiers, ground.tokenizer)
+    return CellInputs(split, collaborative, catalogue)
 
 
-def _evaluate(
-    ground: _Ground,
-    recommender: Recommender,
-    model: GFlowModel | None,
-    catalogue: Catalogue | None,
-    folder: Path,
-    screen: Screen,
-) -> None:
-    settings, leaf_of, tokens, calibration = ground.config.evaluation, None, None, None
-    if catalogue is None:
+def run_cell(cell: Cell, inputs: CellInputs, out: Path, console: Console) -> CellWork:
+    """Do a cell's work, or go on with it; the cells that it needs must be complete.
+
+    Args:
+        cell: what to do.
+        inputs: see :func:`prepare_inputs`.
+        out: the output folder.
+        console: where to report.
+    """
+    trained = None if cell.stage == "collaborative" else _train(cell, inputs, out, console)
+    settings, leaf_of = cell.config.evaluation, None
+    if inputs.catalogue is None:
         # A recommender of items: no identifiers take part.
         settings = replace(settings, collision="item")
     else:
-        leaf_of, tokens = catalogue.leaf_of, catalogue.tokens
-    evaluation = evaluation_stage(settings, ground.split, recommender, leaf_of, folder, screen)
-    if model is not None:
-        screen.say("Stage: calibration")
-        calibration = measure_calibration(
-            model,
-            ground.split,
-            _common_reward(ground),
-            ground.collaborative,
-            users=min(_CALIBRATION_USERS, len(evaluation.users)),
-            progress=False,
+        leaf_of = inputs.catalogue.leaf_of
+    evaluations = {}
+    for name, folder in cell.evaluations.items():
+        recommender = _recommender(cell, name, trained, inputs)
+        with first_process_first():
+            _record(cell, folder, out)
+            evaluations[name] = evaluation_stage(
+                settings, inputs.split, recommender, leaf_of, out / folder, console
+            )
+    return CellWork(trained, evaluations)
+
+
+def _record(cell: Cell, folder: str, out: Path) -> None:
+    """Record what one of the cell's folders is made from, if the cell may fill it."""
+    values = cell.made_from().get(folder)
+    if values is not None and is_first_process():
+        record_inputs(out / folder, values)
+
+
+def _train(cell: Cell, inputs: CellInputs, out: Path, console: Console) -> TrainedStage:
+    """Train the generator: from new weights at the stage "sft", else from the start that is there.
+
+    With ``flow.objective`` "sft", a method is continued SFT.
+    """
+    config, split, catalogue = cell.config, inputs.split, inputs.catalogue
+    assert catalogue is not None
+    _record(cell, cell.id, out)
+
+    def untrained() -> GFlowModel:
+        settings = FlowSettings(
+            objective="sft", normalize=config.flow.normalize, max_history=config.flow.max_history
         )
-    analysis = analyse(evaluation, ground.split, tokens, calibration)
-    files.write_json(folder / "analysis.json", analysis.to_dict(), indent=None)
+        made = make_generator(config.model, catalogue, split.dataset, settings, seed=config.seed)
+        return add_adapters(config.model, made)
 
+    def copy_of_start() -> GFlowModel:
+        start = GFlowModel.from_pretrained(out / cell.needs[-1] / "model")
+        return add_adapters(config.model, start.with_settings(**asdict(config.flow)))
 
-def _common_reward(ground: _Ground) -> BehaviourAwareReward:
-    """The same for all methods, whatever they were trained with."""
-    names = ["r_a", "r_yhat", "r_sim"] if ground.collaborative is not None else ["r_a", "r_sim"]
-    signals = make_signals(
-        names,
-        behaviour_values=ground.config.finetune.get("behaviour_values"),
-        behaviour_names=ground.split.dataset.behaviour_names,  # stars have names there only
+    is_start = cell.stage == "sft"
+    needs_scores = not is_start and config.flow.objective != "sft"
+    trained = train_stage(
+        out / cell.id,
+        cell.label,
+        untrained if is_start else copy_of_start,
+        config.sft if is_start else config.finetune,
+        split,
+        inputs.collaborative if needs_scores else None,
+        config.seed,
+        console,
     )
-    return BehaviourAwareReward(signals)
+    if is_first_process():
+        # The model is saved apart.
+        shutil.rmtree(out / cell.id / "checkpoints", ignore_errors=True)
+    return trained
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _recommender(
+    cell: Cell, name: str, trained: TrainedStage | None, inputs: CellInputs
+) -> Recommender:
+    if trained is not None:
+        num_beams = cell.config.evaluation.num_beams
+        return GenerativeRecommender(trained.model, num_beams=num_beams, name=name)
+    if name == "Popularity":
+        return ScoringRecommender(name, Popularity(inputs.split.item_counts))
+    assert inputs.collaborative is not None
+    return ScoringRecommender(name, inputs.collaborative)
+
+
+def _check_reward(config: RunConfig, split: LeaveOneOut) -> None:
+    """Find a missing reward now and not after hours of supervised training.
+
+    Raises:
+        ConfigError: the data have a behaviour without a value.
+    """
+    try:
+        make_signals(
+            config.flow.signals,
+            behaviour_values=config.finetune.get("behaviour_values"),
+            behaviour_names=split.dataset.behaviour_names,
+            side=(config.finetune.get("sampler_options") or {}).get("side", "impression"),
+        )
+    except ValueError as error:
+        raise ConfigError(f"flow.signals, finetune.behaviour_values: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.tiny_run import tiny_run, write_config
 
+from gflowgr import runs
 from gflowgr.runs import ConfigError, RunConfig, quickstart_config
 from gflowgr.runs.config import training_arguments
 
@@ -191,12 +192,18 @@ def test_examples_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("GFLOWGR_DATA", "/data")
     monkeypatch.setenv("GFLOWGR_MODEL", "/models/Qwen3-0.6B")
     config = RunConfig.load(path)
-    built_in = path.stem.startswith("simulated")
+    built_in = path.stem.startswith(("simulated", "quickstart"))
     assert config.data.path == (None if built_in else "/data/Beauty")
 
 
 def test_there_are_examples() -> None:
     assert EXAMPLES
+
+
+def test_the_quickstart_is_an_example_that_can_be_copied() -> None:
+    example = next(path for path in EXAMPLES if path.name == "quickstart.yaml")
+    assert RunConfig.load(example) == quickstart_config("runs/quickstart")
+    assert example.read_bytes() == (Path(runs.__file__).parent / example.name).read_bytes()
 
 
 def test_quickstart_is_valid() -> None:

@@ -15,8 +15,8 @@ from gflowgr.cli.main import main
 from gflowgr.files import read_json, write_json
 from gflowgr.models import GFlowModel
 from gflowgr.runs import ConfigError, ExperimentSpec, cells_of
-from gflowgr.runs.stages import Screen
-from gflowgr.runs.work import run_cell
+from gflowgr.runs.stages import Console
+from gflowgr.runs.work import prepare_inputs
 
 METHODS = ("sft", "sft_continued", "gflowgr_tb")
 
@@ -38,12 +38,12 @@ def out(written: Path) -> Path:
     return folder
 
 
-def track(out: Path) -> Path:
+def variant(out: Path) -> Path:
     return out / "shop" / "seed_1" / "default"
 
 
 def test_every_row_is_evaluated_on_the_same_users(out: Path) -> None:
-    folders = [track(out) / method / "evaluation" for method in METHODS]
+    folders = [variant(out) / method / "evaluation" for method in METHODS]
     folders += [out / "shop" / "seed_1" / "collaborative" / "evaluation" / "sasrec"]
     users = [np.load(folder / "users.npy") for folder in folders]
     assert all((users[0] == other).all() for other in users)
@@ -55,14 +55,14 @@ def test_every_row_is_evaluated_on_the_same_users(out: Path) -> None:
 
 
 def test_methods_start_from_the_same_model_with_the_same_budget(out: Path) -> None:
-    done = {method: read_json(track(out) / method / "done.json") for method in METHODS}
+    done = {method: read_json(variant(out) / method / "done.json") for method in METHODS}
     assert {facts["steps"] for facts in done.values()} == {12}
     for facts in done.values():
         assert facts["tokens"] > 0
         assert 0 < facts["train_seconds"] <= facts["seconds"]
         assert facts["peak_memory_bytes"] > 1e7
     start, *others = (
-        GFlowModel.from_pretrained(track(out) / method / "model").backbone.shared.weight
+        GFlowModel.from_pretrained(variant(out) / method / "model").backbone.shared.weight
         for method in METHODS
     )
     # Twelve steps at most from where it began, and not from new weights.
@@ -76,7 +76,7 @@ def test_report_for_people_and_programs(out: Path) -> None:
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["method"] for row in rows} >= {"SFT", "SFT continued", "GFlowGR-TB", "SASRec"}
-    found = read_json(track(out) / "gflowgr_tb" / "evaluation" / "done.json")["metrics"]["R@10"]
+    found = read_json(variant(out) / "gflowgr_tb" / "evaluation" / "done.json")["metrics"]["R@10"]
     assert f"{found:.4f}" in (out / "report.md").read_text()
     assert "<html" in (out / "report.html").read_text()
 
@@ -104,7 +104,7 @@ def test_data_that_changed_since_are_refused(tmp_path: Path) -> None:
     spec = ExperimentSpec.from_dict(tiny_experiment())
     write_json(tmp_path / "shop" / "digests.json", {"data": "of what lay there before"})
     with pytest.raises(ConfigError, match="holds a run on other data"):
-        run_cell(spec, cells_of(spec)[0], tmp_path, Screen(lambda _: None, progress=False))
+        prepare_inputs(cells_of(spec)[0], tmp_path, Console(lambda _: None, progress=False))
 
 
 def test_shipped_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

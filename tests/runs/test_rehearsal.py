@@ -42,9 +42,9 @@ def test_every_cell_is_four_steps(name: str, monkeypatch: pytest.MonkeyPatch) ->
     spec = ExperimentSpec.load(name)
     small = rehearsal_of(spec)
     assert len(cells_of(small)) * len(spec.seeds) == len(cells_of(spec))
-    for track in small.tracks:
+    for variant in small.variants:
         for method in (None, *small.methods):
-            config = small.config(track, method)
+            config = small.config(variant, method)
             assert config.sft["max_steps"] == config.finetune["max_steps"] == 4
             assert config.collaborative.epochs == 1
             assert config.evaluation.max_users == 4

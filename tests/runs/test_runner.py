@@ -34,7 +34,7 @@ import fcntl, json, os, sys, time
 from pathlib import Path
 
 job = json.load(sys.stdin)
-out, cell = Path(job["out"]), job["cell"]
+out, cell = Path(job["out"]), job["cell"]["id"]
 lock = open(out / ".locks" / cell.replace("/", "__"), "a")
 try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,7 +12,7 @@ from gflowgr import files
 from gflowgr.evaluation import ScoringRecommender
 from gflowgr.folders import write_manifest
 from gflowgr.runs.config import EvaluationConfig
-from gflowgr.runs.stages import Screen, evaluation_stage, is_done, mark_done
+from gflowgr.runs.stages import Console, evaluation_stage, is_done, mark_done
 
 
 @pytest.mark.parametrize("name", ["ranks.npy", "items.npy", "done.json", "manifest.json"])
@@ -23,8 +23,8 @@ def test_a_damaged_evaluation_is_done_again(name: str, how: str, tmp_path: Path)
 
     def evaluate() -> np.ndarray:
         recommender = ScoringRecommender("Random", make_scorer())
-        screen = Screen(said.append, progress=False)
-        return evaluation_stage(settings, shop(), recommender, None, tmp_path, screen).ranks
+        console = Console(said.append, progress=False)
+        return evaluation_stage(settings, shop(), recommender, None, tmp_path, console).ranks
 
     ranks = evaluate()
     assert said.pop() == "Stage: evaluation of Random"
@@ -49,12 +49,12 @@ def test_a_damaged_evaluation_is_done_again(name: str, how: str, tmp_path: Path)
 
 def test_a_training_whose_model_was_damaged_is_not_done(tmp_path: Path) -> None:
     said: list[str] = []
-    screen = Screen(said.append, progress=False)
+    console = Console(said.append, progress=False)
     make_model().save_pretrained(tmp_path / "model")
     files.write_json(tmp_path / "log_history.json", [])
     write_manifest(tmp_path, ["log_history.json"])
     mark_done(tmp_path, {"steps": 1})
-    assert is_done(tmp_path, screen, "log_history.json", model=True)
+    assert is_done(tmp_path, console, "log_history.json", model=True)
     (tmp_path / "model" / "heads.safetensors").write_bytes(b"")
-    assert not is_done(tmp_path, screen, "log_history.json", model=True)
+    assert not is_done(tmp_path, console, "log_history.json", model=True)
     assert "in model heads.safetensors has 0 bytes" in said[0]

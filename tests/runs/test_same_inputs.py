@@ -12,82 +12,113 @@ from support.tiny_run import tiny_run
 
 from gflowgr.data import Dataset, Ragged, generate_builtin
 from gflowgr.errors import DataError
-from gflowgr.files import read_json
 from gflowgr.runs import ConfigError, RunConfig, run
-from gflowgr.runs.claim import claim_configuration, claim_data, digest_of
+from gflowgr.runs.cells import cells_of_run, folders_of
+from gflowgr.runs.same_inputs import (
+    check_same_data,
+    check_same_inputs,
+    digest_of,
+    record_inputs,
+)
 
 
 def config(folder: Path, **changes: object) -> RunConfig:
     return RunConfig.from_dict({**tiny_run(folder), **changes})
 
 
-def claimed(folder: Path, *stages: str) -> Path:
-    claim_configuration(folder, config(folder))
-    for stage in stages:
-        (folder / stage).mkdir()
-    return folder
+def begun(config: RunConfig, *folders: str) -> None:
+    """Begin stages: what they are made from is recorded in these folders of the output folder."""
+    made_from = folders_of(cells_of_run(config))
+    for folder in folders:
+        record_inputs(Path(config.output_dir) / folder, made_from[folder])
+
+
+def check(config: RunConfig) -> None:
+    check_same_inputs(Path(config.output_dir), folders_of(cells_of_run(config)))
 
 
 def test_a_change_of_the_fine_tuning_keeps_what_came_before_it(tmp_path: Path) -> None:
-    folder = claimed(tmp_path, "sasrec", "sft")
-    claim_configuration(folder, config(folder, flow={"beta": 2.0}))
-    assert read_json(folder / "config.json")["flow"]["beta"] == 2.0
+    begun(config(tmp_path), "data", "sasrec", "sft", "sft_continued", "evaluation/sft")
+    check(config(tmp_path, flow={"beta": 2.0}))
+    check(config(tmp_path, evaluation={**tiny_run("")["evaluation"], "examples": 2}))
 
 
 def test_stages_made_from_other_values_are_named(tmp_path: Path) -> None:
-    folder = claimed(tmp_path, "sasrec", "sft", "sft_continued", "gflowgr", "evaluation")
+    begun(config(tmp_path), *_STAGES)
     with pytest.raises(ConfigError) as error:
-        claim_configuration(folder, config(folder, flow={"beta": 2.0}))
-    assert str(error.value).endswith("delete these in it: gflowgr, evaluation")
-    assert "flow: " in str(error.value)
-    with pytest.raises(ConfigError, match="delete these in it: sasrec, sft, sft_continued"):
-        claim_configuration(folder, config(folder, seed=2))
+        check(config(tmp_path, flow={"beta": 2.0}))
+    assert str(error.value).endswith("delete these in it: gflowgr, evaluation/gflowgr-tb")
+    assert "flow.beta: 1.0 there, 2.0 here" in str(error.value)
+    with pytest.raises(
+        ConfigError, match="delete these in it: data, sasrec, evaluation/sasrec, sft, "
+    ):
+        check(config(tmp_path, seed=2))
 
 
 def test_another_normalisation_is_another_supervised_model(tmp_path: Path) -> None:
-    folder = claimed(tmp_path, "sft")
+    begun(config(tmp_path), "sft")
     with pytest.raises(ConfigError, match=r"flow\.normalize: 'vocab' there, 'children' here"):
-        claim_configuration(folder, config(folder, flow={"normalize": "children"}))
+        check(config(tmp_path, flow={"normalize": "children"}))
 
 
-_STAGES = ("sasrec", "sft", "sft_continued", "gflowgr", "evaluation")
+def test_a_folder_within_a_stale_one_is_not_named_too(tmp_path: Path) -> None:
+    made_from = {name: {"seed": 1} for name in ("sft", "sft/evaluation", "sft_continued")}
+    for folder, values in made_from.items():
+        record_inputs(tmp_path / folder, values)
+    with pytest.raises(ConfigError, match=r"delete these in it: sft, sft_continued$"):
+        check_same_inputs(tmp_path, {name: {"seed": 2} for name in made_from})
+
+
+def test_only_the_first_record_of_a_folder_counts(tmp_path: Path) -> None:
+    record_inputs(tmp_path, {"seed": 1})
+    record_inputs(tmp_path, {"seed": 2})
+    check_same_inputs(tmp_path.parent, {tmp_path.name: {"seed": 1}})
+
+
+_EVALUATIONS = tuple(
+    f"evaluation/{name}" for name in ("sasrec", "sft", "sft_continued", "gflowgr-tb")
+)
+_STAGES = ("data", "sasrec", "sft", "sft_continued", "gflowgr", *_EVALUATIONS)
 
 
 @pytest.mark.parametrize(
-    ("section", "change", "first"),
+    ("section", "change", "valid"),
     [
-        ("seed", 2, "sasrec"),
-        ("data", {"users": 201}, "sasrec"),
-        ("collaborative", {"dropout": 0.5}, "sasrec"),
-        ("model", {"d_ff": 64}, "sft"),
-        ("sft", {"learning_rate": 1e-3}, "sft"),
-        ("flow", {"normalize": "children"}, "sft"),
-        ("finetune", {"num_trajectories": 5}, "sft_continued"),
-        ("flow", {"beta": 2.0}, "gflowgr"),
-        ("evaluation", {"num_beams": 11}, "evaluation"),
+        ("seed", 2, ()),
+        ("data", {"users": 201}, ()),
+        ("data", {"max_history": 9}, ("data",)),
+        ("data", {"identifiers": "kmeans"}, ("data", "sasrec")),
+        ("collaborative", {"dropout": 0.5}, ("data",)),
+        ("model", {"d_ff": 64}, ("data", "sasrec", "evaluation/sasrec")),
+        ("sft", {"learning_rate": 1e-3}, ("data", "sasrec", "evaluation/sasrec")),
+        ("flow", {"normalize": "children"}, ("data", "sasrec", "evaluation/sasrec")),
+        (
+            "finetune",
+            {"num_trajectories": 5},
+            ("data", "sasrec", "sft", "evaluation/sasrec", "evaluation/sft"),
+        ),
+        (
+            "flow",
+            {"beta": 2.0},
+            tuple(name for name in _STAGES if name not in ("gflowgr", "evaluation/gflowgr-tb")),
+        ),
+        ("evaluation", {"num_beams": 11}, _STAGES[:5]),
     ],
 )
 def test_a_change_makes_a_stage_and_all_after_it_stale_and_none_before_it(
-    section: str, change: Any, first: str, tmp_path: Path
+    section: str, change: Any, valid: tuple[str, ...], tmp_path: Path
 ) -> None:
     values = tiny_run(tmp_path)
-    claim_configuration(tmp_path, RunConfig.from_dict(values))
+    before = RunConfig.from_dict(values)
     values[section] = {**values.get(section, {}), **change} if isinstance(change, dict) else change
-    other = RunConfig.from_dict(values)
-    at = _STAGES.index(first)
-    for stage in _STAGES[:at]:
-        (tmp_path / stage).mkdir()
-    before = (tmp_path / "config.json").read_bytes()
-    for stage in _STAGES[at:]:
-        (tmp_path / stage).mkdir()
+    after = RunConfig.from_dict(values)
+    begun(before, *valid)
+    check(after)
+    begun(before, *_STAGES)
     with pytest.raises(ConfigError) as error:
-        claim_configuration(tmp_path, other)
-    assert str(error.value).endswith(f"delete these in it: {', '.join(_STAGES[at:])}")
-    assert (tmp_path / "config.json").read_bytes() == before, "what is there keeps its claim"
-    for stage in _STAGES[at:]:
-        (tmp_path / stage).rmdir()
-    claim_configuration(tmp_path, other)
-    assert (tmp_path / "config.json").read_bytes() != before
+        check(after)
+    stale = [name for name in folders_of(cells_of_run(before)) if name in {*_STAGES} - {*valid}]
+    assert str(error.value).endswith(f"delete these in it: {', '.join(stale)}")
 
 
 def _changes(dataset: Dataset) -> dict[str, Dataset]:
@@ -127,14 +158,14 @@ def test_every_part_of_the_data_has_a_part_in_their_digest() -> None:
 
 def test_changed_data_are_refused(tmp_path: Path) -> None:
     dataset = generate_builtin(seed=0, num_users=50, num_items=200)
-    claim_data(tmp_path, {"data": digest_of(dataset)})
-    claim_data(tmp_path, {"data": digest_of(dataset)})
+    check_same_data(tmp_path, {"data": digest_of(dataset)})
+    check_same_data(tmp_path, {"data": digest_of(dataset)})
     values = dataset.sequences.values.copy()
     values[:2] = values[:2][::-1]
     other = dataclasses.replace(dataset, sequences=Ragged(dataset.sequences.offsets, values))
     assert not np.array_equal(values, dataset.sequences.values)
     with pytest.raises(ConfigError, match="a run on other data: the files have changed"):
-        claim_data(tmp_path, {"data": digest_of(other)})
+        check_same_data(tmp_path, {"data": digest_of(other)})
 
 
 def test_the_curriculum_without_a_collaborative_model_is_found_at_once(tmp_path: Path) -> None:
