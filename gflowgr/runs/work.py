@@ -78,8 +78,9 @@ def prepare_inputs(cell: Cell, out: Path, console: Console) -> CellInputs:
     """
     config = cell.config
     data_folder = out / cell.data_folder
-    with first_process_first(), alone(f"{cell.data_folder}/data", out):
-        _record(cell, str(Path(cell.data_folder) / "data"), out)
+    built_in = str(Path(cell.data_folder) / "data")
+    with first_process_first(), alone(built_in, out):
+        _record(cell, built_in, out)
         dataset = load_data(config.data, data_folder, cell.data_seed)
         split = split_data(dataset, config.data.max_history, data_folder)
         check_same_data(data_folder, {"data": digest_of(split.dataset)})
