@@ -31,7 +31,7 @@ from benchmarks.harness.shapes import BEAUTY_ITEMS, CODES, LENGTH, Shape
 from gflowgr.collaborative import SASRec, SASRecConfig
 from gflowgr.data import Dataset, LeaveOneOut, Ragged
 from gflowgr.models import FlowSettings, GFlowModel, IdentifierVocabulary, TigerConfig, build_tiger
-from gflowgr.models.dense_attention import use_dense_attention
+from gflowgr.models.t5_on_cpu import use_dense_attention
 from gflowgr.training import GFlowGRConfig, GFlowGRTrainer
 from gflowgr.training.batches import PromptCollator
 from gflowgr.tree import PrefixTree

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..models.packed import real_prompt
+from ..models.backbone import real_prompt
 
 # Also registers torch.ops.gflowgr.beam_step and beam_step_hidden.
 from ..ops.beam_step.op import BeamStep

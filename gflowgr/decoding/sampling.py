@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..models.evaluating import evaluating
-from ..models.packed import real_prompt
+from ..models.backbone import evaluating, real_prompt
 from ..tree import PrefixTree
 from ..tree.admissible import admissible_for
 from .decoders import decoder_for

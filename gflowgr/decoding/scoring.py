@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..models.evaluating import evaluating
-from ..models.packed import real_prompt
+from ..models.backbone import evaluating, real_prompt
 from ..tree import PrefixTree
 from .decoders import GenericDecoder, StepDecoder, decoder_for, decoder_kind
 from .node_rows import distinct, parents_of

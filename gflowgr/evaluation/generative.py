@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import pad_histories
 from ..decoding.beam import Normalize, constrained_beam_search
-from ..models.evaluating import evaluating
+from ..models.backbone import evaluating
 from ..models.gflow_model import GFlowModel
 from ..models.prompts import prompt_tokens
 

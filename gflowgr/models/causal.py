@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..plain_settings import make_plain
+from .backbone import output_head
 from .families import causal_refusal
 from .hub import model_folder
 from .lora import LoraSettings
-from .packed import output_head
 from .prompts import PromptLayout
 from .vocabulary import IdentifierVocabulary
 

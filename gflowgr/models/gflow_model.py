@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import trajectory_logprobs
-from ..ops.flow_loss.reference import reduce_trajectories
 from ..rewards.fusion import RewardFusion
 from ..tree import PrefixTree
+from .backbone import evaluating, output_head
 from .checkpoint import (
     check_manifest,
     damage_named,
@@ -23,24 +23,22 @@ from .checkpoint import (
     read_parts,
     save_model,
 )
-from .evaluating import evaluating
+from .heads import PartitionHead, StateFlow, partial_log_reward
 from .hub import model_folder, push_model
 from .objective import (
     Head,
     flow_logs,
-    flow_start,
     flow_statistics,
+    fusion_term,
     joint_loss,
     supervised_loss,
     term_counts,
 )
-from .packed import output_head, trajectory_hidden_states
-from .partition import PartitionHead
+from .packed import trajectory_hidden_states
 from .preference_objective import best_and_worst, preference_loss
 from .prompts import TIGER_PROMPT, PromptLayout
 from .reference import Reference
 from .settings import FlowSettings
-from .state_flow import StateFlow, partial_log_reward
 from .vocabulary import IdentifierVocabulary
 
 if TYPE_CHECKING:
@@ -195,13 +193,8 @@ class GFlowModel(nn.Module):
         if weights is not None:
             logs["importance"] = weights.masked_fill(~valid, 0.0).sum() / valid.sum()
         if signals is not None and self.fusion is not None and self.fusion.learned:
-            departure = self.fusion.departure(signals, log_reward).masked_fill(~valid, 0.0)
-            anchor = reduce_trajectories(departure, valid, settings.reduction)
-            loss = loss + settings.gfn_weight * flow_share * settings.fusion_anchor * anchor
-            logs["loss_fusion"] = anchor.detach()
-            if self.fusion.mode == "weighted":
-                weights = self.fusion.weights().detach()
-                logs |= {f"fusion/{n}": w for n, w in zip(settings.signals, weights, strict=True)}
+            anchor, of_fusion = fusion_term(settings, self.fusion, signals, log_reward, valid)
+            loss, logs = loss + settings.gfn_weight * flow_share * anchor, logs | of_fusion
         return {"loss": loss, **logs}
 
     def log_pf(
@@ -327,11 +320,6 @@ class GFlowModel(nn.Module):
             log_reward = self._log_reward(flow.get("log_reward"), flow.get("signals"))
         return term_counts(self.settings, flow["mask"], log_reward)
 
-    def estimate_flow(self, **flow: Tensor) -> Tensor:
-        """A start for :meth:`start_flow` from a batch [L], see
-        :func:`gflowgr.models.objective.flow_start`; arguments as those of :meth:`forward`."""
-        return flow_start(self.flow_statistics(**flow))
-
     @torch.no_grad()
     def flow_statistics(
         self,
@@ -352,7 +340,7 @@ class GFlowModel(nn.Module):
         return flow_statistics(self.settings, log_pf, log_reward, tokens, mask)
 
     def start_flow(self, log_flow: Tensor) -> None:
-        """Start log Z, or log F, at ``log_flow`` [L] for all prompts; see :meth:`estimate_flow`."""
+        """Start log Z, or log F, at ``log_flow`` [L], as ``objective.flow_start`` gives it."""
         if self.partition is not None:
             self.partition.initialise(log_flow[0])
         elif self.state_flow is not None:

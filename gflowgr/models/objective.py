@@ -24,14 +24,16 @@ from ..ops.flow_loss.reference import (
     reduce_trajectories,
     valid_mean,
 )
+from ..rewards.fusion import RewardFusion
+from .heads import partial_log_reward
 from .settings import FlowSettings
-from .state_flow import partial_log_reward
 
 __all__ = [
     "Head",
     "flow_logs",
     "flow_start",
     "flow_statistics",
+    "fusion_term",
     "group_log_z",
     "joint_loss",
     "positive_nll",
@@ -48,6 +50,31 @@ _FUSED: dict[str, Callable[..., Any]] = {
     "subtb": fused_subtb_loss,
     "vargrad": fused_vargrad_loss,
 }
+
+
+def fusion_term(
+    settings: FlowSettings,
+    fusion: RewardFusion,
+    signals: Tensor,
+    log_reward: Tensor,
+    valid: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What keeps a learned fusion near the sum, weighted, and what is logged of the fusion.
+
+    Args:
+        settings: weight, reduction and names of the signals.
+        fusion: the learned fusion.
+        signals: [B, N, K].
+        log_reward: what it made of them [B, N].
+        valid: true for trajectories that are not padding [B, N].
+    """
+    departure = fusion.departure(signals, log_reward).masked_fill(~valid, 0.0)
+    anchor = reduce_trajectories(departure, valid, settings.reduction)
+    logs = {"loss_fusion": anchor.detach()}
+    if fusion.mode == "weighted":
+        weights = fusion.weights().detach()
+        logs |= {f"fusion/{n}": w for n, w in zip(settings.signals, weights, strict=True)}
+    return settings.fusion_anchor * anchor, logs
 
 
 def supervised_loss(

@@ -10,7 +10,6 @@ models run prompt and branches as one sequence: :mod:`gflowgr.models.packed_caus
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .backbone import real_prompt, without_peft
 from .families import causal_refusal
 from .packed_causal import causal_states
 
@@ -28,8 +28,6 @@ __all__ = [
     "PromptState",
     "TrajectoryStates",
     "encode_prompt",
-    "output_head",
-    "real_prompt",
     "trajectory_hidden_states",
 ]
 
@@ -61,53 +59,12 @@ class TrajectoryStates:
 
     Attributes:
         hidden: [B, N, L, d]: state l predicts token l of the trajectory; ``hidden @ weight.T +
-            bias`` of :func:`output_head` are the model's logits.
+            bias`` of :func:`~gflowgr.models.output_head` are the model's logits.
         pooled: mean of the states of the prompt's real tokens [B, d].
     """
 
     hidden: Tensor
     pooled: Tensor
-
-
-def real_prompt(
-    model: PreTrainedModel | Any, input_ids: Tensor, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Prompts as models take them, whatever stands for padding.
-
-    Args:
-        model: says by its ``pad_token_id`` whether prompts without a mask look padded.
-        input_ids: prompts [B, S]; padding may be on either side and hold any value, also one that
-            is no token of the model.
-        attention_mask: 1 or true for real tokens [B, S]; None: every token is real, as it is for
-            the models of ``transformers``. As there, a warning says where a prompt begins or ends
-            with the model's token of padding nevertheless.
-
-    Returns:
-        Prompts [B, S] with token 0 as padding, which nothing looks at, and the mask int64 [B, S].
-
-    Raises:
-        ValueError: a shape is wrong.
-    """
-    if input_ids.dim() != 2 or (
-        attention_mask is not None and attention_mask.shape != input_ids.shape
-    ):
-        other = None if attention_mask is None else tuple(attention_mask.shape)
-        raise ValueError(
-            "input_ids and attention_mask must both be [B, S] (or attention_mask None); got "
-            f"{tuple(input_ids.shape)} and {other}"
-        )
-    if attention_mask is not None:
-        real = attention_mask != 0
-        return input_ids.masked_fill(~real, 0), real.long()
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    looks = pad is not None and input_ids.numel() > 0 and not torch.compiler.is_compiling()
-    if looks and bool((input_ids[:, [0, -1]] == pad).any()):
-        warnings.warn(
-            f"a prompt begins or ends with the model's pad_token_id = {pad}, and without "
-            "attention_mask it counts as a real token; pass attention_mask if it is padding",
-            stacklevel=3,
-        )
-    return input_ids, torch.ones_like(input_ids, dtype=torch.long)
 
 
 def encode_prompt(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> PromptState:
@@ -137,7 +94,7 @@ def _branch_states(model: PreTrainedModel, prompt: PromptState, prefixes: Tensor
 
     Returns:
         [B, N, P, d]: state at position p predicts the token after ``prefixes[..., p]``, scaled so
-        that ``hidden @ weight.T`` of :func:`output_head` are the model's logits.
+        that ``hidden @ weight.T`` of :func:`~gflowgr.models.output_head` are the model's logits.
     """
     batch, branches, length = prefixes.shape
     decoder: Any = model.get_decoder()
@@ -192,7 +149,7 @@ def trajectory_hidden_states(
         TypeError: the model is none of these, its attention takes no mask, or its ``peft`` adapters
             add tokens to prompts.
     """
-    model = _without_peft(model)
+    model = without_peft(model)
     input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
     if mask is not None:
         tokens = tokens.masked_fill(~mask, 0)
@@ -205,33 +162,6 @@ def trajectory_hidden_states(
     start = torch.full_like(tokens[..., :1], config.decoder_start_token_id)
     hidden = _branch_states(model, prompt, torch.cat([start, tokens[..., :-1]], dim=-1))
     return TrajectoryStates(hidden, prompt.pooled())
-
-
-def output_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """The output head's weight [V, d] and bias [V] or None.
-
-    Raises:
-        TypeError: the head has an adapter of its own, so that its weight does not make the logits.
-    """
-    head: Any = _without_peft(model).get_output_embeddings()
-    if hasattr(head, "base_layer"):
-        raise TypeError(
-            f"model's output head is a {type(head).__name__} with an adapter of its own: leave the "
-            "head out of the adapters' target modules"
-        )
-    return head.weight, getattr(head, "bias", None)
-
-
-def _without_peft(model: Any) -> Any:
-    """The model of ``transformers`` in a ``peft.PeftModel``; it has the adapters in its modules."""
-    if not hasattr(model, "get_base_model"):
-        return model
-    if model.active_peft_config.is_prompt_learning:
-        raise TypeError(
-            f"model has adapters of the kind {model.active_peft_config.peft_type.value}, which add "
-            "tokens to the prompt; use adapters that change its layers, such as LoRA"
-        )
-    return model.get_base_model()
 
 
 def _block_causal_mask(

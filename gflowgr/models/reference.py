@@ -16,8 +16,8 @@ from torch.func import functional_call
 
 from .. import files
 from ..errors import DataError
-from .evaluating import evaluating
-from .packed import output_head, trajectory_hidden_states
+from .backbone import evaluating, output_head
+from .packed import trajectory_hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,7 @@ from typing import Literal
 from ..plain_settings import make_plain
 from ..rewards.fusion import FusionMode
 from ..rewards.signals import check_signal_names
-from .partition import PartitionMode
+from .heads import PartitionMode
 
 __all__ = ["FlowSettings", "Normalize", "Objective", "Reduction"]
 
@@ -50,7 +50,7 @@ class FlowSettings:
         subtb_lambda: a sub-trajectory of m tokens has the weight ``subtb_lambda^m``.
         forward_looking: the state flow of ``"db"`` and ``"subtb"`` is a learned residual plus the
             partial reward ``beta * log(1 + r_sim of the prefix)``; see
-            :func:`~gflowgr.models.state_flow.partial_log_reward`.
+            :func:`~gflowgr.models.heads.partial_log_reward`.
         gfn_weight: lambda of the joint loss ``L_GR + lambda * L_GFN``; for the baselines, of
             ``sft_weight * L_GR + lambda * L_baseline``, for ``"ipa"`` of ``L_GR + lambda * L_DPO``.
         sft_weight: weight of L_GR in the loss of ``"dpo"``, ``"sdpo"`` and ``"grpo"``.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..decoding import constrained_beam_search, item_logprobs, sample_items
-from ..models.evaluating import evaluating
+from ..models.backbone import evaluating
 from .base import Floats, Ints, SampleRequest
 
 if TYPE_CHECKING:

@@ -111,6 +111,13 @@ class GFlowGRConfig(TrainingArguments):
             "help": "Objectives sprec and ipa: optimiser steps of a round (ipa: default all)."
         },
     )
+    t5_on_cpu: bool = field(
+        default=True,
+        metadata={
+            "help": "Faster attention, feed-forward and dropout while training (T5; dropout of any "
+            "model), see gflowgr.models.t5_on_cpu; false: those of transformers and PyTorch."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations without a new best."},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..collaborative import CollaborativeModel
 from ..data import LeaveOneOut
@@ -24,12 +25,10 @@ from ..evaluation import evaluate
 from ..evaluation.calibrating import catalogue_calibration
 from ..evaluation.generative import GenerativeRecommender
 from ..evaluation.recommender import SharedRecommender
-from ..models.cheap_dropout import use_cheap_dropout
-from ..models.dense_attention import use_dense_attention
-from ..models.feed_forward import use_direct_feed_forward
 from ..models.gflow_model import GFlowModel
 from ..models.lora import has_lora
 from ..models.objective import flow_start
+from ..models.t5_on_cpu import rewired
 from ..ops import validation, validation_enabled
 from ..transfer import to_device
 from .batches import JointExamples, LengthBucketSampler, ProcessBatches, PromptCollator
@@ -107,9 +106,6 @@ class GFlowGRTrainer(SavingTrainer):
                 )
         self.split = split
         self.collaborative = collaborative
-        use_dense_attention(model.backbone)
-        use_direct_feed_forward(model.backbone)
-        use_cheap_dropout(model)
         if isinstance(collaborative, nn.Module):
             collaborative.to(args.device).eval().requires_grad_(False)
         self._flow_inputs = FlowInputs(model, args, split, collaborative)
@@ -153,6 +149,13 @@ class GFlowGRTrainer(SavingTrainer):
                 f"objective {model.settings.objective!r} keeps a frozen reference, which is not "
                 "sharded: use DDP, without fsdp"
             )
+
+    def train(self, *args: Any, **options: Any) -> TrainOutput:
+        """As :meth:`.saving.SavingTrainer.train`, with :mod:`gflowgr.models.t5_on_cpu` while it
+        runs, if ``args.t5_on_cpu`` says so."""
+        model = self.accelerator.unwrap_model(self.model)
+        with rewired(model) if self.args.t5_on_cpu else nullcontext():
+            return super().train(*args, **options)
 
     # ---- the objective ----
 

@@ -1,4 +1,4 @@
-"""Prompts, pooled states and vocabularies."""
+"""Prompts, pooled states, vocabularies, and a model in evaluation mode for a while."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from gflowgr.models import (
     encode_prompt,
     prompt_tokens,
 )
+from gflowgr.models.backbone import evaluating
 
 VOCABULARY = IdentifierVocabulary((5, 6, 7))
 
@@ -95,3 +96,16 @@ def test_a_vocabulary_within_another() -> None:
     )
     with pytest.raises(ValueError, match=r"eos_token no identifier token \(50 to 54\)"):
         IdentifierVocabulary((2, 3), offset=50, eos_token=51)
+
+
+def _fail(model: nn.Module) -> None:
+    assert not any(module.training for module in model.modules())
+    raise ArithmeticError("on the way")
+
+
+def test_every_module_gets_its_own_mode_back_even_after_an_error() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Dropout())
+    model[1].eval()  # kept out of training by its owner
+    with pytest.raises(ArithmeticError), evaluating(model):
+        _fail(model)
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)

@@ -15,8 +15,9 @@ from support.tiny_trainer import make_trainer, steps
 from torch import Tensor
 
 from gflowgr.models import GFlowModel, PartitionHead
+from gflowgr.models.heads import StateFlow
+from gflowgr.models.objective import flow_start
 from gflowgr.models.packed import PromptState
-from gflowgr.models.state_flow import StateFlow
 from gflowgr.rewards.fusion import RewardFusion
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -51,7 +52,7 @@ def loss_and_gradients(model: GFlowModel, objective: str) -> tuple[float, dict[s
         del inputs["signals"]
         inputs["log_reward"] = torch.arange(16.0).view(4, 4)[:, : inputs["tokens"].shape[1]].log1p()
     elif not model.flow_started:
-        model.start_flow(model.estimate_flow(**inputs))
+        model.start_flow(flow_start(model.flow_statistics(**inputs)))
     loss = model(**inputs)["loss"]
     loss.backward()
     assert loss.dtype == torch.float32

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...models.packed import real_prompt
+from ...models.backbone import real_prompt
 from .base import IdentifierCache, StepDecoder
 from .causal import CausalDecoder, causal_refusal
 from .generic import GenericDecoder

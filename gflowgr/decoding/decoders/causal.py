@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ...models.backbone import output_head
 from ...models.families import causal_refusal
-from ...models.packed import output_head
 from .base import IdentifierCache, StepDecoder, dot_products, mix
 
 __all__ = ["CausalDecoder", "causal_refusal"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
-from ...models.packed import encode_prompt, output_head
+from ...models.backbone import output_head
+from ...models.packed import encode_prompt
 from .base import IdentifierCache, StepDecoder, dot_products, mix
 
 __all__ = ["T5Decoder", "t5_refusal"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import backends
-from ...models.packed import output_head
+from ...models.backbone import output_head
 from ...ops.logprobs.dense import probe_cpp
 from .base import IdentifierCache
 from .t5 import T5Decoder, t5_refusal

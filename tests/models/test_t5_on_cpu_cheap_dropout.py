@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gflowgr.models.cheap_dropout import cheap_dropout, use_cheap_dropout
+from gflowgr.models.t5_on_cpu import cheap_dropout, use_cheap_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1e-3])

@@ -17,7 +17,7 @@ from gflowgr.models import (
     output_head,
     trajectory_hidden_states,
 )
-from gflowgr.models.dense_attention import use_dense_attention
+from gflowgr.models.t5_on_cpu import use_dense_attention
 
 VOCABULARY = IdentifierVocabulary((7, 7, 7))
 

@@ -12,7 +12,7 @@ from transformers import MT5Config, T5Config
 from transformers.models.mt5.modeling_mt5 import MT5DenseActDense, MT5DenseGatedActDense
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
 
-from gflowgr.models.feed_forward import use_direct_feed_forward
+from gflowgr.models.t5_on_cpu import use_direct_feed_forward
 
 SIZES = {"d_model": 8, "d_ff": 24, "dropout_rate": 0.3, "vocab_size": 11}
 LAYERS = [
