@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from .ops import vargrad_loss as vargrad_loss
     from .training import GFlowGRConfig as GFlowGRConfig
     from .training import GFlowGRTrainer as GFlowGRTrainer
+    from .tree import ItemFlows as ItemFlows
     from .tree import LiveTree as LiveTree
     from .tree import PrefixTree as PrefixTree
+    from .tree import item_flows as item_flows
 
 _HOME = {
     "backends": ("backend",),
@@ -78,7 +80,7 @@ _HOME = {
         "vargrad_loss",
     ),
     "training": ("GFlowGRConfig", "GFlowGRTrainer"),
-    "tree": ("LiveTree", "PrefixTree"),
+    "tree": ("ItemFlows", "LiveTree", "PrefixTree", "item_flows"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

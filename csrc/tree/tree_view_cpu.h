@@ -25,7 +25,9 @@ class TreeView {
 
   int64_t levels() const { return header_[kMaxLength]; }
   int64_t nodes() const { return header_[kNumNodes]; }
+  int64_t inner() const { return inner_; }  // nodes above the deepest level: 0 .. inner() - 1
   int64_t leaves() const { return header_[kNumLeaves]; }
+  const int32_t* leaf_rank() const { return leaf_rank_; }  // null where all identifiers are equally long
   bool ragged() const { return leaf_rank_ != nullptr; }  // identifiers differ in length
   const int64_t* level(int64_t depth) const { return header_ + kTreeWords + kLevelWords * depth; }
 

@@ -349,6 +349,11 @@ class PrefixTree:
         if items.numel() and (int(items.min()) < -1 or int(items.max()) >= self.num_items):
             found = f"{int(items.min())}..{int(items.max())}"
             raise ValueError(f"items: ids {found}, expected 0..{self.num_items - 1}, or -1")
+        leaf = self.leaf_map()[items.clamp(min=0)].to(torch.int64)
+        return torch.where(items >= 0, leaf, -1)
+
+    def leaf_map(self) -> Tensor:
+        """Leaf of every item, int32 [num_items]; -1 where it has no identifier."""
         if self._leaf_of_item is None:
             leaves = torch.arange(self.num_leaves, dtype=torch.int32, device=self.device)
             if self._item_begin is not None:
@@ -356,7 +361,7 @@ class PrefixTree:
             inverse = self._item_ids.new_full((self.num_items,), -1)
             inverse[self._item_ids.to(torch.int64)] = leaves
             self._leaf_of_item = inverse  # only when filled: other threads read it
-        return torch.where(items >= 0, self._leaf_of_item[items.clamp(min=0)].to(torch.int64), -1)
+        return self._leaf_of_item
 
     def identifiers(self, items: Any) -> Tensor:
         """Identifier of each item, int64 [..., max_length], padded with -1; see :meth:`leaf_of`."""
