@@ -4,42 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gflowgr.identifiers.quality import Quality
-from gflowgr.report.plots import _colour, _figure, _legend_above, _write
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from gflowgr.report import plots
 
 
 def plot_code_use(rows: Mapping[str, Quality], path: Path) -> None:
     """Items per token, the most frequent first: a panel per level, a line per set."""
     levels = max(row.levels for row in rows.values())
-    figure = _figure(3.1 * levels, 3.4)
-    for level in range(levels):
-        axes = figure.add_subplot(1, levels, level + 1)
-        for place, (name, row) in enumerate(rows.items()):
+    styles = plots.method_styles(rows)
+    figure, all_axes = plots.panels(levels, 3.1, 3.0, columns=levels)
+    for level, axes in enumerate(all_axes):
+        for name, row in rows.items():
             if level < row.levels:
                 counts = row.frequencies[level]
-                axes.plot(
-                    np.arange(1, len(counts) + 1),
-                    counts,
-                    color=_colour(place),
-                    linestyle="-" if place < 8 else "--",
-                    linewidth=1.5,
-                    label=name if level == 0 else None,
-                )
+                places = np.arange(1, len(counts) + 1)
+                axes.plot(places, counts, linewidth=1.5, label=name, **styles[name])
         axes.set_yscale("log")
-        axes.set_xlabel(f"level {level + 1}: tokens by frequency")
-        if level == 0:
-            axes.set_ylabel("items per token")
-        _frame(axes)
-    # One legend for all panels, outside of them.
-    figure.legend(loc="outside upper left", ncols=2 * levels, fontsize=8, frameon=False)
-    _write(figure, path)
+        y = "items per token" if level == 0 else ""
+        plots.frame(axes, x=f"level {level + 1}: tokens by frequency", y=y)
+    plots.legend_above(figure, all_axes)
+    plots.save(figure, path)
 
 
 def plot_agreement(rows: Mapping[str, Quality], path: Path) -> bool:
@@ -50,9 +37,9 @@ def plot_agreement(rows: Mapping[str, Quality], path: Path) -> bool:
     spaces = list(dict.fromkeys(space for row in rows.values() for space in row.agreement))
     if not spaces:
         return False
-    figure = _figure(4.6 * len(spaces) + 1.6, 1.3 + 0.42 * len(rows))
-    for panel, space in enumerate(spaces):
-        axes = figure.add_subplot(1, len(spaces), panel + 1)
+    height = 0.9 + 0.42 * len(rows)
+    figure, all_axes = plots.panels(len(spaces), 4.6, height, left=1.6, columns=len(spaces))
+    for panel, (space, axes) in enumerate(zip(spaces, all_axes, strict=True)):
         found = [row.agreement[space] for row in rows.values()]
         depth = max(len(each.neighbours) for each in found)
         height = 0.8 / depth
@@ -63,24 +50,16 @@ def plot_agreement(rows: Mapping[str, Quality], path: Path) -> bool:
             chances = [found[place].chance[length] for place in having]
             centres = np.array(having) + (length - (depth - 1) / 2) * height
             label = "same first token" if length == 0 else f"same first {length + 1} tokens"
-            bars = axes.barh(centres, shares, height * 0.92, color=_colour(length), label=label)
+            bars = axes.barh(
+                centres, shares, height * 0.92, color=plots.colour(length), label=label
+            )
             axes.bar_label(bars, fmt="%.3f", fontsize=7, padding=2)
             axes.plot(chances, centres, "|", color="black", markersize=6)
         axes.set_yticks(np.arange(len(rows)), list(rows) if panel == 0 else [""] * len(rows))
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlim(left=0)
-        axes.set_xlabel(f"share of the nearest neighbours in {space} space")
-        _legend_above(axes, columns=2)
-        _frame(axes)
-        axes.grid(visible=False, axis="y")
-    _write(figure, path)
+        plots.frame(axes, x=f"share of the nearest neighbours in {space} space", grid="x")
+    plots.legend_above(figure, all_axes, 2)
+    plots.save(figure, path)
     return True
-
-
-def _frame(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    axes.xaxis.label.set_fontsize(9)
-    axes.yaxis.label.set_fontsize(9)
-    axes.set_axisbelow(True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from gflowgr.data.index import Identifiers
 from gflowgr.identifiers.quantisation import checked_vectors
+from gflowgr.report.tables import Table, TableCell, render_table
 
 _BLOCK = 1024  # rows of similarities at a time
 
@@ -160,16 +161,12 @@ def quality_table(rows: Mapping[str, Quality], *, style: str = "text") -> str:
     Raises:
         ValueError: unknown style, or no rows.
     """
-    from gflowgr.report.tables import align_table  # brings torch and models along
-
     if not rows:
         raise ValueError("rows must not be empty")
-    if style not in ("text", "markdown"):
-        raise ValueError(f"style must be 'text' or 'markdown', got {style!r}")
     spaces = list(dict.fromkeys(space for row in rows.values() for space in row.agreement))
     header = ["identifiers", "sharing", "largest", "codes used", "perplexity", "prefixes"]
     header += [f"{space}, first {n}" for space in spaces for n in ("token", "two tokens")]
-    cells = [header]
+    lines = []
     for name, row in rows.items():
         line = [
             name,
@@ -181,8 +178,8 @@ def quality_table(rows: Mapping[str, Quality], *, style: str = "text") -> str:
         ]
         for space in spaces:
             line += [_share(row.agreement.get(space), place) for place in range(2)]
-        cells.append(line)
-    return align_table(cells, len(header) - 1, style=style)
+        lines.append([TableCell(text) for text in line])
+    return render_table(Table("", header, lines), style)
 
 
 def table_note(k: int | None = None) -> str:

@@ -1,7 +1,7 @@
-"""What a report consists of, for its writers: sections of paragraphs, lists, tables and figures.
+"""What a report consists of: sections of paragraphs, lists, tables and pictures.
 
-:func:`to_markdown` is one writer, :func:`gflowgr.report.html.to_html` the other. All texts
-are plain; the writers escape what their format would interpret.
+All texts are plain: :func:`to_markdown` escapes what Markdown would interpret, and the page
+(:func:`gflowgr.report.html.to_html`) is made from that Markdown.
 """
 
 from __future__ import annotations
@@ -9,28 +9,31 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from .tables import align_table, escape_line_start
+from gflowgr import files
+from gflowgr.report.html import to_html
+from gflowgr.report.tables import Table, escape_line_start, escape_markdown, render_table
 
 __all__ = [
     "Block",
     "Bullets",
-    "Cell",
     "Code",
     "Document",
     "Paragraph",
     "Picture",
     "Section",
-    "Table",
     "to_markdown",
+    "write_document",
 ]
 
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph of text."""
+    """A paragraph of text, after a (possibly empty) term in bold."""
 
     text: str
+    term: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,40 +45,18 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Code:
-    """Text that is shown as it is, foldable under ``title`` where the format can."""
+    """Text that is shown as it is, under ``title``."""
 
     title: str
     text: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table."""
-
-    text: str
-    strong: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        title: what it shows.
-        header: one text per column; all columns but the first hold numbers.
-        rows: the cells.
-        notes: (term, text) printed under it: the rules of its numbers.
-    """
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    notes: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file, named relative to the report; ``alt`` says in words what it shows."""
+    """A PNG file, named relative to the report; ``alt`` says in words what it shows.
+
+    ``title`` may be empty where the section's says it.
+    """
 
     file: str
     title: str
@@ -103,16 +84,32 @@ class Document:
     sections: Sequence[Section] = field(default_factory=tuple)
 
 
+def write_document(document: Document, folder: Path) -> Path:
+    """Write ``report.md`` and ``report.html``, the same in one file; return the former's path.
+
+    Args:
+        document: the report.
+        folder: where both go, and where the pictures already are.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    text = to_markdown(document)
+    files.write_text(folder / "report.html", to_html(text, folder))
+    files.write_text(folder / "report.md", text)
+    return folder / "report.md"
+
+
 def to_markdown(document: Document) -> str:
     """The document as Markdown (GitHub's dialect)."""
-    parts = [f"# {_escape(document.title)}", *map(_block, document.blocks)]
+    parts = [f"# {escape_markdown(document.title)}", *map(_block, document.blocks)]
     for section in document.sections:
         parts += _section(section, 2)
     return "\n\n".join(parts) + "\n"
 
 
 def _section(section: Section, level: int) -> list[str]:
-    parts = [f"{'#' * level} {_escape(section.title)}", *map(_block, section.blocks)]
+    parts = [f"{'#' * level} {escape_markdown(section.title)}", *map(_block, section.blocks)]
     for below in section.sections:
         parts += _section(below, level + 1)
     return parts
@@ -120,32 +117,25 @@ def _section(section: Section, level: int) -> list[str]:
 
 def _block(block: Block) -> str:
     if isinstance(block, Paragraph):
-        return escape_line_start(_escape(block.text))
+        return escape_line_start(_termed(block.term, block.text))
     if isinstance(block, Bullets):
         return "\n".join("- " + escape_line_start(_termed(*entry)) for entry in block.entries)
     if isinstance(block, Code):
         # A fence is closed by one as long: this one is longer than any in the text.
         ticks = max((len(run) for run in re.findall("`+", block.text)), default=0)
         fence = "`" * max(3, ticks + 1)
-        return f"{escape_line_start(_escape(block.title))}:\n\n{fence}\n{block.text}\n{fence}"
+        title = escape_line_start(escape_markdown(block.title))
+        return f"{title}:\n\n{fence}\n{block.text}\n{fence}"
+    title = f"**{escape_markdown(block.title)}**\n\n" if block.title else ""
     if isinstance(block, Picture):
-        return f"**{_escape(block.title)}**\n\n![{_escape(block.alt)}]({block.file})"
-    cells = [[_escape(text) for text in block.header]]
-    for row in block.rows:
-        cells.append([f"**{_escape(c.text)}**" if c.strong else _escape(c.text) for c in row])
-    text = f"**{_escape(block.title)}**\n\n"
-    text += align_table(cells, len(block.header) - 1, style="markdown")
+        return f"{title}![{escape_markdown(block.alt)}]({block.file})"
+    text = title + render_table(block, "markdown")
     if block.notes:
         text += "\n\n" + escape_line_start(" ".join(_termed(*note) + "." for note in block.notes))
     return text
 
 
 def _termed(term: str, text: str) -> str:
-    return f"**{_escape(term)}**: {_escape(text)}" if term else _escape(text)
-
-
-def _escape(text: str) -> str:
-    """Text that Markdown shows as it is; an underscore within a word needs no escape."""
-    marks = r"([\\*`\[\]]|<(?=\S)|&(?=#?\w+;)|~(?=~))"
-    text = re.sub(marks, r"\\\1", " ".join(text.split()))
-    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
+    return (
+        f"**{escape_markdown(term)}**: {escape_markdown(text)}" if term else escape_markdown(text)
+    )

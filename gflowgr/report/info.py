@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from gflowgr import __version__, backends
 from gflowgr.ops import available_backends
+from gflowgr.report.machine import processor_name
 from gflowgr.tree.build import host_module
 
 _PACKAGES = (
@@ -108,7 +108,7 @@ def _devices() -> list[dict[str, Any]]:
     devices = [
         {
             "device": "cpu",
-            "name": f"{_cpu_name()}, {os.cpu_count()} cores, {threads} threads, {cpu}",
+            "name": f"{processor_name()}, {os.cpu_count()} cores, {threads} threads, {cpu}",
         }
     ]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -121,15 +121,6 @@ def _devices() -> list[dict[str, Any]]:
             }
         )
     return devices
-
-
-def _cpu_name() -> str:
-    if sys.platform == "linux":
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        for line in text.splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _ops() -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Tables of results, as aligned text for a terminal or as Markdown."""
+"""Tables, as aligned text for a terminal or as Markdown, and the tables of ranking metrics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,52 @@ from typing import Protocol
 
 import numpy as np
 
+__all__ = [
+    "Table",
+    "TableCell",
+    "TableRow",
+    "escape_line_start",
+    "escape_markdown",
+    "format_table",
+    "markdown_table",
+    "render_table",
+    "results_table",
+]
+
 _FIRST = ("R@5", "R@10", "N@5", "N@10")
 _DECIMALS = {"entropy": 3, "num_users": 0}
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """A cell: plain text, emphasised if ``strong``."""
+
+    text: str
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: what it shows; may be empty.
+        header: one text per column.
+        rows: the cells.
+        notes: (term, text) printed under it in a document: the rules of its numbers.
+        align: one letter per column, "l" (left) or "r" (right); empty: all but the first right.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[TableCell]]
+    notes: Sequence[tuple[str, str]] = ()
+    align: str = ""
+
+    @property
+    def columns(self) -> str:
+        """``align``, one letter per column."""
+        return self.align or "l" + "r" * (len(self.header) - 1)
 
 
 class Measured(Protocol):
@@ -79,36 +123,72 @@ def format_table(
     Raises:
         ValueError: unknown style, or no rows.
     """
-    if style not in ("text", "markdown"):
-        raise ValueError(f"style must be 'text' or 'markdown', got {style!r}")
+    return render_table(results_table(rows, columns=columns), style)
+
+
+def results_table(rows: Sequence[TableRow], *, columns: Sequence[str] | None = None) -> Table:
+    """The table that :func:`format_table` shows, for a document.
+
+    Raises:
+        ValueError: no rows.
+    """
     if not rows:
         raise ValueError("rows must not be empty")
-    shown = metric_columns(rows) if columns is None else list(columns)
+    shown = _metric_columns(rows) if columns is None else list(columns)
     best = {key: _best(rows, key) for key in shown}
-    cells = [["method", *shown]]
+    header, align = ["method", *shown], "l" + "r" * len(shown)
+    cells = []
     for row in rows:
-        line = [row.name]
-        for key in shown:
-            text = _number(row, key)
-            if text == best[key] and len(rows) > 1:
-                text = f"**{text}**" if style == "markdown" else f"{text}*"
-            line.append(text)
-        cells.append(line)
+        texts = {key: _number(row, key) for key in shown}
+        numbers = [TableCell(t, t == best[key] and len(rows) > 1) for key, t in texts.items()]
+        cells.append([TableCell(row.name), *numbers])
     if any(row.note for row in rows):
-        for line, note in zip(cells, ["note", *(row.note for row in rows)], strict=True):
-            line.append(note)
-    return align_table(cells, len(shown), style=style)
+        header.append("note")
+        align += "l"
+        for line, row in zip(cells, rows, strict=True):
+            line.append(TableCell(row.note))
+    return Table("", header, cells, align=align)
 
 
-def align_table(cells: list[list[str]], numeric: int, *, style: str = "text") -> str:
-    """Lay out a table of texts.
+def render_table(table: Table, style: str) -> str:
+    """The header and rows of a table.
 
     Args:
-        cells: the header, then one list per row.
-        numeric: how many columns after the first are aligned to the right.
-        style: "text" or "markdown", as in :func:`format_table`.
+        table: the table; its title and notes are not shown.
+        style: "text" (aligned for a terminal; strong cells end with \\*) or "markdown" (bold).
+
+    Raises:
+        ValueError: unknown style.
     """
-    return _markdown(cells, numeric) if style == "markdown" else _text(cells, numeric)
+    if style not in ("text", "markdown"):
+        raise ValueError(f"style must be 'text' or 'markdown'; got {style!r}")
+    if style == "markdown":
+        lines = [[escape_markdown(text) for text in table.header]]
+        for row in table.rows:
+            texts = [(escape_markdown(cell.text), cell.strong) for cell in row]
+            lines.append([f"**{text}**" if strong else text for text, strong in texts])
+        return markdown_table(lines, table.columns)
+    rows = [[cell.text + "*" * cell.strong for cell in row] for row in table.rows]
+    return _aligned([list(table.header), *rows], table.columns)
+
+
+def markdown_table(lines: Sequence[Sequence[str]], align: str) -> str:
+    """Lines of a Markdown table: the only writer of ``| a | b |``.
+
+    Args:
+        lines: the header, then the rows, as Markdown; ``|`` is escaped here.
+        align: one letter per column, "l" or "r".
+    """
+    written = [_markdown_row([text.replace("|", "\\|") for text in line]) for line in lines]
+    written.insert(1, _markdown_row(["---:" if side == "r" else "---" for side in align]))
+    return "\n".join(written)
+
+
+def escape_markdown(text: str) -> str:
+    """One line that Markdown shows as it is; an underscore within a word needs no escape."""
+    marks = r"([\\*`\[\]~]|<(?=\S)|&(?=#?\w+;))"
+    text = re.sub(marks, r"\\\1", " ".join(text.split()))
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
 
 
 def escape_line_start(text: str) -> str:
@@ -117,7 +197,11 @@ def escape_line_start(text: str) -> str:
     return re.sub(r"^(?=#{1,6}(?:\s|$)|[-+](?:\s|$)|>|=+$|-+$|~)", r"\\", text)
 
 
-def metric_columns(rows: Sequence[TableRow]) -> list[str]:
+def _markdown_row(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def _metric_columns(rows: Sequence[TableRow]) -> list[str]:
     """All metrics of the rows, recall and NDCG first, without the number of users."""
     found = {key: None for row in rows for key in row.metrics if key != "num_users"}
     first = [key for key in _FIRST if key in found]
@@ -139,30 +223,20 @@ def _best(rows: Sequence[TableRow], key: str) -> str:
     return _number(max(having, key=lambda row: row.metrics[key]), key) if having else ""
 
 
-def _text(cells: list[list[str]], numeric: int) -> str:
+def _aligned(lines: list[list[str]], align: str) -> str:
     # The mark of the best value stands in a column of its own, so that the digits line up.
     padded = [
         [
-            text if not 1 <= place <= numeric or text.endswith("*") else text + " "
-            for place, text in enumerate(line)
+            text + " " if side == "r" and not text.endswith("*") else text
+            for text, side in zip(line, align, strict=True)
         ]
-        for line in cells
+        for line in lines
     ]
-    widths = [max(len(line[place]) for line in padded) for place in range(len(padded[0]))]
-    lines = []
+    widths = [max(map(len, column)) for column in zip(*padded, strict=True)]
+    texts = []
     for line in padded:
-        aligned = [
-            text.rjust(width) if 1 <= place <= numeric else text.ljust(width)
-            for place, (text, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(aligned).rstrip())
-    lines.insert(1, "-" * max(len(line) for line in lines))
-    return "\n".join(lines)
-
-
-def _markdown(cells: list[list[str]], numeric: int) -> str:
-    def line(texts: Sequence[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
-
-    rule = ["---:" if 1 <= place <= numeric else "---" for place in range(len(cells[0]))]
-    return "\n".join([line(cells[0]), line(rule), *(line(row) for row in cells[1:])])
+        places = zip(line, widths, align, strict=True)
+        cells = [t.rjust(width) if side == "r" else t.ljust(width) for t, width, side in places]
+        texts.append("  ".join(cells).rstrip())
+    texts.insert(1, "-" * max(map(len, texts)))
+    return "\n".join(texts)

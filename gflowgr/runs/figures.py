@@ -1,8 +1,8 @@
-"""Figures of an experiment's report, in the style of :mod:`gflowgr.report.plots`.
+"""Figures of runs' and experiments' reports, in the style of :mod:`gflowgr.report.plots`.
 
-Methods are compared as points on a line of their own, so that any number of them can be told apart
-without colours. Each function writes a PNG and returns False, leaving no file, if there is nothing
-to draw.
+Each takes the report's styles, so that a method has one colour in all of them. Methods are compared
+as points on a line of their own, so that any number of them can be told apart. Each function writes
+a PNG and returns False, leaving no file, if there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -14,35 +14,38 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..report.plots import (
-    _GREY,
-    Logs,
-    _colour,
-    _figure,
-    _log_scale_if_wide,
-    _metric_name,
-    _series,
-    _smooth_line,
-    _write,
-)
-from .summary import Group, Row, Setting
+from ..report import plots
+from ..report.plots import GREY, Logs, Styles
+from .summary import MethodRow, Setting, UserGroup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = [
+    "LOG_Z",
+    "LOSSES",
+    "VALIDATION",
     "Point",
     "plot_breakdown",
     "plot_calibration",
     "plot_curves",
+    "plot_difficulty",
     "plot_grid",
     "plot_points",
     "plot_rewards",
 ]
 
-_COLUMNS = 3  # panels side by side
-_LINES = ("-", "--", ":")
+LOSSES = {
+    "loss_gr": "L_GR: observed item (nats)",
+    "loss_gfn": "L_GFN: flow residual (nats²)",
+    "loss_preference": "preference loss (nats)",
+}
+VALIDATION = {"eval_N@10": "validation NDCG@10"}
+LOG_Z = {
+    "log_z": "learned log Z (nats)",
+    "log_z_group": "group estimate of log Z (nats)",
+    "log_z_gap_rms": "rms of their difference (nats)",
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ def plot_points(
     names: Sequence[str],
     panels: Mapping[str, Mapping[str, Point]],
     path: Path,
+    styles: Styles,
     *,
-    line: Mapping[str, float] | float | None = None,
+    line: float | None = None,
     bars: bool = False,
 ) -> bool:
     """A panel per quantity, a line per method: point, bar of spread or interval, seeds in grey.
@@ -69,36 +73,36 @@ def plot_points(
         names: the methods, from the top.
         panels: label of a quantity to its points by method.
         path: of the PNG.
-        line: where a vertical line stands, in all panels or by label.
+        styles: of the methods.
+        line: where a vertical line stands.
         bars: also draw a bar from 0 to the point.
     """
     panels = {label: points for label, points in panels.items() if points}
     names = [name for name in names if any(name in points for points in panels.values())]
     if not names:
         return False
-    figure, all_axes = _grid(len(panels), 2.9, 0.85 + 0.26 * len(names), left=1.5, columns=4)
+    height = 0.85 + 0.26 * len(names)
+    figure, all_axes = plots.panels(len(panels), 2.9, height, left=1.5, columns=4)
     for place, (axes, (label, points)) in enumerate(zip(all_axes, panels.items(), strict=True)):
-        at = line.get(label) if isinstance(line, Mapping) else line
-        if at is not None:
-            axes.axvline(at, color="black", linewidth=0.8, linestyle="--", zorder=1)
-        for height, name in enumerate(names):
+        if line is not None:
+            axes.axvline(line, color="black", linewidth=0.8, linestyle="--", zorder=1)
+        for down, name in enumerate(names):
             if name in points:
-                _draw_point(axes, height, points[name], bars)
-        _frame(axes, label, "x")
+                _draw_point(axes, down, points[name], styles[name]["color"], bars)
+        plots.frame(axes, title=label, grid="x")
         axes.set_ylim(len(names) - 0.5, -0.5)
         shown = names if place % 4 == 0 else [""] * len(names)
         axes.set_yticks(range(len(names)), shown, fontsize=8)
         axes.tick_params(axis="y", length=0)
         axes.locator_params(axis="x", nbins=4)
-    return _write(figure, path)
+    return plots.save(figure, path)
 
 
-def _draw_point(axes: Axes, height: int, point: Point, bars: bool) -> None:
-    colour = _colour(0)
+def _draw_point(axes: Axes, height: int, point: Point, colour: str, bars: bool) -> None:
     if bars:
         axes.barh(height, point.value, 0.6, color=colour, alpha=0.35, zorder=1.5)
     if len(point.singles) > 1:
-        spots: dict[str, Any] = {"color": _GREY, "markersize": 4, "zorder": 2}
+        spots: dict[str, Any] = {"color": GREY, "markersize": 4, "zorder": 2}
         axes.plot(point.singles, [height] * len(point.singles), "o", **spots)
     if point.low < point.high:
         axes.plot([point.low, point.high], [height] * 2, color=colour, linewidth=1.6, zorder=3)
@@ -107,8 +111,9 @@ def _draw_point(axes: Axes, height: int, point: Point, bars: bool) -> None:
 
 def plot_grid(
     settings: Sequence[Setting],
-    rows: Mapping[str, Sequence[Row]],
+    rows: Mapping[str, Sequence[MethodRow]],
     path: Path,
+    styles: Styles,
     *,
     key: str,
     baseline: str,
@@ -120,6 +125,7 @@ def plot_grid(
         settings: a column each.
         rows: title of a setting to the grid's rows there.
         path: of the PNG.
+        styles: of the methods.
         key: what is varied.
         baseline: the method whose level is drawn as a line.
         metrics: a line of panels each.
@@ -127,7 +133,7 @@ def plot_grid(
     shown = [setting for setting in settings if rows.get(setting.title)]
     if not shown:
         return False
-    figure = _figure(0.6 + 3.6 * len(shown), 0.4 + 2.7 * len(metrics))
+    figure = plots.new_figure(0.6 + 3.6 * len(shown), 0.4 + 2.7 * len(metrics))
     for column, setting in enumerate(shown):
         points = sorted(rows[setting.title], key=lambda row: row.value or 0.0)
         values = np.array([row.value for row in points], np.float64)
@@ -140,7 +146,7 @@ def plot_grid(
                 [each.mean for each in spreads],
                 yerr=[each.sd or 0.0 for each in spreads],
                 fmt="o-",
-                color=_colour(0),
+                color=styles[points[0].of or baseline]["color"],
                 capsize=3,
                 markersize=4,
                 linewidth=1.5,
@@ -149,81 +155,79 @@ def plot_grid(
             own = [(row.value, row.metrics[metric].mean) for row in points if row.alias]
             if own:
                 label = f"{points[0].of}'s own value"
-                style: dict[str, Any] = {"color": _colour(3), "markersize": 10, "fillstyle": "none"}
+                style: dict[str, Any] = {"color": "black", "markersize": 10, "fillstyle": "none"}
                 axes.plot(*np.array(own).T, "o", label=label, **style)
             if level is not None:
                 axes.axhline(
                     level.metrics[metric].mean,
-                    color=_colour(6),
+                    color=styles[baseline]["color"],
                     linestyle="--",
                     linewidth=1.2,
                     label=baseline,
                 )
             if values.min() > 0 and values.max() / values.min() >= 30:
                 axes.set_xscale("log")
-            _frame(axes, setting.title if place == 0 else "", "y")
-            axes.set_ylabel(_metric_name(metric), fontsize=9)
-            axes.set_xlabel(key, fontsize=9)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper left", ncols=3 if len(shown) > 1 else 1,
-        fontsize=8, frameon=False,
-    )  # fmt: skip
-    return _write(figure, path)
+            title = setting.title if place == 0 else ""
+            plots.frame(axes, title=title, x=key, y=plots.metric_name(metric))
+    plots.legend_above(figure, figure.axes, 3)
+    return plots.save(figure, path)
 
 
 def plot_breakdown(
-    titles: Mapping[str, Mapping[str, Sequence[Group]]], path: Path, *, metric: str = "R@10"
+    titles: Mapping[str, Mapping[str, Sequence[UserGroup]]],
+    path: Path,
+    styles: Styles,
+    *,
+    metric: str = "R@10",
 ) -> bool:
     """A metric per part of the users: a panel per division, a line per method."""
     titles = {title: methods for title, methods in titles.items() if methods}
     if not titles:
         return False
-    methods = list(dict.fromkeys(name for each in titles.values() for name in each))
-    figure, all_axes = _grid(len(titles), 5.2, 3.4, columns=2)
+    figure, all_axes = plots.panels(len(titles), 5.2, 3.4, columns=2)
     for axes, (title, found) in zip(all_axes, titles.items(), strict=True):
         parts = list(dict.fromkeys(g.name for groups in found.values() for g in groups))
         for name, groups in found.items():
             values = {g.name: g.metrics[metric].mean for g in groups if metric in g.metrics}
-            style = _style(methods.index(name))
             shown = [values.get(part, np.nan) for part in parts]
-            axes.plot(range(len(parts)), shown, "o", markersize=4, label=name, **style)
-        axes.set_xticks(range(len(parts)), parts, fontsize=8)
-        _frame(axes, title.split(" (")[0], "y")
-        axes.set_ylabel(_metric_name(metric), fontsize=9)
+            marked: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.5}
+            axes.plot(range(len(parts)), shown, label=name, **marked, **styles[name])
+        axes.set_xticks(range(len(parts)), parts)
+        plots.frame(axes, title=title.split(" (")[0], y=plots.metric_name(metric))
         axes.set_ylim(bottom=0)
-    _figure_legend(figure, all_axes, 5)
-    return _write(figure, path)
+    plots.legend_above(figure, all_axes)
+    return plots.save(figure, path)
 
 
-def plot_curves(logs: Mapping[str, Logs], keys: Mapping[str, str], path: Path) -> bool:
-    """Logged values over steps: a panel per key, a line per method."""
+def plot_curves(
+    logs: Mapping[str, Logs], keys: Mapping[str, str], path: Path, styles: Styles
+) -> bool:
+    """Logged values over steps: a panel per key, a line per method; best validations circled."""
     found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for key in keys:
         for name, entries in logs.items():
-            steps, values = _series(entries, key)
+            steps, values = plots.series(entries, key)
             if len(steps):
                 found.setdefault(key, {})[name] = (steps, values)
     if not found:
         return False
-    methods = list(logs)
-    figure, all_axes = _grid(len(found), 4.6, 3.2)
+    figure, all_axes = plots.panels(len(found), 4.6, 3.2)
     for axes, (key, lines) in zip(all_axes, found.items(), strict=True):
         for name, (steps, values) in lines.items():
-            style = _style(methods.index(name))
-            marked: dict[str, Any] = (
-                {"marker": "o", "markersize": 3} if key.startswith("eval_") else {}
-            )
-            if len(values) >= 60:
-                _smooth_line(axes, steps, values, name, style["color"])
-            else:
-                axes.plot(steps, values, label=name, **style, **marked)
+            plots.draw_series(axes, steps, values, name, styles[name])
+            if key.startswith("eval_"):
+                _mark_values(axes, steps, values, styles[name]["color"])
         if key.startswith("loss"):
-            _log_scale_if_wide(axes, [values for _, values in lines.values()])
-        _frame(axes, keys[key], "y")
-        axes.set_xlabel("optimiser step", fontsize=9)
-    _figure_legend(figure, all_axes, 5)
-    return _write(figure, path)
+            plots.log_scale_if_wide(axes, [values for _, values in lines.values()])
+        plots.frame(axes, title=keys[key], x="optimiser step")
+    plots.legend_above(figure, all_axes)
+    return plots.save(figure, path)
+
+
+def _mark_values(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> None:
+    axes.plot(steps, values, "o", color=colour, markersize=3)
+    best = int(np.argmax(values))
+    axes.plot(steps[best], values[best], "o", color=colour, markersize=8, fillstyle="none")
 
 
 def plot_rewards(logs: Mapping[str, Logs], path: Path) -> bool:
@@ -232,98 +236,85 @@ def plot_rewards(logs: Mapping[str, Logs], path: Path) -> bool:
     found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for name, entries in logs.items():
         keys = dict.fromkeys(k for e in entries for k in e if k.startswith(tuple(kinds)))
-        lines = {key: _series(entries, key) for key in keys}
+        lines = {key: plots.series(entries, key) for key in keys}
         if lines:
             found[name] = lines
     if not found:
         return False
     signals = list(dict.fromkeys(k.split("/", 1)[1] for lines in found.values() for k in lines))
-    figure, all_axes = _grid(len(found), 4.0, 2.9)
+    figure, all_axes = plots.panels(len(found), 4.0, 2.9)
     for axes, (name, lines) in zip(all_axes, found.items(), strict=True):
         for key, (steps, values) in lines.items():
             kind, signal = key.split("/", 1)
-            colour = _colour(signals.index(signal))
             what = signal + (", augmented items" if kind == "reward_augmented" else "")
-            axes.plot(
-                steps, values, kinds[f"{kind}/"], color=colour, linewidth=1.5, label=what
-            )  # fmt: skip
-        _frame(axes, name, "y")
-        axes.set_xlabel("optimiser step", fontsize=9)
-    _figure_legend(figure, all_axes, 6)
-    return _write(figure, path)
+            style: dict[str, Any] = {"color": plots.colour(signals.index(signal))}
+            style["linestyle"] = kinds[f"{kind}/"]
+            axes.plot(steps, values, linewidth=1.5, label=what, **style)
+        plots.frame(axes, title=name, x="optimiser step", y="mean of the signal")
+    plots.legend_above(figure, all_axes, 6)
+    return plots.save(figure, path)
 
 
-def plot_calibration(points: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path) -> bool:
+def plot_difficulty(logs: Mapping[str, Logs], path: Path, styles: Styles) -> bool:
+    """How hard the sampled items are: median and the band from the 10% to the 90% quantile."""
+    found = {}
+    for name, entries in logs.items():
+        lines = [plots.series(entries, f"difficulty/q{q}") for q in (10, 50, 90)]
+        if all(len(steps) for steps, _ in lines):
+            found[name] = lines
+    if not found:
+        return False
+    figure, (axes,) = plots.panels(1, 5.2, 3.2)
+    for name, ((steps, low), (_, median), (_, high)) in found.items():
+        axes.fill_between(steps, low, high, color=styles[name]["color"], alpha=0.18, linewidth=0)
+        axes.plot(steps, median, linewidth=1.5, label=f"{name}: median, 10% to 90%", **styles[name])
+    axes.set_ylim(0, 1)
+    label = "score quantile of sampled items\n(0 easiest, 1 hardest)"
+    plots.frame(axes, x="optimiser step", y=label)
+    plots.legend_above(figure, [axes], 2)
+    return plots.save(figure, path)
+
+
+def plot_calibration(
+    points: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    path: Path,
+    styles: Styles,
+    *,
+    bins: int = 20,
+) -> bool:
     """log P against log R of sampled (user, item) pairs, a panel per method on common axes.
 
+    The pairs are grey points; over them the median and the band from the 10% to the 90% quantile of
+    log P, in bins of log R that hold equal numbers of pairs. A calibrated generator lies on the
+    diagonal.
+
     Args:
-        points: method to log P and log R, both [m] and centred per user.
+        points: method to log P and log R, both [m], finite and centred per user.
         path: of the PNG.
+        styles: of the methods.
+        bins: most bins.
     """
     found = {name: pair for name, pair in points.items() if len(pair[0])}
     if not found:
         return False
-    figure, all_axes = _grid(len(found), 2.9, 2.7, columns=4)
+    figure, all_axes = plots.panels(len(found), 2.9, 2.7, columns=4)
+    spots: dict[str, Any] = {"color": GREY, "markersize": 2, "alpha": 0.6, "zorder": 0.9}
     for place, (axes, (name, (log_p, log_r))) in enumerate(
         zip(all_axes, found.items(), strict=True)
     ):
-        spots: dict[str, Any] = {"color": _colour(0), "markersize": 2, "alpha": 0.35}
         axes.plot(log_r, log_p, ".", **spots)
+        groups = np.array_split(np.argsort(log_r, kind="stable"), min(bins, len(log_r)))
+        middle = [np.median(log_r[group]) for group in groups]
+        low, median, high = np.array(
+            [np.quantile(log_p[group], (0.1, 0.5, 0.9)) for group in groups]
+        ).T
+        colour = styles[name]["color"]
+        axes.fill_between(middle, low, high, color=colour, alpha=0.3, linewidth=0)
+        axes.plot(middle, median, color=colour, linewidth=1.5)
         axes.axline((0.0, 0.0), slope=1, color="black", linewidth=1, linestyle="--", label="P ∝ R")
-        _frame(axes, name, "y")
-        axes.set_xlim(*_limits([pair[1] for pair in found.values()]))
-        axes.set_ylim(*_limits([pair[0] for pair in found.values()]))
-        axes.set_xlabel("log R, centred (nats)", fontsize=8)
-        if place % 4 == 0:
-            axes.set_ylabel("log P, centred (nats)", fontsize=8)
-    _figure_legend(figure, all_axes[:1], 1)
-    return _write(figure, path)
-
-
-def _limits(values: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Ends of an axis that holds all values."""
-    low = min(float(each.min()) for each in values)
-    high = max(float(each.max()) for each in values)
-    margin = 0.04 * (high - low) or 1.0
-    return low - margin, high + margin
-
-
-def _grid(
-    count: int, width: float, height: float, *, left: float = 0.0, columns: int = _COLUMNS
-) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels, ``columns`` side by side; sizes in inches, one per panel."""
-    across = 2 if count == 4 and columns == 3 else min(count, columns)
-    down = -(-count // columns)
-    figure = _figure(left + width * across, 0.4 + height * down)
-    return figure, [figure.add_subplot(down, across, place + 1) for place in range(count)]
-
-
-def _style(place: int) -> dict[str, Any]:
-    """Colour and line of a method: the palette once per kind of line."""
-    line = _LINES[place // 8 % len(_LINES)]
-    return {"color": _colour(place), "linestyle": line, "linewidth": 1.5}
-
-
-def _frame(axes: Axes, title: str, grid: str) -> None:
-    axes.set_title(title, fontsize=9, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color=_GREY, alpha=0.4, linewidth=0.6)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8)
-
-
-def _figure_legend(figure: Figure, all_axes: Sequence[Axes], columns: int) -> None:
-    """One legend for all panels, outside of them."""
-    handles: dict[str, Any] = {}
-    for axes in all_axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    width = figure.get_size_inches()[0]
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside upper left",
-        ncols=max(1, min(columns, int(width / 1.9))),
-        fontsize=8,
-        frameon=False,
-    )
+        axes.set_xlim(*plots.limits([pair[1] for pair in found.values()]))
+        axes.set_ylim(*plots.limits([pair[0] for pair in found.values()]))
+        y = "log P, centred (nats)" if place % 4 == 0 else ""
+        plots.frame(axes, title=name, x="log R, centred (nats)", y=y)
+    plots.legend_above(figure, all_axes[:1], 1)
+    return plots.save(figure, path)

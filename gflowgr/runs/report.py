@@ -5,21 +5,32 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import io
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import __version__, files
-from ..report.document import to_markdown
-from ..report.html import to_html
+from ..report.document import (
+    Block,
+    Bullets,
+    Code,
+    Document,
+    Paragraph,
+    Section,
+    write_document,
+)
+from ..report.machine import command_as_typed, machine_summary
+from ..report.plots import Styles, method_styles
 from ..report.tables import TableRow, format_table
+from . import figures
 from .cells import alone
-from .method_report import command_as_typed, machine_summary
-from .results import ExperimentResults, read_results
-from .sections import differences_of, experiment_document
-from .setting_section import MAIN_GROUPS
+from .results import GRID, MAIN, REFERENCE, START, ExperimentResults, read_results
+from .setting_section import MAIN_GROUPS, picture, setting_section, short_rules
 from .statistics import METRICS, STATISTICS_RULES
-from .summary import Setting, summarise, to_json, verdict
+from .summary import Setting, labelled, summarise, to_json, verdict
+from .tables import grid_table
 
 __all__ = ["write_report"]
 
@@ -47,13 +58,11 @@ def write_report(out: Path | str) -> tuple[Path, str]:
     results = read_results(out)
     settings = summarise(results)
     facts = _facts(results)
-    path = out / "report.md"
     with alone("report", out):  # several callers of an experiment end at the same time
-        document = experiment_document(results, settings, facts, out)
+        document = _document(results, settings, facts, out)
         files.write_json(out / "results.json", facts | {"settings": to_json(settings)})
         files.write_text(out / "results.csv", _csv(results, settings))
-        files.write_text(out / "report.html", to_html(document, out))
-        files.write_text(path, to_markdown(document))
+        path = write_document(document, out)
     return path, _screen_text(results, settings)
 
 
@@ -66,7 +75,7 @@ def _screen_text(results: ExperimentResults, settings: list[Setting]) -> str:
         if not rows:
             continue
         text = f"{setting.title}\n\n{format_table(rows, columns=METRICS)}"
-        sentence = verdict(differences_of(setting, results.baseline), results.baseline)
+        sentence = verdict(_differences(setting, results.baseline), results.baseline)
         parts.append(text + (f"\n\n{sentence}" if sentence else ""))
     total = len({*map(str, results.missing)}) + len(results.cells)
     if results.missing:
@@ -78,6 +87,128 @@ def _shown(metrics: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]
     means = {key: metrics[key].mean for key in METRICS}
     spread = {key: metrics[key].sd for key in METRICS if metrics[key].sd is not None}
     return means, spread
+
+
+def _differences(setting: Setting, baseline: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """What :func:`~gflowgr.runs.summary.verdict` takes: the main methods and their start."""
+    return {
+        labelled(row.method, row.group): {
+            metric: (difference.mean, difference.p)
+            for metric, difference in row.to_baseline.metrics.items()
+        }
+        for row in setting.of_group(START, MAIN)
+        if row.to_baseline is not None and row.method != baseline
+    }
+
+
+def _document(
+    results: ExperimentResults,
+    settings: Sequence[Setting],
+    facts: Mapping[str, Any],
+    out: Path,
+) -> Document:
+    """Build the report; its figures are drawn anew into ``out/figures``.
+
+    Args:
+        results: the experiment.
+        settings: its numbers.
+        facts: what was run and where: "command", "versions", "machine", "base".
+        out: the report's folder.
+    """
+    shutil.rmtree(out / "figures", ignore_errors=True)
+    # A method has the same colour in all figures: those of the tables' main part come first.
+    order = {START: 0, MAIN: 1, REFERENCE: 2}
+    methods = sorted(results.methods, key=lambda method: order.get(method.group, 3))
+    styles = method_styles(method.name for method in methods)
+    sections = [_missing(results)] if results.missing else []
+    for setting in settings:
+        sections.append(setting_section(results, setting, out, styles))
+    grids = _grids(results, settings, out, styles)
+    sections += [grids] if grids.blocks else []
+    rules = Section("How to read the numbers", [Bullets(list(STATISTICS_RULES.items()))])
+    sections += [rules, _what_was_run(facts)]
+    return Document(results.title, _introduction(results, settings), sections)
+
+
+def _introduction(results: ExperimentResults, settings: Sequence[Setting]) -> list[Block]:
+    seeds = ", ".join(map(str, results.seeds))
+    several = len(results.seeds_done or results.seeds) > 1
+    if results.seeds_done and len(results.seeds_done) < len(results.seeds):
+        seeds = f"{', '.join(map(str, results.seeds_done))} (of {seeds})"
+    blocks: list[Block] = [
+        Paragraph(
+            f"Experiment {results.name}. Every method starts from the same supervised model (SFT) "
+            f"of its dataset, identifiers and seed; differences are taken to {results.baseline}. "
+            f"{'Seeds' if several else 'One seed'}: {seeds}. Complete results: "
+            f"{len([c for c in results.cells if not c.method.alias])}; missing: "
+            f"{len(results.missing)}."
+        )
+    ]
+    sentences = [
+        (setting.title, sentence)
+        for setting in settings
+        if (sentence := verdict(_differences(setting, results.baseline), results.baseline))
+    ]
+    if sentences:
+        blocks.append(Bullets(sentences))
+    caveats = list(results.caveats)
+    if not several:
+        caveats.append("One seed: nothing is known of how results vary between trainings.")
+    if caveats:
+        blocks += [Paragraph("Read this first:"), Bullets([("", text) for text in caveats])]
+    return blocks
+
+
+def _missing(results: ExperimentResults) -> Section:
+    """What is missing, by dataset, identifiers and method."""
+    by_row: dict[tuple[str, str], list[int]] = {}
+    for cell in results.missing:
+        place = cell.dataset + (f", {cell.identifiers} identifiers" if cell.identifiers else "")
+        by_row.setdefault((place, cell.method), []).append(cell.seed)
+    grouped: dict[str, list[str]] = {}
+    for (place, method), seeds in by_row.items():
+        some = "" if seeds == results.seeds else f" (seed {', '.join(map(str, seeds))})"
+        grouped.setdefault(place, []).append(method + some)
+    entries = [(place, "; ".join(methods)) for place, methods in grouped.items()]
+    text = "These have no results yet; a row's mean is over the seeds that it has."
+    return Section("What is missing", [Paragraph(text), Bullets(entries)])
+
+
+def _what_was_run(facts: Mapping[str, Any]) -> Section:
+    entries = [
+        ("command", facts["command"]),
+        ("versions", ", ".join(f"{name} {number}" for name, number in facts["versions"].items())),
+        *((f"{name} (of this report)", text) for name, text in facts["machine"].items()),
+    ]
+    base = json.dumps(facts["base"], indent=2, ensure_ascii=False)
+    return Section("What was run", [Bullets(entries), Code("Base configuration", base)])
+
+
+def _grids(
+    results: ExperimentResults, settings: Sequence[Setting], out: Path, styles: Styles
+) -> Section:
+    """Each grid over all datasets: whether the best value is in the middle."""
+    blocks: list[Block] = []
+    grids = dict.fromkeys((m.of, m.key) for m in results.methods if m.group == GRID and m.key)
+    for of, key in grids:
+        assert key is not None
+        rows = {
+            setting.title: [row for row in setting.of_group(GRID) if (row.of, row.key) == (of, key)]
+            for setting in settings
+        }
+        for setting in settings:
+            if rows[setting.title]:
+                notes = short_rules(setting)
+                title = f"{of}, {key}: {setting.title}"
+                blocks.append(grid_table(title, key, rows[setting.title], notes))
+        alt = f"R@10 and N@10 of {of} over the values of {key}, per dataset and identifiers"
+        blocks += picture(
+            out, f"grid-{of}-{key}", f"{of} over {key}", alt,
+            lambda path, rows=rows, key=key: figures.plot_grid(  # type: ignore[misc]
+                settings, rows, path, styles, key=key, baseline=results.baseline
+            ),
+        )  # fmt: skip
+    return Section("Grids", blocks)
 
 
 def _facts(results: ExperimentResults) -> dict[str, Any]:

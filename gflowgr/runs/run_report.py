@@ -2,25 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import __version__, files
+from ..data import LeaveOneOut
+from ..evaluation.evaluate import Evaluation
 from ..models.settings import FlowSettings
-from ..report.tables import TableRow, format_table
-from .config import RunConfig
-from .method_report import (
-    Report,
-    command_as_typed,
-    example_recommendations,
-    machine_summary,
-    write_report,
+from ..report.document import (
+    Block,
+    Bullets,
+    Document,
+    Paragraph,
+    Picture,
+    Section,
+    write_document,
 )
+from ..report.machine import command_as_typed, machine_summary
+from ..report.plots import Logs, Styles, method_styles
+from ..report.tables import Table, TableCell, TableRow, format_table, results_table
+from . import figures
+from .config import RunConfig
+from .figures import Point
 from .processes import is_first_process, working_alone
 from .run import RunResult, run
+from .statistics import METRICS
 
-__all__ = ["run_and_report"]
+__all__ = ["Example", "Report", "example_recommendations", "run_and_report", "write_report"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One user's recommendations, as titles.
+
+    Attributes:
+        user: the user's id in the data.
+        history: titles of the user's last items, oldest first.
+        target: title of the held-out item.
+        recommendations: method to titles, best first.
+        found: method to the 0-based place of the held-out item in that method's list, -1 = not in
+            it; different items may have the same title.
+    """
+
+    user: str
+    history: list[str]
+    target: str
+    recommendations: dict[str, list[str]]
+    found: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`write_report` writes.
+
+    Attributes:
+        title: first line.
+        rows: results, one method each.
+        rules: from ``Evaluation.rules``; printed under the table.
+        setup: what was run: name to value (data, model, settings, command, durations).
+        stages: stage name to the Trainer's ``log_history``, for the curves.
+        examples: see :func:`example_recommendations`.
+        caveats: what the reader must know to judge the numbers, one sentence each.
+        references: rows from elsewhere, shown in a table of their own (their note says where from).
+    """
+
+    title: str
+    rows: list[TableRow]
+    rules: Mapping[str, str]
+    setup: Mapping[str, Any] = field(default_factory=dict)
+    stages: Mapping[str, Logs] = field(default_factory=dict)
+    examples: Sequence[Example] = ()
+    caveats: Sequence[str] = ()
+    references: Sequence[TableRow] = ()
 
 
 def run_and_report(
@@ -145,3 +203,179 @@ def _flow_heads(flow: FlowSettings) -> str:
     if flow.objective == "tb":
         return f"Z {flow.partition}"
     return "F learned" + (", forward-looking" if flow.forward_looking else "")
+
+
+def example_recommendations(
+    split: LeaveOneOut,
+    evaluations: Mapping[str, Evaluation],
+    *,
+    count: int = 5,
+    history: int = 5,
+    top: int = 5,
+    seed: int = 0,
+) -> list[Example]:
+    """Recommendations of each method for the same users, as titles.
+
+    Half of the users (rounded up) are drawn among those for whom some method found the target in
+    its list, the rest among all others, so that both sides are seen; say so beside them.
+
+    Args:
+        split: the data.
+        evaluations: method name to its evaluation; all of the same part and users.
+        count: number of users.
+        history: items of the history shown.
+        top: items of each list shown.
+        seed: of the choice.
+
+    Raises:
+        ValueError: no evaluations, or evaluations of different users or parts.
+    """
+    if not evaluations:
+        raise ValueError("evaluations must not be empty")
+    first = next(iter(evaluations.values()))
+    for name, other in evaluations.items():
+        if other.which != first.which or not np.array_equal(other.users, first.users):
+            raise ValueError(f"evaluation {name!r} is of another part or other users")
+    rng = np.random.default_rng(seed)
+    found = np.any([evaluation.ranks >= 0 for evaluation in evaluations.values()], axis=0)
+    hits, others = (rng.permutation(np.flatnonzero(part)) for part in (found, ~found))
+    wanted_hits = max(-(-count // 2), count - len(others))
+    chosen = np.concatenate([hits[:wanted_hits], others])[:count]
+    row_of = {int(user): row for row, user in enumerate(split.eval_users(first.which))}
+    histories, targets = split.histories(first.which), split.targets(first.which)
+    title = split.dataset.title
+    examples = []
+    for place in chosen:
+        user = int(first.users[place])
+        row = row_of[user]
+        lists = {
+            name: [title(int(item)) for item in evaluation.items[place, :top] if item >= 0]
+            for name, evaluation in evaluations.items()
+        }
+        past = [title(int(item)) for item in histories[row][-history:]]
+        places = {name: int(evaluation.ranks[place]) for name, evaluation in evaluations.items()}
+        examples.append(
+            Example(split.dataset.user_ids[user], past, title(int(targets[row])), lists, places)
+        )
+    return examples
+
+
+def write_report(folder: str | Path, report: Report) -> Path:
+    """Write report.md, its PNG plots and report.html into ``folder``; return report.md's path.
+
+    Plots for which the logs hold nothing are left out; plots of an earlier report in the same
+    folder are removed.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    folder = files.ensure_writable(folder)
+    results: list[Block] = [
+        results_table(report.rows),
+        Paragraph("Rules behind these numbers:"),
+        Bullets(list(report.rules.items())),
+    ]
+    if report.references:
+        results.append(Paragraph("Numbers from elsewhere (not measured here):"))
+        results.append(results_table(report.references))
+    sections = [Section("Results", results)]
+    if report.caveats:
+        caveats = Bullets([("", text) for text in report.caveats])
+        sections.append(Section("Read this first", [caveats]))
+    drawn = _draw(report, folder)
+    if drawn:
+        sections.append(Section("Plots", (), drawn))
+    if report.examples:
+        sections.append(_examples(report.examples))
+    if report.setup:
+        sections.append(Section("What was run", [_pairs(report.setup)]))
+    sections.append(Section("Machine", [_pairs(machine_summary())]))
+    return write_document(Document(report.title, (), sections), folder)
+
+
+def _draw(report: Report, folder: Path) -> list[Section]:
+    """A section per plot for which there is something to draw."""
+    stages = report.stages
+    styles = method_styles([*stages, *(row.name for row in report.rows)])
+    # A stage that logs L_GR shows it in place of the total, which mixes two units.
+    totals = {
+        name: [{k: v for k, v in entry.items() if k != "loss" or not gr} for entry in logs]
+        for name, logs in stages.items()
+        for gr in [any("loss_gr" in entry for entry in logs)]
+    }
+    losses = figures.LOSSES | {"loss": "training loss (nats)"}
+    plots: dict[str, tuple[str, Callable[[Path], bool]]] = {
+        "metrics": ("Ranking metrics", lambda path: _plot_metrics(report.rows, path, styles)),
+        "validation": (
+            "Validation while training",
+            lambda path: figures.plot_curves(stages, figures.VALIDATION, path, styles),
+        ),
+        "losses": (
+            "Training losses",
+            lambda path: figures.plot_curves(totals, losses, path, styles),
+        ),
+        "log_z": (
+            "log Z, learned and estimated",
+            lambda path: figures.plot_curves(stages, figures.LOG_Z, path, styles),
+        ),
+        "rewards": ("Reward components", lambda path: figures.plot_rewards(stages, path)),
+        "difficulty": (
+            "Sampling difficulty",
+            lambda path: figures.plot_difficulty(stages, path, styles),
+        ),
+    }
+    drawn = []
+    for name, (title, draw) in plots.items():
+        path = folder / f"{name}.png"
+        if draw(path):
+            drawn.append(Section(title, [Picture(path.name, "", title)]))
+        else:
+            path.unlink(missing_ok=True)
+    return drawn
+
+
+def _plot_metrics(rows: Sequence[TableRow], path: Path, styles: Styles) -> bool:
+    panels: dict[str, dict[str, Point]] = {}
+    for metric in METRICS:
+        panels[metric] = {}
+        for row in rows:
+            if metric in row.metrics:
+                value, spread = row.metrics[metric], row.spread.get(metric, 0.0)
+                panels[metric][row.name] = Point(value, value - spread, value + spread)
+    return figures.plot_points([row.name for row in rows], panels, path, styles, bars=True)
+
+
+def _examples(examples: Sequence[Example]) -> Section:
+    text = (
+        "Users for whom some method found the held-out item come first and are over-represented. "
+        "The held-out item is marked ✓."
+    )
+    sections = []
+    for example in examples:
+        names = list(example.recommendations)
+        depth = max((len(titles) for titles in example.recommendations.values()), default=0)
+        rows = []
+        for place in range(depth):
+            row = [TableCell(str(place + 1))]
+            for name, titles in example.recommendations.items():
+                title = _short(titles[place]) if place < len(titles) else ""
+                row.append(TableCell(title + " ✓" * (example.found[name] == place)))
+            rows.append(row)
+        blocks: list[Block] = [
+            Paragraph("Last items, oldest first:"),
+            Bullets([("", _short(title)) for title in example.history]),
+            Paragraph(_short(example.target), "Held-out item"),
+            Table("", ["", *names], rows, align="r" + "l" * len(names)),
+        ]
+        sections.append(Section(f"User {example.user}", blocks))
+    return Section("Example recommendations", [Paragraph(text)], sections)
+
+
+def _short(title: str) -> str:
+    return textwrap.shorten(title, 70, placeholder=" ...")
+
+
+def _pairs(pairs: Mapping[str, Any]) -> Table:
+    texts = {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in pairs.items()}
+    rows = [[TableCell(name), TableCell(text)] for name, text in texts.items()]
+    return Table("", ["", ""], rows, align="ll")

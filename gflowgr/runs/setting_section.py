@@ -7,28 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..report.document import Block, Bullets, Paragraph, Picture, Section
+from ..report.plots import Styles
 from . import figures
 from .figures import Point
 from .results import ABLATION, MAIN, REFERENCE, START, CellResult, ExperimentResults
 from .statistics import METRICS
-from .summary import Comparison, Group, Row, Setting, Spread
+from .summary import Comparison, MethodRow, Setting, Spread, UserGroup
 from .tables import breakdown_table, cost_table, difference_table, diversity_table, score_table
 
 __all__ = ["MAIN_GROUPS", "picture", "setting_section", "short_rules"]
 
 MAIN_GROUPS = (REFERENCE, START, MAIN)
 
-_CURVES = {
-    "loss_gr": "L_GR: observed item (nats)",
-    "loss_gfn": "L_GFN: flow residual (nats²)",
-    "loss_preference": "preference loss (nats)",
-    "eval_N@10": "validation NDCG@10",
-}
-_LOG_Z = {
-    "log_z": "learned log Z (nats)",
-    "log_z_group": "group estimate of log Z (nats)",
-    "log_z_gap_rms": "rms of their difference (nats)",
-}
 _DIVERSITY = {
     "coverage": "coverage",
     "item_entropy": "entropy of items (nats)",
@@ -43,9 +33,11 @@ _COSTS = {
 }
 
 
-def setting_section(results: ExperimentResults, setting: Setting, out: Path) -> Section:
+def setting_section(
+    results: ExperimentResults, setting: Setting, out: Path, styles: Styles
+) -> Section:
     """The section of a setting; its figures are drawn into ``out/figures``."""
-    return _Setting(results, setting, out).section()
+    return _Setting(results, setting, out, styles).section()
 
 
 def picture(
@@ -67,8 +59,10 @@ def short_rules(setting: Setting) -> list[tuple[str, str]]:
 class _Setting:
     """The section of one dataset and set of identifiers."""
 
-    def __init__(self, results: ExperimentResults, setting: Setting, out: Path) -> None:
-        self.results, self.setting, self.out = results, setting, out
+    def __init__(
+        self, results: ExperimentResults, setting: Setting, out: Path, styles: Styles
+    ) -> None:
+        self.results, self.setting, self.out, self.styles = results, setting, out, styles
         self.main = setting.of_group(*MAIN_GROUPS)
         self.rules = short_rules(setting)
 
@@ -108,7 +102,7 @@ class _Setting:
                 "Mean ± standard deviation over seeds; single seeds in grey (popularity: see the "
                 "table)",
                 alt,
-                lambda path: figures.plot_points(names, panels, path),
+                lambda path: figures.plot_points(names, panels, path, self.styles),
             ),
         ]
 
@@ -157,12 +151,12 @@ class _Setting:
             kind,
             f"Difference to {against} with 95 % bootstrap interval over users",
             alt,
-            lambda path: figures.plot_points(names, panels, path, line=0.0, bars=bars),
+            lambda path: figures.plot_points(names, panels, path, self.styles, line=0.0, bars=bars),
         )
 
     def _breakdown(self) -> list[Block]:
         blocks: list[Block] = []
-        titles: dict[str, dict[str, Sequence[Group]]] = {}
+        titles: dict[str, dict[str, Sequence[UserGroup]]] = {}
         for title in dict.fromkeys(title for row in self.main for title in row.breakdown):
             found = [row for row in self.main if title in row.breakdown]
             blocks.append(breakdown_table(title, found, self.rules))
@@ -170,7 +164,7 @@ class _Setting:
         alt = "R@10 of each method per part of the users: " + "; ".join(titles)
         return blocks + self._figure(
             "breakdown", "R@10 per part of the users, mean over seeds", alt,
-            lambda path: figures.plot_breakdown(titles, path),
+            lambda path: figures.plot_breakdown(titles, path, self.styles),
         )  # fmt: skip
 
     def _diversity(self) -> list[Block]:
@@ -190,7 +184,7 @@ class _Setting:
             diversity_table("Recommended lists of 10", rows, self.rules),
             *self._figure(
                 "diversity", "Diversity of the recommended lists; single seeds in grey", alt,
-                lambda path: figures.plot_points(names, panels, path),
+                lambda path: figures.plot_points(names, panels, path, self.styles),
             ),
         ]  # fmt: skip
 
@@ -217,7 +211,9 @@ class _Setting:
             cost_table("Training", rows, self.results.baseline),
             *self._figure(
                 "cost", f"Cost relative to {self.results.baseline}", alt,
-                lambda path: figures.plot_points(names, panels, path, line=1.0, bars=True),
+                lambda path: figures.plot_points(
+                    names, panels, path, self.styles, line=1.0, bars=True
+                ),
             ),
         ]  # fmt: skip
 
@@ -230,12 +226,14 @@ class _Setting:
         names = ", ".join(logs)
         blocks = self._figure(
             "curves", f"Losses and validation, seed {seed}", f"curves over steps of {names}",
-            lambda path: figures.plot_curves(logs, _CURVES, path),
+            lambda path: figures.plot_curves(
+                logs, figures.LOSSES | figures.VALIDATION, path, self.styles
+            ),
         )  # fmt: skip
         blocks += self._figure(
             "log_z", f"log Z and its group estimate, means over prompts, seed {seed}",
             "log Z over steps of the methods that have one",
-            lambda path: figures.plot_curves(logs, _LOG_Z, path),
+            lambda path: figures.plot_curves(logs, figures.LOG_Z, path, self.styles),
         )  # fmt: skip
         return blocks + self._figure(
             "rewards", f"Reward signals, means over trajectories, seed {seed}",
@@ -269,7 +267,7 @@ class _Setting:
                 "calibration",
                 f"log P against log R of sampled items, each centred per user, seed {seed}",
                 "; ".join(f"{name}: {text}" for name, text in entries),
-                lambda path: figures.plot_calibration(points, path),
+                lambda path: figures.plot_calibration(points, path, self.styles),
             ),
         ]
 
@@ -285,7 +283,7 @@ class _Setting:
         return {name: cells[seed] for name, cells in found.items() if seed in cells}
 
 
-def _spread_points(rows: Sequence[Row], what: str, key: str) -> dict[str, Point]:
+def _spread_points(rows: Sequence[MethodRow], what: str, key: str) -> dict[str, Point]:
     points = {}
     for row in rows:
         spread: Spread | None = getattr(row, what).get(key)

@@ -13,7 +13,17 @@ from ..errors import DataError
 from .results import ABLATION, REFERENCE, START, CellResult, ExperimentResults, MethodFacts
 from .statistics import METRICS, Difference, mean_and_spread, paired_bootstrap, user_differences
 
-__all__ = ["Comparison", "Group", "Row", "Setting", "Spread", "summarise", "verdict"]
+__all__ = [
+    "Comparison",
+    "MethodRow",
+    "Setting",
+    "Spread",
+    "UserGroup",
+    "labelled",
+    "summarise",
+    "to_json",
+    "verdict",
+]
 
 COSTS = ("seconds", "seconds_per_step", "tokens", "peak_memory_bytes")
 """What is compared with the baseline's cost."""
@@ -43,7 +53,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Group:
+class UserGroup:
     """Metrics of one part of the users, mean over seeds."""
 
     name: str
@@ -52,7 +62,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One method on one dataset with one set of identifiers.
 
     Attributes:
@@ -85,7 +95,7 @@ class Row:
     relative: dict[str, float] = field(default_factory=dict)
     memory_kind: str = ""
     diversity: dict[str, Spread] = field(default_factory=dict)
-    breakdown: dict[str, list[Group]] = field(default_factory=dict)
+    breakdown: dict[str, list[UserGroup]] = field(default_factory=dict)
     calibration: dict[str, Spread] = field(default_factory=dict)
 
 
@@ -96,14 +106,14 @@ class Setting:
     dataset: str
     identifiers: str
     rules: dict[str, str]
-    rows: list[Row]
+    rows: list[MethodRow]
 
     @property
     def title(self) -> str:
         """For headings."""
         return f"{self.dataset}, {self.identifiers} identifiers"
 
-    def of_group(self, *groups: str) -> list[Row]:
+    def of_group(self, *groups: str) -> list[MethodRow]:
         """The rows of some groups, in order."""
         return [row for row in self.rows if row.group in groups]
 
@@ -189,7 +199,7 @@ def _row(
     cells: Mapping[int, CellResult],
     base: Mapping[int, CellResult],
     compared: Mapping[tuple[str, str], Comparison],
-) -> Row:
+) -> MethodRow:
     calibration = {
         name: {
             seed: value
@@ -200,7 +210,7 @@ def _row(
     }
     comparisons = {other: found for (name, other), found in compared.items() if name == method.name}
     full = comparisons.pop(method.of or "", None) if method.group == ABLATION else None
-    return Row(
+    return MethodRow(
         method.name,
         method.group,
         method.of,
@@ -248,7 +258,7 @@ def _relative(cells: Mapping[int, CellResult], base: Mapping[int, CellResult]) -
     return found
 
 
-def _breakdown(cells: Mapping[int, CellResult]) -> dict[str, list[Group]]:
+def _breakdown(cells: Mapping[int, CellResult]) -> dict[str, list[UserGroup]]:
     titles = dict.fromkeys(title for cell in cells.values() for title in cell.analysis.breakdown)
     found = {}
     for title in titles:
@@ -258,7 +268,7 @@ def _breakdown(cells: Mapping[int, CellResult]) -> dict[str, list[Group]]:
         }
         names = dict.fromkeys(name for parts in strata.values() for name in parts)
         found[title] = [
-            Group(
+            UserGroup(
                 name,
                 float(np.mean([parts[name].users for parts in strata.values() if name in parts])),
                 _spreads({s: parts[name].metrics for s, parts in strata.items() if name in parts}),

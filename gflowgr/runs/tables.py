@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..report.document import Cell, Table
+from ..report.tables import Table, TableCell
 from .statistics import METRICS
-from .summary import Comparison, Row, Spread
+from .summary import Comparison, MethodRow, Spread
 
 __all__ = [
     "breakdown_table",
@@ -20,7 +20,7 @@ __all__ = [
 
 Notes = Sequence[tuple[str, str]]
 
-_NONE = Cell("-")
+_NONE = TableCell("-")
 
 
 def _spread_text(spread: Spread, decimals: int) -> str:
@@ -29,33 +29,33 @@ def _spread_text(spread: Spread, decimals: int) -> str:
 
 
 def _column(
-    rows: Sequence[Row],
-    find: Callable[[Row], Spread | None],
+    rows: Sequence[MethodRow],
+    find: Callable[[MethodRow], Spread | None],
     decimals: int = 4,
     best: bool = False,
-) -> list[Cell]:
+) -> list[TableCell]:
     """A column of mean and spread; with ``best``, all that show the largest mean are bold."""
     spreads = [find(row) for row in rows]
     shown = [None if s is None else f"{s.mean:.{decimals}f}" for s in spreads]
     there = [(s.mean, text) for s, text in zip(spreads, shown, strict=True) if s is not None]
     top = max(there)[1] if best and len({*there}) > 1 else None
     return [
-        _NONE if s is None else Cell(_spread_text(s, decimals), text == top)
+        _NONE if s is None else TableCell(_spread_text(s, decimals), text == top)
         for s, text in zip(spreads, shown, strict=True)
     ]
 
 
 def _assemble(
-    title: str, corner: str, names: Sequence[str], columns: dict[str, list[Cell]], notes: Notes
+    title: str, corner: str, names: Sequence[str], columns: dict[str, list[TableCell]], notes: Notes
 ) -> Table:
     rows = [
-        [Cell(name), *(cells[place] for cells in columns.values())]
+        [TableCell(name), *(cells[place] for cells in columns.values())]
         for place, name in enumerate(names)
     ]
     return Table(title, [corner, *columns], rows, notes)
 
 
-def _names(rows: Sequence[Row]) -> list[str]:
+def _names(rows: Sequence[MethodRow]) -> list[str]:
     """Names; rows with fewer seeds than the fullest say how many they have."""
     most = max(len(row.seeds) for row in rows)
     return [
@@ -64,7 +64,7 @@ def _names(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def score_table(title: str, rows: Sequence[Row], notes: Notes) -> Table:
+def score_table(title: str, rows: Sequence[MethodRow], notes: Notes) -> Table:
     """Recall and NDCG, and whatever utility was measured; the best of a column is bold."""
     extra = dict.fromkeys(key for row in rows for key in row.metrics if key.startswith("utility"))
     columns = {
@@ -87,28 +87,32 @@ def difference_table(
     most = max(len(found.seeds) for _, found in comparisons)
     for name, found in comparisons:
         few = len(found.seeds) < most
-        cells = [Cell(f"{name} ({len(found.seeds)} of {most} seeds)" if few else name)]
+        cells = [TableCell(f"{name} ({len(found.seeds)} of {most} seeds)" if few else name)]
         for metric in METRICS:
             d = found.metrics[metric]
             text = f"{d.mean:+.4f} ({d.low:+.4f}, {d.high:+.4f}), p {format_p(d.p)}"
-            cells.append(Cell(text, d.p < 0.05))
+            cells.append(TableCell(text, d.p < 0.05))
         rows.append(cells)
     marked = ("Differences", "mean (95 % interval), p; bold where p < 0.05")
     return Table(title, ["method", *METRICS], rows, [marked, *notes])
 
 
-def cost_table(title: str, rows: Sequence[Row], baseline: str) -> Table:
+def cost_table(title: str, rows: Sequence[MethodRow], baseline: str) -> Table:
     """Steps, tokens, times and memory, and their ratios to the baseline's."""
 
-    def of(key: str, decimals: int, scale: float = 1.0) -> list[Cell]:
+    def of(key: str, decimals: int, scale: float = 1.0) -> list[TableCell]:
         cells = []
         for row in rows:
             spread = row.training.get(key)
-            cells.append(_NONE if spread is None else Cell(f"{spread.mean * scale:,.{decimals}f}"))
+            cells.append(
+                _NONE if spread is None else TableCell(f"{spread.mean * scale:,.{decimals}f}")
+            )
         return cells
 
-    def ratio(key: str) -> list[Cell]:
-        return [Cell(f"{row.relative[key]:.2f}") if key in row.relative else _NONE for row in rows]
+    def ratio(key: str) -> list[TableCell]:
+        return [
+            TableCell(f"{row.relative[key]:.2f}") if key in row.relative else _NONE for row in rows
+        ]
 
     kinds = {row.memory_kind for row in rows if row.memory_kind}
     columns = {
@@ -132,7 +136,7 @@ def cost_table(title: str, rows: Sequence[Row], baseline: str) -> Table:
     return _assemble(title, "method", _names(rows), columns, notes)
 
 
-def diversity_table(title: str, rows: Sequence[Row], notes: Notes) -> Table:
+def diversity_table(title: str, rows: Sequence[MethodRow], notes: Notes) -> Table:
     """Diversity measures, mean over seeds and spread."""
     labels = {
         "coverage": ("coverage", 4),
@@ -154,7 +158,9 @@ def diversity_table(title: str, rows: Sequence[Row], notes: Notes) -> Table:
     )
     if levels:
         columns["entropy of codes per level"] = [
-            Cell(", ".join(f"{row.diversity[k].mean:.2f}" for k in levels if k in row.diversity))
+            TableCell(
+                ", ".join(f"{row.diversity[k].mean:.2f}" for k in levels if k in row.diversity)
+            )
             if any(key in row.diversity for key in levels)
             else _NONE
             for row in rows
@@ -172,14 +178,16 @@ def diversity_table(title: str, rows: Sequence[Row], notes: Notes) -> Table:
     return _assemble(title, "method", _names(rows), columns, [*own, *notes])
 
 
-def breakdown_table(title: str, rows: Sequence[Row], notes: Notes, metric: str = "R@10") -> Table:
+def breakdown_table(
+    title: str, rows: Sequence[MethodRow], notes: Notes, metric: str = "R@10"
+) -> Table:
     """One metric per part of the users; the best of a part is bold."""
     parts: dict[str, float] = {}
     for row in rows:
         for group in row.breakdown[title]:
             parts.setdefault(group.name, group.users)
 
-    def of(part: str) -> Callable[[Row], Spread | None]:
+    def of(part: str) -> Callable[[MethodRow], Spread | None]:
         return lambda row: next(
             (g.metrics.get(metric) for g in row.breakdown[title] if g.name == part), None
         )
@@ -191,7 +199,7 @@ def breakdown_table(title: str, rows: Sequence[Row], notes: Notes, metric: str =
     return _assemble(f"{metric}. {title}", "method", _names(rows), columns, notes)
 
 
-def grid_table(title: str, key: str, rows: Sequence[Row], notes: Notes) -> Table:
+def grid_table(title: str, key: str, rows: Sequence[MethodRow], notes: Notes) -> Table:
     """A row per value of the grid, with R@10 and N@10 compared to the baseline."""
     rows = sorted(rows, key=lambda row: row.value or 0.0)
     columns = {
@@ -205,7 +213,7 @@ def grid_table(title: str, key: str, rows: Sequence[Row], notes: Notes) -> Table
                 cells.append(_NONE)
                 continue
             d = row.to_baseline.metrics[metric]
-            cells.append(Cell(f"{d.mean:+.4f}, p {format_p(d.p)}", d.p < 0.05))
+            cells.append(TableCell(f"{d.mean:+.4f}, p {format_p(d.p)}", d.p < 0.05))
         columns[f"{metric} less the baseline's"] = cells
     names = [f"{row.value:g}" + (" (own)" if row.alias else "") for row in rows]
     own = ("own", "the value of the method itself")

@@ -47,8 +47,7 @@ def evaluate_checkpoint(
 ) -> None:
     """Evaluate a saved model and print its metrics with the rules they follow."""
     from ..evaluation import evaluate
-    from ..report.tables import format_table
-    from ..runs.method_report import TableRow
+    from ..report.tables import TableRow, format_table
 
     check_counts({"--beams": num_beams})
     model, dataset = load_for(model_folder, data_folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from support.identifier_shop import IdentifierShop
 from support.small_models import small_model
 
 from gflowgr.decoding import flow_calibration, item_logprobs
-from gflowgr.report.plots import _centred_pairs, plot_calibration
 
 REWARD = torch.tensor([[1.0, 2.0, 4.0, 8.0]]).log()
 
@@ -128,22 +126,3 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         flow_calibration(log_probs, log_reward, **options)
-
-
-def test_the_plot_is_written_where_there_is_something_to_show(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    log_r = rng.normal(size=(4, 300))
-    log_r[0, :5] = -np.inf
-    path = tmp_path / "calibration.png"
-    assert plot_calibration({"TB": (log_r - 3, log_r), "SFT": (np.zeros_like(log_r), log_r)}, path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert not plot_calibration({}, tmp_path / "none.png")
-    assert not plot_calibration({"TB": (log_r - np.inf, log_r)}, tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
-
-
-def test_plotted_pairs_do_not_depend_on_the_prompts_normalisers() -> None:
-    log_r = np.array([[0.0, 1.0, 2.0], [5.0, 9.0, -np.inf]])
-    log_p, reward = _centred_pairs(log_r + np.array([[10.0], [-7.0]]), log_r)
-    np.testing.assert_allclose(log_p, [-1, 0, 1, -2, 2])
-    np.testing.assert_allclose(reward, log_p)

@@ -8,17 +8,13 @@ import re
 import runpy
 import statistics
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
 from support.experiment_folder import BASELINE, FULL, METHODS, write_experiment
 
-from gflowgr.report.document import Block, Bullets, Code, Document, Paragraph, to_markdown
 from gflowgr.runs.cells import alone
 from gflowgr.runs.report import write_report
 from gflowgr.runs.results import read_results
@@ -124,6 +120,9 @@ def test_the_page_is_sound_and_needs_nothing_else(out: Path) -> None:
         assert (image["src"] or "").startswith("data:image/png;base64,")
         assert len(image["alt"] or "") > 20
     assert "A made-up <experiment>" in page.texts
+    assert (
+        text.count('<div class="wide"') == text.count("<table>") == text.count("</table>\n</div>")
+    )
     markdown = (out / "report.md").read_text()
     for file in re.findall(r"\]\((.*?\.png)\)", markdown):
         assert (out / file).is_file()
@@ -203,45 +202,6 @@ def test_the_verdict_follows_its_rule() -> None:
         "mixed: C (above: R; below: N); no difference to X shown: D; below X on all metrics: E."
     )
     assert verdict({}, "X") == ""
-
-
-def test_markdown_shows_texts_as_they_are() -> None:
-    text = to_markdown(Document("r_a * 2", [Paragraph("a <b> [c] 1 < 2"), Bullets([("t", "_x_")])]))
-    assert text == "# r_a \\* 2\n\na \\<b> \\[c\\] 1 < 2\n\n- **t**: \\_x\\_\n"
-
-
-@pytest.mark.parametrize("text", ["x\n```\n# out", "````\n~~~", "```", "a ``` b ````` c"])
-def test_a_code_block_ends_where_its_text_ends(text: str) -> None:
-    (token,) = [t for t in _parsed([Code("Config", text)]) if t.type == "fence"]
-    assert token.content == text + "\n"
-    assert [t.type for t in _parsed([Code("Config", text), Paragraph("after")])][-3:] == [
-        *("paragraph_open", "inline", "paragraph_close")
-    ]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("# a", "- a", "+ a", "> a", "1. a", "12) a", "---", "===", "~~~", "```", "&lt;b&gt;"),
-        *("~~a~~", "<img src=x onerror=alert(1)>", "[a](b)", "a\n# b", "**a**", "__a__", "\\"),
-    ],
-)
-def test_a_text_stays_one_paragraph_of_that_text(text: str) -> None:
-    for block, around in ((Paragraph(text), ""), (Bullets([("", text)]), "bullet_list")):
-        tokens = _parsed([block])
-        others = {"heading_open", "fence", "hr", "html_block", "blockquote_open"}
-        assert [t.type for t in tokens if t.type in others] == ["heading_open"], "only the title's"
-        assert [t.type for t in tokens if t.type.endswith("list_open")] == (
-            [f"{around}_open"] if around else []
-        )
-        inline = [t for t in tokens if t.type == "inline"][-1]
-        assert {child.type for child in inline.children or ()} <= {"text", "text_special"}
-        assert "".join(child.content for child in inline.children or ()) == " ".join(text.split())
-
-
-def _parsed(blocks: Sequence[Block]) -> list[Token]:
-    markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
-    return markdown.parse(to_markdown(Document("Title", blocks)))
 
 
 def generate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
