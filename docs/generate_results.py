@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gflowgr import files
-from gflowgr.report.tables import TableRow, format_table
+from gflowgr.report.tables import TableRow, format_table, markdown_table
 from gflowgr.runs.statistics import METRICS
 from gflowgr.runs.summary import labelled, verdict
 from gflowgr.runs.tables import format_p
@@ -198,7 +198,7 @@ def runs(root: Path) -> str:
 def speed(root: Path) -> str:
     """The README's table of times and memory."""
     machines = {}
-    text = "| | gflowgr | fastest other | times faster | memory | |\n|---|---:|---|---:|---:|---|\n"
+    lines = [["", "gflowgr", "fastest other", "times faster", "memory", ""]]
     recorded = dict(_recorded(root, "bench.json"))
     for label, folder, op, shape, variant, family in CHOSEN:
         facts = recorded[f"bench_{folder}"]
@@ -212,9 +212,10 @@ def speed(root: Path) -> str:
         )
         family = family or "transformers"
         memory = row[f"memory_{family}"]
-        text += f"| {label} | {_ms(row['ms'])} | {row[f'fastest_{family}_peer']} | "
-        text += f"{row[f'speedup_{family}']:.3g} | {'' if memory is None else f'{memory:.2g}'} | "
-        text += f"{'disturbed' if row['contended'] else ''} |\n"
+        cells = [label, _ms(row["ms"]), row[f"fastest_{family}_peer"]]
+        cells += [f"{row[f'speedup_{family}']:.3g}", "" if memory is None else f"{memory:.2g}"]
+        lines.append([*cells, "disturbed" if row["contended"] else ""])
+    text = markdown_table(lines, "lrlrrl") + "\n"
     return text + f"\nOn {', '.join(machines)}, float32. Memory: ours over that of the other.\n"
 
 
@@ -225,10 +226,8 @@ def microbenchmarks(root: Path) -> str:
         machine = facts["machine"]
         text += f"### {folder}\n\n`{machine['command']}` on {machine['device']}, torch "
         text += f"{machine['torch']}, {machine['date'][:10]}.\n\n"
-        text += (
-            "| op, shape, dtype | variant | time | over the floor | extra MiB | faster than | |\n"
-        )
-        text += "|---|---|---:|---:|---:|---|---|\n"
+        header = ["op, shape, dtype", "variant", "time", "over the floor", "extra MiB"]
+        lines = [[*header, "faster than", ""]]
         for row in facts["rows"]:
             if row["family"] or row["status"] != "ok":
                 continue
@@ -239,10 +238,10 @@ def microbenchmarks(root: Path) -> str:
             ]
             sizes = [row["over_floor"], row["extra_mib"]]
             cells = ["-" if size is None else f"{size:.3g}" for size in sizes]
-            text += f"| {row['op']}, {row['shape']}, {row['dtype']} | {row['variant']} | "
-            text += f"{_ms(row['ms'])} | {' | '.join(cells)} | {'; '.join(peers)} | "
-            text += f"{'disturbed' if row['contended'] else ''} |\n"
-        text += "\n"
+            name = f"{row['op']}, {row['shape']}, {row['dtype']}"
+            note = "disturbed" if row["contended"] else ""
+            lines.append([name, row["variant"], _ms(row["ms"]), *cells, "; ".join(peers), note])
+        text += markdown_table(lines, "llrrrll") + "\n\n"
     return text
 
 
