@@ -15,6 +15,7 @@ from benchmarks.harness.inputs import Inputs, MakeInputs
 from benchmarks.harness.registry import Table, register
 from benchmarks.harness.shapes import LossShape, named
 from gflowgr.ops.flow_loss import reference
+from gflowgr.ops.precision import compute_dtype
 
 _LAM = 0.9
 KINDS = ("tb", "db", "subtb", "vargrad")
@@ -92,10 +93,8 @@ def _ours(inputs: Inputs, kind: str) -> Tensor:
 def _definition(inputs: Inputs, kind: str) -> Tensor:
     """The package's definition in plain PyTorch, without checks; reduction "prompt"."""
     log_pf, log_reward = inputs["log_pf"], inputs["log_reward"]
-    mask = torch.ones(log_pf.shape, dtype=torch.bool, device=log_pf.device)
-    options = reference.RewardOptions(beta=1.0, floor=None, reduction="prompt")
-    dtype = reference.compute_dtype(log_pf, log_reward)
-    batch = reference.prepare(log_pf, log_reward, mask, options, dtype)
+    dtype = compute_dtype(log_pf, log_reward)
+    batch = reference.prepare(log_pf, log_reward, None, beta=1.0, floor=None, dtype=dtype)
     if kind == "tb":
         values = reference.tb_definition(batch, inputs["log_z"])
     elif kind == "db":

@@ -32,7 +32,7 @@ def main(prompts: int = 16, vocabulary: int = 1027) -> None:
 
     with gflowgr.backend("torch"):
         wanted = gradients(torch.float64)  # the definition, in float64
-    for name, reason in gflowgr.available_backends("cpu")["head_flow_loss"].items():
+    for name, reason in gflowgr.available_backends("cpu")["dense_flow_loss"].items():
         if reason is not None:
             print(f"{name:<8}left out: {reason}")
             continue

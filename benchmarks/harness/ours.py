@@ -72,6 +72,6 @@ def fused_loss(inputs: Inputs, tree: PrefixTree | None = None, *, sparse: bool =
         inputs["log_reward"],
         inputs["log_z"],
         tree=tree,
-        sft_weight=NLL_WEIGHT,
+        nll_weight=NLL_WEIGHT,
         sparse_grad=sparse,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..ops.logprobs.dense import result_dtype
+from ..ops.precision import compute_dtype
 from ..tree import PrefixTree
 
 __all__ = ["EdgeNormalize", "TreeHead", "check_options"]
@@ -84,7 +84,7 @@ class TreeHead:
         batch, count = hidden.shape[:2]
         low, high = self._columns(depth, hidden)
         block = max(1, self.block_bytes // (4 * batch * (high - low)))
-        logits_dtype = result_dtype(hidden, *(() if self.head is None else self.head))
+        logits_dtype = compute_dtype(hidden, *(() if self.head is None else self.head))
         normaliser = hidden.new_empty(batch, count, dtype=logits_dtype)
         chosen = hidden.new_zeros(batch, parents.shape[1], dtype=logits_dtype)
         tokens = (tokens - low).expand(batch, -1)

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import (
-    fused_db_loss,
-    fused_subtb_loss,
-    fused_tb_loss,
-    fused_vargrad_loss,
-    trajectory_logprobs,
-)
+from ..ops import fused_flow_loss, fused_vargrad_loss, trajectory_logprobs
 from ..ops.flow_loss.op import flow_loss
-from ..ops.flow_loss.reference import (
-    RewardOptions,
-    compute_dtype,
-    prepare,
-    reduce_trajectories,
-    valid_mean,
-)
+from ..ops.flow_loss.reference import FlowOptions, prepare, reduce_trajectories, valid_mean
+from ..ops.precision import compute_dtype
 from ..rewards.fusion import RewardFusion
 from .heads import partial_log_reward
 from .settings import FlowSettings
@@ -43,13 +31,6 @@ __all__ = [
 
 Head = dict[str, Any]
 """The output head as the ops take it: weight, bias, tree, normalize."""
-
-_FUSED: dict[str, Callable[..., Any]] = {
-    "tb": fused_tb_loss,
-    "db": fused_db_loss,
-    "subtb": fused_subtb_loss,
-    "vargrad": fused_vargrad_loss,
-}
 
 
 def fusion_term(
@@ -87,7 +68,7 @@ def supervised_loss(
         tokens=tokens,
         log_reward=torch.zeros(tokens.shape[:2], device=tokens.device),
         mask=mask,
-        sft_weight=1.0,
+        nll_weight=1.0,
         reduction=settings.reduction,
         **head,
     )
@@ -135,23 +116,18 @@ def joint_loss(
         ratio = ratio.masked_fill(log_proposal.isnan(), 1.0)
         flow = _flow_loss(settings, log_pf, log_reward, target, mask, ratio)
         return weight * flow + positive_nll(settings, log_pf, mask), log_pf.detach(), ratio
-    kind = _kind(settings, target)
-    balance: dict[str, Any] = {}
-    if target is not None:
-        balance["log_z" if kind == "tb" else "log_flow"] = target
-    if kind == "subtb":
-        balance["lam"] = settings.subtb_lambda
-    loss, log_pf = _FUSED[kind](
+    loss, log_pf = fused_flow_loss(
+        _kind(settings, target),
         hidden,
         tokens=tokens,
         log_reward=log_reward,
+        balance=target,
         mask=mask,
+        lam=settings.subtb_lambda,
         beta=settings.beta,
         log_reward_floor=settings.log_reward_floor,
         reduction=settings.reduction,
-        sft_weight=1.0 / weight,
-        return_log_pf=True,
-        **balance,
+        nll_weight=1.0 / weight,
         **head,
     )
     return weight * loss, log_pf, None
@@ -181,9 +157,14 @@ def group_log_z(settings: FlowSettings, log_pf: Tensor, log_reward: Tensor, mask
 
     :func:`gflowgr.vargrad_log_z`, without checking again what the loss has checked.
     """
-    options = RewardOptions(settings.beta, settings.log_reward_floor, "none")
-    dtype = compute_dtype(log_pf, log_reward)
-    batch = prepare(log_pf, log_reward, mask, options, dtype)
+    batch = prepare(
+        log_pf,
+        log_reward,
+        mask,
+        beta=settings.beta,
+        floor=settings.log_reward_floor,
+        dtype=compute_dtype(log_pf, log_reward),
+    )
     estimate = valid_mean(batch.log_reward - batch.log_pf.sum(-1), batch.valid)
     return estimate.masked_fill(~batch.valid.any(-1), math.nan)
 
@@ -269,17 +250,14 @@ def _flow_loss(
     weights: Tensor | None = None,
 ) -> Tensor:
     """L_GFN from log-probabilities; ``weights`` [B, N] multiply the trajectories' losses."""
-    losses = flow_loss(
+    flow = FlowOptions(
         _kind(settings, target),
-        log_pf,
-        log_reward,
-        target,
-        mask,
         lam=settings.subtb_lambda,
         beta=settings.beta,
         floor=settings.log_reward_floor,
         reduction="none",
     )
+    losses = flow_loss(flow, log_pf, log_reward, target, mask)
     if weights is not None:
         losses = losses * weights
     return reduce_trajectories(losses, mask.any(-1), settings.reduction)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import dpo_loss, fused_dpo_loss, fused_grpo_loss, trajectory_logprobs
+from ..ops import dpo_loss, fused_preference_loss, trajectory_logprobs
 from ..ops.preference.losses import k3_divergence, log_ratios
 from .objective import Head, positive_nll
 from .reference import ReferenceStates
@@ -49,8 +49,7 @@ def preference_loss(
         "ref_bias": ref_bias,
         "beta": settings.reference_weight,
         "reduction": settings.reduction,
-        "sft_weight": settings.sft_weight / weight,
-        "return_log_pf": True,
+        "nll_weight": settings.sft_weight / weight,
         **head,
     }
     inputs: dict[str, Any] = {
@@ -62,9 +61,10 @@ def preference_loss(
     if settings.objective == "grpo":
         assert log_reward is not None
         reward = _reward(settings, log_reward, mask)
-        loss, log_pf, ref_log_pf = fused_grpo_loss(**inputs, reward=reward, **options)
+        made = fused_preference_loss("grpo", **inputs, reward=reward, **options)
     else:
-        loss, log_pf, ref_log_pf = fused_dpo_loss(**inputs, **options)
+        made = fused_preference_loss("dpo", **inputs, **options)
+    loss, log_pf, ref_log_pf = made
     nll = positive_nll(settings, log_pf, mask)
     logs = {
         "loss_gr": nll,

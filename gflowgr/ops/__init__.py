@@ -11,8 +11,10 @@ from gflowgr.backends import available_backends
 from .beam_step import beam_step, beam_step_hidden
 from .checks import set_validation, validation, validation_enabled
 from .flow_loss import (
+    FusedLoss,
     db_loss,
     fused_db_loss,
+    fused_flow_loss,
     fused_subtb_loss,
     fused_tb_loss,
     fused_vargrad_loss,
@@ -27,9 +29,19 @@ from .logprobs import (
     trajectory_logprobs,
     vocab_parallel_logprobs,
 )
-from .preference import dpo_loss, fused_dpo_loss, fused_grpo_loss, grpo_loss, sdpo_loss
+from .preference import (
+    FusedPreferenceLoss,
+    dpo_loss,
+    fused_dpo_loss,
+    fused_grpo_loss,
+    fused_preference_loss,
+    grpo_loss,
+    sdpo_loss,
+)
 
 __all__ = [
+    "FusedLoss",
+    "FusedPreferenceLoss",
     "available_backends",
     "beam_step",
     "beam_step_hidden",
@@ -37,7 +49,9 @@ __all__ = [
     "dpo_loss",
     "fused_db_loss",
     "fused_dpo_loss",
+    "fused_flow_loss",
     "fused_grpo_loss",
+    "fused_preference_loss",
     "fused_subtb_loss",
     "fused_tb_loss",
     "fused_vargrad_loss",

@@ -88,6 +88,7 @@ class DataChecks:
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled and values_looked_at()
         self._checks: list[tuple[Callable[[], Tensor], Callable[[Index], str]]] = []
+        self._last: list[Callable[[], object]] = []
 
     def add(self, bad: Callable[[], Tensor], message: Callable[[Index], str]) -> None:
         """Register a condition (true where a value is wrong) and what to say of an index.
@@ -97,10 +98,19 @@ class DataChecks:
         if self.enabled:
             self._checks.append((bad, message))
 
+    def add_last(self, check: Callable[[], object]) -> None:
+        """Register a check that raises ValueError by itself and needs all others to have passed."""
+        if self.enabled:
+            self._last.append(check)
+
     def run(self) -> None:
         """Raise ValueError for the first registered condition that holds anywhere."""
-        if not self._checks:
-            return
+        if self._checks:
+            self._run_conditions()
+        for check in self._last:
+            check()
+
+    def _run_conditions(self) -> None:
         conditions = [bad() for bad, _ in self._checks]
         failed = torch.stack([condition.any() for condition in conditions]).tolist()
         for condition, (_, message), hit in zip(conditions, self._checks, failed, strict=True):
@@ -285,25 +295,30 @@ def check_tokens(
     )
 
 
+def check_in_tree(tokens: Tensor, mask: Tensor | None, tree: PrefixTree, data: DataChecks) -> None:
+    """Register the check that every trajectory is an identifier of the tree."""
+    data.add_last(lambda: tree.validate(tokens, mask=mask, name="tokens"))
+
+
 def mask_rises(mask: Tensor) -> Tensor:
     """True [..., L] at entries of a mask that are true after a false one: none in a prefix."""
     before = torch.cat([torch.ones_like(mask[..., :1]), mask[..., :-1]], -1)
     return mask & ~before
 
 
-def targets_of(tokens: Tensor, mask: Tensor | None, vocab_size: int, *, looked_at: bool) -> Tensor:
+def mark_tokens(tokens: Tensor, mask: Tensor | None, vocab_size: int, *, looked_at: bool) -> Tensor:
     """What the ops take for tokens [..., L]: int64, -1 under a false mask.
 
     Where the data checks have not `looked_at` the values, a valid token outside the vocabulary, or
     one after a false entry of its mask, becomes ``vocab_size + 1``: no token, log-probability NaN.
     """
-    targets = tokens.long()
+    marked = tokens.long()
     if not looked_at:
-        none = targets != targets.clamp(0, vocab_size - 1)
+        none = marked != marked.clamp(0, vocab_size - 1)
         if mask is not None:
             none = none | mask_rises(mask)
-        targets = targets.masked_fill(none, vocab_size + 1)
-    return targets if mask is None else targets.masked_fill(~mask, -1)
+        marked = marked.masked_fill(none, vocab_size + 1)
+    return marked if mask is None else marked.masked_fill(~mask, -1)
 
 
 def check_tree(tree: PrefixTree, vocab_size: int, device: torch.device, source: str) -> None:

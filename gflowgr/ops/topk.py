@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["stable_topk"]
+__all__ = ["columns_of_keys", "float_order", "ordered_keys", "stable_topk"]
 
 # Places beyond k that are looked at, so that ties at the end are seen and mostly settled.
 _SPARE = 32
@@ -39,11 +41,33 @@ def stable_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _lowest_columns_first(scores: Tensor, k: int) -> Tensor:
-    """Columns of the k largest (score, -column) pairs, each pair made one int64 key."""
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
-    # Order of floats as integers: the bits themselves, magnitude inverted where negative.
-    rank = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    """Columns of the k largest (score, -column) pairs."""
+    return columns_of_keys(ordered_keys(scores).topk(k, dim=1).values, scores.shape[1])
+
+
+def ordered_keys(scores: Tensor) -> Tensor:
+    """Pairs of score and column, each made one int64: no two are equal, larger is better.
+
+    Score descending, NaN first; then column ascending.
+
+    Args:
+        scores: float32 [B, V].
+
+    Returns:
+        Keys [B, V]; :func:`columns_of_keys` tells their columns.
+    """
     last = scores.shape[1] - 1
-    low = last - torch.arange(last + 1, device=scores.device)
-    keys = (rank << 32) | low
-    return last - (keys.topk(k, dim=1).values & 0xFFFFFFFF)
+    return (float_order(scores) << 32) | (last - torch.arange(last + 1, device=scores.device))
+
+
+def columns_of_keys(keys: Tensor, size: int) -> Tensor:
+    """The columns of :func:`ordered_keys` of rows of ``size`` scores."""
+    return size - 1 - (keys & 0xFFFFFFFF)
+
+
+def float_order(values: Tensor) -> Tensor:
+    """int64 numbers in the 32-bit range with the order of float32 values; NaN is the largest."""
+    # One NaN, and minus zero equals zero.
+    bits = torch.where(values.isnan(), math.nan, values + 0.0).view(torch.int32)
+    # The bits themselves, magnitude inverted where negative.
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()

@@ -8,6 +8,9 @@ and their compositions); the rest is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _functorch
@@ -15,7 +18,15 @@ from torch.autograd import forward_ad
 
 from gflowgr import backends
 
-__all__ = ["active", "batched", "definition_only", "is_batched", "refuse", "refuse_forward_mode"]
+__all__ = [
+    "active",
+    "batched",
+    "definition_only",
+    "is_batched",
+    "refuse",
+    "refuse_forward_mode",
+    "refuse_second_order",
+]
 
 
 def active() -> bool:
@@ -81,3 +92,15 @@ def refuse_forward_mode(op: str) -> None:
             f"gflowgr::{op} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
             "torch.autograd.forward_ad): its result would count as a constant"
         )
+
+
+def refuse_second_order(op: str, instead: str) -> Callable[..., NoReturn]:
+    """The derivative of a gradient: RuntimeError, saying what to differentiate ``instead``."""
+
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"gflowgr::{op} has no second derivative: it was reached by a backward pass through a "
+            f"backward pass (create_graph=True); use {instead} for that"
+        )
+
+    return backward

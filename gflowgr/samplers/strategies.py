@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import Ragged
+from ..ops.topk import float_order
 from ..transfer import to_device
 from .base import NOT_RECORDED, SHOWN, Candidates, Ints, SampleRequest, TrajectorySampler
 from .pool import CandidatePool
@@ -162,8 +163,7 @@ def _at_ranks(scores: Tensor, ranks: Tensor) -> Tensor:
     On a CPU, what lies outside all ranks is not put in order, which takes a fifth of the time.
     """
     # Score and column in one integer: numbers whose order is that of the pairs.
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 and 0.0 are a tie
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    keys = float_order(scores.float()) << 32
     keys += torch.arange(keys.shape[1], device=keys.device)
     low = 0
     if keys.device.type == "cpu":

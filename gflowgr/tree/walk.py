@@ -83,21 +83,17 @@ def walk_definition(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor
 
 
 def _walk_cpp(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
-    return torch.ops.gflowgr_cpp.tree_walk(tokens.contiguous(), _mask(mask), tree)
+    return torch.ops.gflowgr_cpp.tree_walk(*backends.contiguous(tokens, mask), tree)
 
 
 def _walk_cuda(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
-    return torch.ops.gflowgr_cuda.tree_walk(tokens.contiguous(), _mask(mask), tree)
+    return torch.ops.gflowgr_cuda.tree_walk(*backends.contiguous(tokens, mask), tree)
 
 
 def _walk_triton(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
     from gflowgr.kernels.tree.walk import tree_walk
 
-    return tree_walk(tokens.contiguous(), _mask(mask), tree)
-
-
-def _mask(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous()
+    return tree_walk(*backends.contiguous(tokens, mask), tree)
 
 
 _RUN = {"torch": walk_definition, "cpp": _walk_cpp, "triton": _walk_triton, "cuda": _walk_cuda}
@@ -143,15 +139,14 @@ def tree_walk(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
     return out
 
 
-_library = torch.library.Library("gflowgr", "FRAGMENT")
-_library.define("tree_walk(Tensor tokens, Tensor? mask, Tensor tree) -> Tensor")
-_library.impl("tree_walk", _tree_walk, "CompositeExplicitAutograd")
-torch.library.register_fake("gflowgr::tree_walk", _tree_walk_fake, lib=_library)
-
-for _name, _probe in (
-    ("torch", backends.probe_torch),
-    ("cpp", backends.probe_cpp),
-    ("triton", backends.probe_triton),
-    ("cuda", backends.probe_cuda),
-):
-    backends.register("tree_walk", _name, _probe)
+backends.define_op(
+    "tree_walk",
+    _tree_walk,
+    _tree_walk_fake,
+    probes={
+        "torch": backends.probe_torch,
+        "cpp": backends.probe_cpp,
+        "triton": backends.probe_triton,
+        "cuda": backends.probe_cuda,
+    },
+)

@@ -32,7 +32,7 @@ def test_equals_float64(kind: str, reduction: str, masked: bool) -> None:
     reduction=st.sampled_from(REDUCTIONS),
     lam=st.sampled_from([0.1, 0.9, 1.0, 3.0]),
     floor=st.sampled_from([None, -0.5]),
-    sft_weight=st.sampled_from([0.0, 1.0]),
+    nll_weight=st.sampled_from([0.0, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_random_shapes(
@@ -42,10 +42,10 @@ def test_random_shapes(
     reduction: str,
     lam: float,
     floor: float | None,
-    sft_weight: float,
+    nll_weight: float,
     dtype: torch.dtype,
 ) -> None:
-    options = {"lam": lam, "floor": floor, "sft_weight": sft_weight, "reduction": reduction}
+    options = {"lam": lam, "floor": floor, "nll_weight": nll_weight, "reduction": reduction}
     check_raw_op(CUDA, FlowCase.make(kind, shape, masked=masked, dtype=dtype, **options))
 
 
@@ -95,7 +95,7 @@ def test_the_order_of_threads_and_blocks_does_not_matter() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_through_the_public_functions(kind: str) -> None:
     case = FlowCase.make(
-        kind, (6, 3, 4), masked=True, sft_weight=0.0, beta=1.0, grad=torch.ones(())
+        kind, (6, 3, 4), masked=True, nll_weight=0.0, beta=1.0, grad=torch.ones(())
     )
     targets = [] if case.target is None else [case.target]
     leaves = [t.clone().requires_grad_() for t in (case.log_pf, case.log_reward, *targets)]

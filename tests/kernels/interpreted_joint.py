@@ -42,8 +42,10 @@ def test_equals_the_definition(kind: str, reduction: str) -> None:
             k: (x.double() if wide else x.clone()).requires_grad_() for k, x in inputs.items()
         }
         with gflowgr.backend(backend):
-            loss, log_pf = getattr(gflowgr, f"fused_{kind}_loss")(
-                **leaves, **keywords, reduction=reduction, sft_weight=0.6, return_log_pf=True
+            given = {k: x for k, x in leaves.items() if k not in ("log_z", "log_flow")}
+            balance = leaves.get("log_z", leaves.get("log_flow"))
+            loss, log_pf = gflowgr.ops.fused_flow_loss(
+                kind, **given, balance=balance, **keywords, reduction=reduction, nll_weight=0.6
             )
             (3 * loss).backward()
         results.append([loss.detach(), log_pf, *(x.grad for x in leaves.values())])

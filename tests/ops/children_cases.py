@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gflowgr.ops.inputs import HeadInputs
 from gflowgr.ops.logprobs import children
-from gflowgr.ops.logprobs.reference import HeadInputs, logprobs_definition
+from gflowgr.ops.logprobs.reference import logprobs_definition
 from gflowgr.tree import PrefixTree
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

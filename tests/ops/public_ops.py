@@ -62,7 +62,7 @@ def _on_two_heads(name: str, *balance: str) -> Op:
     return lambda a: function(
         *(a[key] for key in ("hidden", "weight", "tokens", "ref_hidden", "ref_weight", *balance)),
         **{key: a[key] for key in ("bias", "ref_bias", "mask")},
-        sft_weight=0.5,
+        nll_weight=0.5,
     )
 
 
@@ -75,7 +75,7 @@ OPS: dict[str, Op] = {
     "logprobs vocab": _on_head("trajectory_logprobs", temperature=0.7),
     "logprobs level": _on_head("trajectory_logprobs", tree=TREE, normalize="level"),
     "logprobs children": _on_head("trajectory_logprobs", tree=TREE),
-    "fused tb": _on_head("fused_tb_loss", "log_reward", "log_z", sft_weight=0.5),
+    "fused tb": _on_head("fused_tb_loss", "log_reward", "log_z", nll_weight=0.5),
     "fused tb level": _on_head(
         "fused_tb_loss", "log_reward", "log_z", tree=TREE, normalize="level"
     ),

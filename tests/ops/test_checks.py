@@ -189,7 +189,7 @@ HEAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"weight": torch.zeros(0, D), "bias": None},
         ValueError,
-        "weight must have at least one row, got shape [0, 5]",
+        "weight must have at least one row; got shape [0, 5]",
     ),
     (
         {"tokens": torch.zeros(B, N, L)},
@@ -255,8 +255,8 @@ HEAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 FUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"sft_weight": -1.0}, ValueError, "sft_weight must be at least 0, got -1"),
-    ({"sft_weight": None}, TypeError, "sft_weight must be a real number, got NoneType"),
+    ({"nll_weight": -1.0}, ValueError, "nll_weight must be at least 0, got -1"),
+    ({"nll_weight": None}, TypeError, "nll_weight must be a real number, got NoneType"),
     (
         {"bias": at(torch.zeros(V), (9,), -math.inf)},
         ValueError,

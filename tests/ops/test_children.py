@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gflowgr.ops import set_validation, trajectory_logprobs
+from gflowgr.ops.inputs import HeadInputs
 from gflowgr.ops.logprobs import children
-from gflowgr.ops.logprobs.reference import HeadInputs
 from gflowgr.tree import PrefixTree
 
 from .children_cases import FLOATS, TOLERANCE, check, define, make_case, run

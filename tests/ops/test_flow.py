@@ -16,7 +16,7 @@ import gflowgr
 from gflowgr import backends
 from gflowgr.ops import subtb_loss, tb_loss
 from gflowgr.ops.flow_loss.op import flow_loss
-from gflowgr.ops.flow_loss.reference import loss_definition
+from gflowgr.ops.flow_loss.reference import FlowOptions, loss_definition
 
 from .cases import LossCase, loss_cases, make_loss_case
 
@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {
     "beta": 1.0,
     "floor": None,
     "reduction": "prompt",
-    "sft_weight": 0.0,
+    "nll_weight": 0.0,
 }
 
 
@@ -90,14 +90,14 @@ def test_equals_the_definition(
         "beta": data.draw(st.sampled_from([1.0, 0.3])),
         "floor": data.draw(st.sampled_from([None, -1.0, 2.0])),
         "reduction": data.draw(st.sampled_from(REDUCTIONS)),
-        "sft_weight": data.draw(st.sampled_from([0.0, 0.7])),
+        "nll_weight": data.draw(st.sampled_from([0.0, 0.7])),
     }
     rounded = [None if x is None else x.double() for x in arguments(kind, case, dtype=dtype)[:3]]
     oracle = [None if x is None else x.detach().requires_grad_() for x in rounded]
-    expected = loss_definition(*oracle, case.mask, kind, **options)
+    expected = loss_definition(*oracle, case.mask, FlowOptions(kind, **options))
     upstream = torch.randn_like(expected)
     inputs = arguments(kind, case, device, dtype)
-    actual = flow_loss(kind, *inputs, **options)
+    actual = flow_loss(FlowOptions(kind, **options), *inputs)
     assert_all_close(
         value_and_gradients(inputs, actual, upstream),
         value_and_gradients(oracle, expected, upstream),
@@ -111,10 +111,10 @@ def test_gradcheck(device: str, kind: str, reduction: str) -> None:
     case = make_loss_case(3, 3, 4, seed=1)
     *inputs, mask = arguments(kind, case, device)
     floating = [x for x in inputs if x is not None]
-    options = {"lam": 1.7, "beta": 0.7, "floor": -2.0, "sft_weight": 0.3, "reduction": reduction}
+    options = {"lam": 1.7, "beta": 0.7, "floor": -2.0, "nll_weight": 0.3, "reduction": reduction}
 
     def loss(*x: Tensor) -> Tensor:
-        return flow_loss(kind, *x, *[None] * (3 - len(x)), mask, **options)
+        return flow_loss(FlowOptions(kind, **options), *x, *[None] * (3 - len(x)), mask)
 
     assert torch.autograd.gradcheck(loss, floating)
 
@@ -123,13 +123,13 @@ def test_gradcheck(device: str, kind: str, reduction: str) -> None:
 def test_no_mask_and_gradients_nobody_asked_for(device: str, kind: str) -> None:
     case = make_loss_case(3, 2, 4, seed=2, padding=False)
     inputs = arguments(kind, case, device)
-    everything = value_and_gradients(inputs, flow_loss(kind, *inputs), torch.ones(()))
+    everything = value_and_gradients(inputs, flow_loss(FlowOptions(kind), *inputs), torch.ones(()))
     for asked in range(len(everything) - 1):
         only = arguments(kind, case, device)
         for i, x in enumerate(only[:3]):
             if x is not None and i != asked:
                 x.requires_grad_(False)
-        loss = flow_loss(kind, *only[:3], None)
+        loss = flow_loss(FlowOptions(kind), *only[:3], None)
         loss.backward()
         assert torch.equal(loss, everything[0])
         assert torch.equal(only[asked].grad, everything[1 + asked])
@@ -142,7 +142,7 @@ def test_empty_and_one_element_inputs(device: str, kind: str, shape: tuple[int, 
     case = make_loss_case(*shape, seed=3, padding=False)
     for reduction in REDUCTIONS:
         inputs = arguments(kind, case, device)
-        loss = flow_loss(kind, *inputs, reduction=reduction, sft_weight=0.5)
+        loss = flow_loss(FlowOptions(kind, reduction=reduction, nll_weight=0.5), *inputs)
         assert loss.shape == (shape[:2] if reduction == "none" else ())
         gradients = value_and_gradients(inputs, loss, torch.ones(loss.shape))[1:]
         wanted = [x for x in inputs[:3] if x is not None]
@@ -166,7 +166,7 @@ def test_inputs_need_not_be_contiguous(device: str, kind: str) -> None:
     assert not apart[0].is_contiguous()
     upstream = torch.randn(4, 3, dtype=torch.float64).T
     actual, expected = (
-        value_and_gradients(x, flow_loss(kind, *x, reduction="none"), upstream)
+        value_and_gradients(x, flow_loss(FlowOptions(kind, reduction="none"), *x), upstream)
         for x in (apart, inputs)
     )
     for a, e in zip(actual, expected, strict=True):
@@ -191,9 +191,9 @@ def test_padding_is_never_read(device: str, kind: str) -> None:
             x.data[where.to(device)] = math.nan
     for reduction in REDUCTIONS:
         upstream = torch.rand(5, 4) if reduction == "none" else torch.tensor(0.7)
-        options = {"lam": 2.0, "sft_weight": 0.5, "reduction": reduction}
+        options = {"lam": 2.0, "nll_weight": 0.5, "reduction": reduction}
         expected, actual = (
-            value_and_gradients(x, flow_loss(kind, *x, **options), upstream)
+            value_and_gradients(x, flow_loss(FlowOptions(kind, **options), *x), upstream)
             for x in (clean, poisoned)
         )
         for a, e in zip(actual, expected, strict=True):
@@ -210,10 +210,10 @@ def test_rewards_and_log_probabilities_at_the_extremes(device: str, kind: str) -
     case.log_reward = torch.linspace(-30, 30, 12).double().reshape(4, 3)
     options = {"reduction": "none", "lam": 0.9}
     oracle = arguments(kind, case)
-    expected = loss_definition(*oracle, kind, **OPTIONS | options)
+    expected = loss_definition(*oracle, FlowOptions(kind, **OPTIONS | options))
     upstream = torch.rand(4, 3)
     inputs = arguments(kind, case, device, torch.float32)
-    actual = flow_loss(kind, *inputs, **options)
+    actual = flow_loss(FlowOptions(kind, **options), *inputs)
     assert_all_close(
         value_and_gradients(inputs, actual, upstream),
         value_and_gradients(oracle, expected, upstream),
@@ -228,9 +228,9 @@ def test_lambda_at_the_extremes(device: str, dtype: torch.dtype, lam: float) -> 
     case = make_loss_case(3, 2, 40, seed=7)
     case.mask[0, 0] = True
     oracle = arguments("subtb", case)
-    expected = loss_definition(*oracle, "subtb", **OPTIONS | {"lam": lam})
+    expected = loss_definition(*oracle, FlowOptions("subtb", lam=lam))
     inputs = arguments("subtb", case, device, dtype)
-    actual = flow_loss("subtb", *inputs, lam=lam)
+    actual = flow_loss(FlowOptions("subtb", lam=lam), *inputs)
     # The float32 weights differ from lambda's by up to 40 roundings of it.
     assert_all_close(
         value_and_gradients(inputs, actual, torch.ones(())),
@@ -255,7 +255,9 @@ def test_a_long_trajectory_whose_flows_nearly_balance(device: str) -> None:
 def test_the_floor_takes_rewards_without_a_logarithm(device: str) -> None:
     log_reward = torch.tensor([[-math.inf, math.nan, -9.0, 1.0]], device=device).requires_grad_()
     log_pf, log_z = torch.zeros(1, 4, 1, device=device), torch.zeros(1, device=device)
-    loss = flow_loss("tb", log_pf, log_reward, log_z, None, floor=-5.0, reduction="none")
+    loss = flow_loss(
+        FlowOptions("tb", floor=-5.0, reduction="none"), log_pf, log_reward, log_z, None
+    )
     assert loss.tolist() == [[25, 25, 25, 1]]
     loss.sum().backward()
     assert log_reward.grad.tolist() == [[0, 0, 0, 2]]
@@ -265,7 +267,7 @@ def test_a_single_trajectory_has_no_variance(device: str) -> None:
     """Exactly zero, value and gradient, whatever its numbers round to."""
     case = make_loss_case(50, 1, 4, seed=9, padding=False)
     inputs = arguments("vargrad", case, device, torch.float32)
-    loss = flow_loss("vargrad", *inputs, reduction="none")
+    loss = flow_loss(FlowOptions("vargrad", reduction="none"), *inputs)
     for result in value_and_gradients(inputs, loss, torch.rand(50, 1)):
         assert (result == 0).all()
 
@@ -279,7 +281,7 @@ def test_the_number_of_threads_changes_no_bit(kind: str) -> None:
         torch.set_num_threads(threads)
         try:
             inputs = arguments(kind, case, dtype=torch.float32)
-            loss = flow_loss(kind, *inputs)
+            loss = flow_loss(FlowOptions(kind), *inputs)
             found.append(value_and_gradients(inputs, loss, torch.ones(())))
         finally:
             torch.set_num_threads(1)
@@ -307,7 +309,7 @@ def test_opcheck(device: str, kind: str, reduction: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivatives_are_refused(device: str, kind: str) -> None:
     inputs = arguments(kind, make_loss_case(2, 3, 4, seed=12), device)
-    loss = flow_loss(kind, *inputs)
+    loss = flow_loss(FlowOptions(kind), *inputs)
     (gradient,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="gflowgr::flow_loss has no second derivative"):
         gradient.square().sum().backward()

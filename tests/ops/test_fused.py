@@ -102,7 +102,7 @@ def test_the_supervised_term(kind: str, reduction: str) -> None:
     }[reduction]
 
     plain = fused(*inputs, reduction=reduction, **options)
-    joint = fused(*inputs, reduction=reduction, sft_weight=2.5, **options)
+    joint = fused(*inputs, reduction=reduction, nll_weight=2.5, **options)
     torch.testing.assert_close(joint, plain + 2.5 * term)
 
 
@@ -118,7 +118,7 @@ def test_gradcheck_of_the_joint_objective(kind: str, reduction: str) -> None:
             weight,
             case.tokens,
             *given,
-            sft_weight=0.5,
+            nll_weight=0.5,
             reduction=reduction,
             **{**options, "bias": bias},
         )
@@ -147,11 +147,14 @@ def test_log_probabilities_for_logs_are_detached(kind: str) -> None:
     fused, _ = losses(kind)
     case, options, targets = make(kind, seed=5)
     inputs = (case.hidden, case.weight.requires_grad_(), case.tokens)
-    loss, log_pf = fused(*inputs, *targets, return_log_pf=True, sft_weight=1.0, **options)
+    log_reward, balance = targets if kind != "vargrad" else (*targets, None)
+    loss, log_pf = ops.fused_flow_loss(
+        kind, *inputs, log_reward, balance, nll_weight=1.0, **options
+    )
     assert loss.requires_grad
     assert not log_pf.requires_grad
     torch.testing.assert_close(log_pf, ops.trajectory_logprobs(*inputs, **options).detach())
-    torch.testing.assert_close(loss, fused(*inputs, *targets, sft_weight=1.0, **options))
+    torch.testing.assert_close(loss, fused(*inputs, *targets, nll_weight=1.0, **options))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,7 +171,7 @@ def test_poisoned_padding_changes_nothing(kind: str) -> None:
     def run(tokens: Tensor, given: list[Tensor]) -> list[Tensor]:
         given = [x.clone().requires_grad_() for x in given]
         weight = case.weight.clone().requires_grad_()
-        loss = fused(given[0], weight, tokens, *given[1:], sft_weight=1.0, **options)
+        loss = fused(given[0], weight, tokens, *given[1:], nll_weight=1.0, **options)
         loss.backward()
         return [loss.detach(), weight.grad, *(x.grad for x in given)]
 
@@ -196,7 +199,7 @@ def test_empty_batches(kind: str, shape: tuple[int, int]) -> None:
             torch.zeros(*shape, 3, dtype=torch.long),
             torch.zeros(shape),
             *given,
-            sft_weight=1.0,
+            nll_weight=1.0,
             reduction=reduction,
         )
         assert loss.shape == (shape if reduction == "none" else ())
@@ -209,7 +212,7 @@ def test_empty_batches(kind: str, shape: tuple[int, int]) -> None:
 def test_compiles_as_one_graph(kind: str) -> None:
     fused, _ = losses(kind)
     case, options, targets = make(kind, seed=7)
-    options = {**options, "tree": None, "reduction": "prompt", "sft_weight": 0.5}
+    options = {**options, "tree": None, "reduction": "prompt", "nll_weight": 0.5}
     inputs = (case.hidden, case.weight, case.tokens, *targets)
     torch._dynamo.reset()
     compiled = torch.compile(fused, fullgraph=True, backend="eager")
@@ -229,7 +232,7 @@ def test_signatures_are_the_published_ones(kind: str) -> None:
             {"bias": None, "tree": None, "mask": None, "temperature": 1.0, "normalize": None}
             | lam
             | reward
-            | {"sft_weight": 0.0, "sparse_grad": False, "return_log_pf": False},
+            | {"nll_weight": 0.0, "sparse_grad": False},
         ),
         loss: (["log_pf", "log_reward", *target], {"mask": None} | lam | reward),
     }
@@ -237,3 +240,16 @@ def test_signatures_are_the_published_ones(kind: str) -> None:
         parameters = inspect.signature(function).parameters.values()
         assert [p.name for p in parameters if p.default is p.empty] == positional
         assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == keywords
+
+
+def test_a_kind_must_be_known_and_fit_its_balance() -> None:
+    case, options, targets = make("tb", seed=8)
+    inputs = (case.hidden, case.weight, case.tokens)
+    with pytest.raises(ValueError, match=r"kind must be one of 'tb', 'db', .*; got 'ctb'"):
+        ops.fused_flow_loss("ctb", *inputs, *targets, **options)
+    with pytest.raises(ValueError, match='balance must be None for "vargrad"; got Tensor'):
+        ops.fused_flow_loss("vargrad", *inputs, *targets, **options)
+    with pytest.raises(TypeError, match=r"log_z must be a torch.Tensor, got NoneType"):
+        ops.fused_flow_loss("tb", *inputs, targets[0], None, **options)
+    with pytest.raises(ValueError, match=r"log_flow must have shape \[B=4, N=3, L=5\]"):
+        ops.fused_flow_loss("db", *inputs, *targets, **options)

@@ -78,7 +78,7 @@ def test_equals_the_loss_of_the_log_probabilities(
             reference=reference,
             beta=0.3,
             reduction=reduction,
-            sft_weight=0.5,
+            nll_weight=0.5,
             **options,
         )
 
@@ -96,7 +96,7 @@ def test_equals_the_loss_of_the_log_probabilities(
 @pytest.mark.parametrize("normalize", ["vocab", "children"])
 def test_gradcheck_of_the_joint_objective(normalize: str) -> None:
     case, reference, options = make(seed=2)
-    options |= {"normalize": normalize, "sft_weight": 0.5}
+    options |= {"normalize": normalize, "nll_weight": 0.5}
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         chosen = {**options, "bias": bias}
@@ -113,8 +113,10 @@ def test_logs_are_detached_and_the_reference_is_frozen(kind: str) -> None:
         tensor.requires_grad_()
     weight = case.weight.requires_grad_()
     states = (case.hidden, weight)
-    loss, log_pf, ref_log_pf = fused(
-        kind, case, *states, reference=reference, return_log_pf=True, **options
+    beta = {"dpo": 0.1, "grpo": 1e-3}[kind]
+    reward = REWARD if kind == "grpo" else None
+    loss, log_pf, ref_log_pf = ops.fused_preference_loss(
+        kind, *states, case.tokens, reward=reward, beta=beta, **reference, **options
     )
     loss.backward()
     assert weight.grad is not None
@@ -131,7 +133,7 @@ def test_logs_are_detached_and_the_reference_is_frozen(kind: str) -> None:
 def test_poisoned_padding_changes_nothing(kind: str) -> None:
     case, reference, options = make(seed=4)
     case.mask[0] = False
-    options["sft_weight"] = 1.0
+    options["nll_weight"] = 1.0
     hole = ~case.mask[..., None]
     results = []
     for poison, token in ((0.0, 0), (math.nan, -99)):
@@ -174,8 +176,8 @@ def test_arguments_are_named_in_errors() -> None:
         call({"ref_weight": wide})
     with pytest.raises(ValueError, match=r"is forbidden, ref_bias\[\d+\] = -inf"):
         call({"ref_bias": forbidden})
-    with pytest.raises(ValueError, match="sft_weight must be at least 0"):
-        call({}, sft_weight=-1.0)
+    with pytest.raises(ValueError, match="nll_weight must be at least 0"):
+        call({}, nll_weight=-1.0)
     with pytest.raises(ValueError, match="needs a tree"):
         call({}, tree=None, normalize="children")
     case.tokens[case.mask] = 16  # a row of the head and no identifier
@@ -186,7 +188,7 @@ def test_arguments_are_named_in_errors() -> None:
 @pytest.mark.parametrize("kind", ["dpo", "grpo"])
 def test_compiles_as_one_graph(kind: str) -> None:
     case, reference, options = make(seed=7)
-    options |= {"tree": None, "sft_weight": 0.5}
+    options |= {"tree": None, "nll_weight": 0.5}
 
     def run(hidden: Tensor, weight: Tensor) -> Tensor:
         return fused(kind, case, hidden, weight, reference=reference, **options)
@@ -213,10 +215,22 @@ def test_batches_without_a_trajectory(kind: str, shape: tuple[int, int]) -> None
             torch.zeros(5, 2),
             *given,
             mask=torch.zeros_like(tokens, dtype=torch.bool),
-            sft_weight=1.0,
+            nll_weight=1.0,
             reduction=reduction,
         )
         assert loss.shape == (shape[:1] if reduction == "none" else ())
         assert (loss == 0).all()
         loss.sum().backward()
     assert (hidden.grad == 0).all()
+
+
+def test_a_kind_must_be_known_and_fit_its_reward() -> None:
+    case, reference, options = make(seed=9)
+    inputs = (case.hidden, case.weight, case.tokens)
+    options |= reference
+    with pytest.raises(ValueError, match="kind must be one of 'dpo', 'grpo'; got 'sdpo'"):
+        ops.fused_preference_loss("sdpo", *inputs, beta=1.0, **options)
+    with pytest.raises(ValueError, match='reward must be None for "dpo"; got Tensor'):
+        ops.fused_preference_loss("dpo", *inputs, reward=REWARD, beta=1.0, **options)
+    with pytest.raises(TypeError, match=r"reward must be a torch.Tensor, got NoneType"):
+        ops.fused_preference_loss("grpo", *inputs, beta=1.0, **options)

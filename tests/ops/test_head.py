@@ -30,7 +30,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def usable_backends() -> list[str]:
     """Backends that run the dense head on the CPU here; the GPU's are tested under `-m gpu`."""
     cpu = torch.device("cpu")
-    return [n for n in ("torch", "cpp") if head_ops._PROBES[n](cpu, torch.float32) is None]
+    return [n for n in ("torch", "cpp") if head_ops.PROBES[n](cpu, torch.float32) is None]
 
 
 BACKENDS = usable_backends()
@@ -94,7 +94,7 @@ def test_logits_of_ten_thousand(backend: str, scale: float) -> None:
     grad = torch.ones(200)
     expected, _, gradients = exact(case, grad)
     with gflowgr.backend(backend):
-        log_pf, _, slopes = torch.ops.gflowgr.head_logprobs(*case.arguments, True)
+        log_pf, _, slopes = torch.ops.gflowgr.dense_logprobs(*case.arguments, True)
     assert float(expected.abs().max()) > scale
     assert_close(log_pf, expected, 1e-6)
     assert_close(slopes, gradients[0], 2e-6 * scale)
@@ -107,7 +107,7 @@ def test_half_precision_logits_beyond_its_range(backend: str) -> None:
     assert (case.hidden.double() @ case.weight.double().T)[case.targets >= 0].abs().max() > 7e4
     expected, _, _ = exact(case, torch.ones(30))
     with gflowgr.backend(backend):
-        log_pf = torch.ops.gflowgr.head_logprobs(*case.arguments, False)[0]
+        log_pf = torch.ops.gflowgr.dense_logprobs(*case.arguments, False)[0]
     assert_close(log_pf, expected, 1e-6)
 
 
@@ -121,9 +121,9 @@ def test_forbidden_tokens(backend: str) -> None:
     check(case, backend)
     case.targets[0] = 3
     with gflowgr.backend(backend):
-        log_pf = torch.ops.gflowgr.head_logprobs(*case.arguments, False)[0]
+        log_pf = torch.ops.gflowgr.dense_logprobs(*case.arguments, False)[0]
         case.bias[:] = -math.inf
-        nothing = torch.ops.gflowgr.head_logprobs(*case.arguments, False)[0]
+        nothing = torch.ops.gflowgr.dense_logprobs(*case.arguments, False)[0]
     assert log_pf[0] == -math.inf
     assert log_pf[1:].isfinite().all()
     assert (nothing == -math.inf).all()
@@ -139,7 +139,7 @@ def test_a_confident_row_keeps_its_gradient(backend: str) -> None:
     expected, _, gradients = exact(case, grad)
     assert 1e-4 < expected.abs().median() < 0.02
     with gflowgr.backend(backend):
-        _, _, slopes = torch.ops.gflowgr.head_logprobs(*case.arguments, True)
+        _, _, slopes = torch.ops.gflowgr.dense_logprobs(*case.arguments, True)
     error = (slopes.double() - gradients[0]).norm(dim=-1) / gradients[0].norm(dim=-1)
     assert error.max() < 0.02
 
@@ -150,7 +150,7 @@ def test_a_nearly_certain_row_of_a_shard_keeps_its_gradient(backend: str) -> Non
     hidden, weight = torch.tensor([[0.5, 0.25]]), torch.tensor([[1.0, -2.0]])
     log_pf = torch.tensor([-1e-9])
     with gflowgr.backend(backend):
-        d_hidden, d_weight, _ = torch.ops.gflowgr.head_backward(
+        d_hidden, d_weight, _ = torch.ops.gflowgr.dense_backward(
             torch.ones(1), hidden, weight, None, torch.zeros(1).long(), log_pf, torch.zeros(1), 1.0,
             True, True, False,
         )  # fmt: skip
@@ -170,7 +170,7 @@ def test_a_nan_in_what_counts_comes_out(backend: str, what: str) -> None:
     else:
         (case.weight if what == "a row of the head" else case.bias)[80] = math.nan
     with gflowgr.backend(backend):
-        log_pf, lse, _ = torch.ops.gflowgr.head_logprobs(*case.arguments, False)
+        log_pf, lse, _ = torch.ops.gflowgr.dense_logprobs(*case.arguments, False)
     broken = torch.arange(20) == 3 if what == "state" else torch.ones(20, dtype=torch.bool)
     assert torch.equal(log_pf.isnan(), broken)
     assert torch.equal(lse.isnan(), broken)
@@ -191,8 +191,8 @@ def test_no_token_at_all(backend: str, target: int) -> None:
     case = make_case(5, 12, 40, masked=False)
     case.targets[2] = target
     with gflowgr.backend(backend):
-        log_pf, lse, slopes = torch.ops.gflowgr.head_logprobs(*case.arguments, True)
-        d_hidden, d_weight, d_bias = torch.ops.gflowgr.head_backward(
+        log_pf, lse, slopes = torch.ops.gflowgr.dense_logprobs(*case.arguments, True)
+        d_hidden, d_weight, d_bias = torch.ops.gflowgr.dense_backward(
             torch.ones(5), *case.arguments[:4], log_pf, lse, case.temperature, True, True, True
         )
     assert log_pf.isnan().nonzero().tolist() == [[2]]
@@ -212,8 +212,8 @@ def test_only_the_gradients_asked_for(backend: str, needs: tuple[bool, bool, boo
     grad = torch.randn(80)
     _, _, gradients = exact(case, grad)
     with gflowgr.backend(backend):
-        log_pf, lse, slopes = torch.ops.gflowgr.head_logprobs(*case.arguments, False)
-        found = torch.ops.gflowgr.head_backward(
+        log_pf, lse, slopes = torch.ops.gflowgr.dense_logprobs(*case.arguments, False)
+        found = torch.ops.gflowgr.dense_backward(
             grad, *case.arguments[:4], log_pf, lse, case.temperature, *needs
         )
     assert slopes.numel() == 0
@@ -256,15 +256,19 @@ def joint_inputs(
 def test_joint_losses(backend: str, kind: str, dtype: torch.dtype, reduction: str) -> None:
     """Loss, log-probabilities and all gradients, for an upstream gradient that is not 1."""
     inputs, keywords = joint_inputs(kind, dtype, seed=3)
-    options = {"reduction": reduction, "sft_weight": 0.7, "beta": 0.5, "temperature": 1.3}
-    options |= {"log_reward_floor": -10.0, "return_log_pf": True}
+    options = {"reduction": reduction, "nll_weight": 0.7, "beta": 0.5, "temperature": 1.3}
+    options |= {"log_reward_floor": -10.0}
     results = []
     for exactly in (True, False):
         leaves = {
             k: (x.double() if exactly else x.clone()).requires_grad_() for k, x in inputs.items()
         }
         with gflowgr.backend("torch" if exactly else backend):
-            loss, log_pf = getattr(gflowgr, f"fused_{kind}_loss")(**leaves, **keywords, **options)
+            given = {k: x for k, x in leaves.items() if k not in ("log_z", "log_flow")}
+            balance = leaves.get("log_z", leaves.get("log_flow"))
+            loss, log_pf = gflowgr.ops.fused_flow_loss(
+                kind, **given, balance=balance, **keywords, **options
+            )
             (-2.5 * loss).backward()
         results.append([loss.detach(), log_pf, *(x.grad for x in leaves.values())])
     bound = GRADIENT_TOLERANCE[dtype]
@@ -312,7 +316,7 @@ def test_results_do_not_depend_on_the_number_of_threads_beyond_rounding() -> Non
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             with gflowgr.backend("cpp"):
-                twice = [torch.ops.gflowgr.head_logprobs(*case.arguments, True) for _ in range(2)]
+                twice = [torch.ops.gflowgr.dense_logprobs(*case.arguments, True) for _ in range(2)]
             assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
             results.append(twice[0])
     finally:
@@ -337,16 +341,16 @@ def test_opcheck(backend: str) -> None:
     with gflowgr.backend(backend):
         for jacobian in (False, True):
             torch.library.opcheck(
-                torch.ops.gflowgr.head_logprobs, (*leaves, case.targets, 0.7, jacobian)
+                torch.ops.gflowgr.dense_logprobs, (*leaves, case.targets, 0.7, jacobian)
             )
-        log_pf, lse, _ = torch.ops.gflowgr.head_logprobs(*leaves, case.targets, 0.7, False)
+        log_pf, lse, _ = torch.ops.gflowgr.dense_logprobs(*leaves, case.targets, 0.7, False)
         torch.library.opcheck(
-            torch.ops.gflowgr.head_backward,
+            torch.ops.gflowgr.dense_backward,
             (grad, *leaves, case.targets, log_pf, lse, 0.7, True, True, True),
             test_utils=("test_schema", "test_faketensor"),
         )
         torch.library.opcheck(
-            torch.ops.gflowgr.head_flow_loss,
+            torch.ops.gflowgr.dense_flow_loss,
             (
                 *(joint["hidden"], joint["weight"], joint["bias"], targets, 0.7),
                 *(joint["log_reward"], joint["log_z"], "tb", 1.0, 1.0, None, "prompt", 0.5),
@@ -398,7 +402,7 @@ def test_under_activation_checkpointing() -> None:
         leaves = {k: x.clone().requires_grad_() for k, x in inputs.items()}
 
         def run(given: dict[str, Tensor] = leaves) -> Tensor:
-            return gflowgr.fused_tb_loss(**given, **keywords, sft_weight=1.0)
+            return gflowgr.fused_tb_loss(**given, **keywords, nll_weight=1.0)
 
         loss = checkpoint(run, use_reentrant=False) if wrapped else run()
         loss.backward()
@@ -421,8 +425,8 @@ def test_more_than_two_to_the_31_logits() -> None:
     targets[last] = torch.arange(size - 64, size)
     grad = (torch.arange(rows) >= last.start).float()
     with gflowgr.backend("cpp"):
-        log_pf, lse, _ = torch.ops.gflowgr.head_logprobs(hidden, weight, None, targets, 1.0, False)
-        d_hidden, d_weight, _ = torch.ops.gflowgr.head_backward(
+        log_pf, lse, _ = torch.ops.gflowgr.dense_logprobs(hidden, weight, None, targets, 1.0, False)
+        d_hidden, d_weight, _ = torch.ops.gflowgr.dense_backward(
             grad, hidden, weight, None, targets, log_pf, lse, 1.0, True, True, False
         )
     alone = Case(hidden[last], weight, None, targets[last], 1.0)

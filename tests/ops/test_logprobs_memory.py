@@ -94,7 +94,7 @@ def run(rows, size):
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")
     before = resident("VmRSS")
-    gflowgr.fused_tb_loss(hidden, weight, tokens, reward, log_z, sft_weight=1.0).backward()
+    gflowgr.fused_tb_loss(hidden, weight, tokens, reward, log_z, nll_weight=1.0).backward()
     return resident("VmHWM") - before
 def resident(name):
     with open("/proc/self/status") as f:

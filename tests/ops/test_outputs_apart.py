@@ -49,21 +49,21 @@ def rows() -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", usable("head_logprobs"))
+@pytest.mark.parametrize("name", usable("dense_logprobs"))
 def test_dense_head(name: str, rows: dict[str, Tensor]) -> None:
     hidden, targets = rows["hidden"].flatten(0, 2), rows["tokens"].flatten()
     head = (rows["weight"], rows["bias"], targets)
     with gflowgr.backend(name):
         for jacobian in (True, False):
-            assert_apart(torch.ops.gflowgr.head_logprobs, (hidden, *head, 0.7, jacobian))
-        log_pf, lse, _ = torch.ops.gflowgr.head_logprobs(hidden, *head, 0.7, False)
+            assert_apart(torch.ops.gflowgr.dense_logprobs, (hidden, *head, 0.7, jacobian))
+        log_pf, lse, _ = torch.ops.gflowgr.dense_logprobs(hidden, *head, 0.7, False)
         for need in needs(3):
             given = (rows["grad"].flatten(), hidden, *head, log_pf, lse, 0.7, *need)
-            assert_apart(torch.ops.gflowgr.head_backward, given)
+            assert_apart(torch.ops.gflowgr.dense_backward, given)
 
 
 @pytest.mark.parametrize("kind", ["tb", "vargrad"])
-@pytest.mark.parametrize("name", usable("head_flow_loss"))
+@pytest.mark.parametrize("name", usable("dense_flow_loss"))
 def test_joint_loss(name: str, kind: str, rows: dict[str, Tensor]) -> None:
     log_z = rows["log_z"] if kind == "tb" else None
     options = (kind, 1.0, 1.0, None, "prompt", 0.5)
@@ -72,7 +72,7 @@ def test_joint_loss(name: str, kind: str, rows: dict[str, Tensor]) -> None:
         for need in needs(5 if kind == "tb" else 4):
             need = need if kind == "tb" else (*need, False)
             given = (*head, rows["log_reward"], log_z, *options, *need)
-            assert_apart(torch.ops.gflowgr.head_flow_loss, given)
+            assert_apart(torch.ops.gflowgr.dense_flow_loss, given)
 
 
 @pytest.mark.parametrize("name", usable("flow_loss"))

@@ -171,12 +171,12 @@ def test_the_registered_ops_refuse_a_forward_mode_derivative() -> None:
     flow = (given["log_reward"], given["log_z"], given["mask"], *options)
     op = torch.ops.gflowgr
     calls = {
-        "head_logprobs": (
-            lambda x: op.head_logprobs(x, given["weight"], None, tokens, 1.0, False)[0],
+        "dense_logprobs": (
+            lambda x: op.dense_logprobs(x, given["weight"], None, tokens, 1.0, False)[0],
             hidden,
         ),
-        "head_flow_loss": (
-            lambda x: op.head_flow_loss(
+        "dense_flow_loss": (
+            lambda x: op.dense_flow_loss(
                 *(x, given["weight"], None, given["tokens"], 1.0),
                 *(given["log_reward"], given["log_z"], *options, *needs),
             )[0],

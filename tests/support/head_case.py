@@ -80,8 +80,8 @@ def check(case: Case, backend: str, *, tolerance: float | None = None) -> None:
     expected, lse, gradients = exact(case, grad)
     bound = tolerance or GRADIENT_TOLERANCE[dtype]
     with gflowgr.backend(backend):
-        log_pf, log_sum, slopes = torch.ops.gflowgr.head_logprobs(*case.arguments, True)
-        found = torch.ops.gflowgr.head_backward(
+        log_pf, log_sum, slopes = torch.ops.gflowgr.dense_logprobs(*case.arguments, True)
+        found = torch.ops.gflowgr.dense_backward(
             grad, *case.arguments[:4], log_pf, log_sum, case.temperature, True, True, True
         )
     assert log_pf.dtype == log_sum.dtype == torch.float32

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gflowgr.ops.flow_loss.reference import loss_definition
+from gflowgr.ops.flow_loss.reference import FlowOptions, loss_definition
 
 KINDS = ("tb", "db", "subtb", "vargrad")
 REDUCTIONS = ("prompt", "mean", "sum", "none")
@@ -27,7 +27,7 @@ class FlowCase:
     beta: float = 1.5
     floor: float | None = None
     reduction: str = "prompt"
-    sft_weight: float = 0.7
+    nll_weight: float = 0.7
     grad: Tensor = field(default_factory=lambda: torch.tensor(1.3, dtype=torch.float64))
 
     @classmethod
@@ -77,7 +77,7 @@ class FlowCase:
         """Of the raw op."""
         return (
             *(self.log_pf, self.log_reward, self.target, self.mask, self.kind, self.lam),
-            *(self.beta, self.floor, self.reduction, self.sft_weight),
+            *(self.beta, self.floor, self.reduction, self.nll_weight),
         )
 
     def expected(self) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -87,8 +87,8 @@ class FlowCase:
             for t in (self.log_pf, self.log_reward, self.target)
         ]
         # Differentiated by autograd: the op would answer with its own gradient.
-        options = (self.lam, self.beta, self.floor, self.reduction, self.sft_weight)
-        loss = loss_definition(*leaves, self.mask, self.kind, *options)
+        flow = FlowOptions(*self.arguments()[4:])
+        loss = loss_definition(*leaves, self.mask, flow)
         wanted = [leaf for leaf in leaves if leaf is not None]
         return loss.detach(), torch.autograd.grad(loss, wanted, self.grad.double())
 

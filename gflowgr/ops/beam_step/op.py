@@ -9,16 +9,16 @@ Notation: B prompts, K beams each, vocabulary V, width d of the model.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gflowgr import backends
 from gflowgr.ops import transforms
-from gflowgr.ops.beam_step.reference import step_definition, step_hidden_definition
+from gflowgr.ops.beam_step.reference import Outputs, step_definition, step_hidden_definition
 from gflowgr.ops.checks import FLOAT_DTYPES, NORMALIZERS, check_choice, check_number, check_tensor
-from gflowgr.ops.logprobs.dense import wide_dtype
+from gflowgr.ops.precision import compute_dtype
 from gflowgr.tree import PrefixTree
 from gflowgr.tree.facts import check_head, tree_facts
 
@@ -224,16 +224,6 @@ def _check_masks(
 
 # ---------------------------------------------------------------------- the ops
 
-_STEP = (
-    "Tensor scores, Tensor nodes, Tensor tree, str normalize, float temperature, Tensor? live, "
-    "Tensor? barred, int width, Tensor? live_leaves=None, Tensor? barred_leaves=None) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
 
 def _ends(normalize: str, tree: Tensor, name: str) -> Tensor | None:
     """Ends of the codebooks where a backend needs them, and where it wants them."""
@@ -255,17 +245,17 @@ def _beam_step(
     width: int,
     live_leaves: Tensor | None = None,
     barred_leaves: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> Outputs:
     check_head(tree, logits.shape[2], "logits")
     options = (normalize, temperature, live, barred, width, live_leaves, barred_leaves)
     name = backends.resolve("beam_step", logits.device, logits.dtype)
     if name == "torch":
         return step_definition(logits, scores, nodes, tree, *options)
     raw = torch.ops.gflowgr_cuda if name == "cuda" else torch.ops.gflowgr_cpp
-    found: tuple[Tensor, ...] = raw.beam_step(
-        *_contiguous(logits, scores, nodes, tree, _ends(normalize, tree, name)),
+    found: Outputs = raw.beam_step(
+        *backends.contiguous(logits, scores, nodes, tree, _ends(normalize, tree, name)),
         *(normalize, temperature),
-        *_contiguous(live, barred, live_leaves, barred_leaves),
+        *backends.contiguous(live, barred, live_leaves, barred_leaves),
         width,
     )
     return found
@@ -285,7 +275,7 @@ def _beam_step_hidden(
     width: int,
     live_leaves: Tensor | None = None,
     barred_leaves: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> Outputs:
     check_head(tree, weight.shape[0], "the rows of weight")
     options = (normalize, temperature, live, barred, width, live_leaves, barred_leaves)
     if normalize == "vocab":
@@ -293,18 +283,20 @@ def _beam_step_hidden(
         part = None if bias is None else bias.to(dtype)
         logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), part)
         return _beam_step(logits, scores, nodes, tree, *options)
-    dtype = wide_dtype(hidden, weight, bias)
+    dtype = compute_dtype(hidden, weight, bias)
     name = backends.resolve("beam_step_hidden", hidden.device, dtype)
     if name == "torch":
         return step_hidden_definition(hidden, weight, bias, scores, nodes, tree, *options)
     part = None if bias is None else bias.float()
     arguments = (
-        *_contiguous(hidden, weight, part, scores, nodes, tree, _ends(normalize, tree, name)),
+        *backends.contiguous(
+            hidden, weight, part, scores, nodes, tree, _ends(normalize, tree, name)
+        ),
         *(normalize, temperature),
-        *_contiguous(live, barred, live_leaves, barred_leaves),
+        *backends.contiguous(live, barred, live_leaves, barred_leaves),
         width,
     )
-    found: tuple[Tensor, ...]
+    found: Outputs
     if name == "cuda":
         most = tree_facts(tree).most[normalize]
         found = torch.ops.gflowgr_cuda.beam_step_hidden(*arguments, most)
@@ -313,31 +305,52 @@ def _beam_step_hidden(
     return found
 
 
-def _outputs(scores: Tensor, width: int) -> tuple[Tensor, ...]:
-    sizes = (scores.shape[0], width)
-    kinds = (torch.float32, *[torch.int64] * 3, torch.float32, *[torch.int64] * 2)
-    return tuple(scores.new_empty(sizes, dtype=kind) for kind in kinds)
+def _outputs(scores: Tensor, width: int) -> Outputs:
+    values = scores.new_empty((scores.shape[0], width), dtype=torch.float32)
+    ids = scores.new_empty((scores.shape[0], width), dtype=torch.int64)
+    like = (values, ids, ids, ids, values, ids, ids)
+    first, second, third, fourth, fifth, sixth, seventh = map(torch.empty_like, like)
+    return first, second, third, fourth, fifth, sixth, seventh
 
 
-def _beam_step_fake(logits: Tensor, *step: Any) -> tuple[Tensor, ...]:
-    return _outputs(step[0], step[7])
+def _beam_step_fake(
+    logits: Tensor,
+    scores: Tensor,
+    nodes: Tensor,
+    tree: Tensor,
+    normalize: str,
+    temperature: float,
+    live: Tensor | None,
+    barred: Tensor | None,
+    width: int,
+    live_leaves: Tensor | None = None,
+    barred_leaves: Tensor | None = None,
+) -> Outputs:
+    return _outputs(scores, width)
 
 
 def _beam_step_hidden_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *step: Any
-) -> tuple[Tensor, ...]:
-    return _outputs(step[0], step[7])
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scores: Tensor,
+    nodes: Tensor,
+    tree: Tensor,
+    normalize: str,
+    temperature: float,
+    live: Tensor | None,
+    barred: Tensor | None,
+    width: int,
+    live_leaves: Tensor | None = None,
+    barred_leaves: Tensor | None = None,
+) -> Outputs:
+    return _outputs(scores, width)
 
 
-_library = torch.library.Library("gflowgr", "FRAGMENT")
-_library.define(f"beam_step(Tensor logits, {_STEP}")
-_library.define(f"beam_step_hidden(Tensor hidden, Tensor weight, Tensor? bias, {_STEP}")
-_library.impl("beam_step", _beam_step, "CompositeExplicitAutograd")
-_library.impl("beam_step_hidden", _beam_step_hidden, "CompositeExplicitAutograd")
-torch.library.register_fake("gflowgr::beam_step", _beam_step_fake, lib=_library)
-torch.library.register_fake("gflowgr::beam_step_hidden", _beam_step_hidden_fake, lib=_library)
-
-for _op in ("beam_step", "beam_step_hidden"):
-    backends.register(_op, "torch", backends.probe_torch)
-    backends.register(_op, "cpp", backends.float32_only(backends.probe_cpp))
-    backends.register(_op, "cuda", backends.float32_only(backends.probe_cuda))
+_PROBES = {
+    "torch": backends.probe_torch,
+    "cpp": backends.float32_only(backends.probe_cpp),
+    "cuda": backends.float32_only(backends.probe_cuda),
+}
+backends.define_op("beam_step", _beam_step, _beam_step_fake, probes=_PROBES)
+backends.define_op("beam_step_hidden", _beam_step_hidden, _beam_step_hidden_fake, probes=_PROBES)

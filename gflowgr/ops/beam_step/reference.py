@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gflowgr.ops.logprobs.dense import result_dtype
+from gflowgr.ops.precision import compute_dtype
+from gflowgr.ops.topk import columns_of_keys, ordered_keys
 from gflowgr.tree import PrefixTree
 from gflowgr.tree.facts import tree_facts
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class _Children:
 
     def choose(
         self, logits: Tensor, normaliser: Tensor, scores: Tensor, masks: _Masks, width: int
-    ) -> tuple[Tensor, ...]:
+    ) -> Outputs:
         """Outputs of the step from the children's scaled logits [B, K, C], lse [B, K, 1]."""
         value = logits - normaliser
         # A forbidden token stays forbidden where all are, and the difference is NaN.
@@ -128,16 +131,10 @@ def _pick(values: Tensor, columns: Tensor) -> Tensor:
 def _best(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The ``width`` best scores of each row and their columns, NaN first, ties by column.
 
-    Each pair of score and column is made one int64 key, so that no two are equal. What has score
-    -inf is not taken: score -inf and column -1 fill the row.
+    What has score -inf is not taken: score -inf and column -1 fill the row.
     """
     count = scores.shape[1]
-    scores = torch.where(scores.isnan(), math.nan, scores + 0.0)  # one NaN; -0 equals 0
-    bits = scores.view(torch.int32)
-    # Order of floats as integers: the bits themselves, magnitude inverted where negative.
-    rank = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    keys = (rank << 32) | (count - 1 - torch.arange(count, device=scores.device))
-    column = count - 1 - (keys.topk(min(width, count), dim=1).values & 0xFFFFFFFF)
+    column = columns_of_keys(ordered_keys(scores).topk(min(width, count), dim=1).values, count)
     best = scores.gather(1, column)
     missing = width - column.shape[1]
     best = torch.nn.functional.pad(best, (0, missing), value=-math.inf)
@@ -157,11 +154,11 @@ def step_definition(
     width: int,
     live_leaves: Tensor | None = None,
     barred_leaves: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> Outputs:
     """Definition of ``beam_step``; ``tree`` is the buffer."""
     walk = PrefixTree(tree)
     children = _Children.find(nodes, scores, walk)
-    scaled = logits.to(result_dtype(logits)) / temperature
+    scaled = logits.to(compute_dtype(logits)) / temperature
     chosen = scaled.gather(-1, children.tokens)
     if normalize == "vocab":
         normaliser = scaled.logsumexp(-1, keepdim=True)
@@ -191,11 +188,11 @@ def step_hidden_definition(
     width: int,
     live_leaves: Tensor | None = None,
     barred_leaves: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> Outputs:
     """Definition of ``beam_step_hidden``; ``tree`` is the buffer."""
     walk = PrefixTree(tree)
     children = _Children.find(nodes, scores, walk)
-    dtype = result_dtype(hidden, weight, bias)
+    dtype = compute_dtype(hidden, weight, bias)
     flat, valid, depth = (
         hidden.flatten(0, 1).to(dtype),
         children.valid.flatten(0, 1),

@@ -1,4 +1,4 @@
-"""Registered op of the joint losses over the whole vocabulary, in three matrix products.
+"""``gflowgr::dense_flow_loss``: loss and gradients over the whole vocabulary, in one pass.
 
 The gradient of a flow-matching loss with respect to each log-probability is known as soon as
 the trajectories of a prompt are summed. So a block of rows that holds whole prompts forms the
@@ -9,33 +9,22 @@ are made in the forward pass, for an upstream gradient of 1, and scaled in the b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gflowgr import backends
 from gflowgr.ops import transforms
-from gflowgr.ops.logprobs import dense as head
+from gflowgr.ops.flow_loss.reference import FlowOptions
+from gflowgr.ops.inputs import HeadInputs
+from gflowgr.ops.logprobs import dense
 from gflowgr.ops.logprobs import reference as definitions
+from gflowgr.ops.precision import compute_dtype, without_autocast
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """loss [], log_pf [B, N, L], then gradients (empty where not needed) of hidden, weight, bias,
-log_reward, target."""
-
-_ARGUMENTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
-    "Tensor log_reward, Tensor? target, str kind, float lam, float beta, float? floor, "
-    "str reduction, float sft_weight"
-)
-_NEEDS = (
-    "bool need_hidden, bool need_weight, bool need_bias, bool need_log_reward, bool need_target"
-)
-_LIBRARY = torch.library.Library("gflowgr", "FRAGMENT")
-_LIBRARY.define(
-    f"head_flow_loss({_ARGUMENTS}, {_NEEDS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+log_reward, balance."""
 
 _NUMBER_OF_KIND = {
     "tb": 0,
@@ -46,102 +35,126 @@ _NUMBER_OF_KIND = {
 _NUMBER_OF_REDUCTION = {"none": 0, "sum": 1, "mean": 2, "prompt": 3}  # FlowReduction
 
 
-def _loss_torch(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    log_reward: Tensor,
-    target: Tensor | None,
-    *rest: Any,
-) -> Outputs:
-    *options, need_hidden, need_weight, need_bias, need_log_reward, need_target = rest
-    states, flat_targets = hidden.flatten(0, 2), targets.flatten()
+def dense_flow_loss(
+    inputs: HeadInputs, log_reward: Tensor, balance: Tensor | None, flow: FlowOptions
+) -> tuple[Tensor, Tensor]:
+    """(loss [], log_pf [B, N, L] detached) of checked inputs; a reduction other than "none"."""
+    dtype = compute_dtype(inputs.hidden, inputs.weight, inputs.bias, log_reward, balance)
+    log_reward = log_reward.to(dtype)
+    if balance is not None:
+        balance = balance.to(dtype)
+    recording = torch.is_grad_enabled()
+    learning = (inputs.hidden, inputs.weight, inputs.bias, log_reward, balance)
+    needs = [recording and x is not None and x.requires_grad for x in learning]
+    outputs: Outputs = torch.ops.gflowgr.dense_flow_loss(
+        inputs.hidden,
+        inputs.weight,
+        inputs.bias,
+        inputs.marked_tokens,
+        inputs.temperature,
+        log_reward,
+        balance,
+        *flow,
+        *needs,
+    )
+    return outputs[0], outputs[1]
+
+
+# ------------------------------------------------------------------ the backends
+
+
+class _Call(NamedTuple):
+    """The arguments of the op, contiguous."""
+
+    hidden: Tensor  # [B, N, L, d]
+    weight: Tensor  # [V, d]
+    bias: Tensor | None  # [V]
+    tokens: Tensor  # [B, N, L] int64, -1 under a false mask
+    temperature: float
+    log_reward: Tensor  # [B, N], float32; float64 where any floating input is
+    balance: Tensor | None  # [B] or [B, N, L], of the same dtype
+    flow: FlowOptions
+
+
+class _Needs(NamedTuple):
+    """Of which inputs the gradient is wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    log_reward: bool
+    balance: bool
+
+
+def _loss_torch(call: _Call, needs: _Needs) -> Outputs:
+    states, flat_tokens = call.hidden.flatten(0, 2), call.tokens.flatten()
+    head = (states, call.weight, call.bias, flat_tokens)
     with torch.no_grad():
-        flat, lse = definitions.dense_logprobs(states, weight, bias, flat_targets, temperature)
-    log_pf = flat.view(targets.shape)
-    arguments = (log_pf.to(log_reward.dtype), log_reward, target, targets >= 0, *options)
+        flat, lse = definitions.dense_logprobs(*head, call.temperature)
+    log_pf = flat.view(call.tokens.shape).to(call.log_reward.dtype)
+    arguments = (log_pf, call.log_reward, call.balance, call.tokens >= 0, *call.flow)
     loss = torch.ops.gflowgr.flow_loss(*arguments)
-    slopes, d_log_reward, d_target = torch.ops.gflowgr.flow_loss_backward(
-        torch.ones_like(loss), *arguments, True, need_log_reward, need_target
+    slopes, d_log_reward, d_balance = torch.ops.gflowgr.flow_loss_backward(
+        torch.ones_like(loss), *arguments, True, needs.log_reward, needs.balance
     )
-    needs = (need_hidden, need_weight, need_bias)
-    grad = slopes.flatten().to(flat.dtype)
-    d_hidden, d_weight, d_bias = head.backward_definition(
-        grad, states, weight, bias, flat_targets, flat, lse, temperature, *needs
+    d_hidden, d_weight, d_bias = dense.backward_definition(
+        slopes.flatten().to(flat.dtype),
+        *head,
+        flat,
+        lse,
+        call.temperature,
+        needs.hidden,
+        needs.weight,
+        needs.bias,
     )
-    if need_hidden:
-        d_hidden = d_hidden.view(hidden.shape)
-    return loss, arguments[0].clone(), d_hidden, d_weight, d_bias, d_log_reward, d_target
+    if needs.hidden:
+        d_hidden = d_hidden.view(call.hidden.shape)
+    return loss, log_pf.clone(), d_hidden, d_weight, d_bias, d_log_reward, d_balance
 
 
-def _loss_cpp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    log_reward: Tensor,
-    target: Tensor | None,
-    kind: str,
-    lam: float,
-    beta: float,
-    floor: float | None,
-    reduction: str,
-    sft_weight: float,
-    *needs: bool,
-) -> Outputs:
-    loss, log_pf, d_hidden, d_weight, d_bias, d_log_reward, d_target = (
+def _loss_cpp(call: _Call, needs: _Needs) -> Outputs:
+    flow, hidden, balance = call.flow, call.hidden, call.balance
+    loss, log_pf, d_hidden, d_weight, d_bias, d_log_reward, d_balance = (
         torch.ops.gflowgr_cpp.head_flow_loss(
-            hidden.contiguous(),
-            weight.contiguous(),
-            head.floats(bias),
-            targets.contiguous(),
-            temperature,
-            log_reward.contiguous(),
-            None if target is None else target.contiguous(),
-            _NUMBER_OF_KIND[kind],
-            lam,
-            beta,
-            floor,
-            _NUMBER_OF_REDUCTION[reduction],
-            sft_weight,
+            hidden,
+            call.weight,
+            None if call.bias is None else call.bias.float(),
+            call.tokens,
+            call.temperature,
+            call.log_reward,
+            balance,
+            _NUMBER_OF_KIND[flow.kind],
+            flow.lam,
+            flow.beta,
+            flow.floor,
+            _NUMBER_OF_REDUCTION[flow.reduction],
+            flow.nll_weight,
             *needs,
         )
     )
-    if needs[0]:
+    if needs.hidden:
         d_hidden = d_hidden.to(hidden.dtype).view(hidden.shape)
-    if needs[4] and target is not None:
-        d_target = d_target.view(target.shape)
-    d_weight = d_weight.to(weight.dtype)
-    d_bias = d_bias if bias is None else d_bias.to(bias.dtype)
-    return loss, log_pf, d_hidden, d_weight, d_bias, d_log_reward, d_target
+    if needs.balance and balance is not None:
+        d_balance = d_balance.view(balance.shape)
+    d_weight = d_weight.to(call.weight.dtype)
+    d_bias = d_bias if call.bias is None else d_bias.to(call.bias.dtype)
+    return loss, log_pf, d_hidden, d_weight, d_bias, d_log_reward, d_balance
 
 
-def _loss_triton(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    log_reward: Tensor,
-    target: Tensor | None,
-    *rest: Any,
-) -> Outputs:
+def _loss_triton(call: _Call, needs: _Needs) -> Outputs:
     from gflowgr.kernels.logprobs_dense.calls import head_joint
 
-    *options, need_hidden, need_weight, need_bias, need_log_reward, need_target = rest
-    kind, lam, beta, floor, reduction, sft_weight = options
-    prompts, branches, steps = targets.shape
-    mask = targets >= 0
+    flow, log_reward, balance = call.flow, call.log_reward, call.balance
+    prompts, branches, steps = call.tokens.shape
+    mask = call.tokens >= 0
     valid = mask.any(-1)
     # The blocks are summed with what the whole batch divides by: no block knows it alone.
-    counted = (valid if reduction == "mean" else valid.any(-1)).sum().clamp(min=1)
-    flow_scale = 1.0 if reduction == "sum" else 1.0 / counted
-    nll_scale = 1.0 if reduction == "sum" else 1.0 / valid.any(-1).sum().clamp(min=1)
+    counted = (valid if flow.reduction == "mean" else valid.any(-1)).sum().clamp(min=1)
+    flow_scale = 1.0 if flow.reduction == "sum" else 1.0 / counted
+    nll_scale = 1.0 if flow.reduction == "sum" else 1.0 / valid.any(-1).sum().clamp(min=1)
+    in_blocks = flow._replace(reduction="none", nll_weight=0.0)
     rewards = torch.zeros_like(log_reward)
-    balances = None if target is None else torch.zeros_like(target)
+    balances = None if balance is None else torch.zeros_like(balance)
     losses = log_reward.new_zeros(prompts)
 
     def upstream(first_row: int, log_pf: Tensor) -> Tensor:
@@ -153,38 +166,38 @@ def _loss_triton(
         begin = first_row // (branches * steps)
         part = slice(begin, begin + log_pf.shape[0] // (branches * steps))
         block = log_pf.view(-1, branches, steps)
-        balance = None if target is None else target[part]
-        arguments = (block, log_reward[part], balance, mask[part], kind, lam, beta, floor, "none")
-        flow_part = torch.ops.gflowgr.flow_loss(*arguments, 0.0)
+        own_balance = None if balance is None else balance[part]
+        arguments = (block, log_reward[part], own_balance, mask[part], *in_blocks)
+        flow_part = torch.ops.gflowgr.flow_loss(*arguments)
         grad = torch.ones_like(flow_part) * flow_scale
         slopes, d_reward, d_balance = torch.ops.gflowgr.flow_loss_backward(
-            grad, *arguments, 0.0, True, need_log_reward, need_target and target is not None
+            grad, *arguments, True, needs.log_reward, needs.balance and balance is not None
         )
-        slopes[:, 0] -= sft_weight * nll_scale * mask[part, 0]
+        slopes[:, 0] -= flow.nll_weight * nll_scale * mask[part, 0]
         nll = -block[:, 0].masked_fill(~mask[part, 0], 0.0).sum(-1)
-        losses[part] = flow_part.sum(-1) * flow_scale + sft_weight * nll_scale * nll
-        if need_log_reward:
+        losses[part] = flow_part.sum(-1) * flow_scale + flow.nll_weight * nll_scale * nll
+        if needs.log_reward:
             rewards[part] = d_reward
-        if balances is not None and need_target:
+        if balances is not None and needs.balance:
             balances[part] = d_balance
         return slopes.view(-1)
 
     log_pf, d_hidden, d_weight, d_bias = head_joint(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        targets.reshape(-1),
-        temperature,
+        call.hidden.flatten(0, 2),
+        call.weight,
+        call.bias,
+        call.tokens.flatten(),
+        call.temperature,
         branches * steps,
         upstream,
-        need_hidden,
-        need_weight,
-        need_bias,
+        needs.hidden,
+        needs.weight,
+        needs.bias,
     )
     return (
         losses.sum(),
-        log_pf.view(targets.shape),
-        d_hidden.view(hidden.shape) if need_hidden else d_hidden,
+        log_pf.view(call.tokens.shape),
+        d_hidden.view(call.hidden.shape) if needs.hidden else d_hidden,
         d_weight,
         d_bias,
         rewards,
@@ -195,42 +208,86 @@ def _loss_triton(
 _RUN = {"torch": _loss_torch, "cpp": _loss_cpp, "triton": _loss_triton}
 
 
-def _head_flow_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any
-) -> Outputs:
-    log_reward = rest[1]
-    transforms.refuse_forward_mode("head_flow_loss")
-    dtype = torch.promote_types(head.wide_dtype(hidden, weight, bias), log_reward.dtype)
-    name = backends.resolve("head_flow_loss", hidden.device, dtype)
-    with definitions.without_autocast(hidden.device):
-        outputs = _RUN[name](hidden, weight, bias, targets, *rest)
-    needs = rest[-5:]
-    # An operator's outputs must not be one another: a tensor without elements for each.
-    gradients = [x if n else x.new_zeros(0) for x, n in zip(outputs[2:], needs, strict=True)]
-    return (*outputs[:2], *gradients)  # type: ignore[return-value]
+# ------------------------------------------------------------------ the registered op
 
 
-def _head_flow_loss_fake(
+def _dense_flow_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
+    tokens: Tensor,
     temperature: float,
     log_reward: Tensor,
-    target: Tensor | None,
-    *rest: Any,
+    balance: Tensor | None,
+    kind: str,
+    lam: float,
+    beta: float,
+    floor: float | None,
+    reduction: str,
+    nll_weight: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_log_reward: bool,
+    need_balance: bool,
 ) -> Outputs:
-    needs = rest[-5:]
-    like = (hidden, weight, bias, log_reward, target)
-    gradients = [
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        if n and x is not None
-        else log_reward.new_empty(0, dtype=log_reward.dtype if x is None else x.dtype)
-        for x, n in zip(like, needs, strict=True)
-    ]
-    loss = log_reward.new_empty(())
-    log_pf = log_reward.new_empty(targets.shape)
-    return (loss, log_pf, *gradients)  # type: ignore[return-value]
+    transforms.refuse_forward_mode("dense_flow_loss")
+    call = _Call(
+        hidden.contiguous(),
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        tokens.contiguous(),
+        temperature,
+        log_reward.contiguous(),
+        None if balance is None else balance.contiguous(),
+        FlowOptions(kind, lam, beta, floor, reduction, nll_weight),
+    )
+    needs = _Needs(need_hidden, need_weight, need_bias, need_log_reward, need_balance)
+    dtype = compute_dtype(hidden, weight, bias, log_reward)
+    name = backends.resolve("dense_flow_loss", hidden.device, dtype)
+    with without_autocast(hidden.device):
+        loss, log_pf, *gradients = _RUN[name](call, needs)
+    # An operator's outputs must not be one another: a tensor without elements for each.
+    first, second, third, fourth, fifth = (
+        x if n else x.new_zeros(0) for x, n in zip(gradients, needs, strict=True)
+    )
+    return loss, log_pf, first, second, third, fourth, fifth
+
+
+def _dense_flow_loss_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    temperature: float,
+    log_reward: Tensor,
+    balance: Tensor | None,
+    kind: str,
+    lam: float,
+    beta: float,
+    floor: float | None,
+    reduction: str,
+    nll_weight: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_log_reward: bool,
+    need_balance: bool,
+) -> Outputs:
+    def gradient(like: Tensor | None, needed: bool) -> Tensor:
+        if like is None:
+            return log_reward.new_empty(0)
+        return like.new_empty(like.shape if needed else 0)
+
+    return (
+        log_reward.new_empty(()),
+        log_reward.new_empty(tokens.shape),
+        gradient(hidden, need_hidden),
+        gradient(weight, need_weight),
+        gradient(bias, need_bias),
+        gradient(log_reward, need_log_reward),
+        gradient(balance, need_balance),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -238,6 +295,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.mark_non_differentiable(log_pf, *gradients)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
+    ctx.num_inputs = len(inputs)
 
 
 class _Once(torch.autograd.Function):
@@ -247,7 +305,9 @@ class _Once(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
         return value.view_as(value)
 
-    backward = staticmethod(head.refuse_second_order("head_flow_loss"))
+    backward = staticmethod(
+        transforms.refuse_second_order("dense_flow_loss", "gflowgr.ops.flow_loss.reference")
+    )
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -264,52 +324,22 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 18
-    needs = ctx.needs_input_grad
-    positions = (0, 1, 2, 5, 6)  # hidden, weight, bias, log_reward, target
-    result: list[Tensor | None] = [None] * 18
-    for position, gradient in zip(positions, ctx.saved_tensors, strict=True):
-        if needs[position]:
-            result[position] = _scaled(gradient, grad)
+    result: list[Tensor | None] = [None] * ctx.num_inputs
+    if grad is not None:
+        hidden, weight, bias, log_reward, balance = ctx.saved_tensors
+        # By their places among the op's arguments.
+        gradients = {0: hidden, 1: weight, 2: bias, 5: log_reward, 6: balance}
+        for place, gradient in gradients.items():
+            if ctx.needs_input_grad[place]:
+                result[place] = _scaled(gradient, grad)
     return tuple(result)
 
 
-_LIBRARY.impl("head_flow_loss", _head_flow_loss, "CompositeExplicitAutograd")
-torch.library.register_fake("gflowgr::head_flow_loss", _head_flow_loss_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "gflowgr::head_flow_loss", _differentiate, setup_context=_setup, lib=_LIBRARY
+backends.define_op(
+    "dense_flow_loss",
+    _dense_flow_loss,
+    _dense_flow_loss_fake,
+    probes=dense.PROBES,
+    setup_context=_setup,
+    backward=_differentiate,
 )
-for _name, _probe in {
-    "torch": backends.probe_torch,
-    "cpp": head.probe_cpp,
-    "triton": head.probe_triton,
-}.items():
-    backends.register("head_flow_loss", _name, _probe)
-
-
-def head_flow_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    log_reward: Tensor,
-    target: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    """(loss [], log_pf [B, N, L] detached) of checked inputs.
-
-    hidden [B, N, L, d], targets [B, N, L] int64 with -1 under a false mask; log_reward and target
-    float32 (float64 where any floating input is); `options` are those of
-    :func:`gflowgr.ops.flow_loss.op.flow_loss`, with a reduction other than "none".
-    """
-    recording = torch.is_grad_enabled()
-    needs = [
-        recording and x is not None and x.requires_grad
-        for x in (hidden, weight, bias, log_reward, target)
-    ]
-    outputs: Outputs = torch.ops.gflowgr.head_flow_loss(
-        hidden, weight, bias, targets, temperature, log_reward, target, *options, *needs
-    )
-    return outputs[0], outputs[1]

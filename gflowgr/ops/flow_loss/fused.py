@@ -4,16 +4,16 @@ Each is ``loss(trajectory_logprobs(hidden, weight, tokens, ...), ...)`` in one c
 supervised term of the joint objective on request. All inputs are checked before anything is
 computed.
 
-Joint objective: ``sft_weight`` adds the token-summed negative log-likelihood NLL_b of each prompt's
+Joint objective: ``nll_weight`` adds the token-summed negative log-likelihood NLL_b of each prompt's
 observed positive, trajectory n = 0, from the same log-probabilities (so with the same temperature
 and normalisation). It combines with ``reduction`` as
 
-- ``"prompt"``: + sft_weight * mean of NLL_b over the prompts that the flow loss counts, those with
+- ``"prompt"``: + nll_weight * mean of NLL_b over the prompts that the flow loss counts, those with
   a valid trajectory. This is GFlowGR's joint objective ``L_GR + lambda * L_GFN`` over lambda, with
-  ``sft_weight`` = 1 / lambda;
+  ``nll_weight`` = 1 / lambda;
 - ``"mean"``: + the same mean, over prompts and not over trajectories;
-- ``"sum"``: + sft_weight * sum of NLL_b over prompts;
-- ``"none"``: + sft_weight * NLL_b at element [b, 0], so that the sum over [B, N] is ``"sum"``.
+- ``"sum"``: + nll_weight * sum of NLL_b over prompts;
+- ``"none"``: + nll_weight * NLL_b at element [b, 0], so that the sum over [B, N] is ``"sum"``.
 
 A prompt whose trajectory 0 is padding adds nothing.
 
@@ -35,62 +35,107 @@ valid token that the bias forbids (-inf), since its loss would be infinite.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from gflowgr.ops import checks
-from gflowgr.ops.flow_loss.joint import JointCall
+from gflowgr.ops import checks, transforms
+from gflowgr.ops.flow_loss.dense_op import dense_flow_loss
+from gflowgr.ops.flow_loss.losses import check_options
+from gflowgr.ops.flow_loss.op import flow_loss
+from gflowgr.ops.inputs import check_allowed, check_head_inputs
+from gflowgr.ops.logprobs.trajectory import compute_logprobs
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from gflowgr.tree import PrefixTree
 
+__all__ = [
+    "FusedLoss",
+    "fused_db_loss",
+    "fused_flow_loss",
+    "fused_subtb_loss",
+    "fused_tb_loss",
+    "fused_vargrad_loss",
+]
 
-class _Options(TypedDict, total=False):
-    """Keyword arguments of every fused loss, for the overloads on `return_log_pf`."""
-
-    bias: Tensor | None
-    tree: PrefixTree | None
-    mask: Tensor | None
-    temperature: float
-    normalize: str | None
-    beta: float
-    log_reward_floor: float | None
-    reduction: str
-    sft_weight: float
-    sparse_grad: bool
+KINDS = ("tb", "db", "subtb", "vargrad")
 
 
-class _SubTBOptions(_Options, total=False):
-    lam: float
+class FusedLoss(NamedTuple):
+    """A fused loss and the log-probabilities that it was made of.
+
+    Attributes:
+        loss: a scalar, or [B, N] for reduction "none".
+        log_pf: [B, N, L] token log-probabilities, nats, detached.
+    """
+
+    loss: Tensor
+    log_pf: Tensor
 
 
-@overload
-def fused_tb_loss(
+def fused_flow_loss(
+    kind: str,
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
     log_reward: Tensor,
-    log_z: Tensor,
+    balance: Tensor | None,
     *,
-    return_log_pf: Literal[False] = False,
-    **options: Unpack[_Options],
-) -> Tensor: ...
+    lam: float = 0.9,
+    bias: Tensor | None = None,
+    tree: PrefixTree | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    normalize: str | None = None,
+    beta: float = 1.0,
+    log_reward_floor: float | None = None,
+    reduction: str = "prompt",
+    nll_weight: float = 0.0,
+    sparse_grad: bool = False,
+) -> FusedLoss:
+    """Any of the fused losses, with log_pf beside the loss: for trainers that log it.
 
+    Args:
+        kind: "tb", "db", "subtb" or "vargrad".
+        balance: log_z for "tb", log_flow for "db" and "subtb", None for "vargrad".
+        hidden, weight, tokens, log_reward, lam, bias, tree, mask, temperature, normalize, beta,
+            log_reward_floor, reduction, nll_weight, sparse_grad: as in :func:`fused_tb_loss` and
+            :func:`fused_subtb_loss`.
 
-@overload
-def fused_tb_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    log_reward: Tensor,
-    log_z: Tensor,
-    *,
-    return_log_pf: Literal[True],
-    **options: Unpack[_Options],
-) -> tuple[Tensor, Tensor]: ...
+    Raises:
+        ValueError: an unknown kind, or a balance for "vargrad"; besides, what the losses raise.
+    """
+    kind = checks.check_choice("kind", kind, KINDS)
+    flow = check_options(kind, beta, log_reward_floor, reduction, lam=lam, nll_weight=nll_weight)
+    data = checks.DataChecks()
+    inputs = check_head_inputs(
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        tree=tree,
+        mask=mask,
+        temperature=temperature,
+        normalize=normalize,
+        sparse_grad=sparse_grad,
+        data=data,
+    )
+    like = inputs.full_mask
+    log_reward = checks.check_log_reward(log_reward, like, flow.floor, "hidden", data)
+    check_allowed("bias", inputs, data)
+    if kind == "tb":
+        balance = checks.check_log_z(balance, like, "hidden")
+    elif kind != "vargrad":
+        balance = checks.check_log_flow(balance, like, "hidden")
+    elif balance is not None:
+        raise ValueError(f'balance must be None for "vargrad"; got {type(balance).__name__}')
+    data.run()
+    in_one_op = inputs.normalize == "vocab" and flow.reduction != "none"
+    if in_one_op and not transforms.definition_only("dense_flow_loss"):
+        return FusedLoss(*dense_flow_loss(inputs, log_reward, balance, flow))
+    log_pf = compute_logprobs(inputs, look_up=data.enabled)
+    loss = flow_loss(flow, log_pf, log_reward, balance, like)
+    return FusedLoss(loss, log_pf.detach())
 
 
 def fused_tb_loss(
@@ -108,10 +153,9 @@ def fused_tb_loss(
     beta: float = 1.0,
     log_reward_floor: float | None = None,
     reduction: str = "prompt",
-    sft_weight: float = 0.0,
+    nll_weight: float = 0.0,
     sparse_grad: bool = False,
-    return_log_pf: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Trajectory balance from hidden states: :func:`gflowgr.ops.tb_loss` with log_pf computed here.
 
     Args:
@@ -124,19 +168,21 @@ def fused_tb_loss(
         bias, tree, mask, temperature, normalize, sparse_grad: as in
             :func:`gflowgr.ops.trajectory_logprobs`.
         beta, log_reward_floor, reduction: as in :func:`gflowgr.ops.tb_loss`.
-        sft_weight: weight >= 0 of the supervised term; see the module's docstring.
-        return_log_pf: return ``(loss, log_pf)``, log_pf [B, N, L] detached, for logs.
+        nll_weight: weight >= 0 of the supervised term; see the module's docstring.
 
     Returns:
         A scalar, or [B, N] for reduction "none"; float32, or float64 if any floating input is.
+        For log_pf beside the loss: :func:`fused_flow_loss`.
 
     Source: GFlowGR (arXiv 2506.16114), trajectory balance and joint objective.
     """
-    call = JointCall(
+    return fused_flow_loss(
+        "tb",
         hidden,
         weight,
         tokens,
         log_reward,
+        log_z,
         bias=bias,
         tree=tree,
         mask=mask,
@@ -145,37 +191,9 @@ def fused_tb_loss(
         beta=beta,
         log_reward_floor=log_reward_floor,
         reduction=reduction,
-        sft_weight=sft_weight,
+        nll_weight=nll_weight,
         sparse_grad=sparse_grad,
-    )
-    log_z = checks.check_log_z(log_z, call.mask, "hidden")
-    return call.run("tb", log_z, return_log_pf=return_log_pf)
-
-
-@overload
-def fused_db_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    log_reward: Tensor,
-    log_flow: Tensor,
-    *,
-    return_log_pf: Literal[False] = False,
-    **options: Unpack[_Options],
-) -> Tensor: ...
-
-
-@overload
-def fused_db_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    log_reward: Tensor,
-    log_flow: Tensor,
-    *,
-    return_log_pf: Literal[True],
-    **options: Unpack[_Options],
-) -> tuple[Tensor, Tensor]: ...
+    ).loss
 
 
 def fused_db_loss(
@@ -193,10 +211,9 @@ def fused_db_loss(
     beta: float = 1.0,
     log_reward_floor: float | None = None,
     reduction: str = "prompt",
-    sft_weight: float = 0.0,
+    nll_weight: float = 0.0,
     sparse_grad: bool = False,
-    return_log_pf: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Detailed balance from hidden states: :func:`gflowgr.ops.db_loss` with log_pf computed here.
 
     ``log_flow`` [B, N, L] is the log-flow of the state before each token, nats. Other arguments,
@@ -204,11 +221,13 @@ def fused_db_loss(
 
     Source: GFlowGR (arXiv 2506.16114), detailed balance and joint objective.
     """
-    call = JointCall(
+    return fused_flow_loss(
+        "db",
         hidden,
         weight,
         tokens,
         log_reward,
+        log_flow,
         bias=bias,
         tree=tree,
         mask=mask,
@@ -217,37 +236,9 @@ def fused_db_loss(
         beta=beta,
         log_reward_floor=log_reward_floor,
         reduction=reduction,
-        sft_weight=sft_weight,
+        nll_weight=nll_weight,
         sparse_grad=sparse_grad,
-    )
-    log_flow = checks.check_log_flow(log_flow, call.mask, "hidden")
-    return call.run("db", log_flow, return_log_pf=return_log_pf)
-
-
-@overload
-def fused_subtb_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    log_reward: Tensor,
-    log_flow: Tensor,
-    *,
-    return_log_pf: Literal[False] = False,
-    **options: Unpack[_SubTBOptions],
-) -> Tensor: ...
-
-
-@overload
-def fused_subtb_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    log_reward: Tensor,
-    log_flow: Tensor,
-    *,
-    return_log_pf: Literal[True],
-    **options: Unpack[_SubTBOptions],
-) -> tuple[Tensor, Tensor]: ...
+    ).loss
 
 
 def fused_subtb_loss(
@@ -266,21 +257,22 @@ def fused_subtb_loss(
     beta: float = 1.0,
     log_reward_floor: float | None = None,
     reduction: str = "prompt",
-    sft_weight: float = 0.0,
+    nll_weight: float = 0.0,
     sparse_grad: bool = False,
-    return_log_pf: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """SubTB(lambda) from hidden states: :func:`gflowgr.ops.subtb_loss` with log_pf computed here.
 
     ``log_flow`` [B, N, L] is the log-flow of the state before each token, nats; ``lam`` > 0. Other
     arguments, the result and errors as in :func:`fused_tb_loss`.
     """
-    lam = checks.check_number("lam", lam, above=0.0)
-    call = JointCall(
+    return fused_flow_loss(
+        "subtb",
         hidden,
         weight,
         tokens,
         log_reward,
+        log_flow,
+        lam=lam,
         bias=bias,
         tree=tree,
         mask=mask,
@@ -289,35 +281,9 @@ def fused_subtb_loss(
         beta=beta,
         log_reward_floor=log_reward_floor,
         reduction=reduction,
-        sft_weight=sft_weight,
+        nll_weight=nll_weight,
         sparse_grad=sparse_grad,
-    )
-    log_flow = checks.check_log_flow(log_flow, call.mask, "hidden")
-    return call.run("subtb", log_flow, lam=lam, return_log_pf=return_log_pf)
-
-
-@overload
-def fused_vargrad_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    log_reward: Tensor,
-    *,
-    return_log_pf: Literal[False] = False,
-    **options: Unpack[_Options],
-) -> Tensor: ...
-
-
-@overload
-def fused_vargrad_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    log_reward: Tensor,
-    *,
-    return_log_pf: Literal[True],
-    **options: Unpack[_Options],
-) -> tuple[Tensor, Tensor]: ...
+    ).loss
 
 
 def fused_vargrad_loss(
@@ -334,20 +300,21 @@ def fused_vargrad_loss(
     beta: float = 1.0,
     log_reward_floor: float | None = None,
     reduction: str = "prompt",
-    sft_weight: float = 0.0,
+    nll_weight: float = 0.0,
     sparse_grad: bool = False,
-    return_log_pf: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """VarGrad-TB from hidden states: :func:`gflowgr.ops.vargrad_loss` with log_pf computed here.
 
     Log Z is estimated from each prompt's own valid trajectories. Other arguments, the result and
     errors as in :func:`fused_tb_loss`.
     """
-    call = JointCall(
+    return fused_flow_loss(
+        "vargrad",
         hidden,
         weight,
         tokens,
         log_reward,
+        None,
         bias=bias,
         tree=tree,
         mask=mask,
@@ -356,7 +323,6 @@ def fused_vargrad_loss(
         beta=beta,
         log_reward_floor=log_reward_floor,
         reduction=reduction,
-        sft_weight=sft_weight,
+        nll_weight=nll_weight,
         sparse_grad=sparse_grad,
-    )
-    return call.run("vargrad", None, return_log_pf=return_log_pf)
+    ).loss

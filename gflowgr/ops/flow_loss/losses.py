@@ -36,47 +36,38 @@ from torch import Tensor
 
 from gflowgr.ops import checks
 from gflowgr.ops.flow_loss.op import flow_loss
-from gflowgr.ops.flow_loss.reference import (
-    RewardOptions,
-    Trajectories,
-    compute_dtype,
-    db_definition,
-    full_mask,
-    prepare,
-    reduce_trajectories,
-    subtb_definition,
-    tb_definition,
-    valid_mean,
-    vargrad_definition,
-)
+from gflowgr.ops.flow_loss.reference import FlowOptions, prepare, valid_mean
+from gflowgr.ops.precision import compute_dtype
 
 __all__ = [
-    "RewardOptions",
-    "Trajectories",
     "check_options",
-    "compute_dtype",
-    "db_definition",
     "db_loss",
-    "prepare",
-    "reduce_trajectories",
-    "subtb_definition",
     "subtb_loss",
-    "tb_definition",
     "tb_loss",
-    "vargrad_definition",
     "vargrad_log_z",
     "vargrad_loss",
 ]
 
 
-def check_options(beta: object, log_reward_floor: object, reduction: object) -> RewardOptions:
+def check_options(
+    kind: str,
+    beta: object,
+    log_reward_floor: object,
+    reduction: object,
+    *,
+    lam: object = 1.0,
+    nll_weight: object = 0.0,
+) -> FlowOptions:
     """Check the keyword arguments that every loss takes."""
-    return RewardOptions(
+    return FlowOptions(
+        kind=kind,
+        lam=checks.check_number("lam", lam, above=0.0),
         beta=checks.check_number("beta", beta, above=0.0),
         floor=None
         if log_reward_floor is None
         else checks.check_number("log_reward_floor", log_reward_floor),
         reduction=checks.check_choice("reduction", reduction, checks.REDUCTIONS),
+        nll_weight=checks.check_number("nll_weight", nll_weight, least=0.0),
     )
 
 
@@ -106,10 +97,10 @@ def tb_loss(
 
     Source: GFlowGR (arXiv 2506.16114), trajectory balance; Malkin et al. 2022 (arXiv 2201.13259).
     """
-    options = check_options(beta, log_reward_floor, reduction)
+    options = check_options("tb", beta, log_reward_floor, reduction)
     _check_inputs(log_pf, log_reward, mask, options)
     log_z = checks.check_log_z(log_z, log_pf, "log_pf")
-    return _loss("tb", log_pf, log_reward, log_z, mask, options)
+    return flow_loss(options, log_pf, log_reward, log_z, mask)
 
 
 def db_loss(
@@ -130,10 +121,10 @@ def db_loss(
 
     Source: GFlowGR (arXiv 2506.16114), detailed balance; Bengio et al. 2023 (arXiv 2111.09266).
     """
-    options = check_options(beta, log_reward_floor, reduction)
+    options = check_options("db", beta, log_reward_floor, reduction)
     _check_inputs(log_pf, log_reward, mask, options)
     log_flow = checks.check_log_flow(log_flow, log_pf, "log_pf")
-    return _loss("db", log_pf, log_reward, log_flow, mask, options)
+    return flow_loss(options, log_pf, log_reward, log_flow, mask)
 
 
 def subtb_loss(
@@ -159,11 +150,10 @@ def subtb_loss(
     Source: Madan et al. 2023, SubTB(lambda) (arXiv 2209.12782), with weights normalised per
         trajectory.
     """
-    options = check_options(beta, log_reward_floor, reduction)
-    lam = checks.check_number("lam", lam, above=0.0)
+    options = check_options("subtb", beta, log_reward_floor, reduction, lam=lam)
     _check_inputs(log_pf, log_reward, mask, options)
     log_flow = checks.check_log_flow(log_flow, log_pf, "log_pf")
-    return _loss("subtb", log_pf, log_reward, log_flow, mask, options, lam)
+    return flow_loss(options, log_pf, log_reward, log_flow, mask)
 
 
 def vargrad_loss(
@@ -187,9 +177,9 @@ def vargrad_loss(
 
     Source: Richter et al. 2020 (arXiv 2010.10436); Zhang et al. 2023 (arXiv 2302.05446).
     """
-    options = check_options(beta, log_reward_floor, reduction)
+    options = check_options("vargrad", beta, log_reward_floor, reduction)
     _check_inputs(log_pf, log_reward, mask, options)
-    return _loss("vargrad", log_pf, log_reward, None, mask, options)
+    return flow_loss(options, log_pf, log_reward, None, mask)
 
 
 def vargrad_log_z(
@@ -206,16 +196,22 @@ def vargrad_log_z(
     has no estimate and gets NaN. Differentiable: detach it for logs and for the initialisation of a
     learned log Z. Arguments and errors as in :func:`tb_loss`.
     """
-    options = check_options(beta, log_reward_floor, "none")
+    options = check_options("vargrad", beta, log_reward_floor, "none")
     _check_inputs(log_pf, log_reward, mask, options)
-    mask = full_mask(log_pf, mask)
-    batch = prepare(log_pf, log_reward, mask, options, compute_dtype(log_pf, log_reward))
+    batch = prepare(
+        log_pf,
+        log_reward,
+        mask,
+        beta=options.beta,
+        floor=options.floor,
+        dtype=compute_dtype(log_pf, log_reward),
+    )
     estimate = valid_mean(batch.log_reward - batch.log_pf.sum(-1), batch.valid)
     return estimate.masked_fill(~batch.valid.any(-1), math.nan)
 
 
 def _check_inputs(
-    log_pf: object, log_reward: object, mask: Tensor | None, options: RewardOptions
+    log_pf: object, log_reward: object, mask: Tensor | None, options: FlowOptions
 ) -> None:
     """Check what all losses share."""
     log_pf = checks.check_tensor(
@@ -228,25 +224,3 @@ def _check_inputs(
     log_reward = checks.check_log_reward(log_reward, like, options.floor, "log_pf", data)
     if not (data.enabled and checks.flow_inputs_ok(log_reward, mask, options.floor)):
         data.run()
-
-
-def _loss(
-    kind: str,
-    log_pf: Tensor,
-    log_reward: Tensor,
-    target: Tensor | None,
-    mask: Tensor | None,
-    options: RewardOptions,
-    lam: float = 1.0,
-) -> Tensor:
-    return flow_loss(
-        kind,
-        log_pf,
-        log_reward,
-        target,
-        mask,
-        lam=lam,
-        beta=options.beta,
-        floor=options.floor,
-        reduction=options.reduction,
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +16,24 @@ from torch import Tensor
 from gflowgr.ops import checks
 
 
-@dataclass(frozen=True)
-class RewardOptions:
-    """The checked keyword arguments shared by all losses."""
+class FlowOptions(NamedTuple):
+    """The checked options of a flow loss, in the order of the registered ops' arguments.
 
-    beta: float
-    floor: float | None
-    reduction: str
+    Attributes:
+        kind: "tb", "db", "subtb" or "vargrad".
+        lam: lambda of "subtb", > 0.
+        beta: reward temper, > 0.
+        floor: least shaped log-reward, nats; None = none.
+        reduction: "none", "sum", "mean" or "prompt".
+        nll_weight: weight >= 0 of the NLL of trajectory 0, reduced over prompts; 0 = without.
+    """
+
+    kind: str
+    lam: float = 1.0
+    beta: float = 1.0
+    floor: float | None = None
+    reduction: str = "prompt"
+    nll_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -34,11 +46,6 @@ class Trajectories:
     valid: Tensor  # [B, N]
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any input is float64, float32 otherwise."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def full_mask(log_pf: Tensor, mask: Tensor | None) -> Tensor:
     """The mask, all true where none was given."""
     if mask is None:
@@ -47,7 +54,13 @@ def full_mask(log_pf: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def prepare(
-    log_pf: Tensor, log_reward: Tensor, mask: Tensor, options: RewardOptions, dtype: torch.dtype
+    log_pf: Tensor,
+    log_reward: Tensor,
+    mask: Tensor | None,
+    *,
+    beta: float,
+    floor: float | None,
+    dtype: torch.dtype,
 ) -> Trajectories:
     """Clean checked inputs and shape the reward.
 
@@ -57,13 +70,14 @@ def prepare(
     A row whose mask is no prefix counts as one of L tokens with the reward NaN, so that without
     data checks nobody takes its loss for one.
     """
+    mask = full_mask(log_pf, mask)
     valid = mask.any(-1)
     broken = checks.mask_rises(mask).any(-1)
     mask = mask | broken[..., None]
-    reward = options.beta * log_reward.to(dtype).masked_fill(~valid, 0.0)
-    if options.floor is not None:
+    reward = beta * log_reward.to(dtype).masked_fill(~valid, 0.0)
+    if floor is not None:
         # A comparison with NaN is false, so NaN is floored too.
-        reward = reward.masked_fill(~(reward > options.floor), options.floor)
+        reward = reward.masked_fill(~(reward > floor), floor)
         reward = reward.masked_fill(~valid, 0.0)
     reward = reward.masked_fill(broken, math.nan)
     return Trajectories(log_pf.to(dtype).masked_fill(~mask, 0.0), reward, mask, valid)
@@ -198,35 +212,30 @@ def _shift_right(x: Tensor) -> Tensor:
 def loss_definition(
     log_pf: Tensor,
     log_reward: Tensor,
-    target: Tensor | None,
+    balance: Tensor | None,
     mask: Tensor | None,
-    kind: str,
-    lam: float,
-    beta: float,
-    floor: float | None,
-    reduction: str,
-    sft_weight: float,
+    flow: FlowOptions,
 ) -> Tensor:
-    """The reduced loss of one kind plus ``sft_weight`` times the NLL of trajectory 0.
+    """The reduced loss of one flow.kind plus ``nll_weight`` times the NLL of trajectory 0.
 
     Arguments and result: ``gflowgr::flow_loss`` in :mod:`gflowgr.ops.flow_loss.op`. The NLL is
     reduced over prompts for "mean" too.
     """
-    t = _clean(log_pf, log_reward, mask, beta, floor, reduction)
-    if kind == "vargrad":
+    t = prepare(log_pf, log_reward, mask, beta=flow.beta, floor=flow.floor, dtype=log_pf.dtype)
+    if flow.kind == "vargrad":
         losses = vargrad_definition(t)
     else:
-        assert target is not None
-        if kind == "tb":
-            losses = tb_definition(t, target)
-        elif kind == "db":
-            losses = db_definition(t, target)
+        assert balance is not None
+        if flow.kind == "tb":
+            losses = tb_definition(t, balance)
+        elif flow.kind == "db":
+            losses = db_definition(t, balance)
         else:
-            losses = subtb_definition(t, target, lam)
-    loss = reduce_trajectories(losses, t.valid, reduction)
-    if sft_weight > 0.0:
-        over_prompts = "prompt" if reduction == "mean" else reduction
-        loss = loss + sft_weight * reduce_trajectories(positive_nll(t), t.valid, over_prompts)
+            losses = subtb_definition(t, balance, flow.lam)
+    loss = reduce_trajectories(losses, t.valid, flow.reduction)
+    if flow.nll_weight > 0.0:
+        over_prompts = "prompt" if flow.reduction == "mean" else flow.reduction
+        loss = loss + flow.nll_weight * reduce_trajectories(positive_nll(t), t.valid, over_prompts)
     return loss
 
 
@@ -234,68 +243,51 @@ def gradient_definition(
     grad: Tensor,
     log_pf: Tensor,
     log_reward: Tensor,
-    target: Tensor | None,
+    balance: Tensor | None,
     mask: Tensor | None,
-    kind: str,
-    lam: float,
-    beta: float,
-    floor: float | None,
-    reduction: str,
-    sft_weight: float,
+    flow: FlowOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of :func:`loss_definition` to log_pf, log_reward and target, given its own.
+    """Gradients of :func:`loss_definition` to log_pf, log_reward and balance, given its own.
 
     In closed form: an op's implementation runs below autograd.
     """
-    t = _clean(log_pf, log_reward, mask, beta, floor, reduction)
+    t = prepare(log_pf, log_reward, mask, beta=flow.beta, floor=flow.floor, dtype=log_pf.dtype)
     prompts = t.valid.any(-1).sum().clamp(min=1)
     counts = {"prompt": prompts, "mean": t.valid.sum().clamp(min=1)}
-    scale = (2 * grad / counts.get(reduction, 1)).expand_as(t.valid)  # of a residual, [B, N]
-    to_target: Tensor | None
-    if kind == "db":
-        assert target is not None
-        to_pf = scale[..., None] * _db_residual(t, target)
-        to_target = (to_pf - _shift_right(to_pf)).masked_fill(~t.mask, 0.0)
+    scale = (2 * grad / counts.get(flow.reduction, 1)).expand_as(t.valid)  # of a residual, [B, N]
+    to_balance: Tensor | None
+    if flow.kind == "db":
+        assert balance is not None
+        to_pf = scale[..., None] * _db_residual(t, balance)
+        to_balance = (to_pf - _shift_right(to_pf)).masked_fill(~t.mask, 0.0)
         to_reward = -to_pf.masked_fill(~_last(t.mask), 0.0).sum(-1)
-    elif kind == "subtb":
-        assert target is not None
-        weight, residual = _subtb_pairs(t, target, lam)
+    elif flow.kind == "subtb":
+        assert balance is not None
+        weight, residual = _subtb_pairs(t, balance, flow.lam)
         pairs = scale[..., None, None] * weight * residual
         to_potential = pairs.sum(-1) - pairs.sum(-2)  # of states 0..L
         to_pf = to_potential[..., :-1].cumsum(-1).masked_fill(~t.mask, 0.0)
-        to_target = to_potential[..., :-1].masked_fill(~t.mask, 0.0)
+        to_balance = to_potential[..., :-1].masked_fill(~t.mask, 0.0)
         length = t.mask.sum(-1, keepdim=True)
         to_reward = to_potential.gather(-1, length).squeeze(-1)
     else:
-        if kind == "tb":
-            assert target is not None
-            slope = scale * _tb_residual(t, target)
-            to_target = slope.sum(-1)
+        if flow.kind == "tb":
+            assert balance is not None
+            slope = scale * _tb_residual(t, balance)
+            to_balance = slope.sum(-1)
         else:
             slope = scale * _vargrad_residual(t)
             # The estimate moves with every trajectory that it is the mean of.
             slope = slope - valid_mean(slope, t.valid)[:, None]
-            to_target = None
+            to_balance = None
         to_pf = slope[..., None].expand_as(t.mask).masked_fill(~t.mask, 0.0)
         to_reward = -slope
-    to_reward = (beta * to_reward).masked_fill(~t.valid, 0.0)
-    if floor is not None:
-        to_reward = to_reward.masked_fill(t.log_reward <= floor, 0.0)
-    if sft_weight > 0.0:
-        over = prompts if reduction in ("prompt", "mean") else 1
-        first = (sft_weight * grad / over).expand_as(t.valid)[:, :1, None]
+    to_reward = (flow.beta * to_reward).masked_fill(~t.valid, 0.0)
+    if flow.floor is not None:
+        to_reward = to_reward.masked_fill(t.log_reward <= flow.floor, 0.0)
+    if flow.nll_weight > 0.0:
+        over = prompts if flow.reduction in ("prompt", "mean") else 1
+        first = (flow.nll_weight * grad / over).expand_as(t.valid)[:, :1, None]
         nll = torch.cat([first * t.mask[:, :1], torch.zeros_like(to_pf[:, 1:])], 1)
         to_pf = to_pf - nll
-    return to_pf, to_reward, to_target
-
-
-def _clean(
-    log_pf: Tensor,
-    log_reward: Tensor,
-    mask: Tensor | None,
-    beta: float,
-    floor: float | None,
-    reduction: str,
-) -> Trajectories:
-    options = RewardOptions(beta, floor, reduction)
-    return prepare(log_pf, log_reward, full_mask(log_pf, mask), options, log_pf.dtype)
+    return to_pf, to_reward, to_balance

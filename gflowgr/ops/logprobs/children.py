@@ -15,12 +15,15 @@ from torch import Tensor
 
 from gflowgr import backends
 from gflowgr.ops import transforms
+from gflowgr.ops.inputs import HeadInputs
 from gflowgr.ops.logprobs import children_reference as children_torch
-from gflowgr.ops.logprobs.reference import HeadInputs
+from gflowgr.ops.precision import compute_dtype
 from gflowgr.tree.facts import check_head
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 SAVED_LIMIT = 2**28
 """Numbers kept for the backward pass at most (1 GiB); where more could be needed it recomputes."""
@@ -88,18 +91,42 @@ def _definition_inputs(
     return inputs, found
 
 
-def _forward_torch(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, slopes, plan, invalid = _forward_fake(*given)
-    log_pf, wrong = children_torch.forward(*_definition_inputs(*given[:7]))
+def _forward_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    mask: Tensor | None,
+    tree: Tensor,
+    temperature: float,
+    saved: int,
+) -> Outputs:
+    log_pf, slopes, plan, invalid = _empty_outputs(hidden, weight, bias, tokens, saved)
+    inputs, found = _definition_inputs(hidden, weight, bias, tokens, mask, tree, temperature)
+    log_pf, wrong = children_torch.forward(inputs, found)
     return log_pf, slopes.zero_(), plan.zero_(), invalid.fill_(wrong)
 
 
-def _backward_torch(grad: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, weight, _, tokens = given[:4]
-    log_pf, _, _, need_hidden, need_weight, need_bias, sparse = given[7:]
-    inputs, tree = _definition_inputs(*given[:7])
+def _backward_torch(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    mask: Tensor | None,
+    tree: Tensor,
+    temperature: float,
+    log_pf: Tensor,
+    slopes: Tensor,
+    plan: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    sparse: bool,
+) -> Outputs:
+    inputs, found = _definition_inputs(hidden, weight, bias, tokens, mask, tree, temperature)
     d_hidden, d_weight, d_bias, used = children_torch.backward(
-        grad, inputs, tree, log_pf, need_hidden, need_weight, need_bias
+        grad, inputs, found, log_pf, need_hidden, need_weight, need_bias
     )
     rows = used if sparse else tokens.new_empty(0)
     if d_weight is not None and sparse:
@@ -115,10 +142,6 @@ def _backward_torch(grad: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, 
 # ------------------------------------------------------------------ the compiled backends
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _forward_compiled(
     namespace: Any,
     hidden: Tensor,
@@ -129,17 +152,9 @@ def _forward_compiled(
     tree: Tensor,
     temperature: float,
     saved: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out: tuple[Tensor, Tensor, Tensor, Tensor] = namespace.children_logprobs(
-        hidden.contiguous(),
-        weight.contiguous(),
-        _contiguous(bias),
-        tokens.contiguous(),
-        _contiguous(mask),
-        tree,
-        temperature,
-        saved,
-    )
+) -> Outputs:
+    inputs = backends.contiguous(hidden, weight, bias, tokens, mask, tree)
+    out: Outputs = namespace.children_logprobs(*inputs, temperature, saved)
     return out
 
 
@@ -160,20 +175,12 @@ def _backward_compiled(
     need_weight: bool,
     need_bias: bool,
     sparse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     dense = _zeros_like(weight) if need_weight and not sparse else None
     d_hidden, rows, values, d_bias = namespace.children_backward(
-        grad.contiguous(),
-        hidden.contiguous(),
-        weight.contiguous(),
-        _contiguous(bias),
-        tokens.contiguous(),
-        _contiguous(mask),
-        tree,
+        *backends.contiguous(grad, hidden, weight, bias, tokens, mask, tree),
         temperature,
-        log_pf.contiguous(),
-        slopes.contiguous(),
-        plan.contiguous(),
+        *backends.contiguous(log_pf, slopes, plan),
         need_hidden,
         dense,
         need_bias,
@@ -200,11 +207,6 @@ def _namespace(name: str) -> Any:
 # ------------------------------------------------------------------ registration
 
 
-def _accumulator(*tensors: Tensor | None) -> torch.dtype:
-    wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if wide else torch.float32
-
-
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -215,14 +217,14 @@ def _forward(
     temperature: float,
     saved: int,
     sparse_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     transforms.refuse_forward_mode("children_logprobs")
     check_head(tree, weight.shape[0], "the rows of weight")
-    given = (hidden, weight, bias, tokens, mask, tree, temperature, saved)
-    name = backends.resolve("children_logprobs", hidden.device, _accumulator(hidden, weight, bias))
+    inputs = (hidden, weight, bias, tokens, mask, tree, temperature, saved)
+    name = backends.resolve("children_logprobs", hidden.device, compute_dtype(hidden, weight, bias))
     if name == "torch":
-        return _forward_torch(*given, sparse_grad)
-    return _forward_compiled(_namespace(name), *given)
+        return _forward_torch(*inputs)
+    return _forward_compiled(_namespace(name), *inputs)
 
 
 def _forward_fake(
@@ -235,9 +237,15 @@ def _forward_fake(
     temperature: float,
     saved: int,
     sparse_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
+    return _empty_outputs(hidden, weight, bias, tokens, saved)
+
+
+def _empty_outputs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, saved: int
+) -> Outputs:
     return (
-        tokens.new_empty(tokens.shape, dtype=_accumulator(hidden, weight, bias)),
+        tokens.new_empty(tokens.shape, dtype=compute_dtype(hidden, weight, bias)),
         tokens.new_empty(saved, dtype=torch.float32),
         tokens.new_empty(4 * tokens.numel() + 8),
         tokens.new_empty(1),
@@ -249,13 +257,26 @@ def _backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_head(rest[2], weight.shape[0], "the rows of weight")
-    name = backends.resolve("children_backward", hidden.device, _accumulator(hidden, weight, bias))
+    tokens: Tensor,
+    mask: Tensor | None,
+    tree: Tensor,
+    temperature: float,
+    log_pf: Tensor,
+    slopes: Tensor,
+    plan: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    sparse: bool,
+) -> Outputs:
+    check_head(tree, weight.shape[0], "the rows of weight")
+    inputs = (grad, hidden, weight, bias, tokens, mask, tree, temperature)
+    saved = (log_pf, slopes, plan)
+    needs = (need_hidden, need_weight, need_bias)
+    name = backends.resolve("children_backward", hidden.device, compute_dtype(hidden, weight, bias))
     if name == "torch":
-        return _backward_torch(grad, hidden, weight, bias, *rest)
-    return _backward_compiled(_namespace(name), grad, hidden, weight, bias, *rest)
+        return _backward_torch(*inputs, *saved, *needs, sparse)
+    return _backward_compiled(_namespace(name), *inputs, *saved, *needs, sparse)
 
 
 def _backward_fake(
@@ -274,7 +295,7 @@ def _backward_fake(
     need_weight: bool,
     need_bias: bool,
     sparse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     rows: Any = 0
     d_weight = weight.new_empty(weight.shape if need_weight else 0)
     if sparse:
@@ -298,9 +319,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-    nothing: tuple[None, ...] = (None,) * 6
+    others = [None] * (len(ctx.needs_input_grad) - 3)
     if grad is None:
-        return None, None, None, *nothing
+        return None, None, None, *others
     hidden, weight, bias, tokens, mask, tree, log_pf, slopes, plan = ctx.saved_tensors
     sparse = ctx.sparse and need_weight
     d_hidden, d_weight, d_bias, rows = torch.ops.gflowgr.children_backward(
@@ -328,39 +349,27 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
         d_hidden if need_hidden else None,
         d_weight if need_weight else None,
         d_bias if need_bias else None,
-        *nothing,
+        *others,
     )
 
 
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("gflowgr::children_backward has no second derivative")
-
-
-_library = torch.library.Library("gflowgr", "FRAGMENT")
-_HEAD = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? mask, Tensor tree, "
-    "float temperature"
+_PROBES = {
+    "torch": backends.probe_torch,
+    "cpp": backends.float32_only(backends.probe_cpp),
+    "cuda": backends.float32_only(backends.probe_cuda),
+}
+backends.define_op(
+    "children_logprobs",
+    _forward,
+    _forward_fake,
+    probes=_PROBES,
+    setup_context=_setup_context,
+    backward=_differentiate,
 )
-_library.define(
-    f"children_logprobs({_HEAD}, SymInt saved, bool sparse_grad)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+backends.define_op(
+    "children_backward",
+    _backward,
+    _backward_fake,
+    probes=_PROBES,
+    backward=transforms.refuse_second_order("children_backward", "gflowgr.ops.logprobs.reference"),
 )
-_library.define(
-    f"children_backward(Tensor grad, {_HEAD}, Tensor log_pf, Tensor slopes, Tensor plan, "
-    "bool need_hidden, bool need_weight, bool need_bias, bool sparse)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.impl("children_logprobs", _forward, "CompositeExplicitAutograd")
-_library.impl("children_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("gflowgr::children_logprobs", _forward_fake, lib=_library)
-torch.library.register_fake("gflowgr::children_backward", _backward_fake, lib=_library)
-torch.library.register_autograd(
-    "gflowgr::children_logprobs", _differentiate, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd("gflowgr::children_backward", _refuse, lib=_library)
-
-
-for _op in ("children_logprobs", "children_backward"):
-    backends.register(_op, "torch", backends.probe_torch)
-    backends.register(_op, "cpp", backends.float32_only(backends.probe_cpp))
-    backends.register(_op, "cuda", backends.float32_only(backends.probe_cuda))

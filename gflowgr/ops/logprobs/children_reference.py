@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gflowgr.ops import checks
+from gflowgr.ops.inputs import HeadInputs
 from gflowgr.ops.logprobs import reference as definitions
-from gflowgr.ops.logprobs.reference import HeadInputs
+from gflowgr.ops.precision import without_autocast
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
@@ -42,7 +43,7 @@ def backward(
     With p the probabilities of a row's candidates and t its token, the gradient with respect to the
     logit of candidate j is ``grad * (1[j == t] - p_j) / temperature``.
     """
-    with definitions.without_autocast(grad.device):
+    with without_autocast(grad.device):
         return _backward(grad, inputs, tree, log_pf, *needed)
 
 

@@ -7,7 +7,7 @@ is in this file; the C++ backend is ``csrc/logprobs_logits/logits_cpu.cpp``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from gflowgr import backends
 from gflowgr.ops import checks, transforms
 from gflowgr.ops.logprobs.reference import BLOCK_ELEMENTS
+from gflowgr.ops.precision import compute_dtype
 
 Forward = tuple[Tensor, Tensor, Tensor]
 
@@ -81,14 +82,14 @@ def logprobs_from_logits(
         ),
     )
     data.run()
-    targets = checks.targets_of(
+    tokens = checks.mark_tokens(
         tokens, None if mask is None else valid, vocab_size, looked_at=data.enabled
     )
     if transforms.definition_only("logits_logprobs"):
-        return differentiable_definition(logits, targets, temperature)
+        return differentiable_definition(logits, tokens, temperature)
     log_pf: Tensor = torch.ops.gflowgr.logits_logprobs(
         logits.reshape(-1, vocab_size),
-        targets.reshape(-1),
+        tokens.reshape(-1),
         temperature,
         inplace_backward and not torch.compiler.is_compiling(),
     )[0]
@@ -111,37 +112,37 @@ def _check_inplace(logits: Tensor) -> None:
 # ------------------------------------------------------------------ definition
 
 
-def _blocks(logits: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _blocks(logits: Tensor, tokens: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Blocks of rows in the dtype of the arithmetic, masked rows zeroed: (rows, logits, mask)."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = compute_dtype(logits)
     rows, vocab_size = logits.shape
     step = max(1, BLOCK_ELEMENTS // max(vocab_size, 1))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        valid = targets[part] >= 0
+        valid = tokens[part] >= 0
         yield part, logits[part].to(dtype).masked_fill(~valid[:, None], 0.0), valid
 
 
-def forward_definition(logits: Tensor, targets: Tensor, temperature: float) -> Forward:
-    """log_pf, row_max and log_sum, each [T], of logits [T, V] and targets [T].
+def forward_definition(logits: Tensor, tokens: Tensor, temperature: float) -> Forward:
+    """log_pf, row_max and log_sum, each [T], of logits [T, V] and tokens [T].
 
     With x = (logits - row_max) / temperature, ``log_pf = x_target - log_sum`` and ``log_sum =
-    log(sum(exp(x)))``. A negative target marks a masked row. With the target V the token is not
+    log(sum(exp(x)))``. A negative token marks a masked row. With the token V the one meant is not
     among these logits: log_pf is minus the log-sum-exp. More than V is no token: log_pf is NaN.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = compute_dtype(logits)
     log_pf, row_max, log_sum = (logits.new_zeros(logits.shape[0], dtype=dtype) for _ in range(3))
     lowest = torch.finfo(torch.float32).min
-    for part, block, valid in _blocks(logits, targets):
+    for part, block, valid in _blocks(logits, tokens):
         top = block.amax(-1, keepdim=True).clamp(min=lowest)  # finite where all are -inf
         x = (block - top) / temperature
         sums = x.exp().sum(-1).log()
-        here = targets[part] < block.shape[-1]
-        chosen = x.gather(1, targets[part].clamp(0, block.shape[-1] - 1)[:, None]).squeeze(1)
+        here = tokens[part] < block.shape[-1]
+        chosen = x.gather(1, tokens[part].clamp(0, block.shape[-1] - 1)[:, None]).squeeze(1)
         chosen = torch.where(here, chosen, -top.squeeze(1) / temperature)
         # Where every token is forbidden the difference would be NaN; the probability is zero.
         found = torch.where(sums == -torch.inf, -torch.inf, chosen - sums)
-        found = found.masked_fill(targets[part] > block.shape[-1], torch.nan)
+        found = found.masked_fill(tokens[part] > block.shape[-1], torch.nan)
         for result, values in ((log_pf, found), (row_max, top.squeeze(1)), (log_sum, sums)):
             result[part] = values.masked_fill(~valid, 0.0)
     return log_pf, row_max, log_sum
@@ -151,36 +152,36 @@ def backward_definition(
     out: Tensor,
     grad: Tensor,
     logits: Tensor,
-    targets: Tensor,
+    tokens: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
     temperature: float,
 ) -> None:
     """Write the gradient of the logits to `out` [T, V], which may be the logits themselves."""
-    for part, block, valid in _blocks(logits, targets):
-        none = targets[part] > block.shape[-1]
+    for part, block, valid in _blocks(logits, tokens):
+        none = tokens[part] > block.shape[-1]
         used = none | (valid & (log_sum[part] > -torch.inf) & (grad[part] != 0))
         x = (block - row_max[part][:, None]) / temperature - log_sum[part][:, None]
         slope = (grad[part] / temperature).masked_fill(~used, 0.0).masked_fill(none, torch.nan)
         slope = slope[:, None]
         gradient = -slope * x.exp()
-        target = targets[part][:, None].clamp(0, block.shape[-1] - 1)
+        target = tokens[part][:, None].clamp(0, block.shape[-1] - 1)
         # 1 - p without cancellation.
         own = -slope * torch.expm1(x.gather(1, target))
-        own = torch.where(targets[part][:, None] < block.shape[-1], own, gradient.gather(1, target))
+        own = torch.where(tokens[part][:, None] < block.shape[-1], own, gradient.gather(1, target))
         gradient = gradient.scatter(1, target, own)
         out[part] = gradient.masked_fill(~used[:, None], 0.0).to(out.dtype)
 
 
-def differentiable_definition(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def differentiable_definition(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """log_pf of :func:`forward_definition`, [...] of logits [..., V], for any derivative."""
-    valid = targets >= 0
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    valid = tokens >= 0
+    wide = logits.to(compute_dtype(logits))
     scaled = wide.masked_fill(~valid[..., None], 0.0) / temperature
     sums = scaled.logsumexp(-1)
     last = logits.shape[-1] - 1
-    chosen = scaled.gather(-1, targets.clamp(0, last)[..., None]).squeeze(-1)
-    chosen = chosen.masked_fill(targets > last, torch.nan)
+    chosen = scaled.gather(-1, tokens.clamp(0, last)[..., None]).squeeze(-1)
+    chosen = chosen.masked_fill(tokens > last, torch.nan)
     log_pf = torch.where(sums == -torch.inf, -torch.inf, chosen - sums)
     return log_pf.masked_fill(~valid, 0.0)
 
@@ -193,65 +194,81 @@ def _backend(logits: Tensor) -> str:
 
 
 def _logits_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool
+    logits: Tensor, tokens: Tensor, temperature: float, inplace_backward: bool
 ) -> Forward:
     transforms.refuse_forward_mode("logits_logprobs")
     if _backend(logits) == "torch":
-        return forward_definition(logits, targets, temperature)
+        return forward_definition(logits, tokens, temperature)
     found: Forward = torch.ops.gflowgr_cpp.logits_logprobs(
-        logits.contiguous(), targets.contiguous(), temperature
+        *backends.contiguous(logits, tokens), temperature
     )
     return found
 
 
-def _logits_backward(grad: Tensor, logits: Tensor, *saved: Any) -> Tensor:
+def _logits_backward(
+    grad: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    temperature: float,
+) -> Tensor:
     if _backend(logits) == "torch":
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        backward_definition(out, grad, logits, *saved)
+        backward_definition(out, grad, logits, tokens, row_max, log_sum, temperature)
         return out
-    arguments = _contiguous(grad, logits, *saved)
-    gradient: Tensor = torch.ops.gflowgr_cpp.logits_backward(*arguments)
+    inputs = backends.contiguous(grad, logits, tokens, row_max, log_sum)
+    gradient: Tensor = torch.ops.gflowgr_cpp.logits_backward(*inputs, temperature)
     return gradient
 
 
-def _logits_backward_inplace(grad: Tensor, logits: Tensor, *saved: Any) -> None:
+def _logits_backward_inplace(
+    grad: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    temperature: float,
+) -> None:
     if _backend(logits) == "torch":
-        backward_definition(logits, grad, logits, *saved)
+        backward_definition(logits, grad, logits, tokens, row_max, log_sum, temperature)
     else:
-        grad, *saved_here = _contiguous(grad, *saved)
-        torch.ops.gflowgr_cpp.logits_backward_(grad, logits, *saved_here)
+        grad_here, *saved = backends.contiguous(grad, tokens, row_max, log_sum)
+        torch.ops.gflowgr_cpp.logits_backward_(grad_here, logits, *saved, temperature)
         # What the kernel writes, autograd does not see.
         torch.autograd.graph.increment_version(logits)
 
 
-def _contiguous(*arguments: Any) -> list[Any]:
-    return [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
-
-
 def _logits_logprobs_fake(
-    logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool
+    logits: Tensor, tokens: Tensor, temperature: float, inplace_backward: bool
 ) -> Forward:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    found = [logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3)]
+    found = [logits.new_empty(logits.shape[0], dtype=compute_dtype(logits)) for _ in range(3)]
     return found[0], found[1], found[2]
 
 
-def _logits_backward_fake(grad: Tensor, logits: Tensor, *saved: Any) -> Tensor:
+def _logits_backward_fake(
+    grad: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    temperature: float,
+) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    logits, targets, ctx.temperature, ctx.inplace = inputs
+    logits, tokens, ctx.temperature, ctx.inplace = inputs
     _, row_max, log_sum = output
     ctx.mark_non_differentiable(row_max, log_sum)
-    ctx.save_for_backward(logits, targets, row_max, log_sum)
+    ctx.save_for_backward(logits, tokens, row_max, log_sum)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     gradient = None
     if ctx.needs_input_grad[0]:
-        logits, targets, row_max, log_sum = ctx.saved_tensors
-        saved = (targets, row_max, log_sum, ctx.temperature)
+        logits, tokens, row_max, log_sum = ctx.saved_tensors
+        saved = (tokens, row_max, log_sum, ctx.temperature)
         if ctx.inplace and not torch.is_grad_enabled():
             gradient = logits.detach()
             torch.ops.gflowgr.logits_backward_(grad, gradient, *saved)
@@ -260,32 +277,26 @@ def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | No
     return gradient, None, None, None
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise RuntimeError(
-        "gflowgr::logits_logprobs has no second derivative: its gradient cannot be differentiated; "
-        "use torch.log_softmax for that"
-    )
-
-
-_SAVED = "Tensor targets, Tensor row_max, Tensor log_sum, float temperature"
-_library = torch.library.Library("gflowgr", "FRAGMENT")
-_library.define(
-    "logits_logprobs(Tensor logits, Tensor targets, float temperature, bool inplace_backward) -> "
-    "(Tensor log_pf, Tensor row_max, Tensor log_sum)"
+backends.define_op(
+    "logits_logprobs",
+    _logits_logprobs,
+    _logits_logprobs_fake,
+    probes={
+        "torch": backends.probe_torch,
+        "cpp": backends.float32_only(backends.probe_cpp),
+    },
+    setup_context=_setup_context,
+    backward=_differentiate,
 )
-_library.define(f"logits_backward(Tensor grad, Tensor logits, {_SAVED}) -> Tensor")
-_library.define(f"logits_backward_(Tensor grad, Tensor(a!) logits, {_SAVED}) -> ()")
-_library.impl("logits_logprobs", _logits_logprobs, "CompositeExplicitAutograd")
-_library.impl("logits_backward", _logits_backward, "CompositeExplicitAutograd")
-_library.impl("logits_backward_", _logits_backward_inplace, "CompositeExplicitAutograd")
-torch.library.register_fake("gflowgr::logits_logprobs", _logits_logprobs_fake, lib=_library)
-torch.library.register_fake("gflowgr::logits_backward", _logits_backward_fake, lib=_library)
-torch.library.register_fake("gflowgr::logits_backward_", lambda *_: None, lib=_library)
-torch.library.register_autograd(
-    "gflowgr::logits_logprobs", _differentiate, setup_context=_setup_context, lib=_library
+backends.define_op(
+    "logits_backward",
+    _logits_backward,
+    _logits_backward_fake,
+    backward=transforms.refuse_second_order("logits_logprobs", "torch.log_softmax"),
 )
-torch.library.register_autograd("gflowgr::logits_backward", _refuse, lib=_library)
-
-
-backends.register("logits_logprobs", "torch", backends.probe_torch)
-backends.register("logits_logprobs", "cpp", backends.float32_only(backends.probe_cpp))
+backends.define_op(
+    "logits_backward_",
+    _logits_backward_inplace,
+    lambda *_: None,
+    mutates=("logits",),
+)

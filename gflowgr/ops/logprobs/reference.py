@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gflowgr.ops import checks, transforms
+from gflowgr.ops.inputs import HeadInputs
+from gflowgr.ops.precision import compute_dtype, without_autocast
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
@@ -27,48 +28,6 @@ BLOCK_ELEMENTS = 2**24
 
 MIN_BLOCK_ROWS = 256
 """Rows per block at least: fewer would spend the time on re-reading the head."""
-
-
-# Asked once: not every torch can trace the question under torch.compile.
-_AUTOCAST_DEVICES = frozenset(
-    name for name in ("cpu", "cuda", "xpu", "mps", "xla") if torch.amp.is_autocast_available(name)
-)
-
-
-@dataclass(frozen=True)
-class HeadInputs:
-    """Checked arguments of :func:`trajectory_logprobs`."""
-
-    hidden: Tensor  # [B, N, L, d]
-    weight: Tensor  # [V, d]
-    tokens: Tensor  # [B, N, L]
-    bias: Tensor | None  # [V]
-    mask: Tensor | None  # [B, N, L]; None = all true
-    tree: PrefixTree | None  # given only where it normalises
-    temperature: float
-    normalize: str  # "vocab", "level" or "children"
-    sparse_grad: bool = False  # a row-sparse gradient of the head, for "children"
-    looked_at: bool = False  # whether the data checks have seen tokens and mask
-
-    @property
-    def full_mask(self) -> Tensor:
-        """The mask, all true where none was given."""
-        if self.mask is None:
-            return torch.ones(self.tokens.shape, dtype=torch.bool, device=self.tokens.device)
-        return self.mask
-
-    @property
-    def targets(self) -> Tensor:
-        """The tokens [B, N, L] as the ops take them; see :func:`checks.targets_of`."""
-        size = self.weight.shape[0]
-        return checks.targets_of(self.tokens, self.mask, size, looked_at=self.looked_at)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """float64 if any input is float64, float32 otherwise."""
-        floating = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
-        wide = any(t.dtype == torch.float64 for t in floating)
-        return torch.float64 if wide else torch.float32
 
 
 def logprobs_definition(inputs: HeadInputs) -> Tensor:
@@ -86,34 +45,15 @@ def logprobs_definition(inputs: HeadInputs) -> Tensor:
         return children(inputs, inputs.tree)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would turn the float32 products of an op back into 16-bit ones."""
-    if device.type not in _AUTOCAST_DEVICES:
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def as_autocast(tensor: Tensor) -> Tensor:
-    """The tensor as autocast would hand it to a matrix product: what an output head is."""
-    device = tensor.device.type
-    if (
-        device in _AUTOCAST_DEVICES
-        and torch.is_autocast_enabled(device)
-        and tensor.dtype != torch.float64
-    ):
-        return tensor.to(torch.get_autocast_dtype(device))
-    return tensor
-
-
 Dense = Callable[[Tensor, Tensor, "Tensor | None", Tensor, float], tuple[Tensor, Tensor]]
 """A backend's :func:`dense_logprobs`."""
 
 
 def vocab_logprobs(inputs: HeadInputs, dense: Dense) -> Tensor:
     """Normalise over the whole vocabulary."""
-    states, targets = inputs.hidden.flatten(0, -2), inputs.targets
-    values, _ = dense(states, inputs.weight, inputs.bias, targets.flatten(), inputs.temperature)
-    return values.view(targets.shape)
+    states, tokens = inputs.hidden.flatten(0, -2), inputs.marked_tokens
+    values, _ = dense(states, inputs.weight, inputs.bias, tokens.flatten(), inputs.temperature)
+    return values.view(tokens.shape)
 
 
 def level_logprobs(inputs: HeadInputs, tree: PrefixTree, dense: Dense) -> Tensor:
@@ -126,51 +66,49 @@ def level_logprobs(inputs: HeadInputs, tree: PrefixTree, dense: Dense) -> Tensor
     last = max(c.stop for c in codebooks)
     weight = inputs.weight[first:last]
     bias = None if inputs.bias is None else inputs.bias[first:last]
-    targets, columns = inputs.targets, []
-    for level in range(targets.shape[-1]):
-        target = targets[..., level]
+    tokens, columns = inputs.marked_tokens, []
+    for level in range(tokens.shape[-1]):
+        token = tokens[..., level]
         if level < len(codebooks):
             part = slice(codebooks[level].start - first, codebooks[level].stop - first)
-            inside = (target >= codebooks[level].start) & (target < codebooks[level].stop)
+            inside = (token >= codebooks[level].start) & (token < codebooks[level].stop)
         else:  # deeper than the tree: no token is possible
-            part, inside = slice(0, 1), torch.zeros_like(target, dtype=torch.bool)
+            part, inside = slice(0, 1), torch.zeros_like(token, dtype=torch.bool)
         values, _ = dense(
             inputs.hidden[..., level, :].flatten(0, -2),
             weight[part],
             None if bias is None else bias[part],
-            torch.where(inside, target - first - part.start, -1).flatten(),
+            torch.where(inside, token - first - part.start, -1).flatten(),
             inputs.temperature,
         )
-        impossible = (target >= 0) & ~inside
-        columns.append(values.view(target.shape).masked_fill(impossible, -math.inf))
+        impossible = (token >= 0) & ~inside
+        columns.append(values.view(token.shape).masked_fill(impossible, -math.inf))
     return torch.stack(columns, -1)
 
 
 def dense_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of one token per row, and the log-sum-exp of the row's logits, both [T].
 
-    hidden [T, d], weight [V, d], bias [V], targets [T] int64. A negative target is a masked row:
-    its state may hold NaN, its results are 0. The target V stands for a token that is elsewhere (in
+    hidden [T, d], weight [V, d], bias [V], tokens [T] int64. A negative token is a masked row:
+    its state may hold NaN, its results are 0. The token V stands for one that is elsewhere (in
     another shard of the vocabulary): log_pf = -lse. More than V is no token: log_pf = NaN.
     """
-    floating = [t for t in (hidden, weight, bias) if t is not None]
-    wide = any(t.dtype == torch.float64 for t in floating)
-    dtype = torch.float64 if wide else torch.float32
+    dtype = compute_dtype(hidden, weight, bias)
     with without_autocast(hidden.device):
         head = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        mask = targets >= 0
+        mask = tokens >= 0
         if not checks.values_readable():
             # The number of valid rows cannot be known: compute every row.
             states = hidden.to(dtype).masked_fill(~mask[:, None], 0.0)
-            values, lse = _blocked(states, head, bias, targets.clamp(min=0), temperature)
+            values, lse = _blocked(states, head, bias, tokens.clamp(min=0), temperature)
             return values.masked_fill(~mask, 0.0), lse.masked_fill(~mask, 0.0)
         rows = mask.nonzero().squeeze(-1)
         states = hidden.index_select(0, rows).to(dtype)
-        values, lse = _blocked(states, head, bias, targets[rows], temperature)
-        zero = values.new_zeros(targets.shape)
+        values, lse = _blocked(states, head, bias, tokens[rows], temperature)
+        zero = values.new_zeros(tokens.shape)
         return zero.index_copy(0, rows, values), zero.index_copy(0, rows, lse)
 
 

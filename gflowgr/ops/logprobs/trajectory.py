@@ -7,16 +7,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from gflowgr.ops import checks, transforms
-from gflowgr.ops.logprobs import dense as head
+from gflowgr.ops.inputs import HeadInputs, check_head_inputs
+from gflowgr.ops.logprobs import reference
 from gflowgr.ops.logprobs.children import children_logprobs
-from gflowgr.ops.logprobs.reference import (
-    HeadInputs,
-    as_autocast,
-    dense_logprobs,
-    level_logprobs,
-    logprobs_definition,
-    vocab_logprobs,
-)
+from gflowgr.ops.logprobs.dense import dense_logprobs
+from gflowgr.ops.logprobs.reference import level_logprobs, logprobs_definition, vocab_logprobs
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
@@ -88,38 +83,49 @@ def trajectory_logprobs(
     """
     data = checks.DataChecks()
     inputs = check_head_inputs(
-        hidden, weight, tokens, bias, tree, mask, temperature, normalize, sparse_grad, data
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        tree=tree,
+        mask=mask,
+        temperature=temperature,
+        normalize=normalize,
+        sparse_grad=sparse_grad,
+        data=data,
     )
-    return checked_logprobs(inputs, tree, data)
-
-
-def checked_logprobs(
-    inputs: HeadInputs, tree: PrefixTree | None, data: checks.DataChecks
-) -> Tensor:
-    """log_pf [B, N, L] of inputs whose values are checked here, by the fastest backend that can."""
-    if inputs.tree is None or inputs.normalize != "children":
-        run_data_checks(inputs, tree, data)
-        transformed = transforms.definition_only("head_logprobs")
-        dense = dense_logprobs if transformed else head.head_logprobs
-        if inputs.tree is None:
-            return vocab_logprobs(inputs, dense)
-        return level_logprobs(inputs, inputs.tree, dense)
     data.run()
-    if transforms.definition_only("children_logprobs"):
-        return _transformed_children(inputs, inputs.tree, data)
-    log_pf, invalid = children_logprobs(inputs, inputs.tree, sparse_grad=inputs.sparse_grad)
-    if data.enabled and invalid.item() != 0:
-        _check_trajectories(inputs, inputs.tree)
-    return log_pf
+    return compute_logprobs(inputs, look_up=data.enabled)
 
 
-def _transformed_children(inputs: HeadInputs, tree: PrefixTree, data: checks.DataChecks) -> Tensor:
+def compute_logprobs(inputs: HeadInputs, *, look_up: bool) -> Tensor:
+    """log_pf [B, N, L] of checked inputs, by the fastest backend that can.
+
+    ``look_up``: raise ValueError where the walk to the children of each token's node finds a
+    trajectory that is no identifier of the tree.
+    """
+    if inputs.normalize == "children":
+        assert inputs.tree is not None
+        if transforms.definition_only("children_logprobs"):
+            return _transformed_children(inputs, inputs.tree, look_up=look_up)
+        log_pf, invalid = children_logprobs(inputs, inputs.tree, sparse_grad=inputs.sparse_grad)
+        if look_up and invalid.item() != 0:
+            _check_trajectories(inputs, inputs.tree)
+        return log_pf
+    transformed = transforms.definition_only("dense_logprobs")
+    dense = reference.dense_logprobs if transformed else dense_logprobs
+    if inputs.tree is None:
+        return vocab_logprobs(inputs, dense)
+    return level_logprobs(inputs, inputs.tree, dense)
+
+
+def _transformed_children(inputs: HeadInputs, tree: PrefixTree, *, look_up: bool) -> Tensor:
     if transforms.is_batched(inputs.tokens) or transforms.is_batched(inputs.mask):
         raise RuntimeError(
             'normalize="children" must have the same tokens and mask along all of torch.func.vmap, '
             "since they decide which rows of the head compete; got batched ones"
         )
-    if data.enabled:
+    if look_up:
         _check_trajectories(inputs, tree)
     return logprobs_definition(inputs)
 
@@ -130,79 +136,5 @@ def _check_trajectories(inputs: HeadInputs, tree: PrefixTree) -> None:
     shape, device = inputs.tokens.shape, inputs.tokens.device
     checks.check_mask(inputs.mask, shape, device, "hidden", data)
     checks.check_tokens(inputs.tokens, inputs.full_mask, inputs.weight.shape[0], data)
-    run_data_checks(inputs, tree, data)
-
-
-def check_head_inputs(
-    hidden: object,
-    weight: object,
-    tokens: object,
-    bias: object,
-    tree: PrefixTree | None,
-    mask: object,
-    temperature: object,
-    normalize: object,
-    sparse_grad: object,
-    data: checks.DataChecks,
-) -> HeadInputs:
-    """Check types, shapes, dtypes, devices and options; register the checks on values."""
-    floating = checks.FLOAT_DTYPES
-    hidden = checks.check_tensor("hidden", hidden, (None,) * 4, "BNLd", dtypes=floating)
-    *batch, width = hidden.shape
-    device = hidden.device
-    weight = checks.check_tensor(
-        "weight", weight, (None, width), "Vd", dtypes=floating, device=device, source="hidden"
-    )
-    vocab_size = weight.shape[0]
-    if vocab_size == 0:
-        raise ValueError(f"weight must have at least one row, got shape {list(weight.shape)}")
-    tokens = checks.check_tensor(
-        "tokens",
-        tokens,
-        batch,
-        "BNL",
-        dtypes=checks.INTEGER_DTYPES,
-        device=device,
-        source="hidden",
-    ).long()
-    if bias is not None:
-        bias = checks.check_tensor(
-            "bias", bias, (vocab_size,), "V", dtypes=floating, device=device, source="weight"
-        )
-    temperature = checks.check_number("temperature", temperature, above=0.0)
-    if normalize is None:
-        normalize = "vocab" if tree is None else "children"
-    normalize = checks.check_choice("normalize", normalize, checks.NORMALIZERS)
-    if tree is None:
-        if normalize != "vocab":
-            raise ValueError(f'normalize="{normalize}" needs a tree, got tree=None')
-    else:
-        checks.check_tree(tree, vocab_size, device, "hidden")
-    if not isinstance(sparse_grad, bool):
-        raise TypeError(f"sparse_grad must be a bool, got {type(sparse_grad).__name__}")
-    if sparse_grad and normalize != "children":
-        raise ValueError(f'sparse_grad=True needs normalize="children", got {normalize!r}')
-    if normalize == "children":
-        # Walking the tree finds what is wrong with mask or tokens: checked_logprobs.
-        data = checks.DataChecks(enabled=False)
-    full_mask = checks.check_mask(mask, batch, device, "hidden", data)
-    checks.check_tokens(tokens, full_mask, vocab_size, data)
-    return HeadInputs(
-        hidden=as_autocast(hidden),
-        weight=as_autocast(weight),
-        tokens=tokens,
-        bias=None if bias is None else as_autocast(bias),
-        mask=None if mask is None else full_mask,
-        tree=None if normalize == "vocab" else tree,
-        temperature=temperature,
-        normalize=normalize,
-        sparse_grad=sparse_grad,
-        looked_at=data.enabled,
-    )
-
-
-def run_data_checks(inputs: HeadInputs, tree: PrefixTree | None, data: checks.DataChecks) -> None:
-    """Run the registered checks on values, then look every trajectory up in the tree."""
+    checks.check_in_tree(inputs.tokens, inputs.mask, tree, data)
     data.run()
-    if tree is not None and data.enabled:
-        tree.validate(inputs.tokens, mask=inputs.mask, name="tokens")

@@ -44,7 +44,7 @@ def partial_logprobs(
 
     Over the shards, ``target_logit.sum() - lse.logsumexp()`` is the log-probability.
     """
-    log_pf, lse, _ = torch.ops.gflowgr.head_logprobs(
+    log_pf, lse, _ = torch.ops.gflowgr.dense_logprobs(
         hidden.detach(),
         weight.detach(),
         None if bias is None else bias.detach(),
@@ -103,7 +103,7 @@ class _VocabParallel(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         hidden, weight, bias, targets, log_pf, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        d_hidden, d_weight, d_bias = torch.ops.gflowgr.head_backward(
+        d_hidden, d_weight, d_bias = torch.ops.gflowgr.dense_backward(
             grad, hidden, weight, bias, targets, log_pf, lse, ctx.temperature, *needs
         )
         if needs[0]:

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from .fused import fused_dpo_loss, fused_grpo_loss
+from .fused import (
+    FusedPreferenceLoss,
+    fused_dpo_loss,
+    fused_grpo_loss,
+    fused_preference_loss,
+)
 from .losses import dpo_loss, grpo_loss, sdpo_loss
 
-__all__ = ["dpo_loss", "fused_dpo_loss", "fused_grpo_loss", "grpo_loss", "sdpo_loss"]
+__all__ = [
+    "FusedPreferenceLoss",
+    "dpo_loss",
+    "fused_dpo_loss",
+    "fused_grpo_loss",
+    "fused_preference_loss",
+    "grpo_loss",
+    "sdpo_loss",
+]

@@ -5,7 +5,7 @@ the reference, in one call, with the supervised term on request. All inputs are 
 anything is computed. The reference may have another width than the policy; tokens, mask, tree,
 temperature and normalisation are the same for both.
 
-``sft_weight`` adds the token-summed negative log-likelihood NLL_b of each prompt's trajectory 0,
+``nll_weight`` adds the token-summed negative log-likelihood NLL_b of each prompt's trajectory 0,
 the observed positive: for reduction "prompt" and "mean" its mean over prompts with a valid
 trajectory, for "sum" its sum, for "none" NLL_b at element [b]. A prompt whose trajectory 0 is
 padding adds nothing.
@@ -19,16 +19,16 @@ valid token that either bias forbids (-inf).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gflowgr.ops import checks
-from gflowgr.ops.flow_loss.joint import check_allowed
-from gflowgr.ops.logprobs import trajectory as logprobs
+from gflowgr.ops.inputs import check_allowed, check_head_inputs
+from gflowgr.ops.logprobs.trajectory import compute_logprobs
+from gflowgr.ops.precision import as_autocast
 from gflowgr.ops.preference.losses import (
     check_rejected,
     check_reward,
@@ -38,54 +38,111 @@ from gflowgr.ops.preference.losses import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from gflowgr.tree import PrefixTree
 
-__all__ = ["fused_dpo_loss", "fused_grpo_loss"]
+__all__ = ["FusedPreferenceLoss", "fused_dpo_loss", "fused_grpo_loss", "fused_preference_loss"]
 
-Logged = tuple[Tensor, Tensor, Tensor]
-
-
-class _Options(TypedDict, total=False):
-    """Keyword arguments of the fused losses, for the overloads on `return_log_pf`."""
-
-    bias: Tensor | None
-    ref_bias: Tensor | None
-    tree: PrefixTree | None
-    mask: Tensor | None
-    temperature: float
-    normalize: str | None
-    beta: float
-    reduction: str
-    sft_weight: float
-    sparse_grad: bool
+KINDS = ("dpo", "grpo")
 
 
-@overload
-def fused_dpo_loss(
+class FusedPreferenceLoss(NamedTuple):
+    """A fused loss and the log-probabilities that it was made of.
+
+    Attributes:
+        loss: a scalar, or [B] for reduction "none".
+        log_pf: [B, N, L] token log-probabilities of the policy, nats, detached.
+        ref_log_pf: [B, N, L] the same of the reference.
+    """
+
+    loss: Tensor
+    log_pf: Tensor
+    ref_log_pf: Tensor
+
+
+def fused_preference_loss(
+    kind: str,
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
     ref_hidden: Tensor,
     ref_weight: Tensor,
+    reward: Tensor | None = None,
     *,
-    return_log_pf: Literal[False] = False,
-    **options: Unpack[_Options],
-) -> Tensor: ...
+    beta: float,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    tree: PrefixTree | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    normalize: str | None = None,
+    reduction: str = "prompt",
+    nll_weight: float = 0.0,
+    sparse_grad: bool = False,
+) -> FusedPreferenceLoss:
+    """Any of the fused losses, with the log-probabilities beside it: for trainers that log them.
 
+    Args:
+        kind: "dpo" (S-DPO where there are several rejected trajectories) or "grpo".
+        reward: [B, N] of each trajectory for "grpo"; None for "dpo".
+        hidden, weight, tokens, ref_hidden, ref_weight, beta, bias, ref_bias, tree, mask,
+            temperature, normalize, reduction, nll_weight, sparse_grad: as in
+            :func:`fused_dpo_loss` and :func:`fused_grpo_loss`.
 
-@overload
-def fused_dpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    *,
-    return_log_pf: Literal[True],
-    **options: Unpack[_Options],
-) -> Logged: ...
+    Raises:
+        ValueError: an unknown kind, or a reward for "dpo"; besides, what the losses raise.
+    """
+    kind = checks.check_choice("kind", kind, KINDS)
+    if kind == "dpo":
+        beta = checks.check_number("beta", beta, above=0.0)
+    else:
+        beta = checks.check_number("beta", beta, least=0.0)
+    reduction = checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+    nll_weight = checks.check_number("nll_weight", nll_weight, least=0.0)
+    data = checks.DataChecks()
+    policy = check_head_inputs(
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        tree=tree,
+        mask=mask,
+        temperature=temperature,
+        normalize=normalize,
+        sparse_grad=sparse_grad,
+        data=data,
+    )
+    valid = policy.full_mask
+    _check_reference(ref_hidden, ref_weight, ref_bias, hidden, weight)
+    reference = replace(
+        policy,
+        hidden=as_autocast(ref_hidden.detach()),
+        weight=as_autocast(ref_weight.detach()),
+        bias=None if ref_bias is None else as_autocast(ref_bias.detach()),
+        sparse_grad=False,
+    )
+    check_allowed("bias", policy, data)
+    check_allowed("ref_bias", reference, data)
+    if kind == "dpo":
+        check_rejected(hidden, "hidden")
+        if reward is not None:
+            raise ValueError(f'reward must be None for "dpo"; got {type(reward).__name__}')
+    else:
+        reward = check_reward(reward, valid, "hidden", data)
+    data.run()
+    log_pf = compute_logprobs(policy, look_up=data.enabled)
+    with torch.no_grad():
+        # The policy's walk has found the trajectories in the tree.
+        ref_log_pf = compute_logprobs(reference, look_up=False)
+    if reward is None:
+        losses, counted = sdpo_definition(log_pf, ref_log_pf, valid, beta)
+    else:
+        losses, counted = grpo_definition(log_pf, ref_log_pf, reward, valid, beta)
+    loss = reduce_prompts(losses, counted, reduction)
+    if nll_weight > 0.0:
+        nll = -log_pf[:, :1].sum((1, 2)).to(losses.dtype)
+        present = valid.any(-1).any(-1)
+        loss = loss + nll_weight * reduce_prompts(nll, present, reduction)
+    return FusedPreferenceLoss(loss, log_pf.detach(), ref_log_pf)
 
 
 def fused_dpo_loss(
@@ -103,10 +160,9 @@ def fused_dpo_loss(
     normalize: str | None = None,
     beta: float = 0.1,
     reduction: str = "prompt",
-    sft_weight: float = 0.0,
+    nll_weight: float = 0.0,
     sparse_grad: bool = False,
-    return_log_pf: bool = False,
-) -> Tensor | Logged:
+) -> Tensor:
     """DPO from hidden states, S-DPO where there are several rejected trajectories.
 
     :func:`gflowgr.ops.sdpo_loss` with log_pf and ref_log_pf computed here.
@@ -121,16 +177,16 @@ def fused_dpo_loss(
             :func:`gflowgr.ops.trajectory_logprobs`; ``ref_bias`` [V] is the reference's.
         beta: weight > 0 of the log-ratios.
         reduction: as in :func:`gflowgr.ops.sdpo_loss`.
-        sft_weight: weight >= 0 of the supervised term; see the module's docstring.
-        return_log_pf: return ``(loss, log_pf, ref_log_pf)``, both [B, N, L] detached, for logs.
+        nll_weight: weight >= 0 of the supervised term; see the module's docstring.
 
     Returns:
         A scalar, or [B] for reduction "none"; float32, or float64 if any floating input is.
+        For the log-probabilities beside the loss: :func:`fused_preference_loss`.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290); Chen et al. 2024 (arXiv 2406.09215).
     """
-    beta = checks.check_number("beta", beta, above=0.0)
-    call = _Call(
+    return fused_preference_loss(
+        "dpo",
         hidden,
         weight,
         tokens,
@@ -142,40 +198,11 @@ def fused_dpo_loss(
         mask=mask,
         temperature=temperature,
         normalize=normalize,
+        beta=beta,
         reduction=reduction,
-        sft_weight=sft_weight,
+        nll_weight=nll_weight,
         sparse_grad=sparse_grad,
-    )
-    check_rejected(hidden, "hidden")
-    return call.run(lambda p, r: sdpo_definition(p, r, call.mask, beta), return_log_pf)
-
-
-@overload
-def fused_grpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    reward: Tensor,
-    *,
-    return_log_pf: Literal[False] = False,
-    **options: Unpack[_Options],
-) -> Tensor: ...
-
-
-@overload
-def fused_grpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    reward: Tensor,
-    *,
-    return_log_pf: Literal[True],
-    **options: Unpack[_Options],
-) -> Logged: ...
+    ).loss
 
 
 def fused_grpo_loss(
@@ -194,10 +221,9 @@ def fused_grpo_loss(
     normalize: str | None = None,
     beta: float = 1e-3,
     reduction: str = "prompt",
-    sft_weight: float = 0.0,
+    nll_weight: float = 0.0,
     sparse_grad: bool = False,
-    return_log_pf: bool = False,
-) -> Tensor | Logged:
+) -> Tensor:
     """GRPO from hidden states: :func:`gflowgr.ops.grpo_loss` with its log-probabilities made here.
 
     Args:
@@ -211,98 +237,32 @@ def fused_grpo_loss(
             :func:`gflowgr.ops.trajectory_logprobs`; ``ref_bias`` [V] is the reference's.
         beta: weight >= 0 of the divergence from the reference, in nats per token.
         reduction: as in :func:`gflowgr.ops.grpo_loss`.
-        sft_weight: weight >= 0 of the supervised term; see the module's docstring.
-        return_log_pf: return ``(loss, log_pf, ref_log_pf)``, both [B, N, L] detached, for logs.
+        nll_weight: weight >= 0 of the supervised term; see the module's docstring.
 
     Returns:
         A scalar, or [B] for reduction "none"; float32, or float64 if any floating input is.
 
     Source: Shao et al. 2024 (arXiv 2402.03300).
     """
-    beta = checks.check_number("beta", beta, least=0.0)
-    call = _Call(
+    return fused_preference_loss(
+        "grpo",
         hidden,
         weight,
         tokens,
         ref_hidden,
         ref_weight,
+        reward,
         bias=bias,
         ref_bias=ref_bias,
         tree=tree,
         mask=mask,
         temperature=temperature,
         normalize=normalize,
+        beta=beta,
         reduction=reduction,
-        sft_weight=sft_weight,
+        nll_weight=nll_weight,
         sparse_grad=sparse_grad,
-    )
-    checked = check_reward(reward, call.mask, "hidden", call.data)
-    return call.run(lambda p, r: grpo_definition(p, r, checked, call.mask, beta), return_log_pf)
-
-
-class _Call:
-    """The checked arguments that the fused losses share, and what they do with them."""
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        tokens: Tensor,
-        ref_hidden: Tensor,
-        ref_weight: Tensor,
-        *,
-        bias: Tensor | None,
-        ref_bias: Tensor | None,
-        tree: PrefixTree | None,
-        mask: Tensor | None,
-        temperature: float,
-        normalize: str | None,
-        reduction: str,
-        sft_weight: float,
-        sparse_grad: bool,
-    ) -> None:
-        self.reduction = checks.check_choice("reduction", reduction, checks.REDUCTIONS)
-        self.sft_weight = checks.check_number("sft_weight", sft_weight, least=0.0)
-        self.tree = tree
-        self.data = checks.DataChecks()
-        self.policy = logprobs.check_head_inputs(
-            hidden, weight, tokens, bias, tree, mask, temperature, normalize, sparse_grad, self.data
-        )
-        self.mask = self.policy.full_mask
-        _check_reference(ref_hidden, ref_weight, ref_bias, hidden, weight)
-        self._none = checks.DataChecks(enabled=False)  # the values were looked at above
-        self.reference = logprobs.check_head_inputs(
-            ref_hidden.detach(),
-            ref_weight.detach(),
-            tokens,
-            None if ref_bias is None else ref_bias.detach(),
-            tree,
-            mask,
-            temperature,
-            normalize,
-            False,
-            self._none,
-        )
-        self.reference = replace(self.reference, looked_at=self.policy.looked_at)
-        for name, inputs in (("bias", self.policy), ("ref_bias", self.reference)):
-            if inputs.bias is not None:
-                check_allowed(name, inputs.bias, inputs.tokens, self.mask, self.data)
-
-    def run(
-        self, definition: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], return_log_pf: bool
-    ) -> Tensor | Logged:
-        """The reduced loss of what ``definition`` makes of both log-probabilities."""
-        log_pf = logprobs.checked_logprobs(self.policy, self.tree, self.data)
-        with torch.no_grad():
-            # Without `tree`, in which the trajectories were found already.
-            ref_log_pf = logprobs.checked_logprobs(self.reference, None, self._none)
-        losses, counted = definition(log_pf, ref_log_pf)
-        loss = reduce_prompts(losses, counted, self.reduction)
-        if self.sft_weight > 0.0:
-            nll = -log_pf[:, :1].sum((1, 2)).to(losses.dtype)
-            present = self.mask.any(-1).any(-1)
-            loss = loss + self.sft_weight * reduce_prompts(nll, present, self.reduction)
-        return (loss, log_pf.detach(), ref_log_pf) if return_log_pf else loss
+    ).loss
 
 
 def _check_reference(

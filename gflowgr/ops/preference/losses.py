@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gflowgr.ops import checks
-from gflowgr.ops.flow_loss.reference import compute_dtype, full_mask
+from gflowgr.ops.flow_loss.reference import full_mask
+from gflowgr.ops.precision import compute_dtype
 
 __all__ = [
     "check_rejected",

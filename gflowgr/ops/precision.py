@@ -1,0 +1,42 @@
+"""Dtypes of the ops: what they compute in, and what autocast makes of their inputs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_autocast", "compute_dtype", "without_autocast"]
+
+# Asked once: not every torch can trace the question under torch.compile.
+_AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "xla") if torch.amp.is_autocast_available(name)
+)
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any of the tensors is float64, float32 otherwise."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would turn the float32 products of an op back into 16-bit ones."""
+    if device.type not in _AUTOCAST_DEVICES:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def as_autocast(tensor: Tensor) -> Tensor:
+    """The tensor as autocast would hand it to a matrix product: what an output head is."""
+    device = tensor.device.type
+    if (
+        device in _AUTOCAST_DEVICES
+        and torch.is_autocast_enabled(device)
+        and tensor.dtype != torch.float64
+    ):
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor
