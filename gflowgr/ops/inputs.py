@@ -125,13 +125,23 @@ def check_head_inputs(
     )
 
 
-def check_allowed(name: str, inputs: HeadInputs, data: checks.DataChecks) -> None:
+def check_allowed(
+    name: str,
+    bias: Tensor | None,
+    tokens: Tensor,
+    mask: Tensor | None,
+    data: checks.DataChecks,
+) -> None:
     """Register the check that the bias, called `name`, forbids no valid token."""
-    bias, tokens = inputs.bias, inputs.tokens
     if bias is None:
         return
+
+    def forbidden() -> Tensor:
+        found = bias[tokens.clamp(0, len(bias) - 1)] == -math.inf
+        return found if mask is None else mask & found
+
     data.add(
-        lambda: inputs.full_mask & (bias[tokens.clamp(0, len(bias) - 1)] == -math.inf),
+        forbidden,
         lambda i: (
             f"{checks.at('tokens', i)} = {tokens[i].item()} is forbidden, "
             f"{name}[{tokens[i].item()}] = -inf: its log-probability is -inf, no loss is finite"

@@ -120,9 +120,9 @@ def fused_flow_loss(
         sparse_grad=sparse_grad,
         data=data,
     )
-    like = inputs.full_mask
+    like = inputs.tokens if inputs.mask is None else inputs.mask
     log_reward = checks.check_log_reward(log_reward, like, flow.floor, "hidden", data)
-    check_allowed("bias", inputs, data)
+    check_allowed("bias", inputs.bias, inputs.tokens, inputs.mask, data)
     if kind == "tb":
         balance = checks.check_log_z(balance, like, "hidden")
     elif kind != "vargrad":
@@ -134,7 +134,7 @@ def fused_flow_loss(
     if in_one_op and not transforms.definition_only("dense_flow_loss"):
         return FusedLoss(*dense_flow_loss(inputs, log_reward, balance, flow))
     log_pf = compute_logprobs(inputs, look_up=data.enabled)
-    loss = flow_loss(flow, log_pf, log_reward, balance, like)
+    loss = flow_loss(flow, log_pf, log_reward, balance, inputs.mask)
     return FusedLoss(loss, log_pf.detach())
 
 

@@ -120,8 +120,8 @@ def fused_preference_loss(
         bias=None if ref_bias is None else as_autocast(ref_bias.detach()),
         sparse_grad=False,
     )
-    check_allowed("bias", policy, data)
-    check_allowed("ref_bias", reference, data)
+    for name, forbids in (("bias", policy.bias), ("ref_bias", reference.bias)):
+        check_allowed(name, forbids, policy.tokens, policy.mask, data)
     if kind == "dpo":
         check_rejected(hidden, "hidden")
         if reward is not None:
