@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gflowgr.errors import DataError
-from gflowgr.tree.available import any_in_ranges, live_nodes
+from gflowgr.tree.admissible import any_in_ranges, live_nodes
 from gflowgr.tree.build import build, check_range, integer_tensor
 from gflowgr.tree.continuations import AllowedTokens
 from gflowgr.tree.facts import accept, codebooks_of, moved
