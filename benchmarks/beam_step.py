@@ -254,7 +254,7 @@ def _add_graph(case: Case, step: Step, op: str, floor: str) -> None:
     name = "gflowgr, CUDA graph"
     chosen = backends.resolve(op, case.device, case.dtype)
     if chosen == "torch":
-        case.missing.append((name, f"{op} runs its definition here, which waits for the device"))
+        case.missing.append((name, f"{op} runs its reference here, which waits for the device"))
         return
     graphed = GraphedSteps(step)
     case.variants.append(

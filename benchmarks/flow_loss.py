@@ -96,13 +96,13 @@ def _definition(inputs: Inputs, kind: str) -> Tensor:
     dtype = compute_dtype(log_pf, log_reward)
     batch = reference.prepare(log_pf, log_reward, None, beta=1.0, floor=None, dtype=dtype)
     if kind == "tb":
-        values = reference.tb_definition(batch, inputs["log_z"])
+        values = reference.tb_reference(batch, inputs["log_z"])
     elif kind == "db":
-        values = reference.db_definition(batch, inputs["log_flow"])
+        values = reference.db_reference(batch, inputs["log_flow"])
     elif kind == "subtb":
-        values = reference.subtb_definition(batch, inputs["log_flow"], _LAM)
+        values = reference.subtb_reference(batch, inputs["log_flow"], _LAM)
     else:
-        values = reference.vargrad_definition(batch)
+        values = reference.vargrad_reference(batch)
     return reference.reduce_trajectories(values, batch.valid, "prompt")
 
 

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: ``torch`` (the definition), ``cpp``, ``triton`` or ``cuda``.
+"""Which implementation of an op runs: ``torch`` (the reference), ``cpp``, ``triton`` or ``cuda``.
 
 Every op registers the backends it has, each with a function that says why it cannot run a call (or
 None when it can). :func:`resolve` takes the fastest that can, unless one is forced: by
@@ -209,7 +209,7 @@ def triton_interpreted() -> bool:
 
 
 def probe_torch(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Probe of the definitions: they run everywhere."""
+    """Probe of the references: they run everywhere."""
     return None
 
 
@@ -219,11 +219,11 @@ def probe_cpp(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def float32_only(probe: Probe) -> Probe:
-    """The probe of a backend that computes in float32: float64 is left to the definition."""
+    """The probe of a backend that computes in float32: float64 is left to the reference."""
 
     def answer(device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype == torch.float64:
-            return "computes in float32; float64 is left to the definition"
+            return "computes in float32; float64 is left to the reference"
         return probe(device, dtype)
 
     return answer

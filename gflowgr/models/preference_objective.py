@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import dpo_loss, fused_preference_loss, trajectory_logprobs
-from ..ops.preference.losses import k3_divergence, log_ratios
+from ..ops.preference.reference import k3_divergence, log_ratios
 from .objective import Head, positive_nll
 from .reference import ReferenceStates
 from .settings import FlowSettings

@@ -1,7 +1,7 @@
 """Forward-mode derivatives and the transforms of ``torch.func``, which registered ops do not know.
 
 A kernel has a reverse-mode derivative and no other: under ``torch.func.jvp`` PyTorch would take it
-for a constant. So whatever has a differentiable definition is left to it there, and gives what
+for a constant. So whatever has a differentiable reference is left to it there, and gives what
 every other PyTorch function gives (``grad``, ``vmap``, ``jvp``, ``jacrev``, ``jacfwd``, ``hessian``
 and their compositions); the rest is refused by name.
 """
@@ -21,8 +21,8 @@ from gflowgr import backends
 __all__ = [
     "active",
     "batched",
-    "definition_only",
     "is_batched",
+    "reference_only",
     "refuse",
     "refuse_forward_mode",
     "refuse_second_order",
@@ -51,8 +51,8 @@ def is_batched(tensor: Tensor | None) -> bool:
     return False
 
 
-def definition_only(op: str) -> bool:
-    """Whether a call of ``op`` is left to its definition because of a transform.
+def reference_only(op: str) -> bool:
+    """Whether a call of ``op`` is left to its reference because of a transform.
 
     Raises BackendError where another backend is forced (not seen while ``torch.compile`` traces).
     """
@@ -62,7 +62,7 @@ def definition_only(op: str) -> bool:
     if name not in (None, "torch"):
         raise backends.BackendError(
             f"gflowgr::{op} cannot run on backend {name!r}: forward-mode derivatives and the "
-            "transforms of torch.func are left to the definition, backend 'torch'"
+            "transforms of torch.func are left to the reference, backend 'torch'"
         )
     return True
 

@@ -67,7 +67,7 @@ def largest_tokens(buffer: Buffer, layout: TreeLayout) -> list[int]:
 
 
 def check_numpy(buffer: Buffer, layout: TreeLayout) -> list[int]:
-    """The definition of :func:`check_tree`."""
+    """The reference of :func:`check_tree`."""
     inner = layout.num_inner
     begins = section(buffer, layout.child_begin, inner + 1, f"i{layout.index_bytes}")
     _check_child_begin(begins, layout)

@@ -81,7 +81,7 @@ def _update_numpy(
     items: npt.NDArray[np.int64],
     removed: npt.NDArray[np.int64],
 ) -> Buffer:
-    """The definition; see :func:`updated`."""
+    """The reference; see :func:`updated`."""
     old_tokens, old_items = _rows(old, layout)
     keep = ~np.isin(old_items, removed)
     if (~keep).sum() < len(removed):

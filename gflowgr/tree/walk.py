@@ -1,6 +1,6 @@
 """``gflowgr::tree_walk``: follow token sequences down a prefix tree.
 
-The definition is :func:`walk_definition`; the fast backends are ``csrc/tree/tree_ops_cpu.cpp``,
+The reference is :func:`walk_reference`; the fast backends are ``csrc/tree/tree_ops_cpu.cpp``,
 ``kernels/tree/walk.py`` and ``csrc/tree/tree_walk.cu``.
 """
 
@@ -38,8 +38,8 @@ def unsigned(values: Tensor, width: int) -> Tensor:
     return values if width == 1 else values & (256**width - 1)
 
 
-def walk_definition(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
-    """Nodes reached after each token; the plain-PyTorch definition, on any device.
+def walk_reference(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
+    """Nodes reached after each token; the plain-PyTorch reference, on any device.
 
     Args:
         tokens: [..., L] integer token ids.
@@ -96,7 +96,7 @@ def _walk_triton(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
     return tree_walk(*backends.contiguous(tokens, mask), tree)
 
 
-_RUN = {"torch": walk_definition, "cpp": _walk_cpp, "triton": _walk_triton, "cuda": _walk_cuda}
+_RUN = {"torch": walk_reference, "cpp": _walk_cpp, "triton": _walk_triton, "cuda": _walk_cuda}
 
 
 def _tree_walk(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _check(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> None:
 
 
 def tree_walk(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
-    """Checked front door of ``torch.ops.gflowgr.tree_walk``; see :func:`walk_definition`.
+    """Checked front door of ``torch.ops.gflowgr.tree_walk``; see :func:`walk_reference`.
 
     Raises TypeError or ValueError for a wrong dtype, shape or device.
     """

@@ -26,7 +26,7 @@ def cuda() -> Iterator[None]:
 
 
 def defined(*args: Any, **options: Any) -> BeamStep:
-    """``beam_step`` as its definition has it."""
+    """``beam_step`` as its reference has it."""
     with gflowgr.backend("torch"):
         return beam_step(*args, **options)
 

@@ -1,6 +1,6 @@
 """The Triton kernels of the dense head under Triton's interpreter (see test_interpreted.py).
 
-Against the definition in float64 on the same inputs. Tolerances: float32 sums of a few hundred
+Against the reference in float64 on the same inputs. Tolerances: float32 sums of a few hundred
 products of order 1 are good to 1e-5. 16-bit inputs have the same logits, being exact in float32;
 but scores and scaled states are cut to 8 bits (a GPU rounds, the interpreter truncates: 2^-7 at
 most, 2^-8 on average) and results rounded: 2^-6 in norm.
@@ -55,7 +55,7 @@ def make_case(
 
 @dataclass
 class Expected:
-    """The definition in float64, with hidden, weight and bias to differentiate by."""
+    """The reference in float64, with hidden, weight and bias to differentiate by."""
 
     log_pf: Tensor
     lse: Tensor

@@ -1,4 +1,4 @@
-"""Random trees and trajectories for the log-probabilities among children, and the definition."""
+"""Random trees and trajectories for the log-probabilities among children, and the reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gflowgr.ops.inputs import HeadInputs
 from gflowgr.ops.logprobs import children
-from gflowgr.ops.logprobs.reference import logprobs_definition
+from gflowgr.ops.logprobs.reference import logprobs_reference
 from gflowgr.tree import PrefixTree
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -119,9 +119,9 @@ def run(case: Case, *, sparse_grad: bool = False) -> list[Tensor]:
 
 
 def define(case: Case) -> list[Tensor]:
-    """The same from the definition, with autograd, on the same numbers in float64."""
+    """The same from the reference, with autograd, on the same numbers in float64."""
     parameters = [x.detach().double().requires_grad_() for x in case.parameters()]
-    log_pf = logprobs_definition(case.inputs(*parameters))
+    log_pf = logprobs_reference(case.inputs(*parameters))
     log_pf.backward(case.upstream)
     return [log_pf.detach(), *(x.grad for x in parameters)]
 

@@ -1,4 +1,4 @@
-"""beam_step and beam_step_hidden: the definition and the C++ kernel against plain Python loops."""
+"""beam_step and beam_step_hidden: the reference and the C++ kernel against plain Python loops."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_float64_in_any_input_is_left_to_the_definition(wide: str, normalize: st
     if gflowgr.backends.cpp_missing() is None:
         with (
             gflowgr.backend("cpp"),
-            pytest.raises(gflowgr.backends.BackendError, match="float64 is left to the definition"),
+            pytest.raises(gflowgr.backends.BackendError, match="float64 is left to the reference"),
         ):
             beam_step(logits, *case.beams, **options)
 

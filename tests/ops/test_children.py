@@ -1,4 +1,4 @@
-"""Log-probabilities among the children of a node: every backend against the float64 definition."""
+"""Log-probabilities among the children of a node: every backend against the float64 reference."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_strides_do_not_matter(backend: str) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(bias: bool) -> None:
-    """In float64, so of the gradient that the definition's backend writes out."""
+    """In float64, so of the gradient that the reference's backend writes out."""
     case = make_case(prompts=2, branches=2, width=3, items=12, codes=4, bias=bias)
     parameters = [x.requires_grad_() for x in case.parameters()]
 
@@ -176,7 +176,7 @@ def test_forbidden_children_do_not_compete(backend: str) -> None:
     assert (d_hidden[forbidden] == 0).all()
     assert not d_weight[[3, 5]].any()
     assert not d_bias[[3, 5]].any()
-    # In the definition without infinities: a logit of -1e30 has the probability 0 just as well.
+    # In the reference without infinities: a logit of -1e30 has the probability 0 just as well.
     finite = replace(
         case,
         bias=case.bias.clamp(min=-1e30),

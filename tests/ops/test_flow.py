@@ -16,7 +16,7 @@ import gflowgr
 from gflowgr import backends
 from gflowgr.ops import subtb_loss, tb_loss
 from gflowgr.ops.flow_loss.op import flow_loss
-from gflowgr.ops.flow_loss.reference import FlowOptions, loss_definition
+from gflowgr.ops.flow_loss.reference import FlowOptions, loss_reference
 
 from .cases import LossCase, loss_cases, make_loss_case
 
@@ -72,7 +72,7 @@ def assert_all_close(actual: list[Tensor], expected: list[Tensor], rtol: float) 
         torch.testing.assert_close(a.cpu().double(), e, rtol=rtol, atol=rtol * scale)
 
 
-# ------------------------------------------------------------------ against the definition
+# ------------------------------------------------------------------ against the reference
 
 
 # float32: 24 bits, sums of up to 30 terms of a few nats and a square of their residual.
@@ -94,7 +94,7 @@ def test_equals_the_definition(
     }
     rounded = [None if x is None else x.double() for x in arguments(kind, case, dtype=dtype)[:3]]
     oracle = [None if x is None else x.detach().requires_grad_() for x in rounded]
-    expected = loss_definition(*oracle, case.mask, FlowOptions(kind, **options))
+    expected = loss_reference(*oracle, case.mask, FlowOptions(kind, **options))
     upstream = torch.randn_like(expected)
     inputs = arguments(kind, case, device, dtype)
     actual = flow_loss(FlowOptions(kind, **options), *inputs)
@@ -210,7 +210,7 @@ def test_rewards_and_log_probabilities_at_the_extremes(device: str, kind: str) -
     case.log_reward = torch.linspace(-30, 30, 12).double().reshape(4, 3)
     options = {"reduction": "none", "lam": 0.9}
     oracle = arguments(kind, case)
-    expected = loss_definition(*oracle, FlowOptions(kind, **OPTIONS | options))
+    expected = loss_reference(*oracle, FlowOptions(kind, **OPTIONS | options))
     upstream = torch.rand(4, 3)
     inputs = arguments(kind, case, device, torch.float32)
     actual = flow_loss(FlowOptions(kind, **options), *inputs)
@@ -228,7 +228,7 @@ def test_lambda_at_the_extremes(device: str, dtype: torch.dtype, lam: float) -> 
     case = make_loss_case(3, 2, 40, seed=7)
     case.mask[0, 0] = True
     oracle = arguments("subtb", case)
-    expected = loss_definition(*oracle, FlowOptions("subtb", lam=lam))
+    expected = loss_reference(*oracle, FlowOptions("subtb", lam=lam))
     inputs = arguments("subtb", case, device, dtype)
     actual = flow_loss(FlowOptions("subtb", lam=lam), *inputs)
     # The float32 weights differ from lambda's by up to 40 roundings of it.

@@ -1,4 +1,4 @@
-"""The dense head: every backend against the float64 definition, through op and public function.
+"""The dense head: every backend against the float64 reference, through op and public function.
 
 Tolerances: float32 results carry the rounding of a dot product of d terms, about sqrt(d) 2^-24 of
 the largest logit, which exp() turns into a relative error of the gradients; 16-bit inputs are

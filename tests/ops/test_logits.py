@@ -109,7 +109,7 @@ def test_vocabularies_around_and_above_a_block(
 
 
 def test_gradcheck() -> None:
-    """float64 runs on the definition."""
+    """float64 runs on the reference."""
     g = torch.Generator().manual_seed(2)
     logits = torch.randn(2, 2, 3, 5, generator=g, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(0, 5, (2, 2, 3), generator=g)

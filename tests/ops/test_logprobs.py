@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gflowgr.ops import set_validation, trajectory_logprobs
-from gflowgr.ops.logprobs import reference as definitions
+from gflowgr.ops.logprobs import reference
 from gflowgr.tree import PrefixTree
 
 from . import oracles
@@ -165,8 +165,8 @@ def test_blocks_of_rows_change_neither_values_nor_gradients(
         return [log_pf.detach(), *(x.grad for x in inputs)]
 
     whole = run()
-    monkeypatch.setattr(definitions, "BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(definitions, "MIN_BLOCK_ROWS", 3)
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(reference, "MIN_BLOCK_ROWS", 3)
     for actual, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(actual, expected)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gflowgr.ops import trajectory_logprobs
-from gflowgr.ops.logprobs import reference as definitions
-from gflowgr.ops.logprobs.dense import backward_definition, probe_cpp
+from gflowgr.ops.logprobs import reference
+from gflowgr.ops.logprobs.dense import backward_reference, probe_cpp
 from gflowgr.tree import PrefixTree
 
 
@@ -34,13 +34,13 @@ class LargestTensor(TorchDispatchMode):
 
 
 def largest_of_definition(rows: int, valid: int, vocabulary: int) -> int:
-    """Largest tensor of a forward and backward pass of the definition, `valid` rows of `rows`."""
+    """Largest tensor of a forward and backward pass of the reference, `valid` rows of `rows`."""
     hidden, weight = torch.zeros(rows, 2), torch.zeros(vocabulary, 2)
     targets = torch.where(torch.arange(rows) < valid, 0, -1)
     with LargestTensor() as count, torch.no_grad():
-        log_pf, lse = definitions.dense_logprobs(hidden, weight, None, targets, 1.0)
+        log_pf, lse = reference.dense_logprobs(hidden, weight, None, targets, 1.0)
         inputs = (torch.ones(rows), hidden, weight, None, targets, log_pf, lse, 1.0)
-        backward_definition(*inputs, True, True, False)
+        backward_reference(*inputs, True, True, False)
     return count.numel
 
 
@@ -49,8 +49,8 @@ def test_logits_of_masked_tokens_are_never_formed() -> None:
 
 
 def test_logits_are_formed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(definitions, "BLOCK_ELEMENTS", 20_000)
-    monkeypatch.setattr(definitions, "MIN_BLOCK_ROWS", 8)
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 20_000)
+    monkeypatch.setattr(reference, "MIN_BLOCK_ROWS", 8)
     assert largest_of_definition(rows=400, valid=400, vocabulary=1000) == 20 * 1000
 
 

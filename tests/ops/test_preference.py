@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gflowgr.ops import dpo_loss, grpo_loss, sdpo_loss
-from gflowgr.ops.preference.losses import k3_divergence
+from gflowgr.ops.preference.reference import k3_divergence
 
 from .cases import prefix_mask
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gflowgr
-from gflowgr.ops.logprobs import reference as definitions
+from gflowgr.ops.logprobs import reference
 
 GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
@@ -60,7 +60,7 @@ def exact(case: Case, grad: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         if x is not None
     ]
     bias = leaves[2] if case.bias is not None else None
-    log_pf, lse = definitions.dense_logprobs(*leaves[:2], bias, case.targets, case.temperature)
+    log_pf, lse = reference.dense_logprobs(*leaves[:2], bias, case.targets, case.temperature)
     gradients = torch.autograd.grad(log_pf, leaves, grad.double(), allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves)]  # noqa: B905
     return log_pf.detach(), lse.detach(), filled

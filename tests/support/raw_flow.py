@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gflowgr.ops.flow_loss.reference import FlowOptions, loss_definition
+from gflowgr.ops.flow_loss.reference import FlowOptions, loss_reference
 
 KINDS = ("tb", "db", "subtb", "vargrad")
 REDUCTIONS = ("prompt", "mean", "sum", "none")
@@ -88,7 +88,7 @@ class FlowCase:
         ]
         # Differentiated by autograd: the op would answer with its own gradient.
         flow = FlowOptions(*self.arguments()[4:])
-        loss = loss_definition(*leaves, self.mask, flow)
+        loss = loss_reference(*leaves, self.mask, flow)
         wanted = [leaf for leaf in leaves if leaf is not None]
         return loss.detach(), torch.autograd.grad(loss, wanted, self.grad.double())
 

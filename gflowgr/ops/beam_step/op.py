@@ -1,6 +1,6 @@
 """``gflowgr::beam_step`` and ``beam_step_hidden``: one step of a beam search down a prefix tree.
 
-Only the children of the beams' nodes are candidates. The definitions are plain PyTorch, in
+Only the children of the beams' nodes are candidates. The references are plain PyTorch, in
 :mod:`gflowgr.ops.beam_step.reference`; the fast backends are ``csrc/beam_step/beam_step_cpu.cpp``
 and ``csrc/beam_step/beam_step.cu``. Nothing here has a gradient.
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gflowgr import backends
 from gflowgr.ops import transforms
-from gflowgr.ops.beam_step.reference import Outputs, step_definition, step_hidden_definition
+from gflowgr.ops.beam_step.reference import Outputs, step_hidden_reference, step_reference
 from gflowgr.ops.checks import FLOAT_DTYPES, NORMALIZERS, check_choice, check_number, check_tensor
 from gflowgr.ops.precision import compute_dtype
 from gflowgr.tree import PrefixTree
@@ -72,7 +72,7 @@ def beam_step(
 
     Args:
         logits: what the model says of the next token [B, K, V], of any floating dtype. float64 is
-            computed in float64, by the definition.
+            computed in float64, by the reference.
         scores: log-probabilities of the beams [B, K], float32; -inf = empty beam.
         nodes: nodes of the beams [B, K], int64, of any depth; -1 = empty beam.
         tree: the prefix tree, on the device of ``logits``.
@@ -250,7 +250,7 @@ def _beam_step(
     options = (normalize, temperature, live, barred, width, live_leaves, barred_leaves)
     name = backends.resolve("beam_step", logits.device, logits.dtype)
     if name == "torch":
-        return step_definition(logits, scores, nodes, tree, *options)
+        return step_reference(logits, scores, nodes, tree, *options)
     raw = torch.ops.gflowgr_cuda if name == "cuda" else torch.ops.gflowgr_cpp
     found: Outputs = raw.beam_step(
         *backends.contiguous(logits, scores, nodes, tree, _ends(normalize, tree, name)),
@@ -286,7 +286,7 @@ def _beam_step_hidden(
     dtype = compute_dtype(hidden, weight, bias)
     name = backends.resolve("beam_step_hidden", hidden.device, dtype)
     if name == "torch":
-        return step_hidden_definition(hidden, weight, bias, scores, nodes, tree, *options)
+        return step_hidden_reference(hidden, weight, bias, scores, nodes, tree, *options)
     part = None if bias is None else bias.float()
     arguments = (
         *backends.contiguous(

@@ -1,4 +1,4 @@
-"""Definitions of ``beam_step`` and ``beam_step_hidden`` in plain PyTorch, on any device.
+"""References of ``beam_step`` and ``beam_step_hidden`` in plain PyTorch, on any device.
 
 What they compute is said in :mod:`gflowgr.ops.beam_step.op`; fast backends are measured against
 them.
@@ -142,7 +142,7 @@ def _best(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return best, torch.where(best == -math.inf, -1, column)
 
 
-def step_definition(
+def step_reference(
     logits: Tensor,
     scores: Tensor,
     nodes: Tensor,
@@ -155,7 +155,7 @@ def step_definition(
     live_leaves: Tensor | None = None,
     barred_leaves: Tensor | None = None,
 ) -> Outputs:
-    """Definition of ``beam_step``; ``tree`` is the buffer."""
+    """Reference of ``beam_step``; ``tree`` is the buffer."""
     walk = PrefixTree(tree)
     children = _Children.find(nodes, scores, walk)
     scaled = logits.to(compute_dtype(logits)) / temperature
@@ -174,7 +174,7 @@ def step_definition(
     return children.choose(chosen, normaliser, scores, masks, width)
 
 
-def step_hidden_definition(
+def step_hidden_reference(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -189,7 +189,7 @@ def step_hidden_definition(
     live_leaves: Tensor | None = None,
     barred_leaves: Tensor | None = None,
 ) -> Outputs:
-    """Definition of ``beam_step_hidden``; ``tree`` is the buffer."""
+    """Reference of ``beam_step_hidden``; ``tree`` is the buffer."""
     walk = PrefixTree(tree)
     children = _Children.find(nodes, scores, walk)
     dtype = compute_dtype(hidden, weight, bias)

@@ -18,8 +18,7 @@ from gflowgr import backends
 from gflowgr.ops import transforms
 from gflowgr.ops.flow_loss.reference import FlowOptions
 from gflowgr.ops.inputs import HeadInputs
-from gflowgr.ops.logprobs import dense
-from gflowgr.ops.logprobs import reference as definitions
+from gflowgr.ops.logprobs import dense, reference
 from gflowgr.ops.precision import compute_dtype, without_autocast
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -90,14 +89,14 @@ def _loss_torch(call: _Call, needs: _Needs) -> Outputs:
     states, flat_tokens = call.hidden.flatten(0, 2), call.tokens.flatten()
     head = (states, call.weight, call.bias, flat_tokens)
     with torch.no_grad():
-        flat, lse = definitions.dense_logprobs(*head, call.temperature)
+        flat, lse = reference.dense_logprobs(*head, call.temperature)
     log_pf = flat.view(call.tokens.shape).to(call.log_reward.dtype)
     arguments = (log_pf, call.log_reward, call.balance, call.tokens >= 0, *call.flow)
     loss = torch.ops.gflowgr.flow_loss(*arguments)
     slopes, d_log_reward, d_balance = torch.ops.gflowgr.flow_loss_backward(
         torch.ones_like(loss), *arguments, True, needs.log_reward, needs.balance
     )
-    d_hidden, d_weight, d_bias = dense.backward_definition(
+    d_hidden, d_weight, d_bias = dense.backward_reference(
         slopes.flatten().to(flat.dtype),
         *head,
         flat,

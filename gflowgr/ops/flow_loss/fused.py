@@ -131,7 +131,7 @@ def fused_flow_loss(
         raise ValueError(f'balance must be None for "vargrad"; got {type(balance).__name__}')
     data.run()
     in_one_op = inputs.normalize == "vocab" and flow.reduction != "none"
-    if in_one_op and not transforms.definition_only("dense_flow_loss"):
+    if in_one_op and not transforms.reference_only("dense_flow_loss"):
         return FusedLoss(*dense_flow_loss(inputs, log_reward, balance, flow))
     log_pf = compute_logprobs(inputs, look_up=data.enabled)
     loss = flow_loss(flow, log_pf, log_reward, balance, inputs.mask)

@@ -145,7 +145,7 @@ def subtb_loss(
     within the trajectory. ``lam`` > 0: towards 0 it is DB divided by the length, towards infinity
     TB with ``log_flow_0`` for log Z. Other arguments, reductions and errors as in :func:`db_loss`.
 
-    Extra memory: B N numbers; 2 B N (L+1)^2 of them where the PyTorch definition runs.
+    Extra memory: B N numbers; 2 B N (L+1)^2 of them where the PyTorch reference runs.
 
     Source: Madan et al. 2023, SubTB(lambda) (arXiv 2209.12782), with weights normalised per
         trajectory.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gflowgr import backends
 from gflowgr.ops import transforms
-from gflowgr.ops.flow_loss.reference import FlowOptions, gradient_definition, loss_definition
+from gflowgr.ops.flow_loss.reference import FlowOptions, gradient_reference, loss_reference
 from gflowgr.ops.precision import compute_dtype
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -47,8 +47,8 @@ def flow_loss(
     log_pf, log_reward = log_pf.to(dtype), log_reward.to(dtype)
     if balance is not None:
         balance = balance.to(dtype)
-    if transforms.definition_only("flow_loss"):
-        return loss_definition(log_pf, log_reward, balance, mask, flow)
+    if transforms.reference_only("flow_loss"):
+        return loss_reference(log_pf, log_reward, balance, mask, flow)
     loss: Tensor = torch.ops.gflowgr.flow_loss.default(log_pf, log_reward, balance, mask, *flow)
     return loss
 
@@ -68,7 +68,7 @@ def _flow_loss(
     flow = FlowOptions(kind, lam, beta, floor, reduction, nll_weight)
     name = backends.resolve("flow_loss", log_pf.device, log_pf.dtype)
     if name == "torch":
-        return loss_definition(log_pf, log_reward, balance, mask, flow)
+        return loss_reference(log_pf, log_reward, balance, mask, flow)
     loss: Tensor = getattr(torch.ops, f"gflowgr_{name}").flow_loss(
         *backends.contiguous(log_pf, log_reward, balance, mask), *flow
     )
@@ -99,7 +99,7 @@ def _flow_loss_backward(
             *backends.contiguous(grad, log_pf, log_reward, balance, mask), *flow, *needs
         )
         return gradients
-    found = gradient_definition(grad, log_pf, log_reward, balance, mask, flow)
+    found = gradient_reference(grad, log_pf, log_reward, balance, mask, flow)
     # The results of an op may share no memory with its inputs or one another.
     first, second, third = (
         g.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Flow-matching losses and their gradients in plain PyTorch: the definitions.
+"""Flow-matching losses and their gradients in plain PyTorch: the reference.
 
 Exact for float32 and float64 on any device, the oracle of every faster backend and what they fall
 back to. What is meant by the arguments: :mod:`gflowgr.ops.flow_loss.losses`.
@@ -94,7 +94,7 @@ def reduce_trajectories(losses: Tensor, valid: Tensor, reduction: str) -> Tensor
     return total / counted.sum().clamp(min=1)
 
 
-def tb_definition(t: Trajectories, log_z: Tensor) -> Tensor:
+def tb_reference(t: Trajectories, log_z: Tensor) -> Tensor:
     """Trajectory balance, squared residual of each trajectory [B, N]."""
     return _tb_residual(t, log_z).square()
 
@@ -104,7 +104,7 @@ def _tb_residual(t: Trajectories, log_z: Tensor) -> Tensor:
     return log_z + t.log_pf.sum(-1) - t.log_reward
 
 
-def db_definition(t: Trajectories, log_flow: Tensor) -> Tensor:
+def db_reference(t: Trajectories, log_flow: Tensor) -> Tensor:
     """Detailed balance, squared residuals summed over each trajectory's tokens [B, N]."""
     return _db_residual(t, log_flow).square().sum(-1)
 
@@ -118,7 +118,7 @@ def _db_residual(t: Trajectories, log_flow: Tensor) -> Tensor:
     return flow + t.log_pf - after
 
 
-def subtb_definition(t: Trajectories, log_flow: Tensor, lam: float) -> Tensor:
+def subtb_reference(t: Trajectories, log_flow: Tensor, lam: float) -> Tensor:
     """SubTB(lambda), weighted squared residuals over all sub-trajectories [B, N]."""
     weight, residual = _subtb_pairs(t, log_flow, lam)
     return (weight * residual.square()).sum((-2, -1))
@@ -169,7 +169,7 @@ def _subtb_log_normaliser(
     return torch.where(size > 0, torch.logsumexp(terms, -1), 0.0)
 
 
-def vargrad_definition(t: Trajectories) -> Tensor:
+def vargrad_reference(t: Trajectories) -> Tensor:
     """VarGrad-TB, squared residual of each trajectory against its prompt's own estimate [B, N]."""
     return _vargrad_residual(t).square()
 
@@ -209,7 +209,7 @@ def _shift_right(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------ the registered op
 
 
-def loss_definition(
+def loss_reference(
     log_pf: Tensor,
     log_reward: Tensor,
     balance: Tensor | None,
@@ -223,15 +223,15 @@ def loss_definition(
     """
     t = prepare(log_pf, log_reward, mask, beta=flow.beta, floor=flow.floor, dtype=log_pf.dtype)
     if flow.kind == "vargrad":
-        losses = vargrad_definition(t)
+        losses = vargrad_reference(t)
     else:
         assert balance is not None
         if flow.kind == "tb":
-            losses = tb_definition(t, balance)
+            losses = tb_reference(t, balance)
         elif flow.kind == "db":
-            losses = db_definition(t, balance)
+            losses = db_reference(t, balance)
         else:
-            losses = subtb_definition(t, balance, flow.lam)
+            losses = subtb_reference(t, balance, flow.lam)
     loss = reduce_trajectories(losses, t.valid, flow.reduction)
     if flow.nll_weight > 0.0:
         over_prompts = "prompt" if flow.reduction == "mean" else flow.reduction
@@ -239,7 +239,7 @@ def loss_definition(
     return loss
 
 
-def gradient_definition(
+def gradient_reference(
     grad: Tensor,
     log_pf: Tensor,
     log_reward: Tensor,
@@ -247,7 +247,7 @@ def gradient_definition(
     mask: Tensor | None,
     flow: FlowOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of :func:`loss_definition` to log_pf, log_reward and balance, given its own.
+    """Gradients of :func:`loss_reference` to log_pf, log_reward and balance, given its own.
 
     In closed form: an op's implementation runs below autograd.
     """

@@ -1,6 +1,6 @@
 """``gflowgr::children_logprobs``: log-probabilities among the children of each token's tree node.
 
-The definition is ``gflowgr.ops.logprobs.reference._children_logprobs``; the fast backends are
+The reference is ``gflowgr.ops.logprobs.reference._children_logprobs``; the fast backends are
 in ``csrc/logprobs_children``. Work is proportional to the sum, over the rows, of the children of
 the row's node; a node with one child costs nothing.
 """
@@ -48,7 +48,7 @@ def children_logprobs(
 
     Returns:
         (log_pf, invalid): invalid [1] int64 is 0 if every trajectory is an identifier of the tree
-        or masked as a whole (always 0 from the definition while data checks are off).
+        or masked as a whole (always 0 from the reference while data checks are off).
     """
     batch, branches, steps = inputs.tokens.shape
     saved = 0
@@ -72,10 +72,10 @@ def children_logprobs(
     return log_pf, invalid
 
 
-# ------------------------------------------------------------------ the definition as a backend
+# ------------------------------------------------------------------ the reference as a backend
 
 
-def _definition_inputs(
+def _reference_inputs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -102,7 +102,7 @@ def _forward_torch(
     saved: int,
 ) -> Outputs:
     log_pf, slopes, plan, invalid = _empty_outputs(hidden, weight, bias, tokens, saved)
-    inputs, found = _definition_inputs(hidden, weight, bias, tokens, mask, tree, temperature)
+    inputs, found = _reference_inputs(hidden, weight, bias, tokens, mask, tree, temperature)
     log_pf, wrong = children_torch.forward(inputs, found)
     return log_pf, slopes.zero_(), plan.zero_(), invalid.fill_(wrong)
 
@@ -124,7 +124,7 @@ def _backward_torch(
     need_bias: bool,
     sparse: bool,
 ) -> Outputs:
-    inputs, found = _definition_inputs(hidden, weight, bias, tokens, mask, tree, temperature)
+    inputs, found = _reference_inputs(hidden, weight, bias, tokens, mask, tree, temperature)
     d_hidden, d_weight, d_bias, used = children_torch.backward(
         grad, inputs, found, log_pf, need_hidden, need_weight, need_bias
     )

@@ -1,4 +1,4 @@
-"""The backend "torch" of ``gflowgr::children_logprobs``: the definition and its gradient.
+"""The backend "torch" of ``gflowgr::children_logprobs``: the reference and its gradient.
 
 The gradient is written out because an operator's implementation runs below autograd.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gflowgr.ops import checks
 from gflowgr.ops.inputs import HeadInputs
-from gflowgr.ops.logprobs import reference as definitions
+from gflowgr.ops.logprobs import reference
 from gflowgr.ops.precision import without_autocast
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 def forward(inputs: HeadInputs, tree: PrefixTree) -> tuple[Tensor, bool]:
     """log_pf [B, N, L], and whether some trajectory is no identifier of the tree.
 
-    The second is False while the data checks are off: the definition has to pay for it.
+    The second is False while the data checks are off: the reference has to pay for it.
     """
     with torch.no_grad():
-        log_pf = definitions.logprobs_definition(inputs)
+        log_pf = reference.logprobs_reference(inputs)
     if checks.validation_enabled():
         try:
             tree.validate(inputs.tokens, mask=inputs.mask)
@@ -72,11 +72,11 @@ def _backward(
     used = [tokens.new_empty(0)]
     for level in range(steps):
         rows = (active & (level_of == level)).nonzero().squeeze(-1)
-        candidates = definitions._LevelCandidates.find(tree, before[rows])
+        candidates = reference._LevelCandidates.find(tree, before[rows])
         used.append(candidates.tokens)
         columns, _ = candidates.columns_of(tokens.flatten()[rows])
         head = weight[candidates.tokens].to(dtype)
-        size = max(1, definitions.BLOCK_ELEMENTS // max(1, len(candidates.tokens)))
+        size = max(1, reference.BLOCK_ELEMENTS // max(1, len(candidates.tokens)))
         for at in range(0, len(rows), size):
             block = rows[at : at + size]
             states = hidden.reshape(-1, width)[block].to(dtype)

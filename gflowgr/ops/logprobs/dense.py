@@ -3,7 +3,7 @@
 Rows are flat here: ``hidden`` [T, d] with T = B N L, one int64 token per row. A negative one is
 a masked row, never read and with zero results; the token V stands for one that is elsewhere
 (in another shard of the vocabulary), with the logit 0; a larger one is no token, and all that is
-made of its row is NaN. The definition is
+made of its row is NaN. The reference is
 :func:`gflowgr.ops.logprobs.reference.dense_logprobs`; the fast backends are
 ``csrc/logprobs_dense`` and ``kernels/logprobs_dense``.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gflowgr import backends
 from gflowgr.ops import transforms
-from gflowgr.ops.logprobs import reference as definitions
+from gflowgr.ops.logprobs import reference
 from gflowgr.ops.precision import compute_dtype, without_autocast
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -36,19 +36,19 @@ def _logprobs_torch(
     jacobian: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
-        log_pf, lse = definitions.dense_logprobs(hidden, weight, bias, tokens, temperature)
+        log_pf, lse = reference.dense_logprobs(hidden, weight, bias, tokens, temperature)
     slopes = log_pf.new_zeros((len(tokens) if jacobian else 0, hidden.shape[1]))
     if jacobian:
         # The gradient of the sum: each row's log-probability depends on its own state only.
         wide = hidden.to(log_pf.dtype)
         ones = torch.ones_like(log_pf)
-        slopes, _, _ = backward_definition(
+        slopes, _, _ = backward_reference(
             ones, wide, weight, bias, tokens, log_pf, lse, temperature, True, False, False
         )
     return log_pf, lse, slopes
 
 
-def backward_definition(
+def backward_reference(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -66,7 +66,7 @@ def backward_definition(
     # chosen logit and the given lse enter, not the log-sum-exp of these logits.
     rows = (tokens >= 0).nonzero().squeeze(-1)
     states, head = hidden[rows].to(lse.dtype), weight.to(lse.dtype)
-    step = max(definitions.MIN_BLOCK_ROWS, definitions.BLOCK_ELEMENTS // len(head))
+    step = max(reference.MIN_BLOCK_ROWS, reference.BLOCK_ELEMENTS // len(head))
     d_states = torch.zeros_like(states) if need_hidden else None
     d_head = torch.zeros_like(head) if need_weight else None
     d_bias = torch.zeros_like(head[:, 0]) if need_bias else None
@@ -181,7 +181,7 @@ def _backward_triton(*arguments: Any) -> Gradients:
 # ------------------------------------------------------------------ registration
 
 _LOGPROBS = {"torch": _logprobs_torch, "cpp": _logprobs_cpp, "triton": _logprobs_triton}
-_BACKWARD = {"torch": backward_definition, "cpp": _backward_cpp, "triton": _backward_triton}
+_BACKWARD = {"torch": backward_reference, "cpp": _backward_cpp, "triton": _backward_triton}
 PROBES = {"torch": backends.probe_torch, "cpp": probe_cpp, "triton": probe_triton}
 
 

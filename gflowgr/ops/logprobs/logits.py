@@ -1,6 +1,6 @@
 """``gflowgr::logits_logprobs``: log-probabilities from logits that a trainer already holds.
 
-One pass over the logits forward and one backward, in float32 whatever their dtype. The definition
+One pass over the logits forward and one backward, in float32 whatever their dtype. The reference
 is in this file; the C++ backend is ``csrc/logprobs_logits/logits_cpu.cpp``.
 """
 
@@ -85,8 +85,8 @@ def logprobs_from_logits(
     tokens = checks.mark_tokens(
         tokens, None if mask is None else valid, vocab_size, looked_at=data.enabled
     )
-    if transforms.definition_only("logits_logprobs"):
-        return differentiable_definition(logits, tokens, temperature)
+    if transforms.reference_only("logits_logprobs"):
+        return differentiable_reference(logits, tokens, temperature)
     log_pf: Tensor = torch.ops.gflowgr.logits_logprobs(
         logits.reshape(-1, vocab_size),
         tokens.reshape(-1),
@@ -109,7 +109,7 @@ def _check_inplace(logits: Tensor) -> None:
         )
 
 
-# ------------------------------------------------------------------ definition
+# ------------------------------------------------------------------ reference
 
 
 def _blocks(logits: Tensor, tokens: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -123,7 +123,7 @@ def _blocks(logits: Tensor, tokens: Tensor) -> Iterator[tuple[slice, Tensor, Ten
         yield part, logits[part].to(dtype).masked_fill(~valid[:, None], 0.0), valid
 
 
-def forward_definition(logits: Tensor, tokens: Tensor, temperature: float) -> Forward:
+def forward_reference(logits: Tensor, tokens: Tensor, temperature: float) -> Forward:
     """log_pf, row_max and log_sum, each [T], of logits [T, V] and tokens [T].
 
     With x = (logits - row_max) / temperature, ``log_pf = x_target - log_sum`` and ``log_sum =
@@ -148,7 +148,7 @@ def forward_definition(logits: Tensor, tokens: Tensor, temperature: float) -> Fo
     return log_pf, row_max, log_sum
 
 
-def backward_definition(
+def backward_reference(
     out: Tensor,
     grad: Tensor,
     logits: Tensor,
@@ -173,8 +173,8 @@ def backward_definition(
         out[part] = gradient.masked_fill(~used[:, None], 0.0).to(out.dtype)
 
 
-def differentiable_definition(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log_pf of :func:`forward_definition`, [...] of logits [..., V], for any derivative."""
+def differentiable_reference(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log_pf of :func:`forward_reference`, [...] of logits [..., V], for any derivative."""
     valid = tokens >= 0
     wide = logits.to(compute_dtype(logits))
     scaled = wide.masked_fill(~valid[..., None], 0.0) / temperature
@@ -198,7 +198,7 @@ def _logits_logprobs(
 ) -> Forward:
     transforms.refuse_forward_mode("logits_logprobs")
     if _backend(logits) == "torch":
-        return forward_definition(logits, tokens, temperature)
+        return forward_reference(logits, tokens, temperature)
     found: Forward = torch.ops.gflowgr_cpp.logits_logprobs(
         *backends.contiguous(logits, tokens), temperature
     )
@@ -215,7 +215,7 @@ def _logits_backward(
 ) -> Tensor:
     if _backend(logits) == "torch":
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        backward_definition(out, grad, logits, tokens, row_max, log_sum, temperature)
+        backward_reference(out, grad, logits, tokens, row_max, log_sum, temperature)
         return out
     inputs = backends.contiguous(grad, logits, tokens, row_max, log_sum)
     gradient: Tensor = torch.ops.gflowgr_cpp.logits_backward(*inputs, temperature)
@@ -231,7 +231,7 @@ def _logits_backward_inplace(
     temperature: float,
 ) -> None:
     if _backend(logits) == "torch":
-        backward_definition(logits, grad, logits, tokens, row_max, log_sum, temperature)
+        backward_reference(logits, grad, logits, tokens, row_max, log_sum, temperature)
     else:
         grad_here, *saved = backends.contiguous(grad, tokens, row_max, log_sum)
         torch.ops.gflowgr_cpp.logits_backward_(grad_here, logits, *saved, temperature)

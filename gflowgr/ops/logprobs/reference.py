@@ -1,4 +1,4 @@
-"""Trajectory log-probabilities in plain PyTorch: the definition.
+"""Trajectory log-probabilities in plain PyTorch: the reference.
 
 Exact for float32 and float64 on any device, the oracle of every faster backend and what they fall
 back to.
@@ -30,7 +30,7 @@ MIN_BLOCK_ROWS = 256
 """Rows per block at least: fewer would spend the time on re-reading the head."""
 
 
-def logprobs_definition(inputs: HeadInputs) -> Tensor:
+def logprobs_reference(inputs: HeadInputs) -> Tensor:
     """log_pf [B, N, L] of checked inputs."""
     if inputs.normalize == "vocab":
         return vocab_logprobs(inputs, dense_logprobs)

@@ -11,7 +11,7 @@ from gflowgr.ops.inputs import HeadInputs, check_head_inputs
 from gflowgr.ops.logprobs import reference
 from gflowgr.ops.logprobs.children import children_logprobs
 from gflowgr.ops.logprobs.dense import dense_logprobs
-from gflowgr.ops.logprobs.reference import level_logprobs, logprobs_definition, vocab_logprobs
+from gflowgr.ops.logprobs.reference import level_logprobs, logprobs_reference, vocab_logprobs
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
@@ -75,7 +75,7 @@ def trajectory_logprobs(
             or a trajectory that is not an identifier of the tree; a mask that is not a prefix of
             its rows.
 
-    Forward-mode derivatives and the transforms of ``torch.func`` run on the PyTorch definition,
+    Forward-mode derivatives and the transforms of ``torch.func`` run on the PyTorch reference,
     with all logits at once; "children" needs the same tokens and mask along all of a ``vmap``.
 
     Source: GFlowGR (arXiv 2506.16114), forward policy; children normalisation is the GFlowNet's
@@ -106,13 +106,13 @@ def compute_logprobs(inputs: HeadInputs, *, look_up: bool) -> Tensor:
     """
     if inputs.normalize == "children":
         assert inputs.tree is not None
-        if transforms.definition_only("children_logprobs"):
+        if transforms.reference_only("children_logprobs"):
             return _transformed_children(inputs, inputs.tree, look_up=look_up)
         log_pf, invalid = children_logprobs(inputs, inputs.tree, sparse_grad=inputs.sparse_grad)
         if look_up and invalid.item() != 0:
             _check_trajectories(inputs, inputs.tree)
         return log_pf
-    transformed = transforms.definition_only("dense_logprobs")
+    transformed = transforms.reference_only("dense_logprobs")
     dense = reference.dense_logprobs if transformed else dense_logprobs
     if inputs.tree is None:
         return vocab_logprobs(inputs, dense)
@@ -127,7 +127,7 @@ def _transformed_children(inputs: HeadInputs, tree: PrefixTree, *, look_up: bool
         )
     if look_up:
         _check_trajectories(inputs, tree)
-    return logprobs_definition(inputs)
+    return logprobs_reference(inputs)
 
 
 def _check_trajectories(inputs: HeadInputs, tree: PrefixTree) -> None:

@@ -29,13 +29,8 @@ from gflowgr.ops import checks
 from gflowgr.ops.inputs import check_allowed, check_head_inputs
 from gflowgr.ops.logprobs.trajectory import compute_logprobs
 from gflowgr.ops.precision import as_autocast
-from gflowgr.ops.preference.losses import (
-    check_rejected,
-    check_reward,
-    grpo_definition,
-    reduce_prompts,
-    sdpo_definition,
-)
+from gflowgr.ops.preference.losses import check_rejected, check_reward
+from gflowgr.ops.preference.reference import grpo_per_prompt, reduce_prompts, sdpo_per_prompt
 
 if TYPE_CHECKING:
     from gflowgr.tree import PrefixTree
@@ -134,9 +129,9 @@ def fused_preference_loss(
         # The policy's walk has found the trajectories in the tree.
         ref_log_pf = compute_logprobs(reference, look_up=False)
     if reward is None:
-        losses, counted = sdpo_definition(log_pf, ref_log_pf, valid, beta)
+        losses, counted = sdpo_per_prompt(log_pf, ref_log_pf, valid, beta)
     else:
-        losses, counted = grpo_definition(log_pf, ref_log_pf, reward, valid, beta)
+        losses, counted = grpo_per_prompt(log_pf, ref_log_pf, reward, valid, beta)
     loss = reduce_prompts(losses, counted, reduction)
     if nll_weight > 0.0:
         nll = -log_pf[:, :1].sum((1, 2)).to(losses.dtype)

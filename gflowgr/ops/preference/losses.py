@@ -15,7 +15,7 @@ Shared by all of them:
 - Gaps between policy and reference may be as large as their numbers: nothing overflows.
 - A valid token with a log-probability of -inf (a forbidden token) has no finite loss.
 
-These are the definitions, in plain PyTorch; log-probabilities are small beside what makes them.
+They run in plain PyTorch; log-probabilities are small beside what makes them.
 
 Errors: TypeError for a wrong type or dtype, ValueError for a wrong shape, device, range, a mask
 that is not a prefix, or a reward that is not finite.
@@ -23,32 +23,14 @@ that is not a prefix, or a reward that is not finite.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gflowgr.ops import checks
 from gflowgr.ops.flow_loss.reference import full_mask
-from gflowgr.ops.precision import compute_dtype
+from gflowgr.ops.preference.reference import grpo_per_prompt, reduce_prompts, sdpo_per_prompt
 
-__all__ = [
-    "check_rejected",
-    "check_reward",
-    "dpo_loss",
-    "group_advantages",
-    "grpo_definition",
-    "grpo_loss",
-    "k3_divergence",
-    "log_ratios",
-    "reduce_prompts",
-    "sdpo_definition",
-    "sdpo_loss",
-]
-
-_STD_OFFSET = 1e-4
-_K3_LINEAR_FROM = 20.0
+__all__ = ["check_rejected", "check_reward", "dpo_loss", "grpo_loss", "sdpo_loss"]
 
 
 def dpo_loss(
@@ -119,7 +101,7 @@ def sdpo_loss(
     mask = _check_inputs(log_pf, ref_log_pf, mask, data)
     check_rejected(log_pf, "log_pf")
     data.run()
-    return reduce_prompts(*sdpo_definition(log_pf, ref_log_pf, mask, beta), reduction)
+    return reduce_prompts(*sdpo_per_prompt(log_pf, ref_log_pf, mask, beta), reduction)
 
 
 def grpo_loss(
@@ -134,9 +116,10 @@ def grpo_loss(
     """GRPO: per token ``-(exp(log_pf - sg(log_pf)) * A - beta * k3)``, sg being a stopped gradient.
 
     ``k3 = exp(ref - log_pf) - (ref - log_pf) - 1`` estimates the divergence from the reference, see
-    :func:`k3_divergence`; A is the trajectory's advantage in its group, see
-    :func:`group_advantages`. A prompt's loss is the mean over its valid trajectories of the mean
-    over their tokens; prompts with a valid trajectory count.
+    :func:`~gflowgr.ops.preference.reference.k3_divergence`; A is the trajectory's advantage in its
+    group, see :func:`~gflowgr.ops.preference.reference.group_advantages`. A prompt's loss is the
+    mean over its valid trajectories of the mean over their tokens; prompts with a valid trajectory
+    count.
 
     The ratio is 1 and only its gradient matters: the loss is meant for trajectories drawn from the
     policy as it is. Its value tells little: the advantages of a group sum to zero.
@@ -160,77 +143,7 @@ def grpo_loss(
     mask = _check_inputs(log_pf, ref_log_pf, mask, data)
     check_reward(reward, mask, "log_pf", data)
     data.run()
-    return reduce_prompts(*grpo_definition(log_pf, ref_log_pf, reward, mask, beta), reduction)
-
-
-def sdpo_definition(
-    log_pf: Tensor, ref_log_pf: Tensor, mask: Tensor, beta: float
-) -> tuple[Tensor, Tensor]:
-    """S-DPO of each prompt [B], zero where it does not count, and which prompts count [B]."""
-    scores = beta * log_ratios(log_pf, ref_log_pf, mask).sum(-1)
-    valid = mask.any(-1)
-    counted = valid[:, :1].any(-1) & valid[:, 1:].any(-1)
-    # softplus(logsumexp_n beta (Delta_n - Delta_0)) is the cross-entropy of trajectory 0. In this
-    # form the gradients keep their digits however large the scores are. Prompts that do not count
-    # keep theirs, for the softmax of nothing would be NaN.
-    scores = scores.masked_fill(~valid & counted[:, None], -math.inf)
-    return -F.log_softmax(scores, -1)[:, 0].masked_fill(~counted, 0.0), counted
-
-
-def grpo_definition(
-    log_pf: Tensor, ref_log_pf: Tensor, reward: Tensor, mask: Tensor, beta: float
-) -> tuple[Tensor, Tensor]:
-    """GRPO of each prompt [B], zero where it does not count, and which prompts count [B]."""
-    ratio = log_ratios(log_pf, ref_log_pf, mask)
-    advantage = group_advantages(reward, mask.any(-1)).to(ratio.dtype)
-    surrogate = (ratio - ratio.detach()).exp()  # 1; the reference cancels
-    per_token = beta * k3_divergence(ratio) - surrogate * advantage[..., None]
-    lengths = mask.sum(-1)
-    losses = per_token.masked_fill(~mask, 0.0).sum(-1) / lengths.clamp(min=1)
-    group = (lengths > 0).sum(-1)
-    return losses.sum(-1) / group.clamp(min=1), group > 0
-
-
-def group_advantages(reward: Tensor, valid: Tensor) -> Tensor:
-    """``(R - mean) / (std + 1e-4)`` over each prompt's valid trajectories [B, N], in float64.
-
-    ``std`` is the sample standard deviation (of n - 1). Zero for padding, for a group of one and
-    for one whose rewards are all equal.
-    """
-    values = reward.detach().double().masked_fill(~valid, 0.0)
-    count = valid.sum(-1, keepdim=True)
-    mean = values.sum(-1, keepdim=True) / count.clamp(min=1)
-    centred = (values - mean).masked_fill(~valid, 0.0)
-    std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return centred / (std + _STD_OFFSET)
-
-
-def k3_divergence(ratio: Tensor) -> Tensor:
-    """``exp(-ratio) + ratio - 1`` >= 0 of log-ratios ``log_pf - ref_log_pf``.
-
-    Where a token's probability is more than e^20 times below the reference's, the tangent at e^20
-    continues the exponential, so that neither value nor gradient overflows.
-    """
-    beyond = (-ratio - _K3_LINEAR_FROM).clamp(min=0.0)
-    capped = (-ratio).clamp(max=_K3_LINEAR_FROM)
-    return torch.expm1(capped) + math.exp(_K3_LINEAR_FROM) * beyond + ratio
-
-
-def log_ratios(log_pf: Tensor, ref_log_pf: Tensor, mask: Tensor) -> Tensor:
-    """``log_pf - ref_log_pf`` [B, N, L] in at least float32, zero at padding."""
-    dtype = compute_dtype(log_pf, ref_log_pf)
-    if not checks.values_looked_at():  # a mask that is no prefix must not pass for one
-        log_pf = log_pf.masked_fill(checks.mask_rises(mask), math.nan)
-    reference = ref_log_pf.detach().to(dtype).masked_fill(~mask, 0.0)
-    return log_pf.to(dtype).masked_fill(~mask, 0.0) - reference
-
-
-def reduce_prompts(losses: Tensor, counted: Tensor, reduction: str) -> Tensor:
-    """Reduce losses [B] that are zero at prompts that do not count."""
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total if reduction == "sum" else total / counted.sum().clamp(min=1)
+    return reduce_prompts(*grpo_per_prompt(log_pf, ref_log_pf, reward, mask, beta), reduction)
 
 
 def check_rejected(trajectories: Tensor, name: str) -> None:
