@@ -4,7 +4,7 @@ Triton forms the logits tile by tile and reduces or scores them where they are; 
 backward pass are plain ones (cuBLAS), over blocks of d loss / d logits. Nothing waits for the host,
 nothing is atomic: every call can be captured in a CUDA graph and repeats its bits.
 
-**Three products.** ``head_joint`` and the Jacobian need the softmax of a block of rows before its
+**Three products.** ``dense_fused`` and the Jacobian need the softmax of a block of rows before its
 normaliser is known. Rescaling the block in place afterwards would read and write it once more
 (4 bytes per logit: at d = 512 as long as a product). Instead the scores are exp(x - r) with a
 reference r per row, the maximum of 128 logits sampled from all over the vocabulary plus some
@@ -17,13 +17,13 @@ maximum of such rows.
 **Speed of light** on an H100 SXM (data sheet: 989 TFLOP/s in 16 bit, 3.35 TB/s, 132 SMs; 3.7e12
 exponentials/s at 16 per clock and SM). A prediction, not a measurement. With T rows, V columns, d:
 
-- ``head_logprobs``: 2 T V d FLOP, T V exponentials, and from memory little more than the inputs:
+- ``dense_logprobs``: 2 T V d FLOP, T V exponentials, and from memory little more than the inputs:
   bound by the product for d > 134 (d 512, V 33024, T 65536: 2.2 ms), below by the exponentials.
-- ``head_joint``: 6 T V d FLOP and 6 T V bytes (the scores stored once, read twice): bound by the
+- ``dense_fused``: 6 T V d FLOP and 6 T V bytes (the scores stored once, read twice): bound by the
   products for d > 300 (6.7 ms), below by memory, unless the block (T V 2 bytes) fits the L2 cache.
   Per block after the first 8 V d bytes for the sum of the weight gradient: with R rows to a block
   that is 1200 / R of one product's time.
-- ``head_backward``: 6 T V d FLOP, a third of them the logits again, and 6 T V bytes. It goes by
+- ``dense_backward``: 6 T V d FLOP, a third of them the logits again, and 6 T V bytes. It goes by
   rows, summing d W, or by slices of the vocabulary, summing d hidden: whichever is less to sum.
 
 In practice the Triton product decides: without bulk tensor copies it is expected at 60-70% of the
@@ -68,7 +68,7 @@ def _guarded(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 @_guarded
-def head_logprobs(
+def dense_logprobs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -91,7 +91,7 @@ def head_logprobs(
         and -lse where the target is a column of another shard.
 
     Memory besides inputs and outputs, in bytes: 2^26 of statistics (or, if that is more, 8 of them
-    per tile of 64 columns or more and each of 256 rows). With the Jacobian: as for `head_joint`.
+    per tile of 64 columns or more and each of 256 rows). With the Jacobian: as for `dense_fused`.
     """
     head = launch.prepare(hidden, weight, bias, targets, temperature)
     count, width = head.hidden.shape
@@ -112,7 +112,7 @@ def head_logprobs(
 
 
 @_guarded
-def head_backward(
+def dense_backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -182,7 +182,7 @@ def head_backward(
 
 
 @_guarded
-def head_joint(
+def dense_fused(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -197,7 +197,7 @@ def head_joint(
     """Log-probabilities and gradients together, in one pass over blocks of whole prompts.
 
     Args:
-        hidden, weight, bias, targets, temperature: as for `head_logprobs`; T is a multiple of
+        hidden, weight, bias, targets, temperature: as for `dense_logprobs`; T is a multiple of
             ``rows_per_prompt``, and no target is V (the normaliser must be known here).
         rows_per_prompt: rows that one prompt has, next to each other: N * L.
         upstream: ``upstream(first_row, log_pf [R])`` returns the gradient [R] of the loss with

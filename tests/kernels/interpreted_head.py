@@ -97,12 +97,12 @@ def clean(grad: Tensor) -> Tensor:
 
 
 def backward(case: Case, grad: Tensor, *need: bool) -> tuple[Tensor, Tensor, Tensor]:
-    log_pf, lse, _ = head.head_logprobs(*case.arguments, False)
-    return head.head_backward(grad, *case.arguments[:4], log_pf, lse, case.temperature, *need)
+    log_pf, lse, _ = head.dense_logprobs(*case.arguments, False)
+    return head.dense_backward(grad, *case.arguments[:4], log_pf, lse, case.temperature, *need)
 
 
 def joint(case: Case, grad: Tensor, *need: bool) -> tuple[Tensor, ...]:
-    return head.head_joint(
+    return head.dense_fused(
         *case.arguments, 1, lambda first, log_pf: grad[first : first + len(log_pf)], *need
     )
 
@@ -137,7 +137,7 @@ def test_logprobs(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     case = make_case(*shape, dtype)
     expected = define(case)
     for jacobian in (False, True):
-        log_pf, lse, derivative = head.head_logprobs(*case.arguments, jacobian)
+        log_pf, lse, derivative = head.dense_logprobs(*case.arguments, jacobian)
         assert log_pf.dtype == lse.dtype == derivative.dtype == torch.float32
         assert_close(log_pf, expected.log_pf.detach())
         assert_close(lse, expected.lse)
@@ -191,7 +191,7 @@ def test_several_blocks(
             assert_close(actual, wanted, dtype)
     assert len(sizes) > 2
     assert all((rows == shape[0]) == by_columns for rows, _ in sizes)
-    _, lse, derivative = head.head_logprobs(*case.arguments, True)
+    _, lse, derivative = head.dense_logprobs(*case.arguments, True)
     assert_close(lse, define(case).lse)
     assert_close(derivative, define(case).gradients(torch.ones(shape[0]))[0], dtype)
 
@@ -235,7 +235,7 @@ def test_vocabulary_shards() -> None:
         shards.append(
             replace(case, weight=case.weight[first:last], bias=case.bias[first:last], targets=local)
         )
-    parts = [head.head_logprobs(*shard.arguments, False)[:2] for shard in shards]
+    parts = [head.dense_logprobs(*shard.arguments, False)[:2] for shard in shards]
     for shard, (log_pf, lse) in zip(shards, parts, strict=True):
         away = (shard.targets >= shard.weight.shape[0]) & (case.targets >= 0)
         assert away.any()
@@ -250,7 +250,7 @@ def test_vocabulary_shards() -> None:
     assert_close(log_pf, expected.log_pf.detach())
     d_hidden = torch.zeros_like(case.hidden)
     for shard, (first, last) in zip(shards, ((0, cut), (cut, 90)), strict=True):
-        here, d_weight, d_bias = head.head_backward(
+        here, d_weight, d_bias = head.dense_backward(
             grad, *shard.arguments[:4], log_pf, lse, case.temperature, True, True, True
         )
         d_hidden += here
@@ -272,7 +272,7 @@ def test_forbidden_tokens(run) -> None:
     for actual, wanted in zip(results, define(case).gradients(clean(grad)), strict=True):
         assert_close(actual, wanted)
     assert (results[1][~case.bias.isfinite()] == 0).all()
-    log_pf = head.head_logprobs(*case.arguments, False)[0]
+    log_pf = head.dense_logprobs(*case.arguments, False)[0]
     assert_close(log_pf, define(case).log_pf.detach())
 
 
@@ -290,14 +290,14 @@ def test_extreme_logits(peak: int, dtype: torch.dtype, redone: list[bool]) -> No
     log_pf, d_hidden, d_weight, _ = joint(case, grad, True, True, False)
     torch.testing.assert_close(log_pf.double(), expected.log_pf.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
-        head.head_logprobs(*case.arguments, False)[0], log_pf, rtol=1e-6, atol=1e-6
+        head.dense_logprobs(*case.arguments, False)[0], log_pf, rtol=1e-6, atol=1e-6
     )
     wanted = expected.gradients(clean(grad))
     assert_close(d_hidden, wanted[0], dtype)
     assert_close(d_weight, wanted[1], dtype)
     # With a peak that was not sampled the scores overflow at first, and are done again.
     assert redone == [peak == 1]
-    # head_backward is given the log-sum-exp as a float32: a unit of 2^-10 at 1e4.
+    # dense_backward is given the log-sum-exp as a float32: a unit of 2^-10 at 1e4.
     limit = 2**-10 if dtype == torch.float32 else 2**-6
     for actual, value in zip(backward(case, grad, True, True, False)[:2], wanted[:2], strict=True):
         assert (actual - value).norm() <= limit * value.norm()
@@ -339,7 +339,7 @@ def test_joint_loss_over_whole_prompts(dtype: torch.dtype) -> None:
         centred = 2 * (residual - residual.mean(1, keepdim=True))
         return centred[..., None].expand(-1, -1, steps).reshape(-1)
 
-    results = head.head_joint(*case.arguments, branches * steps, upstream, True, True, True)
+    results = head.dense_fused(*case.arguments, branches * steps, upstream, True, True, True)
     expected = define(case)
     residual = expected.log_pf.view(prompts, branches, steps).sum(-1) - reward
     loss = (residual - residual.mean(1, keepdim=True)).square().sum()
@@ -383,7 +383,7 @@ def test_repeats_its_bits_and_ignores_autocast() -> None:
 
 def test_no_rows() -> None:
     case = make_case(0, 5, 11)
-    assert [t.shape for t in head.head_logprobs(*case.arguments, True)] == [(0,), (0,), (0, 5)]
+    assert [t.shape for t in head.dense_logprobs(*case.arguments, True)] == [(0,), (0,), (0, 5)]
     for run in (backward, joint):
         d_hidden, d_weight, d_bias = run(case, torch.empty(0), True, True, True)[-3:]
         assert d_hidden.shape == (0, 5)
@@ -398,7 +398,7 @@ def test_refusals() -> None:
         joint(case, torch.ones(3), True, True, True)
     wide = replace(case, hidden=case.hidden.double(), weight=case.weight.double())
     with pytest.raises(TypeError, match="float64"):
-        head.head_logprobs(*wide.arguments, False)
+        head.dense_logprobs(*wide.arguments, False)
 
 
 def test_a_target_beyond_the_vocabulary_is_no_token() -> None:
@@ -406,11 +406,11 @@ def test_a_target_beyond_the_vocabulary_is_no_token() -> None:
     case = make_case(7, 8, 5)
     case.targets[:2] = torch.tensor([5, 6])
     needs = (True, True, True)
-    log_pf, lse, _ = head.head_logprobs(*case.arguments, False)
+    log_pf, lse, _ = head.dense_logprobs(*case.arguments, False)
     torch.testing.assert_close(log_pf[0], -lse[0])
     assert log_pf.isnan().nonzero().tolist() == [[1]]
-    gradients = head.head_backward(torch.ones(7), *case.arguments[:4], log_pf, lse, 0.7, *needs)
-    _, _, jacobian = head.head_logprobs(*case.arguments, True)
+    gradients = head.dense_backward(torch.ones(7), *case.arguments[:4], log_pf, lse, 0.7, *needs)
+    _, _, jacobian = head.dense_logprobs(*case.arguments, True)
     for d_hidden in (gradients[0], jacobian):
         assert d_hidden.isnan().any(1).nonzero().tolist() == [[1]]
     assert gradients[1].isnan().all()

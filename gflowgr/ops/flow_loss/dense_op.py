@@ -141,7 +141,7 @@ def _loss_cpp(call: _Call, needs: _Needs) -> Outputs:
 
 
 def _loss_triton(call: _Call, needs: _Needs) -> Outputs:
-    from gflowgr.kernels.logprobs_dense.calls import head_joint
+    from gflowgr.kernels.logprobs_dense.calls import dense_fused
 
     flow, log_reward, balance = call.flow, call.log_reward, call.balance
     prompts, branches, steps = call.tokens.shape
@@ -181,7 +181,7 @@ def _loss_triton(call: _Call, needs: _Needs) -> Outputs:
             balances[part] = d_balance
         return slopes.view(-1)
 
-    log_pf, d_hidden, d_weight, d_bias = head_joint(
+    log_pf, d_hidden, d_weight, d_bias = dense_fused(
         call.hidden.flatten(0, 2),
         call.weight,
         call.bias,
