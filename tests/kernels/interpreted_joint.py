@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import gflowgr
+from gflowgr.ops import fused_flow_loss
 
 
 def make(kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -44,7 +45,7 @@ def test_equals_the_definition(kind: str, reduction: str) -> None:
         with gflowgr.backend(backend):
             given = {k: x for k, x in leaves.items() if k not in ("log_z", "log_flow")}
             balance = leaves.get("log_z", leaves.get("log_flow"))
-            loss, log_pf = gflowgr.ops.fused_flow_loss(
+            loss, log_pf = fused_flow_loss(
                 kind, **given, balance=balance, **keywords, reduction=reduction, nll_weight=0.6
             )
             (3 * loss).backward()

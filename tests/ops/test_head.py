@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gflowgr
 from gflowgr import backends
+from gflowgr.ops import fused_flow_loss
 from gflowgr.ops.logprobs import dense as head_ops
 
 KINDS = ["tb", "db", "subtb", "vargrad"]
@@ -266,9 +267,7 @@ def test_joint_losses(backend: str, kind: str, dtype: torch.dtype, reduction: st
         with gflowgr.backend("torch" if exactly else backend):
             given = {k: x for k, x in leaves.items() if k not in ("log_z", "log_flow")}
             balance = leaves.get("log_z", leaves.get("log_flow"))
-            loss, log_pf = gflowgr.ops.fused_flow_loss(
-                kind, **given, balance=balance, **keywords, **options
-            )
+            loss, log_pf = fused_flow_loss(kind, **given, balance=balance, **keywords, **options)
             (-2.5 * loss).backward()
         results.append([loss.detach(), log_pf, *(x.grad for x in leaves.values())])
     bound = GRADIENT_TOLERANCE[dtype]
