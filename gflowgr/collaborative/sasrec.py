@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gflowgr.collaborative.base import check_score_inputs, load_saved, save_model
-from gflowgr.collaborative.loss import catalogue_cross_entropy, sampled_cross_entropy
 from gflowgr.errors import DataError
+from gflowgr.ops import fused_vargrad_loss
 from gflowgr.plain_settings import make_plain
 from gflowgr.transfer import to_device
 
@@ -238,3 +238,60 @@ class SASRec(nn.Module):
         except (RuntimeError, ValueError) as error:
             raise DataError(f"{folder}: weights and config.json do not agree: {error}") from error
         return model.eval()
+
+
+def catalogue_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Mean over rows of ``-log softmax(hidden @ weight.T)[target]``, without holding the logits.
+
+    The package's own fused loss of supervised trajectories of one token: VarGrad of a single
+    trajectory is 0, and its supervised term is what is left.
+
+    Args:
+        hidden: float32 [T, d].
+        weight: float32 [V, d].
+        targets: int64 [T], ids in 0..V-1.
+
+    Returns:
+        float32 scalar in nats; 0 when T is 0.
+    """
+    if hidden.shape[0] == 0:
+        return (hidden.sum() + weight.sum()) * 0.0
+    loss: torch.Tensor = fused_vargrad_loss(
+        hidden[:, None, None],
+        weight=weight,
+        tokens=targets[:, None, None],
+        log_reward=hidden.new_zeros(len(targets), 1),
+        sft_weight=1.0,
+    )
+    return loss
+
+
+def sampled_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor
+) -> torch.Tensor:
+    """The same loss with the other items' share of the normaliser estimated from a uniform sample.
+
+    The normaliser is ``exp(s_target) + (V - 1) / S * sum over S negatives of exp(s)``; negatives
+    that equal the row's target are left out (S counts the remaining ones), so the sum of
+    exponentials is unbiased.
+
+    Args:
+        hidden: float32 [T, d].
+        weight: float32 [V, d].
+        targets: int64 [T].
+        negatives: int64 [S], drawn uniformly from the catalogue, shared by all rows.
+
+    Returns:
+        float32 scalar, the mean over rows; 0 when T is 0.
+    """
+    if hidden.shape[0] == 0:
+        return (hidden.sum() + weight.sum()) * 0.0
+    chosen = (hidden * weight[targets]).sum(1, keepdim=True)
+    logits = hidden @ weight[negatives].t()
+    hit = targets[:, None] == negatives[None, :]
+    kept = (~hit).sum(1, keepdim=True).clamp_min(1)
+    correction = ((weight.shape[0] - 1) / kept).log()
+    others = logits.masked_fill(hit, float("-inf")) + correction
+    return (torch.cat([chosen, others], 1).logsumexp(1, keepdim=True) - chosen).mean()

@@ -20,7 +20,7 @@ from gflowgr.collaborative import (
     SASRec,
     SASRecConfig,
 )
-from gflowgr.collaborative.loss import catalogue_cross_entropy, sampled_cross_entropy
+from gflowgr.collaborative.sasrec import catalogue_cross_entropy, sampled_cross_entropy
 from gflowgr.data import pad_histories
 from gflowgr.errors import DataError
 
@@ -253,19 +253,6 @@ def test_catalogue_cross_entropy_equals_the_plain_one(rows: int, items: int, see
         outcomes.append((loss, *torch.autograd.grad(3 * loss, [hidden, weight])))
     for ours, plain in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
-
-
-def test_catalogue_cross_entropy_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gflowgr.collaborative.loss._BLOCK_CPU", 1)  # 16 rows a block
-    hidden, weight = torch.randn(50, 4), torch.randn(30, 4, requires_grad=True)
-    targets = torch.randint(0, 30, (50,))
-    ours = catalogue_cross_entropy(hidden, weight, targets)
-    plain = F.cross_entropy(hidden @ weight.t(), targets)
-    torch.testing.assert_close(ours, plain)
-    for loss_grad in zip(
-        torch.autograd.grad(ours, weight), torch.autograd.grad(plain, weight), strict=True
-    ):
-        torch.testing.assert_close(*loss_grad)
 
 
 @pytest.mark.parametrize("scale", [1.0, 200.0])
