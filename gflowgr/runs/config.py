@@ -152,7 +152,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         make_plain(self)
         if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must be in 0 .. 2**32 - 1, got {shown(self.seed)}")
+            raise ConfigError(f"seed must be in 0 .. 2**32 - 1; got {shown(self.seed)}")
         if self.data.max_history != self.flow.max_history:
             object.__setattr__(
                 self, "flow", dataclasses.replace(self.flow, max_history=self.data.max_history)
@@ -229,7 +229,7 @@ def _section(key: str, values: Mapping[str, Any], where: str) -> type:
         return _SECTIONS[key]
     kind = values.get("kind", "tiger")
     if not isinstance(kind, str) or kind not in _GENERATORS:
-        raise ConfigError(f"{where}: kind must be one of {list(_GENERATORS)}, got {shown(kind)}")
+        raise ConfigError(f"{where}: kind must be one of {list(_GENERATORS)}; got {shown(kind)}")
     return _GENERATORS[kind]
 
 
@@ -244,7 +244,7 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
             raise ConfigError(f"{where}: unknown key {shown(key)}{hint}")
         if cls is RunConfig and key in (*_SECTIONS, "model"):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{where}: {key} must be a section, got {shown(value)}")
+                raise ConfigError(f"{where}: {key} must be a section; got {shown(value)}")
             if key == "flow":
                 value = {"objective": "tb", **value}
             inside = f"{where}: {key}"
@@ -278,10 +278,10 @@ def _check_type(where: str, value: Any, annotation: Any) -> None:
         accepted = (int, float) if plain is float else plain
         if isinstance(value, accepted) and (plain is bool or not isinstance(value, bool)):
             if isinstance(value, int) and abs(value) >= 2**63:
-                raise ConfigError(f"{where} must be a number of 64 bits, got {shown(value)}")
+                raise ConfigError(f"{where} must be a number of 64 bits; got {shown(value)}")
             return
         names.append("nothing" if kind is type(None) else plain.__name__)
-    raise ConfigError(f"{where} must be {' or '.join(names)}, got {shown(value)}")
+    raise ConfigError(f"{where} must be {' or '.join(names)}; got {shown(value)}")
 
 
 def training_arguments(values: Mapping[str, Any], output_dir: str, seed: int) -> GFlowGRConfig:

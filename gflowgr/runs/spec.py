@@ -174,13 +174,13 @@ class ExperimentSpec:
                 raise ConfigError(f"{source}: unknown key {shown(key)}; known: {', '.join(known)}")
             if not isinstance(value, known[key]):
                 kind = known[key].__name__
-                raise ConfigError(f"{source}: {key} must be {kind}, got {shown(value)}")
+                raise ConfigError(f"{source}: {key} must be {kind}; got {shown(value)}")
         for key in ("name", "seeds", "datasets", "methods"):
             if not values.get(key):
                 raise ConfigError(f"{source}: {key} is missing or empty")
         seeds = values["seeds"]
         if len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
-            raise ConfigError(f"{source}: seeds must be different integers, got {seeds}")
+            raise ConfigError(f"{source}: seeds must be different integers; got {seeds}")
         base = values.get("base", {})
         methods = list(_methods(source, values))
         baseline = values.get("baseline", methods[0].name)
@@ -245,7 +245,7 @@ class ExperimentSpec:
         """Every configuration is made once, so that what is wrong is found now."""
         for where, values in (("base", self.base), *self.datasets.items()):
             if not isinstance(values, dict):
-                raise ConfigError(f"{source}: {where} must have sections, got {shown(values)}")
+                raise ConfigError(f"{source}: {where} must have sections; got {shown(values)}")
             allowed = _SECTIONS if where == "base" else (*_SECTIONS, "identifiers")
             _only(allowed, values, f"{source}: {where}")
             if "identifiers" in values.get("data", {}):
@@ -293,7 +293,7 @@ def _methods(source: str, values: Mapping[str, Any]) -> Iterator[Method]:
             _only(_OF_METHODS, {section: name}, f"{source}: grids: {of}")
             if not isinstance(points, list):
                 raise ConfigError(
-                    f"{source}: grids: {of}: {key} must be a list, got {shown(points)}"
+                    f"{source}: grids: {of}: {key} must be a list; got {shown(points)}"
                 )
             for value in points:
                 settings = merge(main[of], {section: {name: value}})
@@ -309,7 +309,7 @@ def _outcome(config: RunConfig) -> tuple[Any, Values]:
 def _checked(settings: Any, where: str) -> Values:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
-        raise ConfigError(f"{where} must have sections, got {shown(settings)}")
+        raise ConfigError(f"{where} must have sections; got {shown(settings)}")
     _only(_OF_METHODS, settings, where)
     return settings
 

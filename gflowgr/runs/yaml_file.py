@@ -43,7 +43,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     values = _parse(text, str(path))
     if not isinstance(values, dict):
         found = type(values).__name__
-        raise ConfigError(f"{path}: expected sections such as 'data:', got {found}")
+        raise ConfigError(f"{path}: must have sections such as 'data:'; got {found}")
     return values
 
 

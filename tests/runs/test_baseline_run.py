@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ from gflowgr.runs import ConfigError, RunConfig
 from gflowgr.runs.run_report import run_and_report
 
 
-def test_the_report_names_the_method(tmp_path: Path) -> None:
+def test_the_report_names_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in ("fork", "posix_spawn"):
+        monkeypatch.setattr(os, function, None)  # a run starts no process
+    monkeypatch.setattr(subprocess, "Popen", None)
     values = tiny_run(tmp_path / "run")
     values["collaborative"] = {"kind": "none"}
     values["flow"] = {"objective": "sdpo", "sft_weight": 0.5}

@@ -98,12 +98,12 @@ def test_checkpointed_activations_and_bfloat16_train_too(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"kind": "bert"}, "model: kind must be one of ['tiger', 'causal'], got 'bert'"),
+        ({"kind": "bert"}, "model: kind must be one of ['tiger', 'causal']; got 'bert'"),
         ({"templat": "x"}, "model: unknown key 'templat'; did you mean 'template'?"),
         ({"template": "x"}, "template must have {history} once; got 'x'"),
         ({"lora": {"rank": 4}}, "model: lora: unknown key 'rank'"),
         ({"lora": {"r": 0}}, "model: lora: lora.r must be >= 1; got 0"),
-        ({"lora": 3}, "model: lora must be LoraSettings or nothing, got 3"),
+        ({"lora": 3}, "model: lora must be LoraSettings or nothing; got 3"),
         ({"path": "/nowhere"}, "model.path: /nowhere is not a folder"),
     ],
 )

@@ -136,5 +136,5 @@ def test_only_true_and_false_are_booleans(tmp_path: Path) -> None:
     assert config.sft == {"eval_strategy": "no", "bf16": False}
     assert config.finetune["eval_strategy"] == "no"
     assert config.continued_sft is True
-    with pytest.raises(ConfigError, match="continued_sft must be bool, got 'no'"):
+    with pytest.raises(ConfigError, match="continued_sft must be bool; got 'no'"):
         RunConfig.load(path, ["continued_sft=no"])

@@ -65,6 +65,7 @@ def test_results_and_report(finished_run: Path) -> None:
     plots = {path.name for path in finished_run.glob("*.png")}
     assert {"losses.png", "metrics.png", "log_z.png", "rewards.png"} <= plots
     assert all(f"({name})" in report for name in plots)
+    assert not list(finished_run.rglob("checkpoints")), "the trainings' own files are gone"
 
 
 def test_fine_tuning_starts_where_sft_ended(finished_run: Path) -> None:

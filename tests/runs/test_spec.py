@@ -91,8 +91,8 @@ def test_a_cell_survives_json() -> None:
     [
         ({"datsets": {}}, "unknown key 'datsets'; known: name, title"),
         ({"seeds": []}, "seeds is missing or empty"),
-        ({"seeds": [1, 1]}, r"seeds must be different integers, got \[1, 1\]"),
-        ({"seeds": [1.5]}, r"seeds must be different integers, got \[1.5\]"),
+        ({"seeds": [1, 1]}, r"seeds must be different integers; got \[1, 1\]"),
+        ({"seeds": [1.5]}, r"seeds must be different integers; got \[1.5\]"),
         ({"methods": {}}, "methods is missing or empty"),
         ({"baseline": "SFT"}, "baseline 'SFT' is no method"),
         ({"base": {"modle": {}}}, "base: unknown section 'modle'; known: data, collaborative"),
@@ -106,9 +106,9 @@ def test_a_cell_survives_json() -> None:
         ({"methods": {"A-B": {}, "a b": {}}}, "methods: 'a b' is too like 'A-B'"),
         ({"ablations": {"X": {}}}, "ablations: 'X' is no method; there are SFT continued"),
         ({"grids": {"GFlowGR-TB": {"sft.max_steps": [1]}}}, "grids: GFlowGR-TB: unknown section"),
-        ({"grids": {"GFlowGR-TB": {"flow.beta": 1.0}}}, "flow.beta must be a list, got 1.0"),
+        ({"grids": {"GFlowGR-TB": {"flow.beta": 1.0}}}, "flow.beta must be a list; got 1.0"),
         ({"grids": {"GFlowGR-TB": {"flow.bta": [1.0]}}}, "unknown key 'bta'; did you mean 'beta'"),
-        ({"name": 3}, "name must be str, got 3"),
+        ({"name": 3}, "name must be str; got 3"),
         ({"methods": {"..": {}}}, "methods: a name must have a letter or a digit; got '..', which"),
         ({"methods": {"?!": {}}}, r"methods: a name must have a letter or a digit; got '\?!'"),
         ({"methods": {"x" * 65: {}}}, "methods: a name must make a folder of at most 64 bytes"),
@@ -127,7 +127,7 @@ def test_a_cell_survives_json() -> None:
             "'Default' is too like 'default'",
         ),
         ({"datasets": {"a": {"identifiers": [["x"]]}}}, "a: identifiers must be a list of differ"),
-        ({"seeds": [-1]}, "seed must be in 0 .. 2.*32 - 1, got -1"),
+        ({"seeds": [-1]}, "seed must be in 0 .. 2.*32 - 1; got -1"),
     ],
 )
 def test_what_cannot_be_run_is_refused(change: dict[str, Any], message: str) -> None:
@@ -202,6 +202,16 @@ def test_a_cell_is_made_from_what_its_stage_reads(
         except ConfigError:
             found.add(cell.stage)
     assert found == stale
+
+
+def test_another_evaluation_leaves_the_trainings_valid(tmp_path: Path) -> None:
+    begin(cells_of(spec_of()), tmp_path)
+    other = cells_of(ExperimentSpec.from_dict(tiny_experiment(evaluation={"num_beams": 11})))
+    with pytest.raises(ConfigError) as error:
+        check_same_inputs(tmp_path, folders_of(other))
+    stale = str(error.value).split("delete these in it: ")[1].split(", ")
+    assert len(stale) == 5
+    assert all("evaluation" in Path(folder).parts for folder in stale)
 
 
 def test_names_of_any_script_have_folders_of_their_own() -> None:
