@@ -263,7 +263,7 @@ def catalogue_cross_entropy(
         weight=weight,
         tokens=targets[:, None, None],
         log_reward=hidden.new_zeros(len(targets), 1),
-        sft_weight=1.0,
+        nll_weight=1.0,
     )
     return loss
 

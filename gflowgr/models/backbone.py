@@ -44,9 +44,9 @@ def real_prompt(
             f"{tuple(input_ids.shape)} and {other}"
         )
     if attention_mask is not None:
-        real = attention_mask != 0
+        real: Tensor = attention_mask != 0
         return input_ids.masked_fill(~real, 0), real.long()
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    pad: int | None = getattr(getattr(model, "config", None), "pad_token_id", None)
     looks = pad is not None and input_ids.numel() > 0 and not torch.compiler.is_compiling()
     if looks and bool((input_ids[:, [0, -1]] == pad).any()):
         warnings.warn(

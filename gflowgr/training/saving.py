@@ -133,7 +133,7 @@ class SavingTrainer(CheckpointTrainer):
         card.model = self.accelerator.unwrap_model(self.model).backbone
         super(SavingTrainer, card).create_model_card(*args, **options)
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -163,7 +163,7 @@ class SavingTrainer(CheckpointTrainer):
             ValueError: an argument is not as said here.
         """
         card = options.pop("card", None)
-        refused = {"blocking": (blocking, True), "revision": (revision, None)}
+        refused: dict[str, Any] = {"blocking": (blocking, True), "revision": (revision, None)}
         refused |= {name: (value, "left out") for name, value in options.items()}
         for name, (value, wanted) in refused.items():
             if value is not wanted:
