@@ -82,7 +82,7 @@ def plot_points(
     if not names:
         return False
     height = 0.85 + 0.26 * len(names)
-    figure, all_axes = plots.panels(len(panels), 2.9, height, left=1.5, columns=4)
+    figure, all_axes = plots.panels(len(panels), 3.4, height, left=1.5, columns=2)
     for place, (axes, (label, points)) in enumerate(zip(all_axes, panels.items(), strict=True)):
         if line is not None:
             axes.axvline(line, color="black", linewidth=0.8, linestyle="--", zorder=1)
@@ -91,7 +91,7 @@ def plot_points(
                 _draw_point(axes, down, points[name], styles[name]["color"], bars)
         plots.frame(axes, title=label, grid="x")
         axes.set_ylim(len(names) - 0.5, -0.5)
-        shown = names if place % 4 == 0 else [""] * len(names)
+        shown = names if place % 2 == 0 else [""] * len(names)
         axes.set_yticks(range(len(names)), shown, fontsize=8)
         axes.tick_params(axis="y", length=0)
         axes.locator_params(axis="x", nbins=4)

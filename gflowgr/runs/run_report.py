@@ -24,7 +24,7 @@ from ..report.document import (
     write_document,
 )
 from ..report.machine import command_as_typed, machine_summary
-from ..report.plots import Logs, Styles, method_styles
+from ..report.plots import Logs, Styles, method_styles, series
 from ..report.tables import Table, TableCell, TableRow, format_table, results_table
 from . import figures
 from .config import RunConfig
@@ -308,7 +308,7 @@ def _draw(report: Report, folder: Path) -> list[Section]:
         "metrics": ("Ranking metrics", lambda path: _plot_metrics(report.rows, path, styles)),
         "validation": (
             "Validation while training",
-            lambda path: figures.plot_curves(stages, figures.VALIDATION, path, styles),
+            lambda path: _plot_validation(stages, path, styles),
         ),
         "losses": (
             "Training losses",
@@ -332,6 +332,21 @@ def _draw(report: Report, folder: Path) -> list[Section]:
         else:
             path.unlink(missing_ok=True)
     return drawn
+
+
+def _plot_validation(stages: Mapping[str, Logs], path: Path, styles: Styles) -> bool:
+    """The curves, with each stage's best value in the legend."""
+    (key,) = figures.VALIDATION
+    named = {}
+    for name, logs in stages.items():
+        values = series(logs, key)[1]
+        named[name] = f"{name} (best {values.max():.4f})" if len(values) else name
+    return figures.plot_curves(
+        {named[name]: logs for name, logs in stages.items()},
+        figures.VALIDATION,
+        path,
+        {named[name]: styles[name] for name in stages},
+    )
 
 
 def _plot_metrics(rows: Sequence[TableRow], path: Path, styles: Styles) -> bool:

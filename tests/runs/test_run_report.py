@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from support.tiny_split import tiny_split
 
 from gflowgr.collaborative import Popularity
 from gflowgr.data import LeaveOneOut
 from gflowgr.errors import OutputError
 from gflowgr.evaluation import ScoringRecommender, evaluate
+from gflowgr.report import plots
 from gflowgr.report.tables import TableRow
 from gflowgr.runs.run_report import Report, example_recommendations, write_report
 
@@ -89,6 +91,24 @@ def test_report_leaves_out_plots_without_data(tmp_path: Path) -> None:
         "validation.png",
     ]
     assert "log Z" not in text.read_text()
+
+
+def test_the_validation_plot_says_the_best_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: dict[str, Figure] = {}
+
+    def save(figure: Figure, path: Path) -> bool:
+        saved[path.name] = figure
+        path.write_bytes(PNG)
+        return True
+
+    monkeypatch.setattr(plots, "save", save)
+    stages = {"SFT": logs(False), "GFlowGR-TB": [{"step": 1, "eval_N@10": 0.07}]}
+    write_report(tmp_path, Report("R", ROWS, {}, stages=stages))
+    (legend,) = saved["validation.png"].legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["SFT (best 0.0400)", "GFlowGR-TB (best 0.0700)"]
 
 
 def test_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
