@@ -40,7 +40,7 @@ class BackendError(RuntimeError):
 def register(op: str, backend: str, probe: Probe) -> None:
     """Say that ``op`` has ``backend``; ``probe(device, dtype)`` returns None or why not."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend = {backend!r}, expected one of {', '.join(BACKENDS)}")
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     _registry.setdefault(op, {})[backend] = probe
 
 
@@ -99,7 +99,7 @@ def forced_backend() -> str | None:
     if name is None:
         name = os.environ.get(ENVIRONMENT) or None
         if name is not None and name not in BACKENDS:
-            raise ValueError(f"{ENVIRONMENT}={name!r}, expected one of {', '.join(BACKENDS)}")
+            raise ValueError(f"{ENVIRONMENT} must be one of {', '.join(BACKENDS)}; got {name!r}")
     return name
 
 
@@ -110,7 +110,7 @@ def backend(name: str | None) -> Iterator[None]:
     Raises ValueError for an unknown name. Holds for the current thread or task.
     """
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"name = {name!r}, expected one of {', '.join(BACKENDS)}")
+        raise ValueError(f"name must be one of {', '.join(BACKENDS)}; got {name!r}")
     token = _forced.set(name)
     try:
         yield

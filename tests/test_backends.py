@@ -156,7 +156,7 @@ class TestChoice:
         monkeypatch.setenv(backends.ENVIRONMENT, "torch")
         assert backends.resolve("tree_walk", CPU, torch.int64) == "torch"
         monkeypatch.setenv(backends.ENVIRONMENT, "fast")
-        with pytest.raises(ValueError, match="GFLOWGR_BACKEND='fast', expected one of torch, cpp"):
+        with pytest.raises(ValueError, match="GFLOWGR_BACKEND must be one of torch, cpp"):
             backends.resolve("tree_walk", CPU, torch.int64)
 
     def test_a_forced_backend_never_falls_back(self) -> None:
@@ -166,7 +166,10 @@ class TestChoice:
             pytest.raises(backends.BackendError, match="'cuda': runs on CUDA tensors only"),
         ):
             tree.walk(torch.tensor([[1, 2]]))
-        with pytest.raises(ValueError, match="name = 'fast'"), gflowgr.backend("fast"):
+        with (
+            pytest.raises(ValueError, match=r"name must be one of .* got 'fast'"),
+            gflowgr.backend("fast"),
+        ):
             pass
 
     def test_a_missing_extension_falls_back(self, monkeypatch: pytest.MonkeyPatch) -> None:

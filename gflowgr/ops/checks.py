@@ -50,7 +50,7 @@ def set_validation(enabled: bool) -> bool:
     """
     global _validate
     if not isinstance(enabled, bool):
-        raise TypeError(f"enabled must be a bool, got {enabled!r}")
+        raise TypeError(f"enabled must be a bool; got {enabled!r}")
     previous, _validate = _validate, enabled
     return previous
 
@@ -140,7 +140,7 @@ def check_tensor(
     dtype, ValueError for another shape or device.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got layout {str(value.layout)[6:]}")
     if value.dtype not in dtypes:
@@ -166,14 +166,14 @@ def check_number(
 ) -> float:
     """Check a finite real Python number (`above`: exclusive bound, `least`: inclusive one)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a real number; got {type(value).__name__}")
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
+        raise ValueError(f"{name} must be finite; got {number}")
     if above is not None and not number > above:
-        raise ValueError(f"{name} must be greater than {above:g}, got {number:g}")
+        raise ValueError(f"{name} must be greater than {above:g}; got {number:g}")
     if least is not None and not number >= least:
-        raise ValueError(f"{name} must be at least {least:g}, got {number:g}")
+        raise ValueError(f"{name} must be at least {least:g}; got {number:g}")
     return number
 
 
@@ -325,7 +325,7 @@ def check_tree(tree: PrefixTree, vocab_size: int, device: torch.device, source: 
     """Check that the tree fits the head (its tokens are rows of it) and lies on the same device."""
     for method in ("walk", "child_ranges", "node_tokens", "validate"):
         if not callable(getattr(tree, method, None)):
-            raise TypeError(f"tree must be a gflowgr.PrefixTree, got {type(tree).__name__}")
+            raise TypeError(f"tree must be a gflowgr.PrefixTree; got {type(tree).__name__}")
     if torch.device(tree.device) != device:
         raise ValueError(
             f"tree must be on {device}, the device of {source}; it is on {tree.device}: "

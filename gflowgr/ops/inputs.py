@@ -100,11 +100,11 @@ def check_head_inputs(
     if tree is not None:
         checks.check_tree(tree, vocab_size, device, "hidden")
     elif normalize != "vocab":
-        raise ValueError(f'normalize="{normalize}" needs a tree, got tree=None')
+        raise ValueError(f'normalize="{normalize}" needs a tree; got tree=None')
     if not isinstance(sparse_grad, bool):
-        raise TypeError(f"sparse_grad must be a bool, got {type(sparse_grad).__name__}")
+        raise TypeError(f"sparse_grad must be a bool; got {type(sparse_grad).__name__}")
     if sparse_grad and normalize != "children":
-        raise ValueError(f'sparse_grad=True needs normalize="children", got {normalize!r}')
+        raise ValueError(f'sparse_grad=True needs normalize="children"; got {normalize!r}')
     values = data if normalize != "children" else checks.DataChecks(enabled=False)
     full_mask = checks.check_mask(mask, batch, device, "hidden", values)
     given_mask = None if mask is None else full_mask

@@ -52,7 +52,7 @@ def accept(buffer: Tensor, *, trust: bool = False) -> TreeLayout:
     Raises TypeError for what is no buffer, ValueError for one that is no tree or damaged.
     """
     if not isinstance(buffer, Tensor):
-        raise TypeError(f"tree must be the buffer of a prefix tree, got {type(buffer).__name__}")
+        raise TypeError(f"tree must be the buffer of a prefix tree; got {type(buffer).__name__}")
     known = _lookup(buffer)
     if known is None:
         _check_form(buffer)

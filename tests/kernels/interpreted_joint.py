@@ -34,7 +34,7 @@ def make(kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @pytest.mark.parametrize("reduction", ["prompt", "mean", "sum"])
 @pytest.mark.parametrize("kind", ["tb", "db", "subtb", "vargrad"])
-def test_equals_the_definition(kind: str, reduction: str) -> None:
+def test_equals_the_reference(kind: str, reduction: str) -> None:
     inputs, keywords = make(kind)
     results = []
     for backend in ("torch", "triton"):

@@ -66,7 +66,7 @@ def test_half_precision_is_widened_and_never_rounded_again(
 
 @pytest.mark.parametrize("normalize", NORMALIZERS)
 @pytest.mark.parametrize("wide", ["hidden", "weight", "bias"])
-def test_float64_in_any_input_is_left_to_the_definition(wide: str, normalize: str) -> None:
+def test_float64_in_any_input_is_left_to_the_reference(wide: str, normalize: str) -> None:
     case = _large_case(size=8)
     bias = torch.randn(len(case.weight), generator=torch.Generator().manual_seed(0))
     given = {"hidden": case.hidden, "weight": case.weight, "bias": bias}
@@ -221,13 +221,13 @@ def test_registered_ops_pass_opcheck_and_compile_whole(backend: str, normalize: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 0}, "width must be at least 1, got 0"),
-        ({"width": 2.0}, "width must be an integer, got float"),
+        ({"width": 0}, "width must be at least 1; got 0"),
+        ({"width": 2.0}, "width must be an integer; got float"),
         ({"normalize": "all"}, "normalize must be one of .* got 'all'"),
-        ({"temperature": 0.0}, "temperature must be greater than 0, got 0"),
+        ({"temperature": 0.0}, "temperature must be greater than 0; got 0"),
         ({"logits": torch.zeros(1, 2, 3)}, "logits has V = 3, but the tree holds tokens up to 3"),
         ({"logits": torch.zeros(2, 4)}, "logits must have shape"),
-        ({"logits": torch.zeros(1, 2, 4).double()}, "logits must have dtype"),
+        ({"logits": torch.zeros(1, 2, 4).int()}, "logits must have dtype"),
         ({"scores": torch.zeros(1, 3)}, r"scores must have shape \[B=1, K=2\]"),
         ({"nodes": torch.zeros(1, 2).int()}, "nodes must have dtype int64; got int32"),
         ({"live": torch.ones(3).bool()}, r"live must have shape \[N=4\], as in tree"),
@@ -235,7 +235,7 @@ def test_registered_ops_pass_opcheck_and_compile_whole(backend: str, normalize: 
         ({"barred": torch.zeros(2).int()}, "barred must have dtype int64"),
         ({"barred_leaves": torch.zeros(2).int()}, "barred_leaves must have dtype int64"),
         ({"live_leaves": torch.ones(9).bool()}, r"live_leaves must have shape \[N=2\]"),
-        ({"tree": None}, "tree must be a gflowgr.PrefixTree, got NoneType"),
+        ({"tree": None}, "tree must be a gflowgr.PrefixTree; got NoneType"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:

@@ -76,7 +76,7 @@ def call_fused(kind: str, **changes: Any) -> Tensor:
 
 
 SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"log_reward": [0.0]}, TypeError, "log_reward must be a torch.Tensor, got list"),
+    ({"log_reward": [0.0]}, TypeError, "log_reward must be a torch.Tensor; got list"),
     (
         {"log_reward": torch.zeros(B, N, dtype=torch.long)},
         TypeError,
@@ -126,12 +126,12 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
         "mask[0, 0] must be a prefix of its row (true, then false): position 2 is true after a "
         "false one",
     ),
-    ({"beta": 0.0}, ValueError, "beta must be greater than 0, got 0"),
-    ({"beta": math.nan}, ValueError, "beta must be finite, got nan"),
-    ({"beta": "1"}, TypeError, "beta must be a real number, got str"),
-    ({"beta": torch.ones(())}, TypeError, "beta must be a real number, got Tensor"),
-    ({"log_reward_floor": -math.inf}, ValueError, "log_reward_floor must be finite, got -inf"),
-    ({"log_reward_floor": True}, TypeError, "log_reward_floor must be a real number, got bool"),
+    ({"beta": 0.0}, ValueError, "beta must be greater than 0; got 0"),
+    ({"beta": math.nan}, ValueError, "beta must be finite; got nan"),
+    ({"beta": "1"}, TypeError, "beta must be a real number; got str"),
+    ({"beta": torch.ones(())}, TypeError, "beta must be a real number; got Tensor"),
+    ({"log_reward_floor": -math.inf}, ValueError, "log_reward_floor must be finite; got -inf"),
+    ({"log_reward_floor": True}, TypeError, "log_reward_floor must be a real number; got bool"),
     (
         {"reduction": "batch"},
         ValueError,
@@ -146,7 +146,7 @@ TARGETS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "log_z must have shape [B=2], as in {first}; got shape [2, 3]",
     ),
-    ("tb", {"log_z": 0.0}, TypeError, "log_z must be a torch.Tensor, got float"),
+    ("tb", {"log_z": 0.0}, TypeError, "log_z must be a torch.Tensor; got float"),
     (
         "tb",
         {"log_z": torch.zeros(B, dtype=torch.long)},
@@ -165,12 +165,12 @@ TARGETS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "log_flow must be on cpu, the device of {first}; it is on meta",
     ),
-    ("subtb", {"lam": 0.0}, ValueError, "lam must be greater than 0, got 0"),
-    ("subtb", {"lam": None}, TypeError, "lam must be a real number, got NoneType"),
+    ("subtb", {"lam": 0.0}, ValueError, "lam must be greater than 0; got 0"),
+    ("subtb", {"lam": None}, TypeError, "lam must be a real number; got NoneType"),
 ]
 
 HEAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"hidden": None}, TypeError, "hidden must be a torch.Tensor, got NoneType"),
+    ({"hidden": None}, TypeError, "hidden must be a torch.Tensor; got NoneType"),
     (
         {"hidden": torch.zeros(B, L, D)},
         ValueError,
@@ -233,7 +233,7 @@ HEAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         "weight has 13 rows, but the tree holds tokens up to 13: the head must cover every token "
         "of the tree",
     ),
-    ({"tree": {}}, TypeError, "tree must be a gflowgr.PrefixTree, got dict"),
+    ({"tree": {}}, TypeError, "tree must be a gflowgr.PrefixTree; got dict"),
     (
         {"tree": TreeElsewhere(head_arguments()["tree"].buffer)},
         ValueError,
@@ -242,21 +242,21 @@ HEAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"tree": None, "normalize": "children"},
         ValueError,
-        'normalize="children" needs a tree, got tree=None',
+        'normalize="children" needs a tree; got tree=None',
     ),
     (
         {"normalize": "leaves"},
         ValueError,
         "normalize must be one of 'vocab', 'level', 'children'; got 'leaves'",
     ),
-    ({"temperature": 0}, ValueError, "temperature must be greater than 0, got 0"),
-    ({"temperature": "hot"}, TypeError, "temperature must be a real number, got str"),
+    ({"temperature": 0}, ValueError, "temperature must be greater than 0; got 0"),
+    ({"temperature": "hot"}, TypeError, "temperature must be a real number; got str"),
     ({"mask": HOLED}, ValueError, "mask[0, 0] must be a prefix of its row"),
 ]
 
 FUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"nll_weight": -1.0}, ValueError, "nll_weight must be at least 0, got -1"),
-    ({"nll_weight": None}, TypeError, "nll_weight must be a real number, got NoneType"),
+    ({"nll_weight": -1.0}, ValueError, "nll_weight must be at least 0; got -1"),
+    ({"nll_weight": None}, TypeError, "nll_weight must be a real number; got NoneType"),
     (
         {"bias": at(torch.zeros(V), (9,), -math.inf)},
         ValueError,

@@ -36,7 +36,7 @@ from .children_cases import FLOATS, TOLERANCE, check, define, make_case, run
     dtypes=st.tuples(*[st.sampled_from(FLOATS)] * 3),
     seed=st.integers(0, 2**20),
 )
-def test_equals_the_definition(dtypes: Any, **shape: Any) -> None:
+def test_equals_the_reference(dtypes: Any, **shape: Any) -> None:
     """Whatever backend is chosen here: the fastest that can run."""
     check(make_case(**shape).to(*dtypes))
 

@@ -259,7 +259,7 @@ def test_autocast_does_not_round_the_products(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(run(case), plain, strict=True))
 
 
-def test_float64_is_left_to_the_definition(cpp: None) -> None:
+def test_float64_is_left_to_the_reference(cpp: None) -> None:
     with pytest.raises(backends.BackendError, match="float64 is left to the reference"):
         run(make_case())
 

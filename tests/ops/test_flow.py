@@ -80,7 +80,7 @@ def assert_all_close(actual: list[Tensor], expected: list[Tensor], rtol: float) 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_equals_the_definition(
+def test_equals_the_reference(
     device: str, kind: str, dtype: torch.dtype, rtol: float, data: st.DataObject
 ) -> None:
     """Values and gradients under a random gradient of the result, whatever the options."""

@@ -249,7 +249,7 @@ def test_a_kind_must_be_known_and_fit_its_balance() -> None:
         ops.fused_flow_loss("ctb", *inputs, *targets, **options)
     with pytest.raises(ValueError, match='balance must be None for "vargrad"; got Tensor'):
         ops.fused_flow_loss("vargrad", *inputs, *targets, **options)
-    with pytest.raises(TypeError, match=r"log_z must be a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"log_z must be a torch.Tensor; got NoneType"):
         ops.fused_flow_loss("tb", *inputs, targets[0], None, **options)
     with pytest.raises(ValueError, match=r"log_flow must have shape \[B=4, N=3, L=5\]"):
         ops.fused_flow_loss("db", *inputs, *targets, **options)

@@ -232,5 +232,5 @@ def test_a_kind_must_be_known_and_fit_its_reward() -> None:
         ops.fused_preference_loss("sdpo", *inputs, beta=1.0, **options)
     with pytest.raises(ValueError, match='reward must be None for "dpo"; got Tensor'):
         ops.fused_preference_loss("dpo", *inputs, reward=REWARD, beta=1.0, **options)
-    with pytest.raises(TypeError, match=r"reward must be a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"reward must be a torch.Tensor; got NoneType"):
         ops.fused_preference_loss("grpo", *inputs, beta=1.0, **options)

@@ -47,7 +47,7 @@ BACKENDS = usable_backends()
     dtype=st.sampled_from(DTYPES),
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_the_definition(
+def test_equals_the_reference(
     backend: str,
     rows: int,
     width: int,

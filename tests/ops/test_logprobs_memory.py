@@ -33,7 +33,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def largest_of_definition(rows: int, valid: int, vocabulary: int) -> int:
+def largest_of_reference(rows: int, valid: int, vocabulary: int) -> int:
     """Largest tensor of a forward and backward pass of the reference, `valid` rows of `rows`."""
     hidden, weight = torch.zeros(rows, 2), torch.zeros(vocabulary, 2)
     targets = torch.where(torch.arange(rows) < valid, 0, -1)
@@ -45,13 +45,13 @@ def largest_of_definition(rows: int, valid: int, vocabulary: int) -> int:
 
 
 def test_logits_of_masked_tokens_are_never_formed() -> None:
-    assert largest_of_definition(rows=400, valid=30, vocabulary=1000) == 30 * 1000
+    assert largest_of_reference(rows=400, valid=30, vocabulary=1000) == 30 * 1000
 
 
 def test_logits_are_formed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 20_000)
     monkeypatch.setattr(reference, "MIN_BLOCK_ROWS", 8)
-    assert largest_of_definition(rows=400, valid=400, vocabulary=1000) == 20 * 1000
+    assert largest_of_reference(rows=400, valid=400, vocabulary=1000) == 20 * 1000
 
 
 def largest(

@@ -240,7 +240,7 @@ def test_arguments_are_named_in_errors() -> None:
         (lambda: dpo_loss(log_pf, reference), r"N = 2 trajectories, .* got N = 3"),
         (lambda: sdpo_loss(log_pf[:, :1], reference[:, :1]), r"N >= 2 .*\[2, 1, 3\]"),
         (lambda: sdpo_loss(log_pf, reference[:1]), r"ref_log_pf must have shape \[B=2, N=3, L=3\]"),
-        (lambda: sdpo_loss(log_pf, reference, beta=0.0), "beta must be greater than 0, got 0"),
+        (lambda: sdpo_loss(log_pf, reference, beta=0.0), "beta must be greater than 0; got 0"),
         (lambda: grpo_loss(log_pf, reference, reward, beta=-1.0), "beta must be at least 0"),
         (lambda: grpo_loss(log_pf, reference, reward[:, :2]), r"reward must have shape \[B=2, N=3"),
         (lambda: grpo_loss(log_pf, reference, reward / 0), r"reward\[0, 0\] = inf: expected a fin"),

@@ -66,7 +66,7 @@ def test_without_data_checks_no_condition_is_computed() -> None:
 
 def test_set_validation_returns_the_previous_setting() -> None:
     assert ops.set_validation(True) is True
-    with pytest.raises(TypeError, match="enabled must be a bool, got 1"):
+    with pytest.raises(TypeError, match="enabled must be a bool; got 1"):
         ops.set_validation(1)  # type: ignore[arg-type]
 
 

@@ -95,11 +95,21 @@ def beam_step(
     """
     batch, beams = _check_logits(logits, tree)
     _check_beams(scores, nodes, batch, beams, logits.device)
-    options = _check_options(tree, normalize, temperature, width)
-    masks = _check_masks(tree, live, barred, live_leaves, barred_leaves)
+    temperature = _check_options(normalize, temperature, width)
+    _check_masks(tree, live, barred, live_leaves, barred_leaves)
     transforms.refuse("beam_step", logits, scores, nodes)
     found = torch.ops.gflowgr.beam_step(
-        logits, scores, nodes, tree.buffer, *options, *masks[:2], width, *masks[2:]
+        logits,
+        scores,
+        nodes,
+        tree.buffer,
+        normalize,
+        temperature,
+        live,
+        barred,
+        width,
+        live_leaves,
+        barred_leaves,
     )
     return BeamStep(*found)
 
@@ -150,11 +160,23 @@ def beam_step_hidden(
         )
     _check_tree(tree, weight.shape[0], "weight has", hidden.device)
     _check_beams(scores, nodes, batch, beams, hidden.device)
-    options = _check_options(tree, normalize, temperature, width)
-    masks = _check_masks(tree, live, barred, live_leaves, barred_leaves)
+    temperature = _check_options(normalize, temperature, width)
+    _check_masks(tree, live, barred, live_leaves, barred_leaves)
     transforms.refuse("beam_step_hidden", hidden, weight, bias, scores, nodes)
     found = torch.ops.gflowgr.beam_step_hidden(
-        hidden, weight, bias, scores, nodes, tree.buffer, *options, *masks[:2], width, *masks[2:]
+        hidden,
+        weight,
+        bias,
+        scores,
+        nodes,
+        tree.buffer,
+        normalize,
+        temperature,
+        live,
+        barred,
+        width,
+        live_leaves,
+        barred_leaves,
     )
     return BeamStep(*found)
 
@@ -170,7 +192,7 @@ def _check_logits(logits: Tensor, tree: PrefixTree) -> tuple[int, int]:
 
 def _check_tree(tree: PrefixTree, vocab_size: int, what: str, device: torch.device) -> None:
     if not isinstance(tree, PrefixTree):
-        raise TypeError(f"tree must be a gflowgr.PrefixTree, got {type(tree).__name__}")
+        raise TypeError(f"tree must be a gflowgr.PrefixTree; got {type(tree).__name__}")
     if tree.device != device:
         raise ValueError(f"tree is on {tree.device}, the other tensors are on {device}")
     if tree.vocab_size > vocab_size:
@@ -188,15 +210,13 @@ def _check_beams(
         )
 
 
-def _check_options(
-    tree: PrefixTree, normalize: str, temperature: float, width: int
-) -> tuple[str, float]:
+def _check_options(normalize: str, temperature: float, width: int) -> float:
     if isinstance(width, bool) or not isinstance(width, int):
-        raise TypeError(f"width must be an integer, got {type(width).__name__}")
+        raise TypeError(f"width must be an integer; got {type(width).__name__}")
     if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
+        raise ValueError(f"width must be at least 1; got {width}")
     check_choice("normalize", normalize, NORMALIZERS)
-    return normalize, check_number("temperature", temperature, above=0.0)
+    return check_number("temperature", temperature, above=0.0)
 
 
 def _check_masks(
@@ -205,7 +225,7 @@ def _check_masks(
     barred: Tensor | None,
     live_leaves: Tensor | None,
     barred_leaves: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> None:
     for name, mask, size in (
         ("live", live, tree.num_nodes),
         ("live_leaves", live_leaves, tree.num_leaves),
@@ -219,7 +239,6 @@ def _check_masks(
             check_tensor(
                 name, keys, (None,), "P", dtypes=(torch.int64,), device=tree.device, source="tree"
             )
-    return live, barred, live_leaves, barred_leaves
 
 
 # ---------------------------------------------------------------------- the ops

@@ -67,9 +67,9 @@ def logprobs_from_logits(
     )
     temperature = checks.check_number("temperature", temperature, above=0.0)
     if vocab_size == 0:
-        raise ValueError(f"logits must have at least one column, got shape {list(logits.shape)}")
+        raise ValueError(f"logits must have at least one column; got shape {list(logits.shape)}")
     if not isinstance(inplace_backward, bool):
-        raise TypeError(f"inplace_backward must be a bool, got {inplace_backward!r}")
+        raise TypeError(f"inplace_backward must be a bool; got {inplace_backward!r}")
     if inplace_backward:
         _check_inplace(logits)
     data = checks.DataChecks()

@@ -63,7 +63,7 @@ def dpo_loss(
     )
     if log_pf.shape[1] != 2:
         raise ValueError(
-            f"log_pf must have N = 2 trajectories, chosen and rejected, got N = {log_pf.shape[1]}; "
+            f"log_pf must have N = 2 trajectories, chosen and rejected; got N = {log_pf.shape[1]}; "
             "for several rejected ones: sdpo_loss"
         )
     return sdpo_loss(log_pf, ref_log_pf, mask=mask, beta=beta, reduction=reduction)
