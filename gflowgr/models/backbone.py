@@ -47,8 +47,8 @@ def real_prompt(
         real: Tensor = attention_mask != 0
         return input_ids.masked_fill(~real, 0), real.long()
     pad: int | None = getattr(getattr(model, "config", None), "pad_token_id", None)
-    looks = pad is not None and input_ids.numel() > 0 and not torch.compiler.is_compiling()
-    if looks and bool((input_ids[:, [0, -1]] == pad).any()):
+    looks = input_ids.numel() > 0 and not torch.compiler.is_compiling()
+    if pad is not None and looks and bool(input_ids[:, [0, -1]].eq(pad).any()):
         warnings.warn(
             f"a prompt begins or ends with the model's pad_token_id = {pad}, and without "
             "attention_mask it counts as a real token; pass attention_mask if it is padding",
