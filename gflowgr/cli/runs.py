@@ -16,8 +16,9 @@ def add_quickstart(commands: Commands) -> None:
         commands,
         "quickstart",
         "train and compare SASRec, SFT, continued SFT and GFlowGR-TB in a few minutes",
-        "Writes checkpoints, results.json, report.md and plots to --output-dir. The built-in\n"
-        "dataset is simulated, with known true utilities; no download is made.",
+        "Writes models, results.json, report.md and plots to --output-dir. The built-in\n"
+        "dataset is simulated, with known true utilities; no download is made. This is the run of\n"
+        "examples/quickstart.yaml; its configuration is left in config.json, for gflowgr train.",
     )
     parser.add_argument("--data", metavar="FOLDER", help="your dataset instead of the built-in one")
     parser.add_argument("--identifiers", metavar="NAME", help="which index.NAME.json.gz of FOLDER")

@@ -10,8 +10,8 @@ every dataset, seed, set of identifiers and method, each in a process of its own
 of all, a file that says that it is complete (:mod:`.stages`). The same command again reads what is
 complete, and goes on with a training from its last complete checkpoint.
 
-**Same inputs.** A folder is gone on with only by a run of the same configuration and data; another
-one is refused, and told which folders to delete (:mod:`.same_inputs`).
+**Same inputs.** Each folder records what it was made from. A run of another configuration, or on
+other data, is refused there, and told which folders to delete (:mod:`.same_inputs`).
 
 **Locks.** All go with their process, however that ends. A run has its whole output folder to
 itself: a second one is refused (:func:`.processes.working_alone`). In an experiment's folder

@@ -73,7 +73,7 @@ class Cell:
         return cls(**values | {"config": config, "needs": tuple(values["needs"])})
 
     def is_complete(self, out: Path) -> bool:
-        """Whether the last of its files is there, in an experiment."""
+        """Whether the last file that an experiment writes for it is there."""
         last = [*self.evaluations.values()][-1]
         return (out / last / "analysis.json").is_file()
 
@@ -83,7 +83,7 @@ class Cell:
         JSON-ready, and without places on this machine: what lies there has a digest.
         """
         config = self.config.to_dict()
-        del config["evaluation"]["examples"]  # of the report
+        del config["evaluation"]["examples"]  # only the report reads it
         for section, key in _PLACES:
             if config[section].get(key) is not None:
                 config[section][key] = Path(config[section][key]).name

@@ -11,6 +11,7 @@ import pytest
 from support.tiny_run import tiny_run, write_config
 
 from gflowgr import runs
+from gflowgr.files import write_json
 from gflowgr.runs import ConfigError, RunConfig, quickstart_config
 from gflowgr.runs.config import training_arguments
 
@@ -204,6 +205,12 @@ def test_the_quickstart_is_an_example_that_can_be_copied() -> None:
     example = next(path for path in EXAMPLES if path.name == "quickstart.yaml")
     assert RunConfig.load(example) == quickstart_config("runs/quickstart")
     assert example.read_bytes() == (Path(runs.__file__).parent / example.name).read_bytes()
+
+
+def test_the_configuration_that_a_run_leaves_can_be_run(tmp_path: Path) -> None:
+    config = quickstart_config("x")
+    write_json(tmp_path / "config.json", config.to_dict())
+    assert RunConfig.load(tmp_path / "config.json") == config
 
 
 def test_quickstart_is_valid() -> None:
