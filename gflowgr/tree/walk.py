@@ -93,7 +93,7 @@ def _walk_cuda(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
 def _walk_triton(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
     from gflowgr.kernels.tree.walk import tree_walk
 
-    return tree_walk(*backends.contiguous(tokens, mask), tree)
+    return tree_walk(tokens.contiguous(), None if mask is None else mask.contiguous(), tree)
 
 
 _RUN = {"torch": walk_reference, "cpp": _walk_cpp, "triton": _walk_triton, "cuda": _walk_cuda}

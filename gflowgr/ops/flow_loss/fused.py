@@ -106,7 +106,14 @@ def fused_flow_loss(
         ValueError: an unknown kind, or a balance for "vargrad"; besides, what the losses raise.
     """
     kind = checks.check_choice("kind", kind, KINDS)
-    flow = check_options(kind, beta, log_reward_floor, reduction, lam=lam, nll_weight=nll_weight)
+    flow = check_options(
+        kind,
+        beta,
+        log_reward_floor,
+        reduction,
+        lam=checks.check_number("lam", lam, above=0.0),
+        nll_weight=checks.check_number("nll_weight", nll_weight, least=0.0),
+    )
     data = checks.DataChecks()
     inputs = check_head_inputs(
         hidden,

@@ -55,19 +55,19 @@ def check_options(
     log_reward_floor: object,
     reduction: object,
     *,
-    lam: object = 1.0,
-    nll_weight: object = 0.0,
+    lam: float = 1.0,
+    nll_weight: float = 0.0,
 ) -> FlowOptions:
-    """Check the keyword arguments that every loss takes."""
+    """Check the keyword arguments that every loss takes, and add the checked ones of some."""
     return FlowOptions(
-        kind=kind,
-        lam=checks.check_number("lam", lam, above=0.0),
-        beta=checks.check_number("beta", beta, above=0.0),
-        floor=None
+        kind,
+        lam,
+        checks.check_number("beta", beta, above=0.0),
+        None
         if log_reward_floor is None
         else checks.check_number("log_reward_floor", log_reward_floor),
-        reduction=checks.check_choice("reduction", reduction, checks.REDUCTIONS),
-        nll_weight=checks.check_number("nll_weight", nll_weight, least=0.0),
+        checks.check_choice("reduction", reduction, checks.REDUCTIONS),
+        nll_weight,
     )
 
 
@@ -150,6 +150,7 @@ def subtb_loss(
     Source: Madan et al. 2023, SubTB(lambda) (arXiv 2209.12782), with weights normalised per
         trajectory.
     """
+    lam = checks.check_number("lam", lam, above=0.0)
     options = check_options("subtb", beta, log_reward_floor, reduction, lam=lam)
     _check_inputs(log_pf, log_reward, mask, options)
     log_flow = checks.check_log_flow(log_flow, log_pf, "log_pf")

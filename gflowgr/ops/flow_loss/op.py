@@ -44,8 +44,11 @@ def flow_loss(
     are left to the reference.
     """
     dtype = compute_dtype(log_pf, log_reward, balance)
-    log_pf, log_reward = log_pf.to(dtype), log_reward.to(dtype)
-    if balance is not None:
+    if log_pf.dtype != dtype:  # asked first: .to() costs 1 us where there is nothing to do
+        log_pf = log_pf.to(dtype)
+    if log_reward.dtype != dtype:
+        log_reward = log_reward.to(dtype)
+    if balance is not None and balance.dtype != dtype:
         balance = balance.to(dtype)
     if transforms.reference_only("flow_loss"):
         return loss_reference(log_pf, log_reward, balance, mask, flow)
