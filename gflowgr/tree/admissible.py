@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gflowgr.tree.prefix_tree import PrefixTree
 
 
-__all__ = ["Admissible", "admissible_for", "any_in_ranges", "live_nodes"]
+__all__ = ["Admissible", "admissible_for", "any_in_ranges", "check_available", "live_nodes"]
 
 
 class _Pairs:
@@ -172,6 +172,16 @@ def _check(tree: PrefixTree, batch: int, available: Tensor | None, exclude: Tens
             f"exclude must hold items 0..{tree.num_items - 1}, or -1; "
             f"got {int(exclude.min())}..{int(exclude.max())}"
         )
+
+
+def check_available(available: Any, num_items: int, device: torch.device) -> Tensor:
+    """``available`` as bool [num_items] on the device; TypeError or ValueError if it is not."""
+    checked = torch.as_tensor(available, device=device)
+    if checked.dtype != torch.bool:
+        raise TypeError(f"available must be bool; got {checked.dtype}")
+    if checked.shape != (num_items,):
+        raise ValueError(f"available must have shape [{num_items}]; got {list(checked.shape)}")
+    return checked
 
 
 def any_in_ranges(flags: Tensor, begins: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gflowgr.errors import DataError
-from gflowgr.tree.admissible import any_in_ranges, live_nodes
+from gflowgr.tree.admissible import any_in_ranges, check_available, live_nodes
 from gflowgr.tree.build import build, check_range, integer_tensor
 from gflowgr.tree.continuations import AllowedTokens
 from gflowgr.tree.facts import accept, codebooks_of, moved
@@ -380,12 +380,7 @@ class PrefixTree:
         without one below it is dead, up to the root, so no search ends in a dead end. O(nodes).
         Raises TypeError or ValueError for a wrong dtype or shape.
         """
-        available = torch.as_tensor(available, device=self.device)
-        if available.dtype != torch.bool:
-            raise TypeError(f"available: expected bool, got {available.dtype}")
-        if available.shape != (self.num_items,):
-            got = tuple(available.shape)
-            raise ValueError(f"available: expected shape ({self.num_items},), got {got}")
+        available = check_available(available, self.num_items, self.device)
         leaf_live = available[self._item_ids.to(torch.int64)]
         if self._item_begin is not None:
             leaf_live = any_in_ranges(leaf_live, self._item_begin)

@@ -281,9 +281,9 @@ class TestErrors:
             small.items(-1)
         with pytest.raises(ValueError, match=r"expected 0\.\.4"):
             small.leaf_of([5])
-        with pytest.raises(TypeError, match="available: expected bool"):
+        with pytest.raises(TypeError, match="available must be bool; got"):
             small.available_nodes(torch.ones(5))
-        with pytest.raises(ValueError, match=r"available: expected shape \(5,\)"):
+        with pytest.raises(ValueError, match=r"available must have shape \[5\]; got"):
             small.available_nodes(torch.ones(4, dtype=torch.bool))
 
     @pytest.mark.parametrize("garbage", [-(2**63), 2**63 - 1, -2, 2**40])
