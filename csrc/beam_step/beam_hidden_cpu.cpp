@@ -8,9 +8,10 @@
 #include <utility>
 #include <vector>
 
-#include "beam_step/beam_kernels_cpu.h"
 #include "beam_step/beam_step_cpu.h"
+#include "common/convert_cpu.h"
 #include "common/gemm_cpu.h"
+#include "logprobs_children/children_kernels.h"
 #include "logprobs_dense/head_pack_cpu.h"
 #include "tree/tree_view_cpu.h"
 
@@ -37,7 +38,7 @@ struct Task {
 class NeededLogits {
  public:
   NeededLogits(BeamStepPass& pass, const BeamHead& head)
-      : p_(pass), head_(head), tree_(pass.tree), tiles_(tile_kernels()), kernels_(beam_kernels()) {
+      : p_(pass), head_(head), tree_(pass.tree), tiles_(tile_kernels()) {
     make_groups();
     make_tasks();
   }
@@ -46,7 +47,7 @@ class NeededLogits {
     logits_ = allocate<float>(size_);
     p_.parallel(static_cast<int64_t>(tasks_.size()), [&](int64_t begin, int64_t end) {
       Scratch scratch;
-      const int64_t padded = round_up(kTaskBeams, kLanes);
+      const int64_t padded = round_up(kTaskBeams, kGroup);
       scratch.head = allocate<float>(kTaskTokens * head_.width);
       scratch.states = allocate<float>(padded * head_.width);
       scratch.packed = allocate<float>(padded * head_.width);
@@ -54,7 +55,7 @@ class NeededLogits {
       for (int64_t i = begin; i < end; ++i) one_task(tasks_[i], scratch);
     });
     p_.logits = logits_.get();
-    p_.logits_type = Float::f32;
+    p_.logits_type = Dtype::float32;
     p_.offsets = offsets_.data();
     p_.layout = by_node_ ? LogitLayout::children : LogitLayout::codebook;
   }
@@ -171,7 +172,7 @@ class NeededLogits {
     }
   }
 
-  const void* row(const void* matrix, Float type, int64_t index) const {
+  const void* row(const void* matrix, Dtype type, int64_t index) const {
     return element(matrix, type, index * head_.width);
   }
 
@@ -186,25 +187,25 @@ class NeededLogits {
       const void* const from = row(head_.hidden, head_.hidden_type, beams_[task.beam_begin + i]);
       s.state_rows[i] = widened(from, head_.hidden_type, s.states.get() + i * head_.width);
     }
-    kernels_.products(s.state_rows.data(), beams, s.head_rows.data(), count, head_.width, to, stride);
+    children_kernels().dots(s.state_rows.data(), beams, s.head_rows.data(), count, head_.width, to, stride);
   }
 
-  const float* widened(const void* from, Float type, float* copy) const {
-    if (type == Float::f32) return static_cast<const float*>(from);
-    tiles_.widen(from, type, head_.width, copy);
+  const float* widened(const void* from, Dtype type, float* copy) const {
+    if (type == Dtype::float32) return static_cast<const float*>(from);
+    widen(from, type, head_.width, copy);
     return copy;
   }
 
   void dense(const Task& task, int64_t count, int64_t beams, Scratch& s, float* to, int64_t stride) const {
-    const int64_t width = head_.width, padded = round_up(beams, kLanes);
+    const int64_t width = head_.width, padded = round_up(beams, kGroup);
     pack_states<float>(tiles_, Rows{head_.hidden, head_.hidden_type, width}, beams_.data() + task.beam_begin,
                        beams, padded, s.states.get(), s.packed.get());
     const float* left;
-    if (head_.weight_type == Float::f32 && s.tokens[count - 1] - s.tokens[0] == count - 1) {
-      left = static_cast<const float*>(row(head_.weight, Float::f32, s.tokens[0]));
+    if (head_.weight_type == Dtype::float32 && s.tokens[count - 1] - s.tokens[0] == count - 1) {
+      left = static_cast<const float*>(row(head_.weight, Dtype::float32, s.tokens[0]));
     } else {
       for (int64_t j = 0; j < count; ++j) {
-        tiles_.widen(row(head_.weight, head_.weight_type, s.tokens[j]), head_.weight_type, width,
+        widen(row(head_.weight, head_.weight_type, s.tokens[j]), head_.weight_type, width,
                      s.head.get() + j * width);
       }
       left = s.head.get();
@@ -221,7 +222,6 @@ class NeededLogits {
   const BeamHead& head_;
   const TreeView tree_;
   const TileKernels& tiles_;
-  const BeamKernels& kernels_;
   std::vector<int64_t> beams_;    // those that need logits, by what they need
   std::vector<int64_t> offsets_;  // of every beam's logits
   std::vector<Group> groups_;

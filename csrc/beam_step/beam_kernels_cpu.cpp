@@ -4,87 +4,68 @@
 #include <cmath>
 #include <limits>
 
-#include "common/lanes_cpu.h"
+#include "common/convert_cpu.h"
+#include "common/simd.h"
 
 namespace gflowgr {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kBlock = 1024;  // values read twice while they are in the first cache
-static_assert(kBlock % (4 * kWidth) == 0, "whole registers");
-
-GFLOWGR_INLINE float largest(Lanes values) {
-  float part[kWidth];
-  store(part, values);
-  float top = part[0];
-  for (int64_t i = 1; i < kWidth; ++i) top = part[i] > top ? part[i] : top;
-  return top;
-}
-
-// By halves: few additions in a row, and a rounding error that grows with log2 of the lanes.
-GFLOWGR_INLINE float total(Lanes values) {
-  float part[kWidth];
-  store(part, values);
-  for (int64_t half = kWidth / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
-  }
-  return part[0];
-}
+constexpr int64_t kGroups = 4;    // summed side by side
+static_assert(kBlock % (kGroups * kGroup) == 0, "whole groups");
 
 // NaN is passed over.
+template <typename S>
 GFLOWGR_INLINE float block_top(const float* x, int64_t count) {
-  Lanes top[4];
-  for (auto& t : top) t = Lanes{} - kInfinity;
+  typedef typename S::Floats Floats;
+  constexpr int64_t kTops = 4;
+  Floats top[kTops];
+  for (auto& t : top) t = S::broadcast(-kInfinity);
   int64_t i = 0;
-  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
-    for (int64_t j = 0; j < 4; ++j) {
-      const Lanes v = load(x + i + j * kWidth);
-      top[j] = v > top[j] ? v : top[j];
-    }
+  for (; i + kTops * S::kLanes <= count; i += kTops * S::kLanes) {
+    for (int64_t j = 0; j < kTops; ++j) top[j] = S::maximum(S::load(x + i + j * S::kLanes), top[j]);
   }
-  for (; i < count; i += kWidth) {
-    const Lanes v = load(x + i);
-    top[0] = v > top[0] ? v : top[0];
-  }
-  for (int64_t j = 1; j < 4; ++j) top[0] = top[j] > top[0] ? top[j] : top[0];
-  return largest(top[0]);
+  for (; i < count; i += S::kLanes) top[0] = S::maximum(S::load(x + i), top[0]);
+  return S::largest(top);
 }
 
-GFLOWGR_INLINE Lanes power(const float* x, float reference, float scale) {
-  const Lanes least = Lanes{} - 127.0f;
-  const Lanes v = (load(x) - reference) * scale;
-  return exp2_in_range(least > v ? least : v);  // in this order NaN stays NaN
-}
-
-// Sum of 2^((x - reference) * scale).
+// Sum of 2^((x - reference) * scale); `count` is whole groups.
+template <typename S>
 GFLOWGR_INLINE float block_sum(const float* x, int64_t count, float reference, float scale) {
-  Lanes sum[4] = {};
+  typedef typename S::Floats Floats;
+  constexpr int64_t kSums = kGroups * S::kParts;
+  Floats sum[kSums] = {};
   int64_t i = 0;
-  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
-    for (int64_t j = 0; j < 4; ++j) sum[j] += power(x + i + j * kWidth, reference, scale);
+  for (; i + kGroups * kGroup <= count; i += kGroups * kGroup) {
+    for (int64_t j = 0; j < kSums; ++j) sum[j] += S::exp2((S::load(x + i + j * S::kLanes) - reference) * scale);
   }
-  for (; i < count; i += kWidth) sum[0] += power(x + i, reference, scale);
-  return total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < count; i += kGroup) {
+    for (int64_t j = 0; j < S::kParts; ++j) sum[j] += S::exp2((S::load(x + i + j * S::kLanes) - reference) * scale);
+  }
+  Floats all[S::kParts];
+  for (int64_t j = 0; j < S::kParts; ++j) {
+    all[j] = (sum[j] + sum[j + S::kParts]) + (sum[j + 2 * S::kParts] + sum[j + 3 * S::kParts]);
+  }
+  return S::total_by_halves(all);
 }
 
-GFLOWGR_INLINE float log_sum_exp_body(const void* values, Float type, int64_t count, double temperature,
-                                      void (*widen)(const void*, Float, int64_t, float*)) {
+template <typename S>
+GFLOWGR_INLINE float log_sum_exp_body(const void* values, Dtype type, int64_t count, double temperature) {
   alignas(64) float copy[kBlock];
   const float scale = static_cast<float>(1.4426950408889634 / temperature);
-  const int64_t bytes = type == Float::f32 ? 4 : 2;
-  const char* const from = static_cast<const char*>(values);
   float reference = -kInfinity;
   double sum = 0.0;
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t size = std::min(kBlock, count - begin);
-    const int64_t padded = (size + kWidth - 1) / kWidth * kWidth;
-    const float* x = reinterpret_cast<const float*>(from + begin * bytes);
-    if (type != Float::f32 || padded != size) {
-      widen(from + begin * bytes, type, size, copy);
+    const int64_t padded = (size + kGroup - 1) / kGroup * kGroup;
+    const float* x = static_cast<const float*>(element(values, type, begin));
+    if (type != Dtype::float32 || padded != size) {
+      widen(element(values, type, begin), type, size, copy);
       std::fill(copy + size, copy + padded, -kInfinity);
       x = copy;
     }
-    const float top = block_top(x, padded);
+    const float top = block_top<S>(x, padded);
     if (top > reference) {
       sum *= std::exp((static_cast<double>(reference) - top) / temperature);
       reference = top;
@@ -93,7 +74,7 @@ GFLOWGR_INLINE float log_sum_exp_body(const void* values, Float type, int64_t co
       // The sum would be NaN of infinity already: look for NaN itself.
       for (int64_t i = begin; i < count; i += kBlock) {
         const int64_t rest = std::min(kBlock, count - i);
-        widen(from + i * bytes, type, rest, copy);
+        widen(element(values, type, i), type, rest, copy);
         for (int64_t j = 0; j < rest; ++j) {
           if (std::isnan(copy[j])) return copy[j];
         }
@@ -101,20 +82,19 @@ GFLOWGR_INLINE float log_sum_exp_body(const void* values, Float type, int64_t co
       return std::isnan(sum) ? std::numeric_limits<float>::quiet_NaN() : kInfinity;
     }
     // Where all so far are -inf, any reference will do: 2^-inf is 0.
-    sum += block_sum(x, padded, reference == -kInfinity ? 0.0f : reference, scale);
+    sum += block_sum<S>(x, padded, reference == -kInfinity ? 0.0f : reference, scale);
   }
   return static_cast<float>(static_cast<double>(reference) / temperature + std::log(sum));
 }
 
 template <typename Code>
-GFLOWGR_INLINE void gather_body(const void* values, Float type, const Code* codes, int64_t count, float* to,
-                                void (*widen)(const void*, Float, int64_t, float*)) {
+GFLOWGR_INLINE void gather_body(const void* values, Dtype type, const Code* codes, int64_t count, float* to) {
   const auto* const floats = static_cast<const float*>(values);
   const auto* const halves = static_cast<const uint16_t*>(values);
   if (count == 0) return;
   if (static_cast<int64_t>(codes[count - 1]) - static_cast<int64_t>(codes[0]) == count - 1) {  // no gaps
-    widen(type == Float::f32 ? static_cast<const void*>(floats + codes[0]) : halves + codes[0], type, count, to);
-  } else if (type == Float::f32) {
+    widen(element(values, type, static_cast<int64_t>(codes[0])), type, count, to);
+  } else if (type == Dtype::float32) {
     for (int64_t i = 0; i < count; ++i) to[i] = floats[codes[i]];
   } else {
     uint16_t chosen[256];
@@ -126,14 +106,14 @@ GFLOWGR_INLINE void gather_body(const void* values, Float type, const Code* code
   }
 }
 
-GFLOWGR_INLINE void gather_any(const void* values, Float type, const void* codes, int64_t code_bytes,
-                               int64_t count, float* to, void (*widen)(const void*, Float, int64_t, float*)) {
+GFLOWGR_INLINE void gather_any(const void* values, Dtype type, const void* codes, int64_t code_bytes, int64_t count,
+                               float* to) {
   if (code_bytes == 1) {
-    gather_body(values, type, static_cast<const uint8_t*>(codes), count, to, widen);
+    gather_body(values, type, static_cast<const uint8_t*>(codes), count, to);
   } else if (code_bytes == 2) {
-    gather_body(values, type, static_cast<const uint16_t*>(codes), count, to, widen);
+    gather_body(values, type, static_cast<const uint16_t*>(codes), count, to);
   } else {
-    gather_body(values, type, static_cast<const uint32_t*>(codes), count, to, widen);
+    gather_body(values, type, static_cast<const uint32_t*>(codes), count, to);
   }
 }
 
@@ -154,87 +134,27 @@ GFLOWGR_INLINE int64_t find_above_body(const float* values, int64_t from, int64_
   return i;
 }
 
-// kLeft x kRight dot products at once: every element that is loaded serves several of them.
-template <int kLeft, int kRight>
-GFLOWGR_INLINE void product_block(const float* const* left, const float* const* right, int64_t width,
-                                  float* to, int64_t stride) {
-  Lanes sum[kLeft][kRight] = {};
-  int64_t k = 0;
-  for (; k + kWidth <= width; k += kWidth) {
-    Lanes a[kLeft];
-    for (int i = 0; i < kLeft; ++i) a[i] = load(left[i] + k);
-    for (int j = 0; j < kRight; ++j) {
-      const Lanes b = load(right[j] + k);
-      for (int i = 0; i < kLeft; ++i) sum[i][j] += a[i] * b;
-    }
-  }
-  for (int i = 0; i < kLeft; ++i) {
-    for (int j = 0; j < kRight; ++j) {
-      float value = total(sum[i][j]);
-      for (int64_t rest = k; rest < width; ++rest) value += left[i][rest] * right[j][rest];
-      to[i * stride + j] = value;
-    }
-  }
-}
-
-template <int kLeft>
-GFLOWGR_INLINE void product_rows(const float* const* left, const float* const* right, int64_t right_count,
-                                 int64_t width, float* to, int64_t stride) {
-  int64_t j = 0;
-  for (; j + 4 <= right_count; j += 4) product_block<kLeft, 4>(left, right + j, width, to + j, stride);
-  for (; j < right_count; ++j) product_block<kLeft, 1>(left, right + j, width, to + j, stride);
-}
-
-GFLOWGR_INLINE void products_body(const float* const* left, int64_t left_count, const float* const* right,
-                                  int64_t right_count, int64_t width, float* to, int64_t stride) {
-  int64_t i = 0;
-  for (; i + 2 <= left_count; i += 2) {
-    product_rows<2>(left + i, right, right_count, width, to + i * stride, stride);
-  }
-  if (i < left_count) product_rows<1>(left + i, right, right_count, width, to + i * stride, stride);
-}
-
-#define GFLOWGR_KERNELS(name, attribute)                                                                \
-  attribute float log_sum_exp_##name(const void* values, Float type, int64_t count, double temperature) { \
-    return log_sum_exp_body(values, type, count, temperature, tile_kernels().widen);                    \
-  }                                                                                                     \
-  attribute void gather_##name(const void* values, Float type, const void* codes, int64_t code_bytes,   \
-                               int64_t count, float* to) {                                              \
-    gather_any(values, type, codes, code_bytes, count, to, tile_kernels().widen);                       \
-  }                                                                                                     \
-  attribute void add_scores_##name(const float* logits, int64_t count, float scale, float normaliser,   \
-                                   float score, float* to) {                                            \
-    add_scores_body(logits, count, scale, normaliser, score, to);                                       \
-  }                                                                                                     \
-  attribute int64_t find_above_##name(const float* values, int64_t from, int64_t count,                 \
-                                      float threshold) {                                                \
-    return find_above_body(values, from, count, threshold);                                             \
-  }                                                                                                     \
-  attribute void products_##name(const float* const* left, int64_t left_count, const float* const* right, \
-                                 int64_t right_count, int64_t width, float* to, int64_t stride) {       \
-    products_body(left, left_count, right, right_count, width, to, stride);                             \
-  }                                                                                                     \
-  constexpr BeamKernels name = {log_sum_exp_##name, gather_##name, add_scores_##name,                   \
-                                find_above_##name, products_##name};
-
-GFLOWGR_KERNELS(baseline, )
-#ifdef GFLOWGR_X86
-GFLOWGR_KERNELS(avx2, GFLOWGR_AVX2)
-GFLOWGR_KERNELS(avx512, GFLOWGR_AVX512)
-#endif
+#define GFLOWGR_DEFINE(name, bytes, attribute)                                                              \
+  attribute float log_sum_exp_##name(const void* values, Dtype type, int64_t count, double temperature) {   \
+    return log_sum_exp_body<Simd<bytes>>(values, type, count, temperature);                                 \
+  }                                                                                                         \
+  attribute void gather_##name(const void* values, Dtype type, const void* codes, int64_t code_bytes,       \
+                               int64_t count, float* to) {                                                  \
+    gather_any(values, type, codes, code_bytes, count, to);                                                 \
+  }                                                                                                         \
+  attribute void add_scores_##name(const float* logits, int64_t count, float scale, float normaliser,       \
+                                   float score, float* to) {                                                \
+    add_scores_body(logits, count, scale, normaliser, score, to);                                           \
+  }                                                                                                         \
+  attribute int64_t find_above_##name(const float* values, int64_t from, int64_t count, float threshold) {  \
+    return find_above_body(values, from, count, threshold);                                                 \
+  }                                                                                                         \
+  constexpr BeamKernels name = {log_sum_exp_##name, gather_##name, add_scores_##name, find_above_##name};
+GFLOWGR_EACH_TARGET(GFLOWGR_DEFINE)
+#undef GFLOWGR_DEFINE
 
 }  // namespace
 
-const BeamKernels& beam_kernels() {
-#ifdef GFLOWGR_X86
-  static const BeamKernels& best = []() -> const BeamKernels& {
-    if (has_avx512()) return avx512;
-    return has_avx2() ? avx2 : baseline;
-  }();
-  return best;
-#else
-  return baseline;
-#endif
-}
+const BeamKernels& beam_kernels() { return GFLOWGR_BEST(portable, avx2, avx512); }
 
 }  // namespace gflowgr

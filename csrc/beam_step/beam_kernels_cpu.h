@@ -3,25 +3,22 @@
 
 #include <cstdint>
 
-#include "logprobs_dense/head_tile_cpu.h"
+#include "common/dtype.h"
 
 namespace gflowgr {
 
 struct BeamKernels {
   // log of the sum of exp(x / temperature) over `count` values; like PyTorch's logsumexp also where one is
   // infinite or NaN, or all are -inf.
-  float (*log_sum_exp)(const void* values, Float type, int64_t count, double temperature);
+  float (*log_sum_exp)(const void* values, Dtype type, int64_t count, double temperature);
   // to[i] = values[codes[i]], ascending distinct codes of 1, 2 or 4 bytes.
-  void (*gather)(const void* values, Float type, const void* codes, int64_t code_bytes, int64_t count,
+  void (*gather)(const void* values, Dtype type, const void* codes, int64_t code_bytes, int64_t count,
                  float* to);
   // to[i] = score + (logits[i] * scale - normaliser)
   void (*add_scores)(const float* logits, int64_t count, float scale, float normaliser, float score,
                      float* to);
   // First i >= from whose value is above `threshold` or NaN (any is, if that is NaN); `count` if none.
   int64_t (*find_above)(const float* values, int64_t from, int64_t count, float threshold);
-  // to[i * stride + j] = dot product of left[i] and right[j], of `width` elements.
-  void (*products)(const float* const* left, int64_t left_count, const float* const* right,
-                   int64_t right_count, int64_t width, float* to, int64_t stride);
 };
 
 const BeamKernels& beam_kernels();

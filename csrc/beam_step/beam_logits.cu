@@ -30,7 +30,7 @@ __device__ Needed needed_by(const BeamStepCall& call, const Beam& beam) {
   const int64_t count = beam.children.size();
   if (count == 0) return {{nullptr, 0, 0}, 0, 0};
   const ChildTokens tokens = child_tokens(call.tree, beam.depth, beam.children.begin);
-  if (call.normalize == StepNormalize::children) return {tokens, 0, count};
+  if (call.normalize == Normalize::children) return {tokens, 0, count};
   return {{nullptr, 0, 0}, tokens.base, codebook_size(call, beam.depth)};
 }
 
@@ -39,7 +39,7 @@ __device__ int64_t group_of(const BeamStepCall& call, int64_t row) {
   if (row >= call.prompts * call.beams) return -1;
   const Beam beam = read_beam(call, row);
   if (beam.children.size() == 0) return -1;
-  return call.normalize == StepNormalize::children ? beam.children.begin : beam.depth;
+  return call.normalize == Normalize::children ? beam.children.begin : beam.depth;
 }
 
 // A beam that needs what all live ones of the tile need, -1 if a dense product is not for them. By whole warps; the

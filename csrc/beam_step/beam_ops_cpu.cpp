@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "beam_step/beam_step_cpu.h"
+#include "common/checks.h"
 #include "tree/tree_layout.h"
 #include "tree/tree_view_cpu.h"
 
@@ -18,19 +19,6 @@ using torch::stable::Tensor;
 namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-gflowgr::Float float_type(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return gflowgr::Float::f32;
-    case ScalarType::BFloat16:
-      return gflowgr::Float::bf16;
-    case ScalarType::Half:
-      return gflowgr::Float::f16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-  }
-}
 
 template <typename T>
 const T* values(const Tensor& tensor, ScalarType type, int64_t count, const char* name) {
@@ -46,13 +34,6 @@ const T* values(const std::optional<Tensor>& tensor, ScalarType type, int64_t co
 
 int64_t count(const std::optional<Tensor>& tensor) { return tensor.has_value() ? tensor->numel() : 0; }
 
-gflowgr::Normalize normalize_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "vocab" || name == "level" || name == "children", "normalize: unknown kind ", name);
-  return name == "vocab"   ? gflowgr::Normalize::vocab
-         : name == "level" ? gflowgr::Normalize::level
-                           : gflowgr::Normalize::children;
-}
-
 // What both ops take; results are made here.
 struct Pass {
   gflowgr::BeamStepPass step{};
@@ -63,11 +44,7 @@ struct Pass {
        const std::optional<Tensor>& barred, const std::optional<Tensor>& live_leaves,
        const std::optional<Tensor>& barred_leaves, int64_t width, int64_t vocabulary)
       : outputs(results(scores, width)) {
-    STD_TORCH_CHECK(tree.scalar_type() == ScalarType::Byte && tree.dim() == 1 && tree.is_contiguous(),
-                    "tree: expected the buffer of a prefix tree (uint8, 1-D, contiguous)");
-    step.tree = static_cast<const uint8_t*>(tree.data_ptr());
-    STD_TORCH_CHECK(gflowgr::tree_total_bytes(step.tree, tree.numel()) == tree.numel(),
-                    "tree: not the buffer of a prefix tree, or one of another format or size");
+    step.tree = gflowgr::tree_of(tree);
     STD_TORCH_CHECK(scores.dim() == 2 && width >= 1 && temperature > 0.0,
                     "expected scores [B, K], width >= 1, temperature > 0");
     const gflowgr::TreeView view(step.tree);
@@ -76,7 +53,7 @@ struct Pass {
     const int64_t rows = step.prompts * step.beams;
     step.scores = values<float>(scores, ScalarType::Float, rows, "scores");
     step.nodes = values<int64_t>(nodes, ScalarType::Long, rows, "nodes");
-    step.normalize = normalize_of(normalize);
+    step.normalize = gflowgr::normalize_named(normalize);
     step.codebook_ends = values<int64_t>(codebook_ends, ScalarType::Long, view.levels(), "codebook_ends");
     STD_TORCH_CHECK(step.normalize != gflowgr::Normalize::level || step.codebook_ends != nullptr,
                     "codebook_ends: needed with normalize = level");
@@ -128,7 +105,7 @@ Outputs beam_step(const Tensor& logits, const Tensor& scores, const Tensor& node
   STD_TORCH_CHECK(logits.size(0) == scores.size(0) && logits.size(1) == scores.size(1),
                   "logits: expected [B, K, V] with B and K of scores");
   pass.step.logits = logits.data_ptr();
-  pass.step.logits_type = float_type(logits, "logits");
+  pass.step.logits_type = gflowgr::dtype_of(logits, "logits");
   pass.step.layout = gflowgr::LogitLayout::vocabulary;
   gflowgr::run_beam_step(pass.step);
   return pass.outputs;
@@ -148,9 +125,9 @@ Outputs beam_step_hidden(const Tensor& hidden, const Tensor& weight, const std::
                   "hidden: expected [B, K, d], contiguous");
   gflowgr::BeamHead head{};
   head.hidden = hidden.data_ptr();
-  head.hidden_type = float_type(hidden, "hidden");
+  head.hidden_type = gflowgr::dtype_of(hidden, "hidden");
   head.weight = weight.data_ptr();
-  head.weight_type = float_type(weight, "weight");
+  head.weight_type = gflowgr::dtype_of(weight, "weight");
   head.bias = values<float>(bias, ScalarType::Float, weight.size(0), "bias");
   head.width = weight.size(1);
   gflowgr::run_beam_step_hidden(pass.step, head);

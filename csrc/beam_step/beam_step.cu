@@ -126,13 +126,13 @@ struct Row {
   __device__ Row(const BeamStepCall& call, const Beam& beam, int64_t row)
       : logits(static_cast<const T*>(call.logits.data) + row * call.pitch),
         tokens(child_tokens(call.tree, beam.depth, beam.children.begin)),
-        by_child(call.layout == StepLogits::children),
-        shift(call.layout == StepLogits::codebook ? tokens.base : 0),
-        sums_children(call.normalize == StepNormalize::children && !by_child),
+        by_child(call.layout == LogitLayout::children),
+        shift(call.layout == LogitLayout::codebook ? tokens.base : 0),
+        sums_children(call.normalize == Normalize::children && !by_child),
         sum_begin(0),
         sum_count(call.pitch) {
-    if (call.normalize == StepNormalize::children) sum_count = beam.children.size();
-    if (call.normalize == StepNormalize::level) {
+    if (call.normalize == Normalize::children) sum_count = beam.children.size();
+    if (call.normalize == Normalize::level) {
       sum_begin = tokens.base - shift;
       sum_count = codebook_size(call, beam.depth);
     }
@@ -358,9 +358,9 @@ int beam_step_cuda(const BeamStepCall& call, void* stream) {
   const Spaces spaces = divide(call, bytes);
   const size_t shared = spaces.shared ? static_cast<size_t>(8 * spaces.capacity) : 0;
   if (call.beams > 0) {
-    if (call.logits.type == Scalar::float32) {
+    if (call.logits.type == Dtype::float32) {
       launch_rows<float>(call, spaces, shared, queue);
-    } else if (call.logits.type == Scalar::bfloat16) {
+    } else if (call.logits.type == Dtype::bfloat16) {
       launch_rows<__nv_bfloat16>(call, spaces, shared, queue);
     } else {
       launch_rows<__half>(call, spaces, shared, queue);

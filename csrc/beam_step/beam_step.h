@@ -4,15 +4,10 @@
 
 #include <cstdint>
 
+#include "common/beam_logits.h"
 #include "logprobs_children/children.h"
 
 namespace gflowgr {
-
-enum class StepNormalize : int { vocab, level, children };
-
-// Where the logits of a beam are: element t belongs to token t; to the t-th token of the codebook of the
-// beam's depth; to the t-th child of its node.
-enum class StepLogits : int { vocabulary, codebook, children };
 
 // Pointers to the device, contiguous; null: absent.
 struct BeamStepCall {
@@ -20,12 +15,12 @@ struct BeamStepCall {
   const float* scores;   // [prompts, beams], -inf: empty
   const int64_t* nodes;  // [prompts, beams], -1: empty
   const uint8_t* tree;
-  const int64_t* codebook_ends;  // [levels], largest token + 1; for StepNormalize::level
+  const int64_t* codebook_ends;  // [levels], largest token + 1; for Normalize::level
 
   Numbers logits;  // before the temperature
-  StepLogits layout;
+  LogitLayout layout;
   int64_t pitch;  // from the logits of a beam to the next one's
-  StepNormalize normalize;
+  Normalize normalize;
   float temperature;
 
   const bool* live;

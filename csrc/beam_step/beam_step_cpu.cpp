@@ -156,7 +156,7 @@ class Step {
 
   const void* logits(int64_t row, int64_t first) const {
     const int64_t at = (p_.offsets != nullptr ? p_.offsets[row] : row * p_.vocabulary) + first;
-    return static_cast<const char*>(p_.logits) + at * (p_.logits_type == Float::f32 ? 4 : 2);
+    return element(p_.logits, p_.logits_type, at);
   }
 
   // Where the logit of the level's smallest token is.
@@ -169,7 +169,7 @@ class Step {
       return kernels_.log_sum_exp(logits(row, 0), p_.logits_type, p_.vocabulary, p_.temperature);
     }
     if (p_.normalize == Normalize::children) {
-      return kernels_.log_sum_exp(children, Float::f32, count, p_.temperature);
+      return kernels_.log_sum_exp(children, Dtype::float32, count, p_.temperature);
     }
     if (depth >= tree_.levels()) return 0.0f;  // a node without children
     const int64_t size = p_.codebook_ends[depth] - tree_.level(depth)[kTokenBase];

@@ -5,15 +5,10 @@
 #include <cstdint>
 #include <functional>
 
-#include "logprobs_dense/head_tile_cpu.h"
+#include "common/beam_logits.h"
+#include "common/dtype.h"
 
 namespace gflowgr {
-
-enum class Normalize : int { vocab, level, children };
-
-// Where the logits of a beam are: element t belongs to token t; to the t-th token of the codebook of the
-// beam's depth; to the t-th child of its node.
-enum class LogitLayout : int { vocabulary, codebook, children };
 
 using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& body)>;
 
@@ -27,7 +22,7 @@ struct BeamStepPass {
 
   // Logits, any that the beam's normaliser needs, before the temperature.
   const void* logits;
-  Float logits_type;
+  Dtype logits_type;
   LogitLayout layout;
   int64_t vocabulary;      // distance of the beams' logits, unless `offsets` is given
   const int64_t* offsets;  // [prompts * beams], or null
@@ -59,9 +54,9 @@ void run_beam_step(const BeamStepPass& pass);
 // The output head and the states [prompts * beams, width] that its logits are wanted of.
 struct BeamHead {
   const void* hidden;
-  Float hidden_type;
+  Dtype hidden_type;
   const void* weight;  // [V, width]
-  Float weight_type;
+  Dtype weight_type;
   const float* bias;  // [V] or null
   int64_t width;
 };

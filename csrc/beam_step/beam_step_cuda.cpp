@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/cuda_binding.h"
 #include "tree/tree_layout.h"
 
@@ -16,10 +17,9 @@ namespace {
 
 using gflowgr::BeamHead;
 using gflowgr::BeamStepCall;
+using gflowgr::LogitLayout;
+using gflowgr::Normalize;
 using gflowgr::Numbers;
-using gflowgr::Scalar;
-using gflowgr::StepLogits;
-using gflowgr::StepNormalize;
 using gflowgr::binding::on_device_of;
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -33,14 +33,8 @@ constexpr int64_t kMostLogits = 256 << 20;
 #endif
 
 Numbers numbers_of(const char* name, const Tensor& tensor, const Tensor& like) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
-                  ": expected float32, bfloat16 or float16");
-  STD_TORCH_CHECK(tensor.is_contiguous() && on_device_of(tensor, like), name,
-                  ": expected contiguous, on the device of scores");
-  return {tensor.data_ptr(), type == ScalarType::Float      ? Scalar::float32
-                             : type == ScalarType::BFloat16 ? Scalar::bfloat16
-                                                            : Scalar::float16};
+  STD_TORCH_CHECK(on_device_of(tensor, like), name, " must be on the device of scores; got another");
+  return {tensor.data_ptr(), gflowgr::dtype_of(tensor, name)};
 }
 
 template <typename T>
@@ -52,13 +46,6 @@ const T* values(const char* name, const std::optional<Tensor>& tensor, ScalarTyp
 }
 
 int64_t count(const std::optional<Tensor>& tensor) { return tensor.has_value() ? tensor->numel() : 0; }
-
-StepNormalize parse_normalize(const std::string& name) {
-  if (name == "vocab") return StepNormalize::vocab;
-  if (name == "level") return StepNormalize::level;
-  STD_TORCH_CHECK(name == "children", "normalize: expected vocab, level or children, got ", name);
-  return StepNormalize::children;
-}
 
 // What both ops take; results are made here.
 struct Step {
@@ -84,10 +71,10 @@ struct Step {
     call.tree = values<uint8_t>("tree", tree, ScalarType::Byte, scores);
     STD_TORCH_CHECK(tree.dim() == 1 && tree.numel() >= 8 * gflowgr::kTreeWords,
                     "tree: expected the buffer of a prefix tree (uint8, 1-D)");
-    call.normalize = parse_normalize(normalize);
+    call.normalize = gflowgr::normalize_named(normalize);
     call.temperature = static_cast<float>(temperature);
     call.codebook_ends = values<int64_t>("codebook_ends", codebook_ends, ScalarType::Long, scores);
-    STD_TORCH_CHECK(call.normalize != StepNormalize::level || call.codebook_ends != nullptr,
+    STD_TORCH_CHECK(call.normalize != Normalize::level || call.codebook_ends != nullptr,
                     "codebook_ends: needed with normalize = level");
     call.live = values<bool>("live", live, ScalarType::Bool, scores);
     call.live_leaves = values<bool>("live_leaves", live_leaves, ScalarType::Bool, scores);
@@ -149,7 +136,7 @@ Outputs beam_step(const Tensor& logits, const Tensor& scores, const Tensor& node
   STD_TORCH_CHECK(logits.dim() == 3 && logits.size(0) == scores.size(0) && logits.size(1) == scores.size(1),
                   "logits: expected [B, K, V] with B and K of scores");
   step.call.logits = numbers_of("logits", logits, scores);
-  step.call.layout = StepLogits::vocabulary;
+  step.call.layout = LogitLayout::vocabulary;
   step.call.pitch = logits.size(2);
   const Tensor memory = step.workspace({step.call.prompts});
   gflowgr::binding::check_launch("beam_step", beam_step_cuda(step.call, launch.stream()));
@@ -166,7 +153,7 @@ Outputs beam_step_hidden(const Tensor& hidden, const Tensor& weight, const std::
   Step step(scores, nodes, tree, codebook_ends, normalize, temperature, live, barred, live_leaves, barred_leaves,
             width);
   BeamStepCall& call = step.call;
-  STD_TORCH_CHECK(call.normalize != StepNormalize::vocab, "normalize = vocab needs logits");
+  STD_TORCH_CHECK(call.normalize != Normalize::vocab, "normalize = vocab needs logits");
   STD_TORCH_CHECK(most >= 1, "most: expected the most tokens that a beam may need, got ", most);
   STD_TORCH_CHECK(weight.dim() == 2 && hidden.numel() == scores.numel() * weight.size(1),
                   "hidden: expected [B, K, d] for weight [V, d]");
@@ -178,7 +165,7 @@ Outputs beam_step_hidden(const Tensor& hidden, const Tensor& weight, const std::
     STD_TORCH_CHECK(bias->numel() == weight.size(0), "bias: expected [V]");
     head.bias = numbers_of("bias", *bias, scores);
   }
-  call.layout = call.normalize == StepNormalize::level ? StepLogits::codebook : StepLogits::children;
+  call.layout = call.normalize == Normalize::level ? LogitLayout::codebook : LogitLayout::children;
   call.pitch = most;
 
   // As many prompts at a time as the logits of fit into the memory for them.
@@ -187,9 +174,9 @@ Outputs beam_step_hidden(const Tensor& hidden, const Tensor& weight, const std::
   const Tensor logits =
       torch::stable::new_empty(scores, Shape{std::min(group, total) * call.beams, most}, ScalarType::Float);
   head.logits = static_cast<float*>(logits.data_ptr());
-  call.logits = {head.logits, Scalar::float32};
+  call.logits = {head.logits, gflowgr::Dtype::float32};
   const auto* const states = static_cast<const char*>(head.hidden.data);
-  const int64_t state_bytes = head.d * (head.hidden.type == Scalar::float32 ? 4 : 2);
+  const int64_t state_bytes = head.d * gflowgr::bytes_of(head.hidden.type);
   const Tensor memory = step.workspace({std::min(group, total), total % group});
   for (int64_t first = 0; first < total; first += group) {
     const BeamStepCall part = step.part(first, std::min(group, total - first));

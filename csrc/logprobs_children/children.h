@@ -1,17 +1,17 @@
-// Launchers of csrc/cuda/children_*.cu. `stream` is a cudaStream_t; results are cudaError_t.
+// Launchers of csrc/logprobs_children/children_*.cu. `stream` is a cudaStream_t; results are cudaError_t.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-namespace gflowgr {
+#include "common/dtype.h"
 
-enum class Scalar : int { float32, bfloat16, float16 };
+namespace gflowgr {
 
 // Contiguous numbers on the device; null = absent.
 struct Numbers {
   const void* data;
-  Scalar type;
+  Dtype type;
 };
 
 // What the forward pass remembers of a row, 4 words of int64: written by the walk, and by the softmax.

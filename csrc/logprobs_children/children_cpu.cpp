@@ -11,6 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "common/checks.h"
+#include "common/convert_cpu.h"
 #include "logprobs_children/children_plan.h"
 #include "logprobs_children/children_work.h"
 #include "tree/tree_layout.h"
@@ -24,15 +26,6 @@ namespace {
 
 constexpr int64_t kTrajectoriesPerThread = 1024;  // as in tree_walk
 
-gflowgr::Store store_of(const Tensor& tensor, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-  if (type == ScalarType::BFloat16) return gflowgr::Store::bfloat16;
-  if (type == ScalarType::Half) return gflowgr::Store::float16;
-  STD_TORCH_CHECK(type == ScalarType::Float, name, ": expected float32, bfloat16 or float16");
-  return gflowgr::Store::float32;
-}
-
 struct Arguments {
   const uint8_t* tree;
   const int64_t* tokens;
@@ -45,11 +38,7 @@ Arguments check(const Tensor& hidden, const Tensor& weight, const std::optional<
                 const Tensor& tokens, const std::optional<Tensor>& mask, const Tensor& tree,
                 double temperature) {
   Arguments result;
-  STD_TORCH_CHECK(tree.scalar_type() == ScalarType::Byte && tree.dim() == 1 && tree.is_contiguous(),
-                  "tree: expected the buffer of a prefix tree (uint8, 1-D, contiguous)");
-  result.tree = static_cast<const uint8_t*>(tree.data_ptr());
-  STD_TORCH_CHECK(gflowgr::tree_total_bytes(result.tree, tree.numel()) == tree.numel(),
-                  "tree: not the buffer of a prefix tree, or one of another format or size");
+  result.tree = gflowgr::tree_of(tree);
   STD_TORCH_CHECK(tokens.dim() == 3 && tokens.is_contiguous() && tokens.scalar_type() == ScalarType::Long,
                   "tokens: expected [B, N, L], contiguous, int64");
   result.tokens = static_cast<const int64_t*>(tokens.data_ptr());
@@ -69,15 +58,15 @@ Arguments check(const Tensor& hidden, const Tensor& weight, const std::optional<
   }
   gflowgr::ChildrenHead& head = result.head;
   head.hidden = hidden.data_ptr();
-  head.hidden_store = store_of(hidden, "hidden");
+  head.hidden_type = gflowgr::dtype_of(hidden, "hidden");
   head.weight = weight.data_ptr();
-  head.weight_store = store_of(weight, "weight");
+  head.weight_type = gflowgr::dtype_of(weight, "weight");
   head.bias = nullptr;
-  head.bias_store = gflowgr::Store::float32;
+  head.bias_type = gflowgr::Dtype::float32;
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected [V]");
     head.bias = bias->data_ptr();
-    head.bias_store = store_of(*bias, "bias");
+    head.bias_type = gflowgr::dtype_of(*bias, "bias");
   }
   head.width = weight.size(1);
   head.temperature = static_cast<float>(temperature);
@@ -103,14 +92,12 @@ void check_token(int64_t token, const Tensor& head) {
 void forbid_only_children(const Arguments& given, const Tensor& weight, const gflowgr::ChildrenPlan& plan,
                           float* log_pf) {
   const gflowgr::ChildrenHead& head = given.head;
-  const auto* const bias = static_cast<const uint8_t*>(head.bias);
   for (int64_t i = plan.active(); i < given.rows; ++i) {
     const int64_t row = plan.rows[i];
     if (log_pf[row] != 0.0f || (given.mask != nullptr && !given.mask[row])) continue;
     check_token(given.tokens[row], weight);
     float value;
-    gflowgr::children_kernels().widen(bias + given.tokens[row] * gflowgr::bytes_of(head.bias_store),
-                                      head.bias_store, &value, 1);
+    gflowgr::widen(gflowgr::element(head.bias, head.bias_type, given.tokens[row]), head.bias_type, 1, &value);
     if (value == -std::numeric_limits<float>::infinity()) log_pf[row] = value;
   }
 }
@@ -171,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> children_backward(
     const Tensor& log_pf, const Tensor& slopes, const Tensor& plan_words, bool need_hidden,
     const std::optional<Tensor>& d_weight, bool need_bias, bool sparse) {
   const Arguments given = check(hidden, weight, bias, tokens, mask, tree, temperature);
-  const gflowgr::Store weight_store = given.head.weight_store;
+  const gflowgr::Dtype weight_type = given.head.weight_type;
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.is_contiguous() &&
                       grad.numel() == given.rows && log_pf.numel() == given.rows,
                   "grad: expected [B, N, L], contiguous, float32");
@@ -192,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> children_backward(
   gradients.hidden = need_hidden ? d_hidden.data_ptr() : nullptr;
 
   // A float32 gradient is added up where it belongs, another one in float32 rows of the used tokens.
-  const bool direct = weight_store == gflowgr::Store::float32;
+  const bool direct = weight_type == gflowgr::Dtype::float32;
   const bool compact = sparse || need_bias || (dense && !direct);
   std::vector<int64_t> position;
   const std::vector<int64_t> used = compact ? distinct(work.tokens(), position) : std::vector<int64_t>();
@@ -215,22 +202,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> children_backward(
 
   work.backward(slopes.numel() == 0 ? nullptr : static_cast<const float*>(slopes.data_ptr()), gradients);
 
-  const gflowgr::ChildrenKernels& kernels = gflowgr::children_kernels();
   if (sparse) std::copy(used.begin(), used.end(), static_cast<int64_t*>(sparse_rows.data_ptr()));
   if (sums != nullptr) {
-    auto* const out = static_cast<uint8_t*>(dense ? d_weight->data_ptr() : values.data_ptr());
+    void* const out = dense ? d_weight->data_ptr() : values.data_ptr();
     parallel(rows, [&](int64_t i) {
-      kernels.narrow(sums.get() + i * d, weight_store, out + (dense ? used[i] : i) * d * 2, d);
+      gflowgr::narrow(sums.get() + i * d, d, weight_type,
+                      gflowgr::element(out, weight_type, (dense ? used[i] : i) * d));
     });
   }
   if (!need_bias) return {d_hidden, sparse_rows, values, torch::stable::new_empty(weight, {0})};
   Tensor d_bias = torch::stable::new_zeros(*bias, bias->sizes());
   for (int64_t i = 0; i < rows; ++i) {
     const float sum = static_cast<float>(bias_sums[i]);
-    kernels.narrow(&sum, given.head.bias_store,
-                   static_cast<uint8_t*>(d_bias.data_ptr()) +
-                       used[i] * gflowgr::bytes_of(given.head.bias_store),
-                   1);
+    const gflowgr::Dtype type = given.head.bias_type;
+    gflowgr::narrow(&sum, 1, type, gflowgr::element(d_bias.data_ptr(), type, used[i]));
   }
   return {d_hidden, sparse_rows, values, d_bias};
 }

@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/cuda_binding.h"
 #include "tree/tree_layout.h"
 
@@ -14,20 +15,13 @@ using gflowgr::ChildrenCall;
 using gflowgr::ChildrenGradients;
 using gflowgr::ChildrenWorkspace;
 using gflowgr::Numbers;
-using gflowgr::Scalar;
 using gflowgr::binding::on_device_of;
 
 using Shape = std::vector<int64_t>;
 
 Numbers numbers_of(const char* name, const Tensor& tensor, const Tensor& like) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
-                  ": expected float32, bfloat16 or float16");
-  STD_TORCH_CHECK(tensor.is_contiguous() && on_device_of(tensor, like), name,
-                  ": expected contiguous, on the device of hidden");
-  return {tensor.data_ptr(), type == ScalarType::Float      ? Scalar::float32
-                             : type == ScalarType::BFloat16 ? Scalar::bfloat16
-                                                            : Scalar::float16};
+  STD_TORCH_CHECK(on_device_of(tensor, like), name, " must be on the device of hidden; got another");
+  return {tensor.data_ptr(), gflowgr::dtype_of(tensor, name)};
 }
 
 // Everything but the outputs.

@@ -13,17 +13,17 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 // ------------------------------------------------------------------ numbers
 
 __device__ inline float load(const Numbers& numbers, int64_t at) {
-  if (numbers.type == Scalar::float32) return __ldg(static_cast<const float*>(numbers.data) + at);
-  if (numbers.type == Scalar::bfloat16) {
+  if (numbers.type == Dtype::float32) return __ldg(static_cast<const float*>(numbers.data) + at);
+  if (numbers.type == Dtype::bfloat16) {
     return __bfloat162float(static_cast<const __nv_bfloat16*>(numbers.data)[at]);
   }
   return __half2float(static_cast<const __half*>(numbers.data)[at]);
 }
 
-__device__ inline void store(void* data, Scalar type, int64_t at, float value) {
-  if (type == Scalar::float32) {
+__device__ inline void store(void* data, Dtype type, int64_t at, float value) {
+  if (type == Dtype::float32) {
     static_cast<float*>(data)[at] = value;
-  } else if (type == Scalar::bfloat16) {
+  } else if (type == Dtype::bfloat16) {
     static_cast<__nv_bfloat16*>(data)[at] = __float2bfloat16_rn(value);
   } else {
     static_cast<__half*>(data)[at] = __float2half_rn(value);
@@ -49,7 +49,7 @@ struct Rows {
       for (int i = 0; i < 8; ++i) out[i] = k + i < d ? load(numbers, at + i) : 0.0f;
       return;
     }
-    if (numbers.type == Scalar::float32) {
+    if (numbers.type == Dtype::float32) {
       const auto* const from = reinterpret_cast<const float4*>(static_cast<const float*>(numbers.data) + at);
       const float4 low = __ldg(from), high = __ldg(from + 1);
       out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
@@ -58,7 +58,7 @@ struct Rows {
     }
     Halves halves;
     halves.words = __ldg(reinterpret_cast<const uint4*>(static_cast<const __half*>(numbers.data) + at));
-    if (numbers.type == Scalar::bfloat16) {
+    if (numbers.type == Dtype::bfloat16) {
       for (int i = 0; i < 8; ++i) out[i] = __bfloat162float(halves.bfloat[i]);
     } else {
       for (int i = 0; i < 8; ++i) out[i] = __half2float(halves.half[i]);
@@ -74,14 +74,14 @@ struct Rows {
       }
       return;
     }
-    if (numbers.type == Scalar::float32) {
+    if (numbers.type == Dtype::float32) {
       auto* const to = reinterpret_cast<float4*>(static_cast<float*>(data) + at);
       to[0] = float4{values[0], values[1], values[2], values[3]};
       to[1] = float4{values[4], values[5], values[6], values[7]};
       return;
     }
     Halves halves;
-    if (numbers.type == Scalar::bfloat16) {
+    if (numbers.type == Dtype::bfloat16) {
       for (int i = 0; i < 8; ++i) halves.bfloat[i] = __float2bfloat16_rn(values[i]);
     } else {
       for (int i = 0; i < 8; ++i) halves.half[i] = __float2half_rn(values[i]);
@@ -92,7 +92,7 @@ struct Rows {
 
 // `aligned` for a tensor at `data`; asked on the host.
 inline Rows make_rows(const Numbers& numbers, int64_t d, const void* data) {
-  const int64_t bytes = d * (numbers.type == Scalar::float32 ? 4 : 2);
+  const int64_t bytes = d * bytes_of(numbers.type);
   const auto address = reinterpret_cast<uintptr_t>(numbers.data) | reinterpret_cast<uintptr_t>(data);
   return {numbers, d, bytes % 16 == 0 && address % 16 == 0};
 }

@@ -9,12 +9,7 @@
 
 namespace gflowgr {
 
-enum class Store : int { float32, bfloat16, float16 };  // how a number lies in memory
-
-inline int64_t bytes_of(Store store) { return store == Store::float32 ? 4 : 2; }
-
 struct ChildrenKernels {
-  const char* name;
   // out[i * stride + j] = sum over x < d of a[i][x] * b[j][x].
   void (*dots)(const float* const* a, int64_t m, const float* const* b, int64_t n, int64_t d, float* out,
                int64_t stride);
@@ -25,8 +20,6 @@ struct ChildrenKernels {
   // d log p / d x: minus the probability of each, and at `target` the sum of the other probabilities
   // (which is 1 - p without the cancellation). Returns log p; where it is -inf all slopes are 0.
   float (*softmax)(float* x, int64_t count, const float* bias, float temperature, int64_t target);
-  void (*widen)(const void* from, Store store, float* to, int64_t count);
-  void (*narrow)(const float* from, Store store, void* to, int64_t count);
 };
 
 // Those for this machine: AVX-512, AVX2 with FMA, or whatever the compiler's baseline has.

@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "common/dtype.h"
 #include "logprobs_children/children_kernels.h"
 #include "logprobs_children/children_plan.h"
 
@@ -17,7 +18,7 @@ struct ChildrenHead {
   const void* hidden;  // [T, d]
   const void* weight;  // [V, d]
   const void* bias;    // [V], or null
-  Store hidden_store, weight_store, bias_store;
+  Dtype hidden_type, weight_type, bias_type;
   int64_t width;       // d
   float temperature;
 };

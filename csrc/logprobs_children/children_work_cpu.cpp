@@ -5,6 +5,8 @@
 #include <memory>
 #include <utility>
 
+#include "common/convert_cpu.h"
+
 namespace gflowgr {
 namespace {
 
@@ -32,29 +34,26 @@ class Scratch {
 // Rows of a matrix in any type, as float32 and from column `from` on: where they are, or a copy.
 class Rows {
  public:
-  Rows(const ChildrenKernels& kernels, const void* data, Store store, int64_t width)
-      : kernels_(kernels), data_(static_cast<const uint8_t*>(data)), store_(store), width_(width) {}
+  Rows(const void* data, Dtype type, int64_t width) : data_(data), type_(type), width_(width) {}
 
   const float* const* get(const int64_t* rows, int64_t count, int64_t from, int64_t columns) {
     pointers_.resize(count);
-    if (store_ == Store::float32) {
-      const float* const first = reinterpret_cast<const float*>(data_) + from;
+    if (type_ == Dtype::float32) {
+      const float* const first = static_cast<const float*>(data_) + from;
       for (int64_t i = 0; i < count; ++i) pointers_[i] = first + rows[i] * width_;
       return pointers_.data();
     }
     float* const copy = scratch_.get(count * columns);
     for (int64_t i = 0; i < count; ++i) {
-      kernels_.widen(data_ + (rows[i] * width_ + from) * bytes_of(store_), store_, copy + i * columns,
-                     columns);
+      widen(element(data_, type_, rows[i] * width_ + from), type_, columns, copy + i * columns);
       pointers_[i] = copy + i * columns;
     }
     return pointers_.data();
   }
 
  private:
-  const ChildrenKernels& kernels_;
-  const uint8_t* data_;
-  Store store_;
+  const void* data_;
+  Dtype type_;
   int64_t width_;
   std::vector<const float*> pointers_;
   Scratch scratch_;
@@ -62,7 +61,7 @@ class Rows {
 
 // Children at a time: of a 16-bit head no more are converted at once than the second cache holds.
 int64_t child_block(const ChildrenHead& head, int64_t columns) {
-  if (head.weight_store == Store::float32) return int64_t{1} << 16;
+  if (head.weight_type == Dtype::float32) return int64_t{1} << 16;
   return std::clamp<int64_t>((1 << 17) / std::max<int64_t>(columns, 1), 12, 256);
 }
 
@@ -91,8 +90,8 @@ ChildrenWork::ChildrenWork(const uint8_t* tree, int64_t steps, const ChildrenPla
 
 void ChildrenWork::run_forward(int64_t first_task, int64_t end_task, float* log_pf, float* slopes,
                                int64_t base) const {
-  Rows hidden(kernels_, head_.hidden, head_.hidden_store, head_.width);
-  Rows weight(kernels_, head_.weight, head_.weight_store, head_.width);
+  Rows hidden(head_.hidden, head_.hidden_type, head_.width);
+  Rows weight(head_.weight, head_.weight_type, head_.width);
   Scratch logits, bias;
   const int64_t block = child_block(head_, head_.width);
   for (int64_t t = first_task; t < end_task; ++t) {
@@ -111,8 +110,11 @@ void ChildrenWork::run_forward(int64_t first_task, int64_t end_task, float* log_
     if (head_.bias != nullptr) {
       own_bias = bias.get(c);
       for (int64_t j = 0; j < c; ++j) {
-        kernels_.widen(static_cast<const uint8_t*>(head_.bias) + tokens[j] * bytes_of(head_.bias_store),
-                       head_.bias_store, own_bias + j, 1);
+        if (head_.bias_type == Dtype::float32) {
+          own_bias[j] = static_cast<const float*>(head_.bias)[tokens[j]];
+        } else {
+          widen(element(head_.bias, head_.bias_type, tokens[j]), head_.bias_type, 1, own_bias + j);
+        }
       }
     }
     for (int64_t i = 0; i < task.rows; ++i) {
@@ -136,9 +138,9 @@ void ChildrenWork::forward(float* log_pf, float* slopes) const {
 void ChildrenWork::backward_slice(int64_t first_task, int64_t end_task, const float* slopes, int64_t base,
                                   const ChildrenGradients& gradients, int64_t from, int64_t to) const {
   const int64_t width = to - from;
-  Rows hidden(kernels_, head_.hidden, head_.hidden_store, head_.width);
-  Rows weight(kernels_, head_.weight, head_.weight_store, head_.width);
-  Scratch scaled, narrow;
+  Rows hidden(head_.hidden, head_.hidden_type, head_.width);
+  Rows weight(head_.weight, head_.weight_type, head_.width);
+  Scratch scaled, copies;
   std::vector<float*> hidden_out, weight_out;
   const int64_t block = child_block(head_, width);
   for (int64_t t = first_task; t < end_task; ++t) {
@@ -157,8 +159,8 @@ void ChildrenWork::backward_slice(int64_t first_task, int64_t end_task, const fl
       }
     }
     if (gradients.hidden != nullptr) {
-      const bool direct = head_.hidden_store == Store::float32;
-      float* const first = direct ? static_cast<float*>(gradients.hidden) : narrow.get(task.rows * width);
+      const bool direct = head_.hidden_type == Dtype::float32;
+      float* const first = direct ? static_cast<float*>(gradients.hidden) : copies.get(task.rows * width);
       hidden_out.resize(task.rows);
       for (int64_t i = 0; i < task.rows; ++i) {
         hidden_out[i] = direct ? first + rows[i] * head_.width + from : first + i * width;
@@ -170,9 +172,8 @@ void ChildrenWork::backward_slice(int64_t first_task, int64_t end_task, const fl
                             weight.get(tokens, count, from, width), count, width, j > 0);
       }
       for (int64_t i = 0; i < task.rows && !direct; ++i) {
-        auto* const to_row = static_cast<uint8_t*>(gradients.hidden) +
-            (rows[i] * head_.width + from) * bytes_of(head_.hidden_store);
-        kernels_.narrow(hidden_out[i], head_.hidden_store, to_row, width);
+        narrow(hidden_out[i], width, head_.hidden_type,
+               element(gradients.hidden, head_.hidden_type, rows[i] * head_.width + from));
       }
     }
     if (gradients.weight != nullptr) {
@@ -210,7 +211,7 @@ void ChildrenWork::backward_bias(int64_t first_task, int64_t end_task, const flo
 }
 
 void ChildrenWork::clear_other_rows(void* hidden) const {
-  const int64_t bytes = head_.width * bytes_of(head_.hidden_store);
+  const int64_t bytes = head_.width * bytes_of(head_.hidden_type);
   const int64_t begin = plan_.active(), count = total_rows_ - begin;
   const int64_t parts = std::clamp<int64_t>(count * bytes / (1 << 16), 1, threads_);
   parallel_(parts, [&](int64_t part) {

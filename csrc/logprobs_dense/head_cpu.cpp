@@ -52,7 +52,7 @@ class Head {
       used_reference_ = allocate<float>(plan_.tiles * plan_.columns);
       scaled_states_ = allocate<T>(plan_.columns * d_);
     }
-    const bool rounded = p_.grad_weight != nullptr && p_.grad_weight_type != Float::f32;
+    const bool rounded = p_.grad_weight != nullptr && p_.grad_weight_type != Dtype::float32;
     if (rounded && plan_.blocks() > 1) weight_sum_ = allocate<float>(p_.vocabulary * d_);
   }
 
@@ -105,7 +105,7 @@ class Head {
   void block(int64_t index) {
     first_ = plan_.block_begin[index];
     count_ = plan_.block_begin[index + 1] - first_;
-    stride_ = round_up(count_, kLanes);
+    stride_ = round_up(count_, kGroup);
     by_target_.resize(count_);
     for (int64_t i = 0; i < count_; ++i) by_target_[i] = {p_.targets[row_of(i)], i};
     std::sort(by_target_.begin(), by_target_.end());
@@ -133,7 +133,7 @@ class Head {
   // Products 1 and 2 of one chunk, and its log-probabilities.
   void scores(int64_t chunk, Scratch& s) {
     const int64_t begin = chunk * plan_.chunk, count = std::min(plan_.chunk, count_ - begin);
-    const int64_t tokens = round_up(count, kLanes);
+    const int64_t tokens = round_up(count, kGroup);
     float* const reference = reference_.data() + begin;
     float* const sum = sum_.data() + begin;
     for (int64_t i = 0; i < tokens; ++i) {
@@ -151,7 +151,7 @@ class Head {
     auto next = targets.begin();
     for (int64_t tile = 0; tile < plan_.tiles; ++tile) {
       const int64_t first = tile * kTile, rows = std::min(kTile, p_.vocabulary - first);
-      const T* const left = pack_head_left(kernels_, head_, first, rows, s.head.get());
+      const T* const left = pack_head_left(head_, first, rows, s.head.get());
       for (int64_t k = 0; k < d_; k += kDepth) {
         gemm(rows, tokens, std::min(kDepth, d_ - k), d_, tokens, tokens, k > 0, left + k,
              s.states.get() + k * tokens, s.logits.get());
@@ -219,10 +219,10 @@ class Head {
     float own = 0.0f;
     if (target < p_.vocabulary) {
       own = -std::expm1(p_.log_pf[row]) * g;
-      kernels_.widen(head_.at(target), head_.type, d_, result.data());
+      widen(head_.at(target), head_.type, d_, result.data());
     }
     for (int64_t k = 0; k < d_; ++k) result[k] = own * result[k] + others * head_sum[k];
-    store_floats(kernels_, result.data(), d_, p_.grad_hidden, p_.grad_hidden_type, row * d_);
+    narrow(result.data(), d_, p_.grad_hidden_type, element(p_.grad_hidden, p_.grad_hidden_type, row * d_));
   }
 
   // Product 3 of a block.
@@ -243,7 +243,7 @@ class Head {
         restore(tile, rows, exps.get(), row.get());
         if (p_.grad_bias != nullptr) bias_gradient(first, rows, exps.get(), row.get(), index == 0);
         if (p_.grad_weight == nullptr) continue;
-        const bool rounds = p_.grad_weight_type != Float::f32;
+        const bool rounds = p_.grad_weight_type != Dtype::float32;
         float* const to = !rounds ? static_cast<float*>(p_.grad_weight) + first * d_
                           : weight_sum_ != nullptr ? weight_sum_.get() + first * d_
                                                    : result.get();
@@ -255,7 +255,7 @@ class Head {
           }
         }
         if (to == result.get()) {
-          store_floats(kernels_, to, rows * d_, p_.grad_weight, p_.grad_weight_type, first * d_);
+          narrow(to, rows * d_, p_.grad_weight_type, element(p_.grad_weight, p_.grad_weight_type, first * d_));
         }
       }
       if (kPairs<T>) gemm_release();
@@ -274,22 +274,22 @@ class Head {
       }
       for (int64_t v = 0; v < rows; ++v) {
         T* const at = exps + v * stride_;
-        kernels_.widen(at, kPairs<T> ? Float::bf16 : Float::f32, stride_, row);
+        widen(at, kStored<T>, stride_, row);
         kernels_.multiply(row, factor.data(), stride_, row);
-        store_floats(kernels_, row, stride_, at, kPairs<T> ? Float::bf16 : Float::f32, 0);
+        narrow(row, stride_, kStored<T>, at);
       }
     }
     auto entry = std::lower_bound(by_target_.begin(), by_target_.end(), std::pair<int64_t, int64_t>{first, 0});
     for (; entry != by_target_.end() && entry->first < first + rows; ++entry) {
       const auto [token, i] = *entry;
       const float own = std::expm1(p_.log_pf[row_of(i)]) * sum_[i];
-      store_floats(kernels_, &own, 1, exps, kPairs<T> ? Float::bf16 : Float::f32, (token - first) * stride_ + i);
+      narrow(&own, 1, kStored<T>, exps + (token - first) * stride_ + i);
     }
   }
 
   void bias_gradient(int64_t first, int64_t rows, const T* exps, float* row, bool first_block) const {
     for (int64_t v = 0; v < rows; ++v) {
-      kernels_.widen(exps + v * stride_, kPairs<T> ? Float::bf16 : Float::f32, stride_, row);
+      widen(exps + v * stride_, kStored<T>, stride_, row);
       const float part = kernels_.dot(row, coefficient_.data(), stride_);
       p_.grad_bias[first + v] = first_block ? part : p_.grad_bias[first + v] + part;
     }
@@ -314,8 +314,8 @@ class Head {
       if (p_.grad_bias != nullptr) std::fill(p_.grad_bias, p_.grad_bias + p_.vocabulary, 0.0f);
     }
     p_.parallel(weight_sum_ == nullptr ? 0 : p_.vocabulary, [&](int64_t begin, int64_t end) {
-      store_floats(kernels_, weight_sum_.get() + begin * d_, (end - begin) * d_, p_.grad_weight,
-                   p_.grad_weight_type, begin * d_);
+      narrow(weight_sum_.get() + begin * d_, (end - begin) * d_, p_.grad_weight_type,
+             element(p_.grad_weight, p_.grad_weight_type, begin * d_));
     });
   }
 
@@ -339,7 +339,7 @@ class Head {
 }  // namespace
 
 void run_head(const HeadPass& pass) {
-  const bool pairs = pass.hidden_type == Float::bf16 && pass.weight_type == Float::bf16 &&
+  const bool pairs = pass.hidden_type == Dtype::bfloat16 && pass.weight_type == Dtype::bfloat16 &&
                      pass.width % 2 == 0 && gemm_bfloat16_available();
   if (pairs) {
     Head<uint16_t>(pass).run();

@@ -13,9 +13,9 @@ namespace gflowgr {
 // no token, and what is made of its row is NaN.
 struct HeadPass {
   const void* hidden;  // [rows, width]
-  Float hidden_type;
+  Dtype hidden_type;
   const void* weight;  // [vocabulary, width]
-  Float weight_type;
+  Dtype weight_type;
   const float* bias;  // [vocabulary] or null
   const int64_t* targets;  // [rows]
   int64_t rows, width, vocabulary;
@@ -33,9 +33,9 @@ struct HeadPass {
 
   // Gradients; null = not wanted. Each is written whole. Types: f32, or bf16 where the input is.
   void* grad_hidden = nullptr;
-  Float grad_hidden_type = Float::f32;
+  Dtype grad_hidden_type = Dtype::float32;
   void* grad_weight = nullptr;
-  Float grad_weight_type = Float::f32;
+  Dtype grad_weight_type = Dtype::float32;
   float* grad_bias = nullptr;
 
   // parallel(n, body): body(begin, end) on threads over 0..n, as many as `threads`.

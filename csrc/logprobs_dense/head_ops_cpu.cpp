@@ -8,27 +8,15 @@
 #include <optional>
 #include <tuple>
 
-#include "flow_loss/flow_loss.h"
+#include "common/checks.h"
 #include "common/gemm_cpu.h"
+#include "flow_loss/flow_loss.h"
 #include "logprobs_dense/head_cpu.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
-
-gflowgr::Float float_type(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return gflowgr::Float::f32;
-    case ScalarType::BFloat16:
-      return gflowgr::Float::bf16;
-    case ScalarType::Half:
-      return gflowgr::Float::f16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-  }
-}
 
 const float* floats(const Tensor& tensor, int64_t count, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == count,
@@ -61,9 +49,9 @@ gflowgr::HeadPass make_pass(const Tensor& hidden, const Tensor& weight, const st
                   "hidden: expected [rows, d], contiguous");
   STD_TORCH_CHECK(gflowgr::gemm_float_available(), "this torch or CPU has no small matrix products");
   pass.hidden = hidden.data_ptr();
-  pass.hidden_type = float_type(hidden, "hidden");
+  pass.hidden_type = gflowgr::dtype_of(hidden, "hidden");
   pass.weight = weight.data_ptr();
-  pass.weight_type = float_type(weight, "weight");
+  pass.weight_type = gflowgr::dtype_of(weight, "weight");
   pass.bias = floats(bias, pass.vocabulary, "bias");
   pass.targets = static_cast<const int64_t*>(targets.data_ptr());
   pass.temperature = static_cast<float>(temperature);
@@ -90,11 +78,11 @@ Gradients want_gradients(gflowgr::HeadPass& pass, const Tensor& hidden, const Te
               make(weight, {need_bias ? pass.vocabulary : 0}, ScalarType::Float)};
   if (need_hidden) {
     pass.grad_hidden = g.hidden.data_ptr();
-    pass.grad_hidden_type = float_type(g.hidden, "hidden");
+    pass.grad_hidden_type = gflowgr::dtype_of(g.hidden, "hidden");
   }
   if (need_weight) {
     pass.grad_weight = g.weight.data_ptr();
-    pass.grad_weight_type = float_type(g.weight, "weight");
+    pass.grad_weight_type = gflowgr::dtype_of(g.weight, "weight");
   }
   if (need_bias) pass.grad_bias = data(g.bias);
   return g;

@@ -8,17 +8,20 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/convert_cpu.h"
 #include "logprobs_dense/head_plan_cpu.h"
 
 namespace gflowgr {
 
 template <typename T>
 constexpr bool kPairs = std::is_same_v<T, uint16_t>;
+template <typename T>
+constexpr Dtype kStored = kPairs<T> ? Dtype::bfloat16 : Dtype::float32;
 
 // A matrix [rows, width] of any floating type.
 struct Rows {
   const void* data;
-  Float type;
+  Dtype type;
   int64_t width;
 
   const void* at(int64_t row) const { return element(data, type, row * width); }
@@ -39,7 +42,7 @@ void pack_states(const TileKernels& kernels, const Rows& states, const int64_t* 
   } else {
     std::memset(scratch + count * width, 0, (tokens - count) * width * 4);
     for (int64_t i = 0; i < count; ++i) {
-      kernels.widen(states.at(rows[i]), states.type, width, scratch + i * width);
+      widen(states.at(rows[i]), states.type, width, scratch + i * width);
     }
     kernels.transpose(reinterpret_cast<const uint32_t*>(scratch), width, tokens, width,
                       reinterpret_cast<uint32_t*>(to), tokens);
@@ -58,11 +61,11 @@ void pack_scaled_states(const TileKernels& kernels, const Rows& states, const in
     if (coefficient[i] == 0.0f) {
       std::fill(state.begin(), state.end(), 0.0f);
     } else {
-      kernels.widen(states.at(rows[i]), states.type, width, state.data());
+      widen(states.at(rows[i]), states.type, width, state.data());
       for (int64_t k = 0; k < width; ++k) state[k] *= coefficient[i];
     }
     if constexpr (kPairs<T>) {
-      kernels.round(state.data(), width, rounded.data() + i % 2 * width);
+      narrow(state.data(), width, Dtype::bfloat16, rounded.data() + i % 2 * width);
       if (i % 2 == 1) kernels.interleave(rounded.data(), rounded.data() + width, width, to + (i - 1) * width);
     } else {
       std::copy(state.begin(), state.end(), to + i * width);
@@ -72,12 +75,12 @@ void pack_scaled_states(const TileKernels& kernels, const Rows& states, const in
 
 // Rows of the head as the left factor of the logits; `scratch` holds them where they need converting.
 template <typename T>
-const T* pack_head_left(const TileKernels& kernels, const Rows& head, int64_t first, int64_t rows, T* scratch) {
+const T* pack_head_left(const Rows& head, int64_t first, int64_t rows, T* scratch) {
   if constexpr (kPairs<T>) {
     return static_cast<const T*>(head.at(first));
   } else {
-    if (head.type == Float::f32) return static_cast<const float*>(head.at(first));
-    kernels.widen(head.at(first), head.type, rows * head.width, scratch);
+    if (head.type == Dtype::float32) return static_cast<const float*>(head.at(first));
+    widen(head.at(first), head.type, rows * head.width, scratch);
     return scratch;
   }
 }
@@ -110,7 +113,7 @@ void pack_exponentials(const TileKernels& kernels, float* exps, int64_t rows, in
   std::fill(exps + rows * tokens, exps + even * tokens, 0.0f);
   const T* values;
   if constexpr (kPairs<T>) {
-    kernels.round(exps, even * tokens, scratch);
+    narrow(exps, even * tokens, Dtype::bfloat16, scratch);
     values = scratch;
   } else {
     values = exps;
@@ -129,16 +132,6 @@ void pack_exponentials(const TileKernels& kernels, float* exps, int64_t rows, in
   } else {
     kernels.transpose(reinterpret_cast<const uint32_t*>(values), tokens, even, tokens,
                       reinterpret_cast<uint32_t*>(by_token), kTile);
-  }
-}
-
-// Float rows into an array of f32 or bf16.
-inline void store_floats(const TileKernels& kernels, const float* from, int64_t count, void* to, Float type,
-                         int64_t at) {
-  if (type == Float::f32) {
-    std::copy(from, from + count, static_cast<float*>(to) + at);
-  } else {
-    kernels.round(from, count, static_cast<uint16_t*>(to) + at);
   }
 }
 

@@ -35,17 +35,11 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-inline int64_t bytes_of(Float type) { return type == Float::f32 ? 4 : 2; }
-
-inline const void* element(const void* array, Float type, int64_t at) {
-  return static_cast<const char*>(array) + at * bytes_of(type);
-}
-
 struct HeadPlan {
   std::vector<int64_t> valid;        // rows with a target, ascending
   std::vector<int64_t> block_begin;  // into `valid`, with its size at the end
-  int64_t chunk = 0;                 // rows per chunk, a multiple of kLanes
-  int64_t columns = 0;               // most rows of a block, rounded up to kLanes
+  int64_t chunk = 0;                 // rows per chunk, a multiple of kGroup
+  int64_t columns = 0;               // most rows of a block, rounded up to kGroup
   int64_t tiles = 0;
   bool holds = false;                // exponentials are held for the gradients of head and bias ...
   bool in_place = false;             // ... in the memory of the gradient of the head
@@ -62,7 +56,7 @@ struct HeadPlan {
     holds = pass.grad_weight != nullptr || pass.grad_bias != nullptr;
     // A tile of the gradient is written after the tile's exponentials were read for the last time.
     in_place = pass.grad_weight != nullptr && count > 0 &&
-               round_up(count, kLanes) * exponential_bytes <=
+               round_up(count, kGroup) * exponential_bytes <=
                    pass.width * bytes_of(pass.grad_weight_type);
     int64_t rows = std::max(kBlockRows, pass.threads * most);
     if (in_place) rows = std::max(rows, count);
@@ -76,8 +70,8 @@ struct HeadPlan {
     int64_t widest = 0;
     for (int64_t i = 0; i < blocks(); ++i) widest = std::max(widest, block_begin[i + 1] - block_begin[i]);
     const int64_t share = (widest + pass.threads - 1) / pass.threads;
-    chunk = std::max(kLanes, std::min(most, round_up(share, kLanes)));
-    columns = round_up(widest, kLanes);
+    chunk = std::max(kGroup, std::min(most, round_up(share, kGroup)));
+    columns = round_up(widest, kGroup);
   }
 };
 

@@ -4,27 +4,29 @@
 #include <cstring>
 #include <limits>
 
-#include "common/lanes_cpu.h"
+#include "common/simd.h"
 
 namespace gflowgr {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-static_assert(kLanes % kWidth == 0, "a tile's tokens are whole registers");
-
+template <typename S>
 GFLOWGR_INLINE bool raise_body(const TileScores& t, float* factor) {
+  typedef typename S::Floats Floats;
   bool any = false;
-  for (int64_t first = 0; first < t.tokens; first += kWidth) {
-    Lanes top = Lanes{} - kInfinity;
+  for (int64_t first = 0; first < t.tokens; first += kGroup) {
+    Floats top[S::kParts];
+    for (auto& part : top) part = S::broadcast(-kInfinity);
     for (int64_t row = 0; row < t.rows; ++row) {
-      const Lanes x = load(t.logits + row * t.tokens + first) * t.scale +
-                      (t.bias == nullptr ? 0.0f : t.bias[row]);
-      top = x > top ? x : top;
+      const float bias = t.bias == nullptr ? 0.0f : t.bias[row];
+      for (int64_t j = 0; j < S::kParts; ++j) {
+        top[j] = S::maximum(S::load(t.logits + row * t.tokens + first + j * S::kLanes) * t.scale + bias, top[j]);
+      }
     }
-    float tops[kWidth];
-    store(tops, top);
-    for (int64_t i = 0; i < kWidth; ++i) {
+    float tops[kGroup];
+    for (int64_t j = 0; j < S::kParts; ++j) S::store(tops + j * S::kLanes, top[j]);
+    for (int64_t i = 0; i < kGroup; ++i) {
       float& reference = t.reference[first + i];
       factor[first + i] = 1.0f;
       if (!(tops[i] > reference + kHeadroom)) continue;
@@ -38,28 +40,31 @@ GFLOWGR_INLINE bool raise_body(const TileScores& t, float* factor) {
   return any;
 }
 
+template <typename S>
 GFLOWGR_INLINE void exponentiate_body(const TileScores& t, float* exps) {
-  for (int64_t first = 0; first < t.tokens; first += kWidth) {
-    Lanes reference = load(t.reference + first);
-    // All so far forbidden: 2^-inf is 0.
-    reference = reference == Lanes{} - kInfinity ? Lanes{} : reference;
-    Lanes total = {};
-    for (int64_t row = 0; row < t.rows; ++row) {
-      const int64_t at = row * t.tokens + first;
-      const float bias = t.bias == nullptr ? 0.0f : t.bias[row];
-      const Lanes value = exp2_approx((load(t.logits + at) * t.scale + bias) - reference);
-      store(exps + at, value);
-      total += value;
+  typedef typename S::Floats Floats;
+  for (int64_t first = 0; first < t.tokens; first += kGroup) {
+    Floats reference[S::kParts], sum[S::kParts] = {};
+    for (int64_t j = 0; j < S::kParts; ++j) {
+      reference[j] = S::load(t.reference + first + j * S::kLanes);
+      // All so far forbidden: 2^-inf is 0.
+      reference[j] = reference[j] == S::broadcast(-kInfinity) ? Floats{} : reference[j];
     }
-    if (t.sum != nullptr) store(t.sum + first, load(t.sum + first) + total);
+    for (int64_t row = 0; row < t.rows; ++row) {
+      const float bias = t.bias == nullptr ? 0.0f : t.bias[row];
+      for (int64_t j = 0; j < S::kParts; ++j) {
+        const int64_t at = row * t.tokens + first + j * S::kLanes;
+        const Floats value = S::exp2((S::load(t.logits + at) * t.scale + bias) - reference[j]);
+        S::store(exps + at, value);
+        sum[j] += value;
+      }
+    }
+    for (int64_t j = 0; t.sum != nullptr && j < S::kParts; ++j) {
+      float* const to = t.sum + first + j * S::kLanes;
+      S::store(to, S::load(to) + sum[j]);
+    }
   }
 }
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define GFLOWGR_SHUFFLE 1
-#endif
-#endif
 
 #ifdef GFLOWGR_SHUFFLE
 typedef uint32_t Eight __attribute__((vector_size(32), aligned(4), may_alias));
@@ -107,15 +112,6 @@ GFLOWGR_INLINE void transpose_body(const uint32_t* from, int64_t from_stride, in
   }
 }
 
-GFLOWGR_INLINE void round_body(const float* from, int64_t count, uint16_t* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = to_bits(from[i]);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    // Rounding could carry the last bits of a NaN into infinity or zero.
-    to[i] = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
-  }
-}
-
 GFLOWGR_INLINE void interleave_body(const uint16_t* first, const uint16_t* second, int64_t count,
                                     uint16_t* to) {
   auto* const pairs = reinterpret_cast<unsigned char*>(to);
@@ -125,32 +121,14 @@ GFLOWGR_INLINE void interleave_body(const uint16_t* first, const uint16_t* secon
   }
 }
 
-GFLOWGR_INLINE void widen_body(const void* from, Float type, int64_t count, float* to) {
-  if (type == Float::f32) {
-    std::memcpy(to, from, count * sizeof(float));
-    return;
-  }
-  const auto* const bits = static_cast<const uint16_t*>(from);
-  if (type == Float::bf16) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from_bits(static_cast<uint32_t>(bits[i]) << 16);
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t sign = static_cast<uint32_t>(bits[i] & 0x8000u) << 16, rest = bits[i] & 0x7FFFu;
-    // The product puts the exponent right, subnormal numbers included; infinity and NaN keep theirs.
-    const uint32_t scaled = to_bits(from_bits(rest << 13) * 5.192296858534828e33f);  // 2^112
-    to[i] = from_bits(sign | (rest >= 0x7C00u ? rest << 13 | 0x7F800000u : scaled));
-  }
-}
-
 GFLOWGR_INLINE float dot_body(const float* a, const float* b, int64_t count) {
-  float part[kLanes] = {};
+  float part[kGroup] = {};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) part[j] += a[i + j] * b[i + j];
+  for (; i + kGroup <= count; i += kGroup) {
+    for (int j = 0; j < kGroup; ++j) part[j] += a[i + j] * b[i + j];
   }
   float total = 0.0f;
-  for (int j = 0; j < kLanes; ++j) total += part[j];
+  for (int j = 0; j < kGroup; ++j) total += part[j];
   for (; i < count; ++i) total += a[i] * b[i];
   return total;
 }
@@ -159,22 +137,20 @@ GFLOWGR_INLINE void multiply_body(const float* a, const float* b, int64_t count,
   for (int64_t i = 0; i < count; ++i) to[i] = a[i] * b[i];
 }
 
-#define GFLOWGR_KERNELS(name, attribute)                                                               \
-  attribute bool raise_##name(const TileScores& t, float* factor) { return raise_body(t, factor); }    \
-  attribute void exponentiate_##name(const TileScores& t, float* exps) { exponentiate_body(t, exps); } \
+#define GFLOWGR_DEFINE(name, bytes, attribute)                                                         \
+  attribute bool raise_##name(const TileScores& t, float* factor) {                                    \
+    return raise_body<Simd<bytes>>(t, factor);                                                         \
+  }                                                                                                    \
+  attribute void exponentiate_##name(const TileScores& t, float* exps) {                               \
+    exponentiate_body<Simd<bytes>>(t, exps);                                                           \
+  }                                                                                                    \
   attribute void transpose_##name(const uint32_t* from, int64_t from_stride, int64_t rows,             \
                                   int64_t columns, uint32_t* to, int64_t to_stride) {                  \
     transpose_body(from, from_stride, rows, columns, to, to_stride);                                   \
   }                                                                                                    \
-  attribute void round_##name(const float* from, int64_t count, uint16_t* to) {                        \
-    round_body(from, count, to);                                                                       \
-  }                                                                                                    \
   attribute void interleave_##name(const uint16_t* first, const uint16_t* second, int64_t count,       \
                                    uint16_t* to) {                                                     \
     interleave_body(first, second, count, to);                                                         \
-  }                                                                                                    \
-  attribute void widen_##name(const void* from, Float type, int64_t count, float* to) {                \
-    widen_body(from, type, count, to);                                                                 \
   }                                                                                                    \
   attribute float dot_##name(const float* a, const float* b, int64_t count) {                          \
     return dot_body(a, b, count);                                                                      \
@@ -182,27 +158,13 @@ GFLOWGR_INLINE void multiply_body(const float* a, const float* b, int64_t count,
   attribute void multiply_##name(const float* a, const float* b, int64_t count, float* to) {           \
     multiply_body(a, b, count, to);                                                                    \
   }                                                                                                    \
-  constexpr TileKernels name = {raise_##name, exponentiate_##name, transpose_##name, round_##name,     \
-                                interleave_##name, widen_##name, dot_##name, multiply_##name};
-
-GFLOWGR_KERNELS(baseline, )
-#ifdef GFLOWGR_X86
-GFLOWGR_KERNELS(avx2, GFLOWGR_AVX2)
-GFLOWGR_KERNELS(avx512, GFLOWGR_AVX512)
-#endif
+  constexpr TileKernels name = {raise_##name,      exponentiate_##name, transpose_##name,              \
+                                interleave_##name, dot_##name,          multiply_##name};
+GFLOWGR_EACH_TARGET(GFLOWGR_DEFINE)
+#undef GFLOWGR_DEFINE
 
 }  // namespace
 
-const TileKernels& tile_kernels() {
-#ifdef GFLOWGR_X86
-  static const TileKernels& best = [] () -> const TileKernels& {
-    if (has_avx512()) return avx512;
-    return has_avx2() ? avx2 : baseline;
-  }();
-  return best;
-#else
-  return baseline;
-#endif
-}
+const TileKernels& tile_kernels() { return GFLOWGR_BEST(portable, avx2, avx512); }
 
 }  // namespace gflowgr

@@ -7,11 +7,10 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace gflowgr {
 
-enum class Float : int { f32, bf16, f16 };
-
-constexpr int64_t kLanes = 16;       // tokens of a tile are a multiple of it
 constexpr float kHeadroom = 60.0f;   // a logit may exceed its token's reference by 2^60 before that moves
 
 struct TileScores {
@@ -19,7 +18,7 @@ struct TileScores {
   const float* bias;    // [rows] in units of log 2, or null
   float scale;          // log2(e) / temperature
   int64_t rows;
-  int64_t tokens;  // multiple of kLanes
+  int64_t tokens;  // multiple of kGroup
   float* reference;     // [tokens], -inf at first; finite afterwards
   float* sum;           // [tokens], sum of 2^(x - reference); null: the reference is the log-sum-exp
 };
@@ -34,10 +33,8 @@ struct TileKernels {
   // to[j * to_stride + i] = from[i * from_stride + j], 32-bit elements, i < rows, j < columns.
   void (*transpose)(const uint32_t* from, int64_t from_stride, int64_t rows, int64_t columns,
                     uint32_t* to, int64_t to_stride);
-  void (*round)(const float* from, int64_t count, uint16_t* to);  // to bfloat16, ties to even
   // to[2 * i] = first[i], to[2 * i + 1] = second[i]
   void (*interleave)(const uint16_t* first, const uint16_t* second, int64_t count, uint16_t* to);
-  void (*widen)(const void* from, Float type, int64_t count, float* to);
   float (*dot)(const float* a, const float* b, int64_t count);
   void (*multiply)(const float* a, const float* b, int64_t count, float* to);  // element by element
 };

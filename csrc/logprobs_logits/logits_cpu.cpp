@@ -15,15 +15,17 @@
 #include <limits>
 #include <tuple>
 
-#include "common/simd_cpu.h"
+#include "common/checks.h"
+#include "common/dtype.h"
+#include "common/simd.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
 
-using gflowgr::Lanes;
-using gflowgr::kLanes;
+using gflowgr::Dtype;
+using gflowgr::kGroup;
 
 // About 50 us of work: less is not worth a second thread.
 constexpr int64_t kLogitsPerThread = 65536;
@@ -45,9 +47,20 @@ struct Rows {
   float scale;  // 1 / temperature
 };
 
-template <typename Element>
+// The last V % kGroup logits as floats, filled up with -inf.
+template <typename S, typename Element>
+GFLOWGR_INLINE void read_rest(const Element* logits, int64_t count, float* rest) {
+  for (int64_t i = 0; i < kGroup; i += S::kLanes) {
+    const int64_t own = std::clamp<int64_t>(count - i, 0, S::kLanes);
+    S::store(rest + i, S::load_some(logits + std::min(i, count), own, -INFINITY));
+  }
+}
+
+template <typename S, typename Element>
 GFLOWGR_INLINE void forward_rows(const Rows& rows, int64_t begin, int64_t end) {
-  const int64_t V = rows.V, whole = V - V % kLanes;
+  typedef typename S::Floats Floats;
+  const int64_t V = rows.V, whole = V - V % kGroup;
+  float rest[kGroup];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t target = rows.targets[row];
     rows.log_pf[row] = rows.row_max[row] = rows.log_sum[row] = 0;
@@ -57,26 +70,35 @@ GFLOWGR_INLINE void forward_rows(const Rows& rows, int64_t begin, int64_t end) {
     float top = -std::numeric_limits<float>::max(), sum = 0;
     for (int64_t from = 0; from < V; from += kBlock) {
       const int64_t to = std::min(from + kBlock, whole);
-      Lanes highest = gflowgr::broadcast(top);
-      for (int64_t v = from; v < to; v += kLanes) highest = gflowgr::maximum(gflowgr::load(logits + v), highest);
-      Lanes rest{};
-      if (from + kBlock >= V && whole < V) {
-        rest = gflowgr::load_some(logits + whole, V - whole);
-        highest = gflowgr::maximum(rest, highest);
+      const bool ends = from + kBlock >= V && whole < V;
+      if (ends) read_rest<S>(logits + whole, V - whole, rest);
+      Floats highest[S::kParts];
+      for (auto& part : highest) part = S::broadcast(top);
+      for (int64_t v = from; v < to; v += kGroup) {
+        for (int64_t j = 0; j < S::kParts; ++j) {
+          highest[j] = S::maximum(S::load(logits + v + j * S::kLanes), highest[j]);
+        }
       }
-      const float higher = gflowgr::largest(highest);
+      for (int64_t j = 0; ends && j < S::kParts; ++j) {
+        highest[j] = S::maximum(S::load(rest + j * S::kLanes), highest[j]);
+      }
+      const float higher = S::largest(highest);
       sum *= std::exp((top - higher) * rows.scale);
       top = higher;
-      Lanes part{};
-      for (int64_t v = from; v < to; v += kLanes) {
-        part += gflowgr::exp_not_positive((gflowgr::load(logits + v) - top) * rows.scale);
+      Floats part[S::kParts] = {};
+      for (int64_t v = from; v < to; v += kGroup) {
+        for (int64_t j = 0; j < S::kParts; ++j) {
+          part[j] += S::exp_not_positive((S::load(logits + v + j * S::kLanes) - top) * rows.scale);
+        }
       }
-      if (from + kBlock >= V && whole < V) part += gflowgr::exp_not_positive((rest - top) * rows.scale);
-      sum += gflowgr::total(part);
+      for (int64_t j = 0; ends && j < S::kParts; ++j) {
+        part[j] += S::exp_not_positive((S::load(rest + j * S::kLanes) - top) * rows.scale);
+      }
+      sum += S::total(part);
     }
     rows.row_max[row] = top;
     rows.log_sum[row] = std::log(sum);
-    const float own = target < V ? (gflowgr::widen(logits[target]) - top) * rows.scale : -top * rows.scale;
+    const float own = target < V ? (S::widen(logits[target]) - top) * rows.scale : -top * rows.scale;
     // Where every token is forbidden the difference would be NaN; the probability is zero.
     rows.log_pf[row] = target > V ? kNaN
                        : sum == 0 ? -std::numeric_limits<float>::infinity()
@@ -84,9 +106,10 @@ GFLOWGR_INLINE void forward_rows(const Rows& rows, int64_t begin, int64_t end) {
   }
 }
 
-template <typename Element>
+template <typename S, typename Element>
 GFLOWGR_INLINE void backward_rows(const Rows& rows, int64_t begin, int64_t end) {
-  const int64_t V = rows.V, whole = V - V % kLanes;
+  typedef typename S::Floats Floats;
+  const int64_t V = rows.V, whole = V - V % S::kLanes;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t target = rows.targets[row];
     const auto* const logits = static_cast<const Element*>(rows.logits) + row * V;
@@ -99,68 +122,51 @@ GFLOWGR_INLINE void backward_rows(const Rows& rows, int64_t begin, int64_t end) 
       continue;
     }
     float own = 0;
-    if (target < V) own = -slope * std::expm1((gflowgr::widen(logits[target]) - top) * rows.scale - log_sum);
-    for (int64_t v = 0; v < whole; v += kLanes) {
-      const Lanes x = (gflowgr::load(logits + v) - top) * rows.scale - log_sum;
-      gflowgr::store(out + v, -slope * gflowgr::exp_not_positive(x));
+    if (target < V) own = -slope * std::expm1((S::widen(logits[target]) - top) * rows.scale - log_sum);
+    for (int64_t v = 0; v < whole; v += S::kLanes) {
+      const Floats x = (S::load(logits + v) - top) * rows.scale - log_sum;
+      S::store(out + v, -slope * S::exp_not_positive(x));
     }
     if (whole < V) {
-      const Lanes x = (gflowgr::load_some(logits + whole, V - whole) - top) * rows.scale - log_sum;
-      gflowgr::store_some(out + whole, -slope * gflowgr::exp_not_positive(x), V - whole);
+      const Floats x = (S::load_some(logits + whole, V - whole, -INFINITY) - top) * rows.scale - log_sum;
+      S::store_some(out + whole, -slope * S::exp_not_positive(x), V - whole);
     }
-    if (target < V) out[target] = gflowgr::narrow<Element>(own);
+    if (target < V) out[target] = S::template narrow<Element>(own);
   }
 }
 
-template <bool backward>
-GFLOWGR_INLINE void run_rows(const Rows& rows, ScalarType type, int64_t begin, int64_t end) {
-  if (type == ScalarType::Float) {
-    backward ? backward_rows<float>(rows, begin, end) : forward_rows<float>(rows, begin, end);
-  } else if (type == ScalarType::BFloat16) {
-    backward ? backward_rows<gflowgr::Bfloat>(rows, begin, end) : forward_rows<gflowgr::Bfloat>(rows, begin, end);
-  } else {
-    backward ? backward_rows<gflowgr::Half>(rows, begin, end) : forward_rows<gflowgr::Half>(rows, begin, end);
-  }
-}
+struct RowKernels {
+  void (*forward)(const Rows& rows, Dtype type, int64_t begin, int64_t end);
+  void (*backward)(const Rows& rows, Dtype type, int64_t begin, int64_t end);
+};
 
-// The same code for each instruction set, chosen when it runs.
-#define GFLOWGR_DEFINE(name, attribute)                                                            \
-  attribute void name##_forward(const Rows& rows, ScalarType type, int64_t begin, int64_t end) {  \
-    run_rows<false>(rows, type, begin, end);                                                       \
-  }                                                                                                \
-  attribute void name##_backward(const Rows& rows, ScalarType type, int64_t begin, int64_t end) { \
-    run_rows<true>(rows, type, begin, end);                                                        \
-  }
-GFLOWGR_DEFINE(portable, )
-#ifdef GFLOWGR_X86
-GFLOWGR_DEFINE(avx2, GFLOWGR_AVX2)
-GFLOWGR_DEFINE(avx512, GFLOWGR_AVX512)
-#endif
+#define GFLOWGR_DEFINE(name, bytes, attribute)                                                          \
+  attribute void forward_##name(const Rows& rows, Dtype type, int64_t begin, int64_t end) {             \
+    typedef gflowgr::Simd<bytes> S;                                                                     \
+    if (type == Dtype::float32) return forward_rows<S, float>(rows, begin, end);                        \
+    if (type == Dtype::bfloat16) return forward_rows<S, gflowgr::Bfloat>(rows, begin, end);             \
+    forward_rows<S, gflowgr::Half>(rows, begin, end);                                                   \
+  }                                                                                                     \
+  attribute void backward_##name(const Rows& rows, Dtype type, int64_t begin, int64_t end) {            \
+    typedef gflowgr::Simd<bytes> S;                                                                     \
+    if (type == Dtype::float32) return backward_rows<S, float>(rows, begin, end);                       \
+    if (type == Dtype::bfloat16) return backward_rows<S, gflowgr::Bfloat>(rows, begin, end);            \
+    backward_rows<S, gflowgr::Half>(rows, begin, end);                                                  \
+  }                                                                                                     \
+  constexpr RowKernels name = {forward_##name, backward_##name};
+GFLOWGR_EACH_TARGET(GFLOWGR_DEFINE)
+#undef GFLOWGR_DEFINE
 
-void run(const Rows& rows, ScalarType type, int64_t count, bool backward) {
-  auto* chosen = backward ? &portable_backward : &portable_forward;
-#ifdef GFLOWGR_X86
-  switch (gflowgr::simd_level()) {
-    case gflowgr::SimdLevel::avx512:
-      chosen = backward ? &avx512_backward : &avx512_forward;
-      break;
-    case gflowgr::SimdLevel::avx2:
-      chosen = backward ? &avx2_backward : &avx2_forward;
-      break;
-    default:
-      break;
-  }
-#endif
+void run(const Rows& rows, Dtype type, int64_t count, bool backward) {
+  const RowKernels& kernels = GFLOWGR_BEST(portable, avx2, avx512);
   const int64_t grain = std::max<int64_t>(1, kLogitsPerThread / std::max<int64_t>(1, rows.V));
-  torch::stable::parallel_for(0, count, grain,
-                              [&](int64_t begin, int64_t end) { chosen(rows, type, begin, end); });
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    (backward ? kernels.backward : kernels.forward)(rows, type, begin, end);
+  });
 }
 
 Rows read_rows(const Tensor& logits, const Tensor& targets, double temperature) {
-  const ScalarType type = logits.scalar_type();
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits: expected [rows, V], contiguous");
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "logits: expected float32, bfloat16 or float16");
   STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.is_contiguous() &&
                       targets.numel() == logits.size(0),
                   "targets: expected int64 [rows], contiguous");
@@ -180,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> logits_logprobs(const Tensor& logits, const T
   rows.log_pf = static_cast<float*>(log_pf.data_ptr());
   rows.row_max = static_cast<float*>(row_max.data_ptr());
   rows.log_sum = static_cast<float*>(log_sum.data_ptr());
-  run(rows, logits.scalar_type(), logits.size(0), false);
+  run(rows, gflowgr::dtype_of(logits, "logits"), logits.size(0), false);
   return {log_pf, row_max, log_sum};
 }
 
@@ -196,7 +202,7 @@ void backward_into(Tensor& out, const Tensor& grad, const Tensor& logits, const 
   rows.grad = static_cast<const float*>(grad.data_ptr());
   rows.row_max = static_cast<float*>(row_max.data_ptr());
   rows.log_sum = static_cast<float*>(log_sum.data_ptr());
-  run(rows, logits.scalar_type(), logits.size(0), true);
+  run(rows, gflowgr::dtype_of(logits, "logits"), logits.size(0), true);
 }
 
 Tensor logits_backward(const Tensor& grad, const Tensor& logits, const Tensor& targets, const Tensor& row_max,

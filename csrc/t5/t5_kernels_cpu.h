@@ -7,9 +7,11 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace gflowgr {
 
-constexpr int64_t kT5Lanes = 16;
+constexpr int64_t kT5Lanes = kGroup;
 
 enum class Activation { relu, gelu };  // gelu: by tanh, as T5 v1.1 has it
 

@@ -36,13 +36,13 @@ struct Floats {  // one prompt per lane
   typedef typename S::Floats Value;
   static constexpr int64_t kPrompts = S::kLanes;
   static GFLOWGR_INLINE Value get(const float* from) { return S::load(from); }
-  static GFLOWGR_INLINE void put(float* to, Value x) { S::store(to, x); }
+  static GFLOWGR_INLINE void put(float* to, const Value& x) { S::store(to, x); }
   static GFLOWGR_INLINE Value none() { return S::broadcast(-INFINITY); }
-  static GFLOWGR_INLINE Value larger(Value x, Value y) { return S::maximum(x, y); }
-  static GFLOWGR_INLINE Value share(Value x, Value top) {  // exp(x - top); 0 where both are -inf
+  static GFLOWGR_INLINE Value larger(const Value& x, const Value& y) { return S::maximum(x, y); }
+  static GFLOWGR_INLINE Value share(const Value& x, const Value& top) {  // exp(x - top); 0 where both are -inf
     return S::exp_not_positive(x - (top == none() ? Value{} : top));
   }
-  static GFLOWGR_INLINE Value whole(Value top, Value sum) {  // sum >= 1, or NaN, or top is -inf
+  static GFLOWGR_INLINE Value whole(const Value& top, const Value& sum) {  // sum >= 1, or NaN, or top is -inf
     const Value value = top == none() ? top : top + S::log_at_least_one(sum);
     return sum == sum ? value : sum;
   }
@@ -179,16 +179,12 @@ GFLOWGR_INLINE void flows(const uint8_t* tree, const typename G::Number* log_rew
   }
 }
 
-#define GFLOWGR_DEFINE(name, bytes, target)                                                                      \
-  target void name##_flows(const uint8_t* tree, const float* log_reward, int64_t items, float* log_flow,  \
-                           int64_t begin, int64_t end) {                                                  \
-    flows<Floats<bytes>>(tree, log_reward, items, log_flow, begin, end);                                  \
+#define GFLOWGR_DEFINE(name, bytes, attribute)                                                                   \
+  attribute void flows_##name(const uint8_t* tree, const float* log_reward, int64_t items, float* log_flow,      \
+                              int64_t begin, int64_t end) {                                                      \
+    flows<Floats<bytes>>(tree, log_reward, items, log_flow, begin, end);                                         \
   }
-GFLOWGR_DEFINE(portable, 16, )
-#ifdef GFLOWGR_X86
-GFLOWGR_DEFINE(avx2, 32, GFLOWGR_AVX2)
-GFLOWGR_DEFINE(avx512, 64, GFLOWGR_AVX512)
-#endif
+GFLOWGR_EACH_TARGET(GFLOWGR_DEFINE)
 #undef GFLOWGR_DEFINE
 
 // ------------------------------------------------------------------ pools
@@ -259,11 +255,7 @@ int64_t node_of(const TreeView& view, const int32_t* leaf_rank, int64_t leaf) {
 
 void item_flows(const uint8_t* tree, const float* log_reward, int64_t items, float* log_flow, int64_t begin,
                 int64_t end) {
-#ifdef GFLOWGR_X86
-  if (simd_level() == SimdLevel::avx512) return avx512_flows(tree, log_reward, items, log_flow, begin, end);
-  if (simd_level() == SimdLevel::avx2) return avx2_flows(tree, log_reward, items, log_flow, begin, end);
-#endif
-  portable_flows(tree, log_reward, items, log_flow, begin, end);
+  GFLOWGR_BEST(flows_portable, flows_avx2, flows_avx512)(tree, log_reward, items, log_flow, begin, end);
 }
 
 void item_flows(const uint8_t* tree, const double* log_reward, int64_t items, double* log_flow, int64_t begin,

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "common/checks.h"
 #include "tree/tree_flows_cpu.h"
 #include "tree/tree_view_cpu.h"
 #include "tree/tree_walk_cpu.h"
@@ -17,15 +18,6 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kPromptsPerTask = 16;  // what the vector code takes at a time
-
-const uint8_t* check_tree(const Tensor& tree) {
-  STD_TORCH_CHECK(tree.scalar_type() == ScalarType::Byte && tree.dim() == 1 && tree.is_contiguous(),
-                  "tree: expected the buffer of a prefix tree (uint8, 1-D, contiguous)");
-  const auto* const data = static_cast<const uint8_t*>(tree.data_ptr());
-  STD_TORCH_CHECK(gflowgr::tree_total_bytes(data, tree.numel()) == tree.numel(),
-                  "tree: not the buffer of a prefix tree, or one of another format or size");
-  return data;
-}
 
 int64_t items_of(const uint8_t* tree) { return reinterpret_cast<const int64_t*>(tree)[gflowgr::kNumItems]; }
 
@@ -41,7 +33,7 @@ void run(const uint8_t* tree, const Tensor& log_reward, Tensor& log_flow) {
 }
 
 Tensor item_flows(const Tensor& log_reward, const Tensor& tree) {
-  const uint8_t* const data = check_tree(tree);
+  const uint8_t* const data = gflowgr::tree_of(tree);
   STD_TORCH_CHECK(log_reward.dim() == 2 && log_reward.is_contiguous() && log_reward.size(1) == items_of(data),
                   "log_reward: expected [B, items] with the tree's ", items_of(data), " items, contiguous");
   Tensor log_flow =
@@ -57,7 +49,7 @@ Tensor item_flows(const Tensor& log_reward, const Tensor& tree) {
 
 std::tuple<Tensor, Tensor> pooled_flows(const Tensor& log_reward, const Tensor& items, const Tensor& leaf_of,
                                         double floor, const Tensor& tree) {
-  const uint8_t* const data = check_tree(tree);
+  const uint8_t* const data = gflowgr::tree_of(tree);
   STD_TORCH_CHECK(log_reward.dim() == 2 && log_reward.is_contiguous() &&
                       log_reward.scalar_type() == ScalarType::Double,
                   "log_reward: expected [B, M], contiguous, float64");

@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "tree/tree_layout.h"
+#include "common/checks.h"
 #include "tree/tree_walk_cpu.h"
 
 using torch::headeronly::ScalarType;
@@ -17,16 +17,8 @@ namespace {
 // About 20 us of work; less is not worth a second thread.
 constexpr int64_t kRowsPerThread = 1024;
 
-void check_tree(const Tensor& tree) {
-  STD_TORCH_CHECK(tree.scalar_type() == ScalarType::Byte && tree.dim() == 1 && tree.is_contiguous(),
-                  "tree: expected the buffer of a prefix tree (uint8, 1-D, contiguous)");
-  const auto* data = static_cast<const uint8_t*>(tree.data_ptr());
-  STD_TORCH_CHECK(gflowgr::tree_total_bytes(data, tree.numel()) == tree.numel(),
-                  "tree: not the buffer of a prefix tree, or one of another format or size");
-}
-
 Tensor tree_walk(const Tensor& tokens, const std::optional<Tensor>& mask, const Tensor& tree) {
-  check_tree(tree);
+  const uint8_t* const data = gflowgr::tree_of(tree);
   STD_TORCH_CHECK(tokens.dim() >= 1 && tokens.is_contiguous(), "tokens: expected [..., L], contiguous");
   const bool wide = tokens.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(wide || tokens.scalar_type() == ScalarType::Int, "tokens: expected int32 or int64");
@@ -41,7 +33,6 @@ Tensor tree_walk(const Tensor& tokens, const std::optional<Tensor>& mask, const 
   const int64_t columns = tokens.size(tokens.dim() - 1);
   if (tokens.numel() == 0) return nodes;
   const int64_t rows = tokens.numel() / columns;
-  const auto* data = static_cast<const uint8_t*>(tree.data_ptr());
   const void* from = tokens.data_ptr();
   auto* to = static_cast<int64_t*>(nodes.data_ptr());
   torch::stable::parallel_for(0, rows, kRowsPerThread, [&](int64_t begin, int64_t end) {

@@ -1,0 +1,13 @@
+// What the logits of a beam step are, on the CPU and on CUDA devices.
+#pragma once
+
+namespace gflowgr {
+
+// What a beam's probabilities add up to 1 over: all tokens, those of its depth's codebook, its node's children.
+enum class Normalize : int { vocab, level, children };
+
+// Where the logits of a beam are: element t belongs to token t; to the t-th token of the codebook of the beam's
+// depth; to the t-th child of its node.
+enum class LogitLayout : int { vocabulary, codebook, children };
+
+}  // namespace gflowgr
