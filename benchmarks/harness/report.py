@@ -22,7 +22,7 @@ from benchmarks.harness.floors import Rates
 from benchmarks.harness.measuring import Times, quartiles
 from gflowgr import __version__, files
 from gflowgr.report.info import collect_info
-from gflowgr.report.tables import align_table
+from gflowgr.report.tables import Table, TableCell, render_table
 
 _PACKAGES = ("triton", "cut-cross-entropy", "liger-kernel", "trl", "transformers", "numpy")
 _MIB = 2**20
@@ -219,7 +219,8 @@ def case_text(summary: dict[str, Any], rows: list[BenchRow], *, markdown: bool =
     cells = _cells(rows)
     title, rule = summary["title"], "-" * len(summary["title"])
     lines = [f"## {title}", ""] if markdown else [title, rule]
-    lines.append(align_table(cells, len(cells[0]) - 1, style="markdown" if markdown else "text"))
+    table = Table("", cells[0], [[TableCell(text) for text in line] for line in cells[1:]])
+    lines.append(render_table(table, "markdown" if markdown else "text"))
     notes = list(summary["notes"])
     for name, bare in summary["bare"].items():
         share = f", {bare['share']:.1%} of it" if "share" in bare else ""

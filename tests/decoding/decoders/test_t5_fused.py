@@ -23,6 +23,7 @@ from gflowgr.decoding.decoders import (
     decoder_kind,
 )
 from gflowgr.decoding.decoders.t5_fused import fused_refusal
+from gflowgr.models.backbone import real_prompt
 from gflowgr.ops.logprobs.dense import probe_cpp
 
 _missing = probe_cpp(torch.device("cpu"), torch.float32) if cpp_missing() is None else cpp_missing()
@@ -97,7 +98,8 @@ def fused(model: Any, ids: Tensor, mask: Tensor) -> StepDecoder:
 
 @torch.no_grad()
 def generic(model: Any, ids: Tensor, mask: Tensor) -> GenericDecoder:
-    return GenericDecoder(model, ids, mask)
+    # A prompt without a token attends to whatever stands under its mask: the same for both.
+    return GenericDecoder(model, *real_prompt(model, ids, mask))
 
 
 def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
