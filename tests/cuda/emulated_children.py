@@ -182,7 +182,7 @@ def test_the_order_of_threads_and_blocks_does_not_matter(recompute: bool) -> Non
 
 def test_wrong_arguments_are_named() -> None:
     case = ChildrenCase.make(shop(20, (5, 6)), (2, 3), 8)
-    with pytest.raises(RuntimeError, match="hidden must be float32, bfloat16 or float16; got Double"):
+    with pytest.raises(RuntimeError, match="hidden must be float32, bfloat16 or float16"):
         replace(case, hidden=case.hidden.double()).run(CUDA)
     with pytest.raises(RuntimeError, match="tokens: expected int64"):
         replace(case, tokens=case.tokens.int()).run(CUDA)
