@@ -285,7 +285,7 @@ def test_what_is_no_buffer_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             PrefixTree(wrong)
-    with pytest.raises(TypeError, match="buffer of a prefix tree, got bytes"):
+    with pytest.raises(TypeError, match="buffer of a prefix tree; got bytes"):
         accept(buffer.numpy().tobytes())  # type: ignore[arg-type]
 
 
