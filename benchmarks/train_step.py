@@ -74,12 +74,12 @@ class SeparateForwards(GFlowModel):
     """The same objective from N forwards a prompt: a row for each trajectory and its prompt."""
 
     def _states(
-        self, input_ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor | None
+        self, input_ids: Tensor, attention_mask: Tensor | None, tokens: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         batch, count = tokens.shape[:2]
         hidden, pooled = super()._states(
             input_ids.repeat_interleave(count, 0),
-            attention_mask.repeat_interleave(count, 0),
+            None if attention_mask is None else attention_mask.repeat_interleave(count, 0),
             tokens.flatten(0, 1).unsqueeze(1),
             None if mask is None else mask.flatten(0, 1).unsqueeze(1),
         )

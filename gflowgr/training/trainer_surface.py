@@ -87,7 +87,7 @@ HONOURED_ARGUMENTS = _names(
 )
 
 REFUSED_METHODS: dict[str, str] = {
-    "predict": "rank with gflowgr.decoding.GenerativeRecommender, or call evaluate()",
+    "predict": "rank with gflowgr.GenerativeRecommender, or call evaluate()",
     "prediction_step": "call evaluate(), or compute_loss() for the loss of a batch",
     "evaluation_loop": "call evaluate()",
     "get_eval_dataloader": "evaluate() ranks for the split's users, and loads no batches",
