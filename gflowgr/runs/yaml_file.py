@@ -98,20 +98,20 @@ def _parse(text: str, source: str) -> Any:
     Loader.add_implicit_resolver(boolean, words, list("tTfF"))
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    loader = Loader(text)
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _check_node(node, loader, source, {})
-        value = loader.construct_document(node)
+        loader = Loader(text)  # which looks at every character
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_node(node, loader, source, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ConfigError(f"{source}: values must be nested at most {_MAX_DEPTH} deep") from error
-    finally:
-        loader.dispose()
-    return value
 
 
 def _check_node(

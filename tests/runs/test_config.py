@@ -115,6 +115,7 @@ def test_output_folder_is_required() -> None:
     ("text", "message"),
     [
         ("output_dir: [", "not valid YAML: while parsing"),
+        ("seed: \x00", "not valid YAML: unacceptable character"),
         ("- a\n- b", "must have sections such as 'data:'; got list"),
         ("", "must have sections such as 'data:'; got NoneType"),
         ("output_dir: x\ndata: {path: '${NOT_SET_ANYWHERE}/Beauty'}", "variable NOT_SET_ANYWHERE"),
@@ -175,6 +176,7 @@ def test_overrides_change_single_values(tmp_path: Path) -> None:
         ("=3", "--set must be section.key=value; got '=3'"),
         ("seed.x=3", "--set 'seed.x=3': seed is not a section"),
         ("sft.max_steps=[", "--set 'sft.max_steps=[': not valid YAML"),
+        ("seed=\x00", "not valid YAML: unacceptable character"),
         ("flow.betta=1", "flow: unknown key 'betta'; did you mean 'beta'?"),
     ],
 )
