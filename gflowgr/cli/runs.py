@@ -16,9 +16,10 @@ def add_quickstart(commands: Commands) -> None:
         commands,
         "quickstart",
         "train and compare SASRec, SFT, continued SFT and GFlowGR-TB in a few minutes",
-        "Writes models, results.json, report.md and plots to --output-dir. The built-in\n"
-        "dataset is simulated, with known true utilities; no download is made. This is the run of\n"
-        "examples/quickstart.yaml; its configuration is left in config.json, for gflowgr train.",
+        "Writes models, results.json, report.html (one file), report.md and plots to\n"
+        "--output-dir. The built-in dataset is simulated, with known true utilities; nothing is\n"
+        "downloaded. It is the run of examples/quickstart.yaml, and writes its configuration to\n"
+        "config.json, which gflowgr train reads.",
     )
     parser.add_argument("--data", metavar="FOLDER", help="your dataset instead of the built-in one")
     parser.add_argument("--identifiers", metavar="NAME", help="which index.NAME.json.gz of FOLDER")
@@ -49,7 +50,9 @@ def add_train(commands: Commands) -> None:
         commands,
         "train",
         "carry out a run described by a YAML file, or go on with it",
-        "example:\n  GFLOWGR_DATA=/data gflowgr train --config examples/beauty_tiger.yaml "
+        "Writes models, results.json, report.html (one file), report.md and plots to the run's\n"
+        "output_dir.\n\nexample:\n"
+        "  GFLOWGR_DATA=/data gflowgr train --config examples/beauty_tiger.yaml "
         "--set seed=43 --set flow.beta=0.5",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run (YAML)")

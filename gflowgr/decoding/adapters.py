@@ -119,11 +119,11 @@ class PrefixTreeLogitsProcessor(LogitsProcessor):
             value = scores.gather(1, column) - normaliser
             value = value.masked_fill(~rules.live(child), -torch.inf).to(scores.dtype)
             has_child = (value != -torch.inf).any(1)
-        # All that is kept was read: the scores may be overwritten from here.
+        # The scores to keep are gathered by now, so `scores` may be overwritten.
         out = scores.fill_(-torch.inf) if self._in_place else torch.full_like(scores, -torch.inf)
         if step < tree.max_length:
             out.scatter_(1, column, value)
-        if not rules.has_end:  # nothing scores a token that only fills the row
+        if not rules.has_end:  # a token that only fills the row has no score
             own = torch.zeros_like(own)
             ends = ends & ~has_child
         ends = ends & (own != -torch.inf)

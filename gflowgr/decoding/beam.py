@@ -67,8 +67,8 @@ def constrained_beam_search(
     so every result is a valid identifier.
 
     Args:
-        model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode; which
-            ones run fast is said by :func:`gflowgr.decoding.decoders.decoder_for`.
+        model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode; for
+            the ones that run fast see :func:`gflowgr.decoding.decoders.decoder_for`.
         input_ids: prompts [B, S]; padding may be on either side and hold any value.
         attention_mask: 1 for real tokens [B, S]; None: every token is real.
         tree: prefix tree in the model's token ids, on the model's device.
@@ -108,7 +108,7 @@ def constrained_beam_search(
     search = _Search(decoder, tree, admissible, num_beams, normalize, temperature)
     nodes, scores = search.run(wanted=min(count, num_beams))
     nan = scores.isnan().any(1)
-    if bool(nan.any()):  # NaN sorts before every number, so a look at what was kept is enough
+    if bool(nan.any()):  # NaN sorts before every number, so checking the kept scores is enough
         row = int(nan.nonzero()[0])
         raise FloatingPointError(f"the model's scores are NaN (first in prompt {row})")
     return _to_items(nodes, scores, tree, count, admissible)
@@ -171,8 +171,8 @@ class _Search:
     def _settled(self, ends: tuple[Tensor, Tensor] | None, scores: Tensor, wanted: int) -> bool:
         """Whether no live prefix can come among the ``wanted`` best any more: scores only fall.
 
-        Looked at (it waits for the device) only where identifiers differ in length. A prefix as
-        good as the last wanted identifier is behind it, being longer.
+        Tested only where identifiers differ in length, since it synchronises with the device. A
+        prefix as good as the last wanted identifier is ranked behind it, since it is longer.
         """
         if ends is None or ends[1].shape[1] < wanted:
             return False

@@ -20,8 +20,8 @@ from .beam import BeamSearchOutput, Normalize, constrained_beam_search
 
 __all__ = ["constrained_generate"]
 
-# Values of options that change nothing, so that anything else is refused rather than ignored.
-# What only matters with sampling (temperature, top_k, ...) is ignored, as generate does.
+# The values of each option that change nothing; any other value is refused and not ignored.
+# Options of sampling only (temperature, top_k, ...) are ignored, as generate does.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_sample": (None, False),
     "num_beam_groups": (None, 1),
@@ -81,7 +81,7 @@ def constrained_generate(
 
     ``num_beams``, ``num_return_sequences``, ``max_new_tokens`` (or ``max_length``),
     ``length_penalty``, ``return_dict_in_generate``, ``output_scores`` and the special tokens are
-    those of the call. What the search does not know is refused by name.
+    those of the call. Options that the search does not support are refused by name.
 
     Args:
         model: the model.

@@ -1,7 +1,7 @@
-"""Random numbers for sampling: a hash of what they are for, computed on the tensors' device.
+"""Random numbers for sampling: a hash of seed and keys, computed on the tensors' device.
 
-As in :mod:`gflowgr.samplers.keyed_random`: what a prompt is given does not depend on which
-other prompts are in the batch, nor on the order in which numbers are drawn.
+As in :mod:`gflowgr.samplers.keyed_random`: a prompt's numbers depend neither on the other prompts
+in the batch nor on the order of the draws.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def keyed_gumbel(seed: int, *keys: Tensor) -> Tensor:
 
 
 def prompt_keys(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """A key of each prompt's real tokens [B], int64, whatever the padding around them."""
+    """A key of each prompt's real tokens [B], int64, independent of the padding around them."""
     real = attention_mask != 0
     place = real.long().cumsum(1)
     token = _mix(input_ids.long() + _mix(place * _signed(0xD1B54A32D192ED03)))

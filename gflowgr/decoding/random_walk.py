@@ -39,7 +39,7 @@ class Draws:
         return Draws(ids, log_q, self.log_model.gather(1, index), noise)
 
     def cleared(self, gone: Tensor) -> Draws:
-        """The same with nothing where ``gone`` [B, S]."""
+        """A copy without the draws where ``gone`` [B, S] is true."""
         ids = self.ids.masked_fill(gone, -1)
         log_q = self.log_q.masked_fill(gone, -torch.inf)
         log_model = self.log_model.masked_fill(gone, -torch.inf)
@@ -54,7 +54,7 @@ def nothing(batch: int, count: int, device: torch.device) -> Draws:
 
 
 class TreeWalk:
-    """What all walks of one call share.
+    """The arguments that all walks of one call share.
 
     Args:
         head: scores edges, at temperature 1.
@@ -151,7 +151,7 @@ class TreeWalk:
         items, allowed, share = self._items(beams.ids)
         log_q = torch.where(allowed, share.unsqueeze(-1), -torch.inf)
         below = Draws(items, log_q, torch.zeros_like(log_q))
-        # Items are keyed beyond the nodes, so that no noise is used twice.
+        # The keys of items start after those of nodes, so that no noise is used twice.
         items_drawn = self._grow(beams, below, lambda ids: ids + tree.num_nodes)
         drawn, _ = _best(items_drawn, count)
         missing = count - drawn.ids.shape[1]

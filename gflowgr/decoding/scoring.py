@@ -88,8 +88,8 @@ def item_logprobs(
         return torch.empty(batch, place.shape[1], dtype=dtype, device=device)
     scores = torch.empty(batch, leaves.shape[1], dtype=dtype, device=device)
     rows = max(1, batch_bytes // (4 * _floats_per_leaf(model, input_ids.shape[1], tree.max_length)))
-    # Some prompts at a time even if memory asks for narrow blocks: what to decode is found out once
-    # for all of them.
+    # At least a few prompts at a time, even if memory then needs narrow blocks: the plan of what to
+    # decode is made once for all of them.
     together = min(batch, max(_PROMPTS, rows // leaves.shape[1]))
     with evaluating(model):
         for begin in range(0, batch, together):
@@ -156,7 +156,7 @@ def _floats_per_leaf(model: PreTrainedModel, prompt_length: int, depth: int) -> 
 
 @dataclass(frozen=True)
 class _Level:
-    """Nodes of one depth that are decoded, and what leaves [B or 1, W] want of them.
+    """The nodes of one depth to decode, and for each leaf [B or 1, W] which it needs.
 
     Attributes:
         nodes: distinct node ids [B or 1, K], ascending, then -1.

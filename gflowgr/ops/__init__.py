@@ -1,7 +1,7 @@
 """Operations on trajectories of item identifiers: log-probabilities and losses (flow, preference).
 
-They know nothing of recommenders: tensors in, tensors out, with gradients. Notation is shared by
-all: B prompts, N trajectories each, L tokens, width d, vocabulary V.
+They take and return tensors, with gradients, and depend on no recommender. All share one
+notation: B prompts, N trajectories each, L tokens, width d, vocabulary V.
 """
 
 from __future__ import annotations

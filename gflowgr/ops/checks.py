@@ -1,6 +1,6 @@
-"""Checks of the arguments of every public op: a bad input is named here and never reaches a kernel.
+"""Checks of the arguments of every public op: a bad input raises here and reaches no kernel.
 
-Two kinds of check are told apart:
+There are two kinds of check:
 
 - *static* checks read types, shapes, dtypes and devices only. They cost nothing and always run,
   also while ``torch.compile`` traces.
@@ -71,7 +71,7 @@ def validation_enabled() -> bool:
 
 
 def values_readable() -> bool:
-    """Whether values may steer Python: not while tracing, under vmap or capturing a CUDA graph."""
+    """Whether Python may branch on values: not while tracing, under vmap or in a graph capture."""
     if torch.compiler.is_compiling() or transforms.batched():
         return False
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
@@ -91,7 +91,7 @@ class DataChecks:
         self._last: list[Callable[[], object]] = []
 
     def add(self, bad: Callable[[], Tensor], message: Callable[[Index], str]) -> None:
-        """Register a condition (true where a value is wrong) and what to say of an index.
+        """Register a condition (true where a value is wrong) and the message for an index.
 
         Nothing is computed when the data checks are off.
         """
@@ -242,8 +242,8 @@ def check_log_reward(
 
 
 def flow_inputs_ok(log_reward: Tensor, mask: Tensor | None, floor: float | None) -> bool:
-    """Whether one fast pass finds every value that :func:`check_mask` and :func:`check_log_reward`
-    look at in order; False also where there is no such pass."""
+    """Whether one fast pass finds all values that :func:`check_mask` and :func:`check_log_reward`
+    test valid; False also where there is no such pass."""
     if log_reward.device.type != "cpu" or log_reward.dtype not in (torch.float32, torch.float64):
         return False
     if transforms.active():
@@ -307,7 +307,7 @@ def mask_rises(mask: Tensor) -> Tensor:
 
 
 def mark_tokens(tokens: Tensor, mask: Tensor | None, vocab_size: int, *, looked_at: bool) -> Tensor:
-    """What the ops take for tokens [..., L]: int64, -1 under a false mask.
+    """Tokens [..., L] in the ops' form: int64, -1 under a false mask.
 
     Where the data checks have not `looked_at` the values, a valid token outside the vocabulary, or
     one after a false entry of its mask, becomes ``vocab_size + 1``: no token, log-probability NaN.

@@ -67,8 +67,8 @@ def check_head_inputs(
 ) -> HeadInputs:
     """Check types, shapes, dtypes, devices and options; add the checks on values to `data`.
 
-    For "children" there are none of tokens and mask: the op's walk down the tree finds what is
-    wrong with them.
+    For "children" tokens and mask get no check here: the op's walk down the tree finds their
+    errors.
     """
     floating = checks.FLOAT_DTYPES
     hidden = checks.check_tensor("hidden", hidden, (None,) * 4, "BNLd", dtypes=floating)

@@ -1,4 +1,4 @@
-"""Dtypes of the ops: what they compute in, and what autocast makes of their inputs."""
+"""Dtypes of the ops: the one they compute in, and autocast's conversion of their inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["as_autocast", "compute_dtype", "without_autocast"]
 
-# Asked once: not every torch can trace the question under torch.compile.
+# Read once at import: some versions of torch cannot trace this call under torch.compile.
 _AUTOCAST_DEVICES = frozenset(
     name for name in ("cpu", "cuda", "xpu", "mps", "xla") if torch.amp.is_autocast_available(name)
 )
@@ -24,14 +24,14 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would turn the float32 products of an op back into 16-bit ones."""
+    """Switch autocast off, which would turn an op's float32 products into 16-bit ones."""
     if device.type not in _AUTOCAST_DEVICES:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def as_autocast(tensor: Tensor) -> Tensor:
-    """The tensor as autocast would hand it to a matrix product: what an output head is."""
+    """The tensor in the dtype that autocast gives a matrix product, as an output head is one."""
     device = tensor.device.type
     if (
         device in _AUTOCAST_DEVICES

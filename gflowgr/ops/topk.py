@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["columns_of_keys", "float_order", "ordered_keys", "stable_topk"]
 
-# Places beyond k that are looked at, so that ties at the end are seen and mostly settled.
+# Columns read beyond k, which is enough to detect and resolve most ties at the end.
 _SPARE = 32
 
 

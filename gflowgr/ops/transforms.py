@@ -1,4 +1,4 @@
-"""Forward-mode derivatives and the transforms of ``torch.func``, which registered ops do not know.
+"""Forward-mode derivatives and transforms of ``torch.func``: run on references, or refused.
 
 A kernel has a reverse-mode derivative and no other: under ``torch.func.jvp`` PyTorch would take it
 for a constant. So whatever has a differentiable reference is left to it there, and gives what

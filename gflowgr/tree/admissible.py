@@ -1,4 +1,4 @@
-"""What each prompt may be given: availability for all, exclusions for one, pruned up the tree."""
+"""The items each prompt may get: availability for all, exclusions for one, pruned up the tree."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Pairs:
 
 @dataclass(frozen=True)
 class Admissible:
-    """What may be returned: masks for all prompts, and what each prompt bars besides.
+    """The nodes and leaves that may be returned: masks for all prompts, and bars for each prompt.
 
     None stands for no restriction of that kind. A barred leaf has no admissible item left, a
     barred node no admissible leaf at or below it.
@@ -63,7 +63,7 @@ class Admissible:
     barred_nodes: _Pairs | None = None
 
     def filter(self, kind: Literal["items", "leaves", "nodes"], ids: Tensor) -> Tensor:
-        """Whether each prompt may get ``ids`` [B, ...]; any answer for ids that do not exist."""
+        """Whether each prompt may get ``ids`` [B, ...]; undefined for ids that do not exist."""
         allowed: Tensor | None = getattr(self, kind)
         barred: _Pairs | None = getattr(self, f"barred_{kind}")
         keep = torch.ones_like(ids, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Turn what a caller has (arrays, lists of lists) into what a tree takes, and build one."""
+"""Convert a caller's identifiers (arrays, lists of lists) to the builder's form, and build."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def build(tokens: Any, items: Any | None) -> Buffer:
 
 
 def explain(error: IdentifierError, tokens: npt.NDArray[Any]) -> str:
-    """What is wrong, in words."""
+    """The error message for an identifier error."""
     row, column = error.row, error.column
     value = tokens[row, column] if error.kind == "token" else None
     return _MESSAGES[error.kind].format(row=row, column=column, value=value)

@@ -1,7 +1,7 @@
-"""Proof that the arrays of a prefix tree are what its header says, before anything relies on them.
+"""Check that the arrays of a prefix tree agree with its header, before anything uses them.
 
 :func:`gflowgr.tree.layout.decode_header` has compared the header's counts and offsets with each
-other and with the buffer's size. What is looked at here, in this order, in one pass:
+other and with the buffer's size. The checks here, in this order, in one pass:
 
 - ``child_begin`` ascends, and begins at each level with the first node of the next one: so every
   child range lies within the next level;
@@ -13,7 +13,7 @@ other and with the buffer's size. What is looked at here, in this order, in one 
 - ``item_ids`` are distinct, from 0 to ``num_items - 1``, which is there;
 - ``item_begin`` ascends strictly from 0 to ``num_entries``, and so do the ids of a leaf's items.
 
-``csrc/tree/tree_check.cpp`` does the same, in the same words, about ten times as fast.
+``csrc/tree/tree_check.cpp`` makes the same checks with the same messages, about ten times as fast.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_tree(buffer: Buffer, layout: TreeLayout) -> list[int]:
 
 
 def largest_tokens(buffer: Buffer, layout: TreeLayout) -> list[int]:
-    """The largest token + 1 of each level, of a tree that is taken on trust: one look at each."""
+    """The largest token + 1 of each level, read from a trusted tree without checking it."""
     return [
         base + int(_stored(buffer, layout, level).max()) + 1
         for level, base in enumerate(layout.token_base)

@@ -1,4 +1,4 @@
-"""What may follow generated tokens: an allowed-tokens function for ``transformers.generate``."""
+"""The tokens that may follow a prefix: an allowed-tokens function for ``transformers.generate``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["AllowedTokens", "Continuations", "PromptLength"]
 class AllowedTokens:
     """``prefix_allowed_tokens_fn`` of a tree; see :meth:`PrefixTree.as_prefix_allowed_tokens_fn`.
 
-    The same tokens as :class:`PrefixTreeLogitsProcessor` leaves, one row at a time.
+    It allows the same tokens as :class:`PrefixTreeLogitsProcessor`, one row at a time.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class AllowedTokens:
 
 
 class Continuations:
-    """What may follow a node: live children, and the end where an available identifier ends."""
+    """The continuations of a node: live children; the end token where an item can be had."""
 
     def __init__(self, tree: PrefixTree, end_token: int | None, available: Tensor | None) -> None:
         if end_token is not None and end_token < 0:
@@ -99,14 +99,14 @@ class Continuations:
         return real if self._nodes is None else real & self._nodes[nodes.clamp_min(0)]
 
     def ends(self, leaf: Tensor) -> Tensor:
-        """Whether each leaf is one, and holds an available item."""
+        """Whether each leaf exists (is not -1) and holds an available item."""
         real = leaf >= 0
         return real if self._leaves is None else real & self._leaves[leaf.clamp_min(0)]
 
     def leaf(self, tokens: Tensor) -> Tensor:
         """Leaf of generated rows [rows, T], ended by the end token, int64 [rows]; -1 for none."""
         length = (nodes := self.tree.walk(tokens)).ge(0).sum(1)
-        # The root in front: where nothing was walked, no identifier ends.
+        # Prepend the root, where no identifier ends, for rows without a generated token.
         last = torch.nn.functional.pad(nodes, (1, 0)).gather(1, length.unsqueeze(1)).squeeze(1)
         after = torch.nn.functional.pad(tokens, (0, 1), value=-1).gather(1, length.unsqueeze(1))
         begin, end = self.tree.child_ranges(last)
@@ -154,7 +154,7 @@ class Continuations:
 
 
 class PromptLength:
-    """How many tokens stand before the identifier: given, or seen at a generation's first step.
+    """The number of tokens before the identifier: given, or found at a generation's first step.
 
     Args:
         rules: tell tokens of an identifier from others.
@@ -196,7 +196,7 @@ class PromptLength:
         step, start = size - self._last, first.shape[1]
         if step != 1 and not (self._repeats and step == 0):
             return False
-        # Beams change places within a prompt only, so the prompts of all rows stay.
+        # Beams are re-ordered within a prompt only, so every row keeps its prompt.
         if rows != first.shape[0] or not torch.equal(input_ids[:, :start], first):
             return False
         return step == 0 or self._rules.go_on(input_ids[:, start:])

@@ -1,8 +1,8 @@
-"""What is known of a tree's buffer beside its bytes; every way to a tree leads through here.
+"""Checked facts of a tree's buffer (layout, codebooks), cached for as long as the buffer lives.
 
-Ops are handed the buffer alone, from wherever it comes. The first time a buffer is met, its arrays
-are proved to be what its header says (:mod:`gflowgr.tree.check`), unless its maker vouches for it;
-then that is remembered as long as the buffer lives, and is not written to.
+Ops get the buffer alone, from any source. The first use of a buffer checks that its arrays agree
+with its header (:mod:`gflowgr.tree.check`), unless the caller trusts it. The result is kept until
+the buffer is freed or written to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gflowgr.tree.layout import WORDS, TreeLayout
 
 @dataclass(frozen=True)
 class TreeFacts:
-    """What ops need to know of a tree.
+    """Facts of a tree that ops need.
 
     Attributes:
         codebook_ends: largest token + 1 of each position of the identifiers, int64 [L], on the CPU.
@@ -45,10 +45,10 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def accept(buffer: Tensor, *, trust: bool = False) -> TreeLayout:
-    """The layout of a tree's buffer, which is proved where nobody has done so.
+    """The layout of a tree's buffer; checks the buffer unless that was done before.
 
-    ``trust``: only the header is looked at, and whatever uses the buffer relies on the rest.
-    Waits for the device the first time: not while a CUDA graph is captured.
+    ``trust``: check the header only; the rest is used unchecked. The first call synchronises with
+    the device, so it must not happen while a CUDA graph is captured.
     Raises TypeError for what is no buffer, ValueError for one that is no tree or damaged.
     """
     if not isinstance(buffer, Tensor):

@@ -1,4 +1,4 @@
-"""A catalogue that changes while it is read."""
+"""A prefix tree that is replaced as a whole while other threads read it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LiveTree:
     """Holds the current prefix tree of a catalogue and replaces it, whole, when items change.
 
     Trees are immutable. A reader takes :attr:`tree` once per request and goes on with it, whatever
-    happens meanwhile; it never waits, and never sees half a change. Writers wait for each other.
+    happens meanwhile; it takes no lock, and never sees half a change. Writers share one lock.
     A change costs about as much as reading and writing the tree once, so make few of many items.
 
     ::
@@ -94,8 +94,8 @@ class LiveTree:
         return self._current
 
     def __reduce__(self) -> tuple[Callable[[Snapshot], LiveTree], tuple[Snapshot]]:
-        # One look at the current snapshot: a change made meanwhile is in the copy whole or not at
-        # all. The copy has a lock of its own and goes its own way from there.
+        # Read the snapshot once: the copy then has a concurrent change whole or not at all. The
+        # copy has its own lock and is independent from then on.
         return _restored, (self._current,)
 
     def __repr__(self) -> str:

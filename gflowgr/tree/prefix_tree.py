@@ -82,7 +82,7 @@ class PrefixTree:
     def _built(cls, buffer: Tensor) -> PrefixTree:
         """The tree of a buffer that this package has just made."""
         tree = cls(buffer, trust=True)
-        tree._codebooks = codebooks_of(buffer)  # while it is in the caches
+        tree._codebooks = codebooks_of(buffer)  # now, while the CPU caches hold the buffer
         return tree
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -122,7 +122,7 @@ class PrefixTree:
         return self
 
     def __reduce__(self) -> tuple[Callable[[Tensor], PrefixTree], tuple[Tensor]]:
-        return PrefixTree, (self._buffer,)  # what comes out of a pickle is proved again
+        return PrefixTree, (self._buffer,)  # so that unpickling checks the buffer again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixTree:
         return self  # immutable

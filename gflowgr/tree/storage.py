@@ -1,4 +1,4 @@
-"""Where a saved prefix tree lies within its safetensors file."""
+"""Write a prefix tree's buffer to a safetensors file, and read or memory-map it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gflowgr.files import atomic_path
 from gflowgr.tree.layout import Buffer
 
 _FORMAT = "gflowgr.prefix_tree"
-_MAX_HEADER = 1 << 16  # of save_file's it is some 130 bytes; a longer one is not read
+_MAX_HEADER = 1 << 16  # save_file writes about 130 bytes; a longer one is refused
 
 
 def write_buffer(path: str | os.PathLike[str], buffer: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a stepwise decoder is, and the cache of the few identifier tokens of each beam."""
+"""The interface of stepwise decoders, and the cache of each beam's identifier tokens."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class StepDecoder(ABC):
 class IdentifierCache:
     """Keys and values of the identifier tokens of each beam.
 
-    Every step's are kept as they came, [B * K, width] per layer; re-ordering the beams re-orders
-    row numbers only. A layer gathers the few that it reads when it reads them.
+    Each step's keys and values stay in place, [B * K, width] per layer; re-ordering the beams
+    re-orders row numbers only. A layer gathers the rows that it needs when it reads them.
     """
 
     def __init__(self, layers: int) -> None:

@@ -127,7 +127,7 @@ def _attention(
     gflowgr_decoder: CausalDecoder | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that models call; ``gflowgr_decoder`` comes through their forward."""
+    """The attention function that models call; their forward passes ``gflowgr_decoder`` to it."""
     if gflowgr_decoder is None:
         raise RuntimeError(f"the attention {_ATTENTION!r} runs in a CausalDecoder only")
     layer: Any = module.layer_idx

@@ -17,7 +17,7 @@ _ROWS = 256
 
 
 class GenericDecoder(StepDecoder):
-    """Slow, and right for every model whose call returns ``logits``: what fast decoders equal.
+    """The slow decoder for every model whose call returns ``logits``: the reference of the others.
 
     Decoder-only models see [padding | prompt | identifier so far], encoder-decoder models
     encode the prompt once. ``hidden`` is the logits, so whatever the model does to them is done.

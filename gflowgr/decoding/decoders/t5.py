@@ -68,7 +68,7 @@ class T5Decoder(StepDecoder):
         self._mask = torch.zeros_like(pads, dtype=encoded.dtype).masked_fill_(pads, lowest)
 
     def _prepare(self, model: Any, input_ids: Tensor) -> None:
-        """What does not depend on how the layers are run."""
+        """Set the state that T5Decoder and FusedT5Decoder share."""
         config, stack = model.config, model.get_decoder()
         self.batch, self.device = input_ids.shape[0], input_ids.device
         self.head = output_head(model)
@@ -163,7 +163,7 @@ class T5Decoder(StepDecoder):
 
 
 def _norm(module: Any, hidden: Tensor) -> Tensor:
-    """The model's layer norm; as one operation where no rounding in between is at stake."""
+    """The model's layer norm; as one operation where that rounds alike."""
     weight = module.weight
     if hidden.dtype == weight.dtype == torch.float32 and hasattr(module, "variance_epsilon"):
         return rms_norm(hidden, weight.shape, weight, module.variance_epsilon)

@@ -1,8 +1,8 @@
 """T5 in C++ on the CPU: encoder, prompt keys and each step are one operation each.
 
-The definition is :class:`T5Decoder` and the model's own encoder; ``csrc/t5/t5_cpu.cpp`` does the
-same in float32, with the weights where the model keeps them. What it does not know is left to the
-definition.
+The reference is :class:`T5Decoder` with the model's own encoder; ``csrc/t5/t5_cpu.cpp`` computes
+the same in float32 and reads the model's weights in place. Models that it does not support run on
+the reference.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _modules(stack: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Stack:
-    """What the ops take of an encoder or decoder."""
+    """The weights and options of an encoder or decoder, as the ops take them."""
 
     weights: list[Tensor]
     options: tuple[int, bool, str, float]  # heads, gated, activation, epsilon

@@ -26,7 +26,7 @@ __all__ = ["BeamStep", "beam_step", "beam_step_hidden"]
 
 
 class BeamStep(NamedTuple):
-    """What a step keeps of each prompt, best first; empty slots last, score -inf and else -1.
+    """The beams a step keeps of each prompt, best first; empty slots last: score -inf, else -1.
 
     Order: score descending, then parent ascending, then token ascending (= order of the tree). A
     NaN comes before every number.
@@ -66,12 +66,12 @@ def beam_step(
 ) -> BeamStep:
     """Extend every beam by the children of its node and keep each prompt's best.
 
-    A child scores ``scores + log_softmax(logits / temperature)[token]``. One whose logit is -inf is
-    no candidate, whatever the normaliser. A node may both be continued and end an identifier: then
-    it counts among both kinds.
+    A child scores ``scores + log_softmax(logits / temperature)[token]``. A child with logit -inf is
+    no candidate, whatever the normaliser. A node that can be continued and also ends an identifier
+    is listed in both kinds of output.
 
     Args:
-        logits: what the model says of the next token [B, K, V], of any floating dtype. float64 is
+        logits: the model's logits of the next token [B, K, V], of any floating dtype. float64 is
             computed in float64, by the reference.
         scores: log-probabilities of the beams [B, K], float32; -inf = empty beam.
         nodes: nodes of the beams [B, K], int64, of any depth; -1 = empty beam.
@@ -140,7 +140,7 @@ def beam_step_hidden(
         weight: the output head [V, d], of the same kinds.
         bias: [V], or None.
 
-    The others and what is returned and raised: as for :func:`beam_step`.
+    Other arguments, the result and errors: as for :func:`beam_step`.
     """
     device = hidden.device if isinstance(hidden, Tensor) else None
     check_tensor("hidden", hidden, (None, None, None), "BKd", dtypes=FLOAT_DTYPES)
@@ -245,7 +245,7 @@ def _check_masks(
 
 
 def _ends(normalize: str, tree: Tensor, name: str) -> Tensor | None:
-    """Ends of the codebooks where a backend needs them, and where it wants them."""
+    """Ends of the codebooks, on the device the backend reads them from; empty if it needs none."""
     if normalize != "level":
         return None
     facts = tree_facts(tree)

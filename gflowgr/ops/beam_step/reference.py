@@ -1,6 +1,6 @@
 """References of ``beam_step`` and ``beam_step_hidden`` in plain PyTorch, on any device.
 
-What they compute is said in :mod:`gflowgr.ops.beam_step.op`; fast backends are measured against
+:mod:`gflowgr.ops.beam_step.op` says what they compute; the tests compare the fast backends with
 them.
 """
 
@@ -32,11 +32,11 @@ class _Masks:
     num_leaves: int
 
     def nodes(self, nodes: Tensor) -> Tensor:
-        """Whether each prompt may take ``nodes`` [B, ...]; any answer for those that are none."""
+        """Whether each prompt may take ``nodes`` [B, ...]; undefined for -1."""
         return _admissible(nodes, self.live, self.barred, self.num_nodes)
 
     def leaves(self, leaves: Tensor) -> Tensor:
-        """Whether each prompt may be given ``leaves`` [B, ...]; any answer for -1."""
+        """Whether each prompt may get ``leaves`` [B, ...]; undefined for -1."""
         return _admissible(leaves, self.live_leaves, self.barred_leaves, self.num_leaves)
 
     def children(self, begin: Tensor, end: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class _Masks:
 
 
 def _rows(ids: Tensor) -> Tensor:
-    """Number of the prompt, of the shape of ``ids`` [B, ...] but for broadcasting."""
+    """Number of each prompt, in a shape that broadcasts against ``ids`` [B, ...]."""
     return torch.arange(ids.shape[0], device=ids.device).reshape(-1, *[1] * (ids.dim() - 1))
 
 
@@ -98,7 +98,7 @@ class _Children:
     ) -> Outputs:
         """Outputs of the step from the children's scaled logits [B, K, C], lse [B, K, 1]."""
         value = logits - normaliser
-        # A forbidden token stays forbidden where all are, and the difference is NaN.
+        # Where all tokens are forbidden, -inf - (-inf) is NaN; the token must stay forbidden.
         forbidden = (logits == -math.inf) & ~normaliser.isnan()
         taken = self.valid & ~forbidden & masks.nodes(self.nodes)
         total = torch.where(taken, scores.unsqueeze(-1) + value, -math.inf).flatten(1).float()
@@ -122,7 +122,7 @@ class _Children:
 
 
 def _pick(values: Tensor, columns: Tensor) -> Tensor:
-    """``values`` [B, C] at ``columns`` [B, width]; -1 where these are."""
+    """``values`` [B, C] at ``columns`` [B, width]; -1 where a column is -1."""
     if values.shape[1] == 0:
         return torch.full_like(columns, -1)
     return torch.where(columns < 0, -1, values.gather(1, columns.clamp_min(0)))
@@ -131,7 +131,7 @@ def _pick(values: Tensor, columns: Tensor) -> Tensor:
 def _best(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The ``width`` best scores of each row and their columns, NaN first, ties by column.
 
-    What has score -inf is not taken: score -inf and column -1 fill the row.
+    Columns with score -inf are not taken; score -inf and column -1 fill the rest of the row.
     """
     count = scores.shape[1]
     column = columns_of_keys(ordered_keys(scores).topk(min(width, count), dim=1).values, count)

@@ -147,7 +147,7 @@ def _loss_triton(call: _Call, needs: _Needs) -> Outputs:
     prompts, branches, steps = call.tokens.shape
     mask = call.tokens >= 0
     valid = mask.any(-1)
-    # The blocks are summed with what the whole batch divides by: no block knows it alone.
+    # A block is summed with the divisor of the whole batch, which no block can compute alone.
     counted = (valid if flow.reduction == "mean" else valid.any(-1)).sum().clamp(min=1)
     flow_scale = 1.0 if flow.reduction == "sum" else 1.0 / counted
     nll_scale = 1.0 if flow.reduction == "sum" else 1.0 / valid.any(-1).sum().clamp(min=1)
@@ -157,7 +157,7 @@ def _loss_triton(call: _Call, needs: _Needs) -> Outputs:
     losses = log_reward.new_zeros(prompts)
 
     def upstream(first_row: int, log_pf: Tensor) -> Tensor:
-        # The reductions have no Triton kernel: whatever is fastest serves this one.
+        # The reductions have no Triton kernel, so this op lets them use the fastest backend.
         with backends.backend(None):
             return block_upstream(first_row, log_pf)
 
@@ -315,8 +315,8 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
             scaled = gradient * upstream.to(gradient.dtype)
         refused: Tensor = _Once.apply(scaled, torch.zeros((), requires_grad=True))
         return refused
-    # The usual upstream gradient is 1; on the CPU that costs nothing to know, and saves a pass over
-    # the gradient of the head and a copy of it.
+    # The upstream gradient is usually 1. On the CPU testing for it needs no synchronisation, and
+    # it saves a pass over the gradient of the head and a copy of it.
     if upstream.device.type == "cpu" and type(upstream) is Tensor and upstream.item() == 1.0:
         return gradient
     return gradient * upstream.to(gradient.dtype)

@@ -98,9 +98,8 @@ def fused_flow_loss(
     Args:
         kind: "tb", "db", "subtb" or "vargrad".
         balance: log_z for "tb", log_flow for "db" and "subtb", None for "vargrad".
-        hidden, weight, tokens, log_reward, lam, bias, tree, mask, temperature, normalize, beta,
-            log_reward_floor, reduction, nll_weight, sparse_grad: as in :func:`fused_tb_loss` and
-            :func:`fused_subtb_loss`.
+
+    The other arguments are those of :func:`fused_tb_loss` and :func:`fused_subtb_loss`.
 
     Raises:
         ValueError: an unknown kind, or a balance for "vargrad"; besides, what the losses raise.

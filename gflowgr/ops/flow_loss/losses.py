@@ -58,7 +58,7 @@ def check_options(
     lam: float = 1.0,
     nll_weight: float = 0.0,
 ) -> FlowOptions:
-    """Check the keyword arguments that every loss takes, and add the checked ones of some."""
+    """Check the keyword arguments that every loss takes, and add those checked by the caller."""
     return FlowOptions(
         kind,
         lam,

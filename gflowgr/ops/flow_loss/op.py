@@ -44,7 +44,7 @@ def flow_loss(
     are left to the reference.
     """
     dtype = compute_dtype(log_pf, log_reward, balance)
-    if log_pf.dtype != dtype:  # asked first: .to() costs 1 us where there is nothing to do
+    if log_pf.dtype != dtype:  # tested first: a .to() that changes nothing costs 1 us
         log_pf = log_pf.to(dtype)
     if log_reward.dtype != dtype:
         log_reward = log_reward.to(dtype)
@@ -114,7 +114,7 @@ def _flow_loss_backward(
 
 
 def _none(like: Tensor) -> Tensor:
-    """What stands for a gradient that nobody asked for."""
+    """The empty tensor that stands for a gradient which is not needed."""
     return like.new_empty(0)
 
 
@@ -200,8 +200,8 @@ class _FlowLossBackward(torch.autograd.Function):
 def _below_autograd(op: str, implementation: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call an op without its autograd.
 
-    Where nothing watches the dispatcher, and nothing but plain tensors is given, its implementation
-    is called itself: each way through the dispatcher and back into Python costs 10 us.
+    Without dispatch modes, and with plain tensors only, it calls the implementation directly: each
+    pass through the dispatcher and back into Python costs 10 us.
     """
     with torch._C._AutoDispatchBelowAutograd():
         if torch._C._len_torch_dispatch_stack() == 0 and all(map(_plain, arguments)):

@@ -1,7 +1,7 @@
 """Flow-matching losses and their gradients in plain PyTorch: the reference.
 
-Exact for float32 and float64 on any device, the oracle of every faster backend and what they fall
-back to. What is meant by the arguments: :mod:`gflowgr.ops.flow_loss.losses`.
+It computes in float32 or float64 on any device. The tests compare every faster backend with it,
+and calls that no other backend supports run it. Arguments: :mod:`gflowgr.ops.flow_loss.losses`.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def prepare(
     Padding is replaced BEFORE anything is computed from it: `0 * NaN` in a backward pass would
     otherwise carry the NaN of a masked position into the gradient.
 
-    A row whose mask is no prefix counts as one of L tokens with the reward NaN, so that without
-    data checks nobody takes its loss for one.
+    A row whose mask is no prefix counts as one of L tokens with the reward NaN: without data
+    checks its loss is then NaN, and not a number that looks right.
     """
     mask = full_mask(log_pf, mask)
     valid = mask.any(-1)
@@ -277,7 +277,7 @@ def gradient_reference(
             to_balance = slope.sum(-1)
         else:
             slope = scale * _vargrad_residual(t)
-            # The estimate moves with every trajectory that it is the mean of.
+            # The estimate is a mean over trajectories, so it passes a gradient to each of them.
             slope = slope - valid_mean(slope, t.valid)[:, None]
             to_balance = None
         to_pf = slope[..., None].expand_as(t.mask).masked_fill(~t.mask, 0.0)

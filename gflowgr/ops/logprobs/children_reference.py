@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def forward(inputs: HeadInputs, tree: PrefixTree) -> tuple[Tensor, bool]:
     """log_pf [B, N, L], and whether some trajectory is no identifier of the tree.
 
-    The second is False while the data checks are off: the reference has to pay for it.
+    The second is False while the data checks are off, since the reference needs extra work for it.
     """
     with torch.no_grad():
         log_pf = reference.logprobs_reference(inputs)
@@ -66,7 +66,8 @@ def _backward(
     after = tree.walk(tokens, mask=inputs.mask)
     before = torch.cat([torch.zeros_like(after[..., :1]), after[..., :-1]], -1).flatten()
     begin, end = tree.child_ranges(before)
-    # What left the tree or is forbidden passes nothing on; an only child leaves nothing to learn.
+    # A row outside the tree or with a forbidden token passes no gradient; with an only child the
+    # gradient is zero.
     active = (after.flatten() >= 0) & (end - begin > 1)
     level_of = torch.arange(before.numel(), device=before.device) % max(steps, 1)
     used = [tokens.new_empty(0)]

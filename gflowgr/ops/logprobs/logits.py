@@ -39,9 +39,9 @@ def logprobs_from_logits(
         inplace_backward: write the gradient over the logits instead of into new memory. This
             DESTROYS the logits in the backward pass: ask for it only where nothing reads them
             later, neither your code (metrics, another loss, a tensor that shares their memory) nor
-            autograd. Autograd notices and raises where the operation that made the logits needs its
-            result in its own backward pass, and on a second backward pass through this function;
-            what else reads them cannot be noticed. Under ``torch.compile`` and the transforms of
+            autograd. Autograd detects it and raises where the operation that made the logits needs
+            its result in its own backward pass, and on a second backward pass through this
+            function; other reads cannot be detected. Under ``torch.compile`` and the transforms of
             ``torch.func`` it has no effect.
 
     Returns:
@@ -235,7 +235,7 @@ def _logits_backward_inplace(
     else:
         grad_here, *saved = backends.contiguous(grad, tokens, row_max, log_sum)
         torch.ops.gflowgr_cpp.logits_backward_(grad_here, logits, *saved, temperature)
-        # What the kernel writes, autograd does not see.
+        # Autograd does not see that the kernel writes to the logits.
         torch.autograd.graph.increment_version(logits)
 
 

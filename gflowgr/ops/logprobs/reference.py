@@ -1,7 +1,7 @@
 """Trajectory log-probabilities in plain PyTorch: the reference.
 
-Exact for float32 and float64 on any device, the oracle of every faster backend and what they fall
-back to.
+It computes in float32 or float64 on any device. The tests compare every faster backend with it,
+and calls that no other backend supports run it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def logprobs_reference(inputs: HeadInputs) -> Tensor:
         return level_logprobs(inputs, inputs.tree, dense_logprobs)
     children = _children_logprobs
     if torch.compiler.is_compiling():
-        # It reads sizes from values. Not a decorator: that imports the compiler at once.
+        # Its shapes depend on values. Not used as a decorator: that would import the compiler here.
         children = torch.compiler.disable(children)
     with without_autocast(inputs.hidden.device):
         return children(inputs, inputs.tree)
@@ -101,7 +101,7 @@ def dense_logprobs(
         bias = None if bias is None else bias.to(dtype)
         mask = tokens >= 0
         if not checks.values_readable():
-            # The number of valid rows cannot be known: compute every row.
+            # Python cannot read the number of valid rows here: compute every row.
             states = hidden.to(dtype).masked_fill(~mask[:, None], 0.0)
             values, lse = _blocked(states, head, bias, tokens.clamp(min=0), temperature)
             return values.masked_fill(~mask, 0.0), lse.masked_fill(~mask, 0.0)

@@ -131,7 +131,7 @@ def _transformed_children(inputs: HeadInputs, tree: PrefixTree, *, look_up: bool
 
 
 def _check_trajectories(inputs: HeadInputs, tree: PrefixTree) -> None:
-    """Say what is wrong with mask or tokens that a walk down the tree refuses."""
+    """Raise the error for a mask or tokens that a walk down the tree refuses."""
     data = checks.DataChecks()
     shape, device = inputs.tokens.shape, inputs.tokens.device
     checks.check_mask(inputs.mask, shape, device, "hidden", data)

@@ -28,7 +28,7 @@ def partial_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """What one shard of the vocabulary contributes; no gradients.
+    """Log-sum-exp and target logit of one shard of the vocabulary, without gradients.
 
     Args:
         hidden: [T, d] states.
@@ -145,8 +145,8 @@ def vocab_parallel_logprobs(
         this shard. Use it with :func:`gflowgr.tb_loss` and the like; two all-reduces of 2 T numbers
         forward, one of the states' gradient backward.
 
-    Errors: TypeError and ValueError as in trajectory_logprobs, but that a token which no shard
-    holds, or several do, is not found out: its log-probability is NaN. RuntimeError for
+    Errors: TypeError and ValueError as in trajectory_logprobs, except that a token which no
+    shard or several shards hold is not detected: its log-probability is NaN. RuntimeError for
     forward-mode derivatives and under the transforms of torch.func.
     """
     data = checks.DataChecks()

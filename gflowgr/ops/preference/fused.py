@@ -79,9 +79,8 @@ def fused_preference_loss(
     Args:
         kind: "dpo" (S-DPO where there are several rejected trajectories) or "grpo".
         reward: [B, N] of each trajectory for "grpo"; None for "dpo".
-        hidden, weight, tokens, ref_hidden, ref_weight, beta, bias, ref_bias, tree, mask,
-            temperature, normalize, reduction, nll_weight, sparse_grad: as in
-            :func:`fused_dpo_loss` and :func:`fused_grpo_loss`.
+
+    The other arguments are those of :func:`fused_dpo_loss` and :func:`fused_grpo_loss`.
 
     Raises:
         ValueError: an unknown kind, or a reward for "dpo"; besides, what the losses raise.
