@@ -112,7 +112,7 @@ class _World:
         return LeaveOneOut(dataset, max_history=_HISTORY)
 
     def arguments(self, folder: str, **more: Any) -> dict[str, Any]:
-        """What is asked of both trainers."""
+        """The arguments of both trainers."""
         return {
             "output_dir": folder,
             "use_cpu": self.device.type == "cpu",

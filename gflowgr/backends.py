@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: ``torch`` (the reference), ``cpp``, ``triton`` or ``cuda``.
+"""Choice of an op's backend: ``torch`` (the reference), ``cpp``, ``triton`` or ``cuda``.
 
 Every op registers the backends it has, each with a function that says why it cannot run a call (or
 None when it can). :func:`resolve` takes the fastest that can, unless one is forced: by

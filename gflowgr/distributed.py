@@ -1,7 +1,7 @@
-"""Several processes: what they share (``torchrun``), and models sharded over them (FSDP2).
+"""Values exchanged between processes (``torchrun``), and models sharded over them (FSDP2).
 
-FSDP2 gathers parameters in the hooks of ``forward``; whatever else reads them, as decoding and the
-flow's start do, would meet shards. :func:`whole_parameters` gathers them for a block of code.
+FSDP2 gathers parameters in the hooks of ``forward``; other code that reads them, such as decoding
+and the flow's start, would read shards. :func:`whole_parameters` gathers them for a block of code.
 With one process, or a model that is not sharded, everything here costs nothing and changes nothing.
 """
 
@@ -98,7 +98,7 @@ def announce_sharding(model: nn.Module, *, reshards_blocks: bool) -> None:
         return
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    # FSDP takes the module it meets first for the root, which must not be one of the blocks.
+    # FSDP makes the first module that runs its root; it must not be one of the blocks.
     register_fsdp_forward_method(model, "extra_repr")
     model.extra_repr()
     del model.extra_repr

@@ -12,7 +12,7 @@ class GFlowGRError(Exception):
 
 
 class DataError(GFlowGRError, ValueError):
-    """An input file or data set is not what it should be; the message names place and value."""
+    """An input file or data set is invalid; the message names place and value."""
 
 
 class OutputError(GFlowGRError, OSError):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and readers that name and bound what is wrong.
+"""Atomic writers of files, and readers that limit size and name the file in every error.
 
 Every writer goes through :func:`atomic_path`: the bytes land in a temporary file of the same
 folder, are flushed to the disk, and only then take the final name. A full disk, a crash or Ctrl-C
@@ -50,7 +50,7 @@ def output_error(error: OSError, path: Path) -> OutputError:
 
 
 def _is_write_failure(error: OSError, temporary: Path) -> bool:
-    """True for errors of our own output; an error about some other file keeps its own type."""
+    """True for errors of writing our own file; an error about another file keeps its type."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
         return True
     # numpy reports a short write as an OSError without an errno.
@@ -120,8 +120,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all; a lone surrogate as its escape (``\\udcff``).
 
-    Texts are checked where they enter. What slips through, such as the name of a folder that is
-    not UTF-8, must not cost a finished run its report.
+    Texts are checked when they are read. A text that was not, such as the name of a folder that is
+    not UTF-8, must not make the report of a finished run fail.
     """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

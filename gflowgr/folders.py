@@ -1,4 +1,4 @@
-"""Output folders: written beside and swapped in, checked when read, worked in by one process.
+"""Output folders: replaced as a whole, checked by a manifest, and locked by one process.
 
 A folder is complete when its manifest says so: ``manifest.json`` is written last, after all the
 other files have reached the disk, and holds their sizes and hashes.
@@ -73,7 +73,7 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None, **facts: An
 def find_damage(folder: Path) -> str | None:
     """What keeps ``folder`` from being complete, or None: a file that is missing, cut or changed.
 
-    Reads every file of the manifest once. Files that it does not name are of no account.
+    Reads every file of the manifest once. Files that it does not name are ignored.
     """
     try:
         table = _manifest(folder)["files"]
@@ -296,6 +296,6 @@ def _owner_of(folder: Path) -> str:
     try:
         owner = files.read_json(folder / _OWNER, expect=dict)
     except (FileNotFoundError, DataError):
-        return "another process"  # it has only just begun
+        return "another process"  # it has not written its facts yet
     facts = [owner.get(name, "?") for name in ("pid", "host", "since", "command")]
     return "process {} on {} (since {}: {})".format(*facts)

@@ -1,7 +1,7 @@
 """Small modules that stay in float32 beside a backbone in 16 bits.
 
-log Z, log F and a learned fusion move by steps that bfloat16 cannot hold: beside a log Z of 20 its
-next number is 0.125 away, so that a learning rate of 0.01 would change nothing.
+bfloat16 rounds away the updates of log Z, log F and a learned fusion: near a log Z of 20 its
+numbers are 0.125 apart, so a step of 0.01 would change nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FullPrecision(nn.Module):
             changed = fn(tensor)
             if not changed.is_floating_point() or changed.dtype.itemsize >= 4:
                 return changed
-            # Not by way of the narrow type, which would round.
+            # Convert straight to float32: the narrow type in between would round.
             return at_least_float32(tensor.to(changed.device))
 
         return super()._apply(widely, recurse)

@@ -1,4 +1,4 @@
-"""Integers from outside, proved to fit before they are stored in a narrower type."""
+"""Range checks of integers from outside before they are stored in a narrower type."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def integer_array(
     low = int(limits.min) if low is None else max(low, int(limits.min))
     high = int(limits.max) if high is None else min(high, int(limits.max))
     if array.size and not (low <= int(array.min()) and int(array.max()) <= high):
-        # Python integers compare with any type; int64 and uint64 have no common one in NumPy.
+        # Python integers compare with any type; NumPy has no common type of int64 and uint64.
         wrong = int(array.min()) if int(array.min()) < low else int(array.max())
         place = "".join(f"[{index}]" for index in np.argwhere(array == wrong)[0].tolist())
         raise ValueError(f"{name}{place} must be in {low} .. {high}; got {wrong}")

@@ -1,4 +1,4 @@
-"""Copies from the host to a device that nobody waits for."""
+"""Non-blocking copies from the host to a device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["to_device"]
 
 
 def to_device(values: Tensor | npt.NDArray[np.generic], device: torch.device | str) -> Tensor:
-    """``values`` on ``device``; a copy from the host to a CUDA device runs behind the host's back.
+    """``values`` on ``device``; a copy from the host to a CUDA device does not synchronise.
 
     A plain ``.to(device)`` makes the host wait until the device has done all its work so far. A
     copy from pinned memory does not, and PyTorch keeps that memory until the copy is done. A copy
-    to the host is waited for: its reader could come before the values.
+    to the host synchronises, since the host could otherwise read memory not yet written.
 
     Args:
         values: any shape and dtype; what is on ``device`` already is returned as it is.

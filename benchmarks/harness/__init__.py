@@ -1,4 +1,4 @@
-"""What all benchmarks share: cases, checks, clocks, memory, floors, bars and reports.
+"""The harness of all benchmarks: cases, checks, clocks, memory, floors, bars and reports.
 
 Every variant of a case is first compared with a reference, and is timed only if it is right. Then
 all variants of a case run in turns on the same fresh data, with a fixed canary between the rounds,

@@ -1,4 +1,4 @@
-"""Bars: the figures that are to be reached on a CPU of two threads, as one table."""
+"""Target figures ("bars") on a CPU of two threads, as one table."""
 
 from __future__ import annotations
 

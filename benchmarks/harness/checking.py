@@ -1,4 +1,4 @@
-"""Is a variant right? Its result and gradients against float64, before anything is timed."""
+"""Checks of a variant's result and gradients against float64, before it is timed."""
 
 from __future__ import annotations
 

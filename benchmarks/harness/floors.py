@@ -1,4 +1,4 @@
-"""What a case costs at least: bare operations timed beside it, and a prediction from rates.
+"""Lower bounds of a case's time: bare operations timed beside it, a prediction from rates.
 
 The prediction is the larger of FLOPs over the measured matrix-product rate and bytes over the
 measured bandwidth; bytes are those that no implementation can avoid (inputs read once, gradients

@@ -1,4 +1,4 @@
-"""Is the result of a search or of a tree operation right? Compared with a reference in float64."""
+"""Checks of searches and tree operations against references in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain PyTorch: what the peers are put together with, and the float64 they are judged by.
+"""Plain PyTorch code that the peers are built from, and the float64 references.
 
 Nothing here calls the package's ops.
 """

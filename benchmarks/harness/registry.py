@@ -1,4 +1,4 @@
-"""What can be benchmarked: every module of ``benchmarks/`` registers its tables here.
+"""The registry of benchmarks: every module of ``benchmarks/`` registers its tables here.
 
 An op is a module (``benchmarks/beam_step.py``), and has one table or several (``beam_step.logits``,
 ``beam_step.hidden``). To add an op, add a module that calls :func:`register`; nothing else lists
@@ -53,7 +53,7 @@ class Table:
         return self.name.partition(".")[0]
 
     def defaults(self, device: str) -> Sequence[Shape]:
-        """Shapes that are measured when none is asked for."""
+        """Shapes that are measured by default."""
         return self.on_gpu if device == "cuda" else self.on_cpu
 
     def fits(self, shape: Shape) -> bool:

@@ -1,4 +1,4 @@
-// What the kernels of a beam step share: the beams and what they may take, a log-sum-exp, and the best keys of a
+// Shared by the kernels of a beam step: the beams and what they may take, a log-sum-exp, and the best keys of a
 // block. Functions that hold a barrier are for whole blocks of kThreads.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What the logits of a beam step are, on the CPU and on CUDA devices.
+// The description of a beam step's logits, for the CPU and for CUDA devices.
 #pragma once
 
 namespace gflowgr {

@@ -1,4 +1,4 @@
-// What the bindings of gflowgr/_C_cuda share. They use the LibTorch stable ABI (torch 2.10 and later).
+// Helpers of the bindings of gflowgr/_C_cuda. They use the LibTorch stable ABI (torch 2.10 and later).
 //
 // Compiled with GFLOWGR_EMULATE the same bindings take CPU tensors and run the kernels in the emulator of
 // tests/cuda.

@@ -3,8 +3,8 @@
 // The definitions are gflowgr/ops/flow_loss/reference.py. No allocation, no torch, any N and L. The mask is
 // a prefix of each row (one trajectory); what is under it takes no part in the arithmetic, so padding
 // may hold anything. A row whose mask is no prefix counts as one of L tokens with the reward NaN, so that
-// nobody takes its loss for one. All arithmetic is in T. Rows of ragged length are common: where that is cheap they
-// are run to L with selections instead of branches, which nobody could predict.
+// its loss is NaN and does not look valid. All arithmetic is in T. Rows of ragged length are common: where that is cheap they
+// are run to L with selections instead of branches, which the processor could not predict.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// What the kernels of the tree-restricted log-probabilities share: reading numbers and rows, and a product.
+// Device code shared by the kernels of the tree-restricted log-probabilities: reading numbers and rows, and a product.
 #pragma once
 
 #include "logprobs_children/children.h"

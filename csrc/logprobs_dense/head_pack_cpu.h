@@ -1,4 +1,4 @@
-// Rows of states and of the head as the small products take them.
+// Packing of rows of states and of the head into the layout of the small products.
 //
 // T is the type of a product's factors: float, or uint16_t for bfloat16, whose right factors come in pairs
 // of rows: [K / 2, N, 2].

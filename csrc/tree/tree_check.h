@@ -1,4 +1,4 @@
-// Proves that the arrays of a prefix tree are what its header says. Bare C++17: no torch, no Python.
+// Checks that the arrays of a prefix tree agree with its header. Bare C++17: no torch, no Python.
 #pragma once
 
 #include <cstdint>

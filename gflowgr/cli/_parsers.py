@@ -1,4 +1,4 @@
-"""What the commands' parsers share."""
+"""Helpers that the commands' parsers share: common options and two-column output."""
 
 from __future__ import annotations
 

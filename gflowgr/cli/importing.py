@@ -10,7 +10,7 @@ from ._parsers import Commands, command, print_facts
 
 __all__ = ["FORMATS", "add_import", "add_overwrite", "import_arguments"]
 
-# What each format says of itself, and whether several files may be given.
+# For each format its line of help, and whether it takes several files.
 FORMATS: dict[str, tuple[str, bool]] = {
     "amazon": ("review JSON lines of 2014, 2018 or 2023; --meta: metadata", True),
     "yelp": ("review JSON lines; --meta: the businesses", True),

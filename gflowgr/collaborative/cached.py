@@ -21,12 +21,12 @@ _TINY = 1e-6
 class CachedScores:
     """Scores of the whole catalogue for each training example, standardised, in half precision.
 
-    For models that are slow to ask: each example is scored once and not once an epoch. Whoever uses
-    the scores orders or standardises them, so each row is kept with mean 0 and variance 1 (all 0
+    For slow models: each example is scored once and not once an epoch. All users of the scores
+    sort or standardise them, so each row is kept with mean 0 and variance 1 (all 0
     where all scores are equal), which half precision holds to 3 digits whatever the model's scale.
 
-    The file belongs to the examples and to what the model says about the first 64 of them; with
-    another model, other histories, or an incomplete file, it is made anew.
+    The file is valid for the same examples and a model with the same scores of the first 64;
+    otherwise, or if it is incomplete, it is written anew.
 
     Args:
         model: the collaborative model.
@@ -72,7 +72,7 @@ class CachedScores:
         self._rows = stored
 
     def _stored(self) -> np.ndarray | None:
-        """The scores that are there, if they are whole."""
+        """The scores in the file, if it is complete."""
         try:
             rows = files.load_npy(self._path, mmap=True)
         except (FileNotFoundError, DataError):

@@ -200,12 +200,12 @@ def _is_file_name(name: str) -> bool:
 
 
 def _is_there(file: Path) -> bool:
-    """Whether something has the name, be it a pipe or a dead link: reading it then says what."""
+    """Whether anything has the name, also a pipe or a dead link, which the reader then refuses."""
     return file.exists() or file.is_symlink()
 
 
 def _name_of(folder: Path) -> str:
-    """The folder's name, as reports can write it: the file system's names may be any bytes."""
+    """The folder's name as valid Unicode for reports: a file system's names may be any bytes."""
     return folder.resolve().name.encode(errors="backslashreplace").decode()
 
 
@@ -235,7 +235,7 @@ def _read_lists(file: Path, types: set[type], dtype: Any) -> tuple[list[str], Ra
                     )
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     try:
-        with np.errstate(over="ignore"):  # what overflows float32 is infinite, and refused as that
+        with np.errstate(over="ignore"):  # a value beyond float32 becomes inf, which is refused
             values = np.array(flat, dtype=dtype)
     except OverflowError as error:
         largest = shown(max(flat, key=abs))
@@ -288,7 +288,7 @@ def _read_behaviours(
     file: Path, users: list[str], sequences: Ragged
 ) -> tuple[tuple[str, ...], np.ndarray | None]:
     """The names of the behaviours, sorted, and the code of each event's."""
-    # As objects: NumPy's texts would all take the room of the longest, and lose a final NUL.
+    # As objects: NumPy's texts all take the size of the longest, and lose a final NUL.
     found = _read_parallel(file, users, sequences, {str}, object)
     if found is None:
         return (), None

@@ -1,4 +1,4 @@
-"""The data set in memory: users' item sequences, what is known about each event, and item texts."""
+"""The data set in memory: users' item sequences, attributes of each event, and item texts."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Dataset:
         return replace(self, behaviours=codes.astype(np.int8), behaviour_names=names)
 
     def summary(self) -> dict[str, object]:
-        """Counts that a person looks at first."""
+        """The main counts: users, items, events and the like."""
         lengths = self.sequences.lengths
         result: dict[str, object] = {
             "name": self.name,
@@ -188,7 +188,7 @@ class Dataset:
         return result
 
     def _check_texts(self) -> None:
-        """A file takes no lone surrogate: found here, and not when results are written."""
+        """Refuse texts with a lone surrogate here, since no file could hold them later."""
         parts = {
             "user_ids": self.user_ids,
             "behaviour_names": self.behaviour_names,

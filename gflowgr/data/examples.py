@@ -123,7 +123,7 @@ class TrainingExamples:
             OutputError: the folder cannot be written.
         """
         folder = ensure_writable(folder)
-        # Without the json nothing loads: an interrupted rewrite cannot pass for a whole one.
+        # Remove the json first: without it an interrupted rewrite does not load.
         (folder / "examples.json").unlink(missing_ok=True)
         arrays = {"items": self.items, "bounds": self.bounds}
         if self.behaviours is not None:

@@ -1,4 +1,4 @@
-"""Ragged histories as one tensor."""
+"""Ragged histories stacked as one padded tensor."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class LeaveOneOut:
         return np.bincount(self.train_sequences.values, minlength=self.num_items).astype(np.int64)
 
     def report(self) -> dict[str, object]:
-        """What was checked and counted; every check in it passed, or construction had failed."""
+        """The counts of the checks; all have passed, since construction raises otherwise."""
         return dict(self._report)
 
     def check_examples(self, examples: TrainingExamples) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation: full ranking, metrics with their rules, and what lies behind the numbers."""
+"""Evaluation: full ranking, metrics with their rules, diversity, breakdowns and calibration."""
 
 from __future__ import annotations
 

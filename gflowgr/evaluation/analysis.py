@@ -1,4 +1,4 @@
-"""What lies behind an evaluation: its diversity, for whom it is good, how calibrated the model is.
+"""Analysis of an evaluation: diversity, metrics per group of users, calibration.
 
 The figures are of item ids, whatever the evaluation's collision rule; ``analysis.json`` holds them.
 """

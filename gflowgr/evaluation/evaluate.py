@@ -191,7 +191,7 @@ def _distinct_identifiers(
     num_items = len(leaf_of)
     result = np.full((len(histories), length), -1, np.int64)
     open_rows, asked = np.arange(len(histories)), min(length, num_items)
-    # A list with repeats is too short once they are dropped: only those users are asked again,
+    # Dropping repeats makes a list too short: the recommender runs again for those users only,
     # for longer lists, until they are full or there is nothing more.
     while len(open_rows):
         rows = open_rows.tolist()

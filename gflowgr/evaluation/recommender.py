@@ -1,4 +1,4 @@
-"""What can be evaluated: anything that turns histories into ranked items."""
+"""The recommender interface: histories in, ranked items out."""
 
 from __future__ import annotations
 

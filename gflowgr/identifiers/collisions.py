@@ -1,4 +1,4 @@
-"""What becomes of items whose codes are all the same."""
+"""Collisions: unique or shared identifiers for items whose codes are all the same."""
 
 from __future__ import annotations
 

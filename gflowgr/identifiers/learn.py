@@ -1,4 +1,4 @@
-"""One call for every way of learning codes."""
+"""One function for every method of learning codes: RQ-VAE, k-means, LETTER."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good identifiers are: collisions, use of the codes, and agreement with item spaces."""
+"""Measures of identifiers: collisions, use of the codes, agreement with item spaces."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def quality_table(rows: Mapping[str, Quality], *, style: str = "text") -> str:
 
 
 def table_note(k: int | None = None) -> str:
-    """What the columns of :func:`quality_table` mean; ``k`` neighbours, or None without spaces."""
+    """Notes on the columns of :func:`quality_table`; ``k`` neighbours, or None without spaces."""
     note = (
         "sharing: items that share their identifier with another one; largest: items of the\n"
         "most crowded identifier; codes used, perplexity: per level; prefixes: different ones\n"

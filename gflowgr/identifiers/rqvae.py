@@ -291,7 +291,7 @@ def revive_codes(
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
 ) -> int:
-    """Move each code that nobody took to a vector of the batch that is far from its own code.
+    """Move each code that no item took to a vector of the batch that is far from its own code.
 
     Vectors are drawn without replacement, with probabilities in proportion to their squared
     distance to their code (as k-means++ does); the optimiser forgets the code's moments.

@@ -1,4 +1,4 @@
-"""Backbones, and what a GFlowNet adds to them."""
+"""Backbones, and the flow heads, objectives and checkpoints that a GFlowNet adds to them."""
 
 from .backbone import output_head
 from .causal import CausalConfig

@@ -1,4 +1,4 @@
-"""What is asked of any backbone: its output head, prompts as it takes them, evaluation mode."""
+"""Functions for any backbone: its output head, prompts in its form, evaluation mode."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["evaluating", "output_head", "real_prompt", "without_peft"]
 def real_prompt(
     model: PreTrainedModel | Any, input_ids: Tensor, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Prompts as models take them, whatever stands for padding.
+    """Prompts in the form that models take, with any value as padding.
 
     Args:
-        model: says by its ``pad_token_id`` whether prompts without a mask look padded.
+        model: its ``pad_token_id`` tells whether prompts without a mask look padded.
         input_ids: prompts [B, S]; padding may be on either side and hold any value, also one that
             is no token of the model.
         attention_mask: 1 or true for real tokens [B, S]; None: every token is real, as it is for
@@ -30,7 +30,7 @@ def real_prompt(
             with the model's token of padding nevertheless.
 
     Returns:
-        Prompts [B, S] with token 0 as padding, which nothing looks at, and the mask int64 [B, S].
+        Prompts [B, S] with token 0 as padding, which is masked, and the mask int64 [B, S].
 
     Raises:
         ValueError: a shape is wrong.

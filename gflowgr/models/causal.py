@@ -1,4 +1,4 @@
-"""A text model becomes a generator of identifiers: tokens, their first embeddings, the prompt."""
+"""Turn a text model into a generator of identifiers: tokens, first embeddings, prompt."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _NOISE = 0.1
-"""Of the new rows, in standard deviations of the old ones: enough to tell codes apart."""
+"""Noise on the new rows, in standard deviations of the old rows: it makes codes differ."""
 _ITEMS = 4096
 """Items whose titles are read at a time."""
 

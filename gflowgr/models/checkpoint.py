@@ -1,11 +1,11 @@
-"""Checkpoints: what a :class:`~gflowgr.models.GFlowModel` writes, and how it is read.
+"""Writing and reading the checkpoints of a :class:`~gflowgr.models.GFlowModel`.
 
 A saved model is an ordinary ``transformers`` checkpoint and a few files beside it. Of a model with
 LoRA it holds the sum of weights and adapters, which loads and decodes like any other; a training
 checkpoint of it holds the adapters alone, and goes on from the model that the run started with.
 
-A saved model holds safetensors and JSON alone, no pickle, and no place of this machine. Its folder
-is written fresh and completed with a manifest (see :mod:`gflowgr.folders`).
+A saved model holds safetensors and JSON only: no pickle, and no path of this machine. Its folder
+is written anew and completed with a manifest (see :mod:`gflowgr.folders`).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _LIBRARIES_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-# How the library happened to load the tokenizer, and from where.
+# Where and how the library loaded the tokenizer: facts of this machine.
 _LOADING = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "cache_dir", "token")
 _HEADS = ("partition", "state_flow", "fusion")
 
@@ -144,9 +144,9 @@ def _write_rest(model: GFlowModel, folder: Path, state: Mapping[str, Tensor] | N
 
 
 def remove_places(folder: Path) -> None:
-    """Take the places of this machine out of what the libraries wrote about the model.
+    """Remove the paths of this machine from the files that the libraries wrote.
 
-    They are nobody's business, and mean nothing where the model goes.
+    They are private, and have no meaning on another machine.
     """
     for name in _LIBRARIES_FILES:
         path = folder / name

@@ -9,12 +9,12 @@ __all__ = ["causal_refusal"]
 _FAMILIES = frozenset(
     ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 )
-"""Values of ``model_type``: positions come in by ``position_ids`` only, and logits are plain
-``lm_head(hidden)``."""
+"""Values of ``model_type`` whose models take positions from ``position_ids`` only and compute
+logits as ``lm_head(hidden)``."""
 
 
 def causal_refusal(model: Any) -> str | None:
-    """Why ``model`` is none whose attention and positions can be given from outside; None if it is.
+    """Why ``model`` does not take its attention and positions from outside; None if it does.
 
     Args:
         model: a decoder-only model with its language modelling head.

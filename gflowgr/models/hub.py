@@ -22,7 +22,7 @@ _NAME = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(f"{_NAME}/{_NAME}")
 # No pickles, and nothing that a model runs without.
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-# What an earlier model left in the repository must not be read with this one.
+# Files of an earlier model in the repository must not be read with this one.
 _REPLACED = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.txt", "*.model")
 
 
@@ -103,7 +103,7 @@ def model_card(model: GFlowModel, repo_id: str) -> str:
     config: Any = model.backbone.config
     header: dict[str, Any] = {"library_name": "gflowgr", "tags": _tags(settings.objective)}
     base = str(getattr(config, "_name_or_path", "") or "")
-    # Only an id: a place on this machine is nobody's business.
+    # Name the backbone by a hub id only: a path of this machine is private.
     if _ID.fullmatch(base) and not Path(base).exists():
         header["base_model"] = base
     parameters = sum(p.numel() for p in model.backbone.parameters())

@@ -55,7 +55,7 @@ class PromptState:
 
 @dataclass(frozen=True)
 class TrajectoryStates:
-    """What a backbone makes of prompts and their trajectories.
+    """A backbone's states of prompts and their trajectories.
 
     Attributes:
         hidden: [B, N, L, d]: state l predicts token l of the trajectory; ``hidden @ weight.T +
@@ -192,7 +192,7 @@ def _only_position_bias(decoder: Any) -> Any:
 
 
 def _start_correction(attention: Any, branches: int, steps: int, device: torch.device) -> Tensor:
-    """What the mask adds to the position bias of looking at the shared start token [1, H, P, P].
+    """The correction of the position bias for the shared start token [1, H, P, P].
 
     The decoder takes distances from places in the sequence. Within a branch they are right; to the
     start token they are right for the first branch alone.

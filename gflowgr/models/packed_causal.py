@@ -46,7 +46,7 @@ def causal_states(
     after = real.sum(1).view(batch, 1, 1) + torch.arange(steps, device=tokens.device)
     after = after.expand(batch, branches, steps).flatten(1)
     if branches == 1 or steps == 0:
-        # Order and padding say all: the model makes the cheapest mask for it, or none.
+        # Causal order and padding suffice here: the model then makes its cheapest mask, or none.
         ones = torch.ones_like(branch_ids, dtype=attention_mask.dtype)
         mask: Any = torch.cat([attention_mask, ones], dim=1)
     else:
@@ -65,7 +65,7 @@ def causal_states(
 
 
 def _branch_mask(model: Any, real: Tensor, branches: int, steps: int) -> Any:
-    """Which token sees which, as the model's attention takes it."""
+    """The mask of which token sees which, in the form that the model's attention takes."""
     kind = model.config._attn_implementation
     batch, size = real.shape
     total = size + branches * steps

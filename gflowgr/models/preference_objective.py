@@ -36,7 +36,7 @@ def preference_loss(
         tokens: trajectories [B, N, L]; n = 0 is the observed positive; for ``"ipa"`` the three of
             :func:`best_and_worst`.
         mask: true for real tokens [B, N, L].
-        reference: what the reference makes of them.
+        reference: the reference's states of them, and its head.
         log_reward: log R [B, N]; ``"grpo"`` alone needs it.
         flow_share: see :meth:`gflowgr.models.GFlowModel.forward`.
     """
@@ -100,7 +100,7 @@ def best_and_worst(tokens: Tensor, mask: Tensor, log_reward: Tensor) -> tuple[Te
     for sign in (1, -1):
         score = (sign * log_reward.detach()).masked_fill(~valid, -torch.inf)
         extremes.append(sign * score.amax(-1))
-        # Where nothing is valid all are equal, and it is the positive twice: no pair either.
+        # Without any valid trajectory all rewards are equal, so there is no pair either.
         first = torch.where(score == score.amax(-1, keepdim=True), order, count - 1).amin(-1)
         chosen.append(first)
     index = torch.stack(chosen, 1)[..., None].expand(-1, -1, tokens.shape[-1])

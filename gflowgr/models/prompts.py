@@ -1,4 +1,4 @@
-"""From histories of items to prompts of tokens."""
+"""Prompts of tokens, made from histories of items."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["TIGER_PROMPT", "PromptLayout", "prompt_tokens"]
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """What stands around a history's identifiers, as tokens.
+    """The tokens around a history's identifiers: prefix, separator, suffix.
 
     A prompt is ``prefix``, the identifiers (oldest first) with ``separator`` between them, and
     ``suffix``.

@@ -1,8 +1,8 @@
-"""The frozen reference of a preference objective: what the model was when the fine-tuning began.
+"""The frozen reference of a preference objective: the model as the fine-tuning began.
 
-Only what trains can differ from it, so only that is kept: with LoRA the adapters and the identifier
-tokens' rows (which make the reference the model with its adapters switched off), else the weights
-of the backbone. Memory: one more copy of what trains, and nothing of a backward pass.
+Only weights that train can differ from it, so only those are kept: with LoRA the adapters and the
+identifier tokens' rows (which make the reference the model with its adapters switched off), else
+the weights of the backbone. Memory: one more copy of the weights that train; no gradients.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Reference:
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Reference:
-        """A copy of what trains, as it is now."""
+        """A copy of the weights that train, with their present values."""
         return cls({name: value.detach().clone() for name, value in _trained(backbone).items()})
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class Reference:
         tokens: Tensor,
         mask: Tensor | None,
     ) -> ReferenceStates:
-        """What the reference makes of trajectories, without dropout; arguments as those of
+        """The reference's states of trajectories, without dropout; arguments as those of
         :func:`gflowgr.models.trajectory_hidden_states`."""
         weights = {f"backbone.{name}": value for name, value in self.weights.items()}
         inputs = (input_ids, attention_mask, tokens, mask)

@@ -1,4 +1,4 @@
-"""What training changes in T5 (attention, feed-forward) and in dropout, all of which it undoes.
+"""Temporary changes to T5 (attention, feed-forward) and to dropout during training.
 
 Equal results, or equal up to rounding or to the draws of dropout, in less time:
 
@@ -17,7 +17,7 @@ Equal results, or equal up to rounding or to the draws of dropout, in less time:
   PyTorch's.
 
 Only classes of modules and the name of the attention in configurations are changed, so nothing of
-it is saved with a model, and :func:`restore` has nothing to remember. The trainer rewires while it
+it is saved with a model, and :func:`restore` needs no saved state. The trainer rewires while it
 trains, unless ``GFlowGRConfig(t5_on_cpu=False)``.
 """
 
@@ -72,8 +72,8 @@ def rewired(model: nn.Module) -> Iterator[None]:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo what :func:`rewired` and the functions below changed in ``model``, or in what it is a
-    copy of; another model is left as it is."""
+    """Undo the changes of :func:`rewired` and of the functions below in ``model``, which may be a
+    copy of a changed one; a model without them is left as it is."""
     for module in model.modules():
         theirs = _THEIRS_OF.get(type(module))
         if theirs is not None:
@@ -114,7 +114,7 @@ def _configs(model: Any) -> list[Any]:
 
 
 def _mask(make: Callable[..., Tensor | None], *args: Any, **options: Any) -> Tensor | None:
-    """None where a mask would hide nothing; on other devices the host would wait to see that."""
+    """None if the mask hides nothing; tested on the CPU only, as elsewhere it would synchronise."""
     if torch.device(options["device"]).type != "cpu":
         options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return make(*args, **options)
@@ -141,7 +141,7 @@ def _attention(
     bias = _bias(position_bias, attention_mask, scores)
     if bias is not None:
         scores = scores + bias
-    # Said outright: autocast would take the softmax to float32, and copy it there and back.
+    # With an explicit dtype: autocast would compute the softmax in float32, with two copies.
     weights = torch.softmax(scores, -1, dtype=scores.dtype)
     if dropout:
         weights = cheap_dropout(weights, dropout)

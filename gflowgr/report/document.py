@@ -1,4 +1,4 @@
-"""What a report consists of: sections of paragraphs, lists, tables and pictures.
+"""Reports as data: sections of paragraphs, lists, tables and pictures, written as Markdown.
 
 All texts are plain: :func:`to_markdown` escapes what Markdown would interpret, and the page
 (:func:`gflowgr.report.html.to_html`) is made from that Markdown.
@@ -68,7 +68,7 @@ Block = Paragraph | Bullets | Code | Table | Picture
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what stands under it, and the sections below it."""
+    """A heading, its blocks, and its subsections."""
 
     title: str
     blocks: Sequence[Block] = ()

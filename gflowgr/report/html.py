@@ -1,4 +1,4 @@
-"""A report's Markdown as one HTML file that needs nothing else: images inside, no scripts."""
+"""A report's Markdown as one self-contained HTML file: embedded images, no scripts."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _list(items: Sequence[str]) -> str:
 
 
 def _mark_row_headers(tokens: Sequence[Token]) -> None:
-    """The first cell of each row of a body heads its row, for readers that speak the table."""
+    """Make the first cell of each body row the row's header, for screen readers."""
     waiting = False  # for the end of such a cell
     for before, token in pairwise(tokens):
         if token.type == "th_open":

@@ -1,4 +1,4 @@
-"""What is installed, built and used: the content of ``gflowgr info``."""
+"""Versions, devices, compiled parts and backends: the content of ``gflowgr info``."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Table:
 
 
 class Measured(Protocol):
-    """What a row is made of, such as a :class:`gflowgr.evaluation.Evaluation`."""
+    """The interface of a row's source, such as a :class:`gflowgr.evaluation.Evaluation`."""
 
     @property
     def name(self) -> str:

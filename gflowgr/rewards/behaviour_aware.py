@@ -55,7 +55,7 @@ class BehaviourAwareReward:
         Raises:
             ValueError: a signal is of a wrong shape, negative, NaN or infinite (values are looked
                 at while data checks are on, see :func:`gflowgr.ops.set_validation`; a bad value
-                that nobody looks at becomes NaN, so that the loss tells).
+                that is not checked becomes NaN, and so does the loss).
         """
         absent = context.items < 0
         values = []

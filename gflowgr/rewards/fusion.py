@@ -1,13 +1,13 @@
-"""How a trajectory's reward signals become one reward: a sum, learned weights, or a small network.
+"""Fusion of a trajectory's reward signals into one: a sum, learned weights, or a small network.
 
 R > 0 by construction: signals are checked to be >= 0, a sum of them is floored at 1e-6, and the
 network ends in a softplus plus 1e-6.
 
-What trains a learned fusion (the paper does not say; this choice is ours). Its parameters get the
-gradient of the flow loss through the target ``beta * log R``: the fusion moves the reward to where
-the policy can follow. Alone that would collapse, since the cheapest reward to follow is a constant
-one. Two things prevent it: weights are normalised to a mean of 1 (their sum is the number of
-signals, so the reward's scale cannot shrink), and the flow loss of each trajectory is joined by
+Training of a learned fusion (the paper does not say how; this choice is ours). Its parameters get
+the gradient of the flow loss through the target ``beta * log R``: the fusion moves the reward to
+where the policy can follow. Alone that would collapse, since the cheapest reward to follow is a
+constant one. Two things prevent it: weights are normalised to a mean of 1 (their sum is the number
+of signals, so the reward's scale cannot shrink), and the flow loss of each trajectory is joined by
 
     anchor * (log R - log R_sum)^2,
 
@@ -62,7 +62,7 @@ class RewardFusion(FullPrecision):
         if mode == "weighted":
             self.raw = nn.Parameter(torch.full((num_signals,), math.log(math.expm1(1.0))))
         elif mode == "mlp":
-            # Without a bias at the end: adding one to all rewards is what log Z is for.
+            # The last layer has no bias: log Z already learns what all rewards have in common.
             last = nn.Linear(width, 1, bias=False)
             nn.init.zeros_(last.weight)
             self.net = nn.Sequential(nn.Linear(num_signals, width), nn.GELU(), last)

@@ -1,4 +1,4 @@
-"""Reward signals (GFlowGR, reward section): what a trajectory is worth, in one respect each.
+"""Reward signals (GFlowGR, reward section): each rates a trajectory in one respect.
 
 A signal is a small class with a ``name`` and a ``__call__(context) -> [B, N]`` of numbers >= 0.
 One of your own is named as ``"module:Class"`` in ``FlowSettings.signals``, and made without
@@ -43,7 +43,7 @@ _PAPER = {"purchase": _LIKED, "buy": _LIKED, "like": _LIKED, "cart": 3.0, "click
 
 @dataclass(frozen=True)
 class SignalContext:
-    """What signals are computed from.
+    """The inputs of signals.
 
     Attributes:
         tokens: [B, N, L]; n = 0 is the observed positive.
@@ -69,7 +69,7 @@ class RewardSignal(Protocol):
 
     @property
     def name(self) -> str:
-        """What logs call it."""
+        """Its name in logs."""
         ...
 
     def __call__(self, context: SignalContext) -> Tensor:
@@ -78,7 +78,7 @@ class RewardSignal(Protocol):
 
 
 def default_behaviour_values(names: Sequence[str]) -> dict[str, float]:
-    """r_a of behaviours for which nobody gave one.
+    """Default r_a of behaviours.
 
     Liked or bought 10 and clicked 1 are the paper's example; cart 3 is ours, between the two. Names
     that are numbers (stars) are scaled so that the highest counts 10.

@@ -68,7 +68,7 @@ def analyse_cell(
 
 
 def _common_reward(cell: Cell, inputs: CellInputs) -> BehaviourAwareReward:
-    """The same for all methods, whatever they were trained with."""
+    """The reward of all methods' calibration, independent of their training."""
     names = ["r_a", "r_yhat", "r_sim"] if inputs.collaborative is not None else ["r_a", "r_sim"]
     signals = make_signals(
         names,

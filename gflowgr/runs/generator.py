@@ -27,7 +27,7 @@ __all__ = ["add_adapters", "check_generator", "make_generator"]
 
 
 def check_generator(config: TigerConfig | CausalConfig) -> PreTrainedTokenizerBase | None:
-    """Find out now, and not after hours, whether the generator can be made; return its tokenizer.
+    """Check before any training that the generator can be made; return its tokenizer.
 
     Raises:
         DataError: the folder of a text model lacks something, or is damaged.
@@ -51,7 +51,7 @@ def make_generator(
     *,
     seed: int,
 ) -> GFlowModel:
-    """A generator as training finds it.
+    """The untrained generator.
 
     Args:
         config: which.

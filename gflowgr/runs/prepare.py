@@ -1,4 +1,4 @@
-"""From a configuration to what training needs: data, split, identifiers, tree."""
+"""Make the inputs of training from a configuration: data, split, identifiers, tree."""
 
 from __future__ import annotations
 

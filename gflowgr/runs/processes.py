@@ -1,4 +1,4 @@
-"""The process and its surroundings: several processes (``torchrun``), devices, chatty libraries."""
+"""Helpers for processes: order under ``torchrun``, locks, devices, progress bars of libraries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_first_process() -> bool:
 def first_process_first() -> Iterator[None]:
     """The first process runs the block while the others wait; then they run it, too.
 
-    What the first one has written is there when the others look for it.
+    The others thus find the files that the first process writes.
     """
     from accelerate import PartialState  # type: ignore[import-untyped]
 

@@ -1,4 +1,4 @@
-"""Every cell of an experiment within seconds, to find what would fail after hours."""
+"""Rehearsals: run four steps of every cell of an experiment, to find errors early."""
 
 from __future__ import annotations
 

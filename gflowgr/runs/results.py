@@ -1,4 +1,4 @@
-"""What an experiment left in its folder, read back and checked.
+"""Read and check the results in an experiment's folder.
 
 Layout of the folder ``OUT``: ``experiment.json`` (what was to be run); per dataset and seed
 ``OUT/<dataset>/seed_<s>/``: ``collaborative/evaluation/<slug>/`` for the rows that need no
@@ -78,7 +78,7 @@ class MissingCell:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was measured beside the ranking metrics; empty where nothing was.
+    """Measurements beside the ranking metrics; empty where there are none.
 
     Attributes:
         diversity: measure to value; per-level lists are spread out as ``code_entropy/1``, ...

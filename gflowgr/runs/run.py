@@ -41,7 +41,7 @@ class TableEntry:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves for a report.
+    """The results of a run that its report needs.
 
     Attributes:
         config: the configuration.
@@ -107,4 +107,4 @@ def _run(config: RunConfig, say: Callable[[str], None], progress: bool) -> RunRe
 
 
 def _silent(text: str) -> None:
-    """Only the first process speaks."""
+    """``say`` in the first process; the others print nothing."""

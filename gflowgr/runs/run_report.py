@@ -84,7 +84,7 @@ class Report:
 def run_and_report(
     config: RunConfig, *, say: Callable[[str], None] = print, progress: bool = True
 ) -> RunResult:
-    """Carry a run out and leave its results for people and for programs.
+    """Carry a run out and write its table, results.json and report.
 
     Args:
         config: what to do.
@@ -120,7 +120,7 @@ def _run_and_report(config: RunConfig, say: Callable[[str], None], progress: boo
 
 def _results(result: RunResult) -> dict[str, Any]:
     config = result.config.to_dict()
-    # Results are passed on: where things lie on this machine is nobody's business.
+    # Results are published: leave out the paths of this machine, which are private.
     for section, key in (("data", "path"), ("collaborative", "embeddings"), ("model", "path")):
         if config[section].get(key) is not None:
             config[section][key] = Path(config[section][key]).name

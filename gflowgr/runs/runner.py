@@ -1,4 +1,4 @@
-"""Carries an experiment out: every cell in a process of its own, several of them at a time."""
+"""The runner of experiments: every cell in its own process, several at a time."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def run_experiment(
 
 
 def _facts(spec: ExperimentSpec) -> dict[str, object]:
-    """What the report needs to know of the experiment."""
+    """The facts of the experiment that its report reads."""
     return {
         "name": spec.name,
         "title": spec.title,
@@ -284,7 +284,7 @@ class _Scheduler:
     def _ended(self, running: _Running) -> None:
         cell, status = running.cell, running.process.returncode
         if status == BUSY:
-            return  # another machine was quicker; its result will appear
+            return  # another machine has the cell; its result will appear
         if status == 0:
             self.outcome.done.append(cell.id)
             seconds = time.monotonic() - running.began

@@ -51,7 +51,7 @@ def picture(
 
 
 def short_rules(setting: Setting) -> list[tuple[str, str]]:
-    """What must stand under every table; all rules are under the main one."""
+    """The notes under every table; the main table has all rules."""
     shown = ("Users", "Collisions", "Seen items")
     return [(title, setting.rules[title]) for title in shown if title in setting.rules]
 

@@ -21,7 +21,7 @@ Values = dict[str, Any]
 _SPECS = Path(__file__).parent / "specs"
 _SECTIONS = ("data", "collaborative", "model", "flow", "sft", "finetune", "evaluation")
 _OF_METHODS = ("flow", "finetune")
-# What stands beside the folders of datasets, of identifiers and of methods.
+# Names of other files and folders beside those of datasets, identifiers and methods.
 _OF_EXPERIMENT = {
     name: f"the experiment's own {name}"
     for name in (
@@ -242,7 +242,7 @@ class ExperimentSpec:
         return replace(method, alias=same)
 
     def _check(self, source: str) -> None:
-        """Every configuration is made once, so that what is wrong is found now."""
+        """Make every configuration once, so that errors are found before any work."""
         for where, values in (("base", self.base), *self.datasets.items()):
             if not isinstance(values, dict):
                 raise ConfigError(f"{source}: {where} must have sections; got {shown(values)}")

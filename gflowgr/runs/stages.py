@@ -1,8 +1,8 @@
 """The stages of a run, each in its folder: a collaborative model, a training, an evaluation.
 
 Every stage writes its result whole and then ``done.json``; one that was killed goes on from its
-last complete checkpoint, and one that is done is read. What a result's manifest finds damaged is
-done again, and that is said.
+last complete checkpoint, and one that is done is read. A stage whose
+result does not match its manifest is done again, with a message.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _DONE = "done.json"
 
 @dataclass(frozen=True)
 class Console:
-    """Where a run speaks.
+    """The output of a run: lines and progress bars.
 
     Attributes:
         say: receives one line per stage.

@@ -279,7 +279,7 @@ def _breakdown(cells: Mapping[int, CellResult]) -> dict[str, list[UserGroup]]:
 
 
 def labelled(method: str, group: str) -> str:
-    """The name in a verdict: a start that is above the baseline must not pass for a method."""
+    """The name in a verdict; it marks a start, which is not a method."""
     return f"{method} (the start of all)" if group == START else method
 
 

@@ -51,7 +51,7 @@ class CellInputs:
 
 @dataclass(frozen=True)
 class CellWork:
-    """What a cell's work gave.
+    """The results of a cell's work.
 
     Attributes:
         trained: the generator; None at the stage ``"collaborative"``.
@@ -65,7 +65,7 @@ class CellWork:
 def prepare_inputs(cell: Cell, out: Path, console: Console) -> CellInputs:
     """Load the data, train or load the collaborative model, find or make the identifiers.
 
-    What can be found wrong is found before anything is trained.
+    All errors that can be found without training are raised before any training.
 
     Args:
         cell: whose inputs; cells with the same folders share them.
@@ -205,7 +205,7 @@ def _recommender(
 
 
 def _check_reward(config: RunConfig, split: LeaveOneOut) -> None:
-    """Find a missing reward now and not after hours of supervised training.
+    """Raise for a missing reward before any training.
 
     Raises:
         ConfigError: the data have a behaviour without a value.

@@ -120,7 +120,7 @@ def _check_node(
     """How many values a node stands for with its aliases written out.
 
     Before anything is built from it: a few lines of aliases of aliases stand for billions of
-    values, and an alias of what it stands in for ever.
+    values, and an alias of a node that contains it would never end.
 
     Args:
         node: of the YAML document.

@@ -1,4 +1,4 @@
-"""Trajectory samplers."""
+"""Trajectory samplers: they choose the other items that a prompt is trained with."""
 
 from .base import (
     AUGMENTED,

@@ -1,4 +1,4 @@
-"""What a trajectory sampler is asked for, what it gives, and what it is."""
+"""The interface of trajectory samplers: request, candidates, result."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class TrajectorySet:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a strategy would like to take, best first; the pool's rules have the last word.
+    """The items that a strategy proposes, best first; the pool's rules may reject some.
 
     Attributes:
         items: item ids [B, C], -1 for none.
@@ -154,7 +154,7 @@ class Candidates:
 class TrajectorySampler(ABC):
     """Chooses the trajectories of a batch.
 
-    A strategy says in :meth:`candidates` what it would like to take. The rules that all sets keep
+    A strategy proposes items in :meth:`candidates`. The rules that all sets keep
     are those of :meth:`CandidatePool.complete`, which :meth:`sample` calls.
 
     Args:
@@ -173,7 +173,7 @@ class TrajectorySampler(ABC):
 
     @abstractmethod
     def candidates(self, request: SampleRequest) -> Candidates:
-        """What the strategy would like to take, best first."""
+        """The items that the strategy proposes, best first."""
 
     def sample(self, request: SampleRequest) -> TrajectorySet:
         """Items for each prompt of the request."""
@@ -189,10 +189,10 @@ class TrajectorySampler(ABC):
     def observe(  # noqa: B027 (optional)
         self, request: SampleRequest, chosen: TrajectorySet, log_reward: Tensor
     ) -> None:
-        """Learn the rewards [B, N] of what was sampled; most samplers have no use for them."""
+        """Learn the rewards [B, N] of the sampled items; most samplers do not use them."""
 
     def state_dict(self) -> State:
-        """What a resumed run needs to go on as if never interrupted; usually nothing."""
+        """The state that an identical resumed run needs; usually empty."""
         return {}
 
     def load_state_dict(self, state: State) -> None:  # noqa: B027 (optional)

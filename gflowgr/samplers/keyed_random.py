@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on when they are drawn.
+"""Random numbers as a hash of seed and keys, independent of the order of the draws.
 
 Each number is a hash of (seed, step key, example, position). A run can therefore be replayed from
 any point, and the same example gets the same draws on one process or on many.

@@ -1,4 +1,4 @@
-"""Several samplers at once."""
+"""A mixture: several samplers share the places of each set, by weight."""
 
 from __future__ import annotations
 

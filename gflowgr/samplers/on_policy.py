@@ -1,4 +1,4 @@
-"""Trajectories from the current backbone."""
+"""Samplers that take trajectories from the current backbone, and keep them between refreshes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _ON_POLICY, _CONFIDENCE = 6, 7
 class _ProposedSampler(TrajectorySampler):
     """Items that a backbone chooses, anew every few steps.
 
-    Decoding may cost as much as a training step. So only in every ``refresh_steps``-th step the
-    backbone is asked, for the prompts of that step; its proposals are kept per user. In between, a
-    user's latest proposals are used again, in another order each epoch, and a user without any gets
-    the items of ``fallback``, as most do in the first epoch.
+    Decoding may cost as much as a training step. So the backbone generates only in every
+    ``refresh_steps``-th step, for the prompts of that step; its proposals are kept per user. In
+    between, a user's latest proposals are used again, in another order each epoch, and a user
+    without any gets the items of ``fallback``, as most do in the first epoch.
 
     Args:
         proposer: the backbone.
@@ -128,7 +128,7 @@ class OnPolicySampler(_ProposedSampler):
 
 
 class ConfidenceSampler(_ProposedSampler):
-    """From the best items of the collaborative model, those the backbone is least sure of.
+    """Of the collaborative model's best items, those that the backbone finds least probable.
 
     A pool of the ``pool_size`` admissible items with the highest collaborative scores is ordered by
     the backbone's probability, the lowest first: items that should be good and that the backbone

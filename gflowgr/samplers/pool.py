@@ -49,7 +49,7 @@ _Floats = npt.NDArray[np.float64]
 
 
 class CandidatePool:
-    """Knows what may be sampled for whom, and draws from it.
+    """The items that may be sampled for each user, and draws from them.
 
     Args:
         known: per user, every item they ever interacted with, held-out ones included.
@@ -90,7 +90,7 @@ class CandidatePool:
         """Sorted (user, identifier) pairs as one number each.
 
         By identifier: another item with the identifier of a held-out one would tell it as well.
-        The last entry is beyond every key, so that a search always lands on an entry.
+        The last entry is larger than every key, so that a search always finds an entry.
         """
         leaves = self.leaf_of[rows.values]
         pairs = np.unique((rows.row_of_values() * self.num_items + leaves)[leaves >= 0])
@@ -240,7 +240,7 @@ class CandidatePool:
 
 
 def _rows(request: SampleRequest, rows: npt.NDArray[np.intp]) -> SampleRequest:
-    """What draws and rules read of some prompts of a request."""
+    """The fields of some prompts of a request that draws and rules read."""
     return SampleRequest(
         request.examples[rows],
         request.users[rows],

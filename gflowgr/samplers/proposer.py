@@ -1,4 +1,4 @@
-"""The current backbone as a source of trajectories."""
+"""Items that the current backbone generates, as proposals for samplers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Proposals:
 
 
 class Proposer(Protocol):
-    """What on-policy samplers ask a backbone."""
+    """The interface between on-policy samplers and a backbone."""
 
     def propose(self, request: SampleRequest, count: int, exclude: Ints) -> Proposals:
         """``count`` items per prompt, none of ``exclude`` [B, E] (padded with -1)."""

@@ -1,4 +1,4 @@
-"""How the curriculum's difficulty goes with training progress."""
+"""Schedules of the curriculum's difficulty over the training's progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One description of any sampler, as a configuration gives it."""
+"""Settings of samplers, and the function that makes a sampler from them."""
 
 from __future__ import annotations
 

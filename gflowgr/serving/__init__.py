@@ -1,1 +1,1 @@
-"""Using a trained model: load it, take queries, write answers."""
+"""Serving of a trained model: load it, read queries, write answers."""

@@ -1,4 +1,4 @@
-"""Where recommendations go: a table, JSON lines or a Parquet file."""
+"""Writers of recommendations: a table, JSON lines or a Parquet file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Answer", "AnswerFields", "AnswerWriter", "check_output", "open_answe
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 _GROUP = 8192
-"""Rows of a Parquet row group: what is held before it is written."""
+"""Rows of a Parquet row group, all held in memory until it is written."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Using a trained model: loading it with its dataset, and evaluating it."""
+"""Load a trained model with its dataset, and evaluate it."""
 
 from __future__ import annotations
 

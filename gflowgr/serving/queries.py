@@ -1,4 +1,4 @@
-"""Who is to be given recommendations: users and histories from arguments, JSON lines or Parquet."""
+"""Readers of queries: users and histories from arguments, JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Query:
 
     Attributes:
         row: its number from 1: the line of a file of JSON lines, the row of a Parquet file.
-        user: the user's id, or whatever the request calls it; None without a name.
+        user: the user's id, or the name that the request gives; None without one.
         history: items, oldest first.
     """
 
@@ -173,7 +173,7 @@ def _parquet_file(source: str) -> Iterator[Any]:
 
 
 def _item(entry: Any, num_items: int, where: str) -> int:
-    # int() would take 1_0 for 10, digits of other scripts, and the whole part of a Decimal.
+    # int() would also accept 1_0, digits of other scripts, and a Decimal with a fraction.
     if isinstance(entry, str):
         text = entry.strip()
         item = int(text) if re.fullmatch(r"-?[0-9]{1,19}", text) else None

@@ -1,4 +1,4 @@
-"""What :class:`~gflowgr.training.GFlowGRTrainer` adds to the flow of the base trainer."""
+"""Callbacks of :class:`~gflowgr.training.GFlowGRTrainer`: data order, logs before checkpoints."""
 
 from __future__ import annotations
 

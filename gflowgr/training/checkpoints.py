@@ -1,4 +1,4 @@
-"""Checkpoints: how they are written, and which one a run can go on from."""
+"""Writing of whole checkpoints, and the choice of the one that a run resumes from."""
 
 from __future__ import annotations
 

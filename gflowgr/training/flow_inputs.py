@@ -1,4 +1,4 @@
-"""From a batch of prompts to the model's inputs: trajectories are sampled and rewarded."""
+"""The model's inputs of a batch of prompts: sampled trajectories and their rewards."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class FlowInputs:
         chosen: TrajectorySet,
         log_probs: LogProbs,
     ) -> tuple[dict[str, Tensor], Logs]:
-        """What a call gives, from the sampler's answer to a request.
+        """The result of a call, from the sampler's answer to a request.
 
         Args:
             prompts: ``input_ids`` and ``attention_mask`` [B, S].
@@ -229,7 +229,7 @@ def make_reward(model: GFlowModel, args: GFlowGRConfig, split: LeaveOneOut) -> B
 def sample_request(
     inputs: dict[str, Any], epoch: int, step: int, progress: float, scores: Tensor | None
 ) -> SampleRequest:
-    """What a sampler is asked for a batch; arguments as of :class:`FlowInputs`' call."""
+    """The request to a sampler for a batch; arguments as of :class:`FlowInputs`' call."""
 
     def array(name: str) -> npt.NDArray[np.int64]:
         values: npt.NDArray[np.int64] = inputs[name].numpy()

@@ -1,4 +1,4 @@
-"""What a micro-batch weighs in its optimiser step, which does not depend on how it is divided.
+"""Weights of micro-batches in an optimiser step: the step is independent of their division.
 
 A step's global batch is the prompts of all gradient accumulation steps of all processes. The
 trainer divides the sum of the micro-batches' losses by their number, and DDP and FSDP average
@@ -15,7 +15,7 @@ __all__ = ["Count", "Part", "parts_of"]
 
 @dataclass(frozen=True)
 class Count:
-    """What a micro-batch has: prompts, and what the second term of the loss is a mean over."""
+    """A micro-batch's number of prompts, and of the things that the second loss term averages."""
 
     prompts: float
     terms: float
@@ -50,7 +50,7 @@ def parts_of(counts: list[Count], total: Count, *, processes: int, is_sum: bool)
     for mine in counts:
         prompts = mine.prompts / total.prompts
         if is_sum:
-            # A stand-in, which has no prompts of its own, must not count.
+            # A stand-in batch repeats another process's prompts, so it must not count.
             parts.append(Part(number if mine.prompts else 0.0, 1.0, prompts))
             continue
         share = 1.0

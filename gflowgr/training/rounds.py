@@ -1,4 +1,4 @@
-"""SPRec and IPA: training in rounds, in which the model is its own opponent.
+"""SPRec and IPA: training in rounds, on trajectories that the model itself generates.
 
 - SPRec: a round is an SFT pass and then a DPO pass of as many steps, each over its own prompts. The
   rejected item is the one that the present model generates greedily among those the user has not
@@ -27,7 +27,7 @@ __all__ = ["FreezeReference", "Rounds"]
 
 @dataclass(frozen=True)
 class Rounds:
-    """What each optimiser step is for.
+    """The schedule of a round: the kind of each optimiser step.
 
     Attributes:
         objective: ``"sprec"``, ``"ipa"``; of any other objective all steps are alike.

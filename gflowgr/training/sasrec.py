@@ -36,7 +36,7 @@ from gflowgr.training.packing import EpochBatches, PackedLoader, PackedSequences
 from gflowgr.training.progress import ProgressBar
 
 SETTINGS_NAME = "sasrec_training.json"
-# A folder of its own: whatever else is in output_dir, checkpoints of other stages say, is not ours.
+# A separate folder: output_dir may also hold checkpoints of other stages.
 CHECKPOINTS_NAME = "sasrec_checkpoints"
 _EVAL_ROWS = 512
 
@@ -192,7 +192,7 @@ def _train(
             },
         )
         shutil.rmtree(folder / CHECKPOINTS_NAME)
-    trainer.accelerator.wait_for_everyone()  # nobody goes on before the files are there
+    trainer.accelerator.wait_for_everyone()  # until the files are written
     return best
 
 

@@ -1,4 +1,4 @@
-"""What the steps say, kept on the device until it is logged."""
+"""Per-step metrics, accumulated on the device between logs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def histogram(values: Tensor) -> Tensor:
 def of_model(
     model: GFlowModel, output: Mapping[str, Tensor], flow: dict[str, Tensor], share: float
 ) -> Logs:
-    """What a model's ``forward`` returned for ``flow``, each with what it is a mean over.
+    """The metrics that a model's ``forward`` returned for ``flow``, each with its weight.
 
     Args:
         model: the model.
@@ -71,7 +71,7 @@ def of_model(
 
 
 class StepLog:
-    """Sums since the last entry of the log; reading them each step would make every step wait."""
+    """Sums since the last log entry; reading them in each step would synchronise each step."""
 
     def __init__(self) -> None:
         self._means: dict[str, list[tuple[Tensor, Tensor | float]]] = {}
@@ -84,7 +84,7 @@ class StepLog:
         self._since = time.perf_counter()
 
     def leave_out(self, seconds: float) -> None:
-        """Do not count these: they were no training."""
+        """Do not count these seconds: they were not training."""
         self._since += seconds
 
     def add(self, values: Logs, per_prompt: float, tokens: Tensor) -> None:

@@ -160,7 +160,7 @@ class GFlowGRTrainer(SavingTrainer):
     # ---- the objective ----
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # Samplers and collaborative models read the rest, and reading it back would be a wait.
+        # Samplers and collaborative models read the rest on the host; a copy back synchronises.
         prompts = {n: to_device(inputs[n], self.args.device) for n in _PROMPTS}
         return inputs | prompts
 
@@ -172,7 +172,7 @@ class GFlowGRTrainer(SavingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Sample trajectories, reward them, and compute the model's objective."""
-        # On a GPU, to look at values is to wait; a later bad one shows in the logged loss.
+        # On a GPU a check of values synchronises; a later bad value makes the logged loss NaN.
         looks = not self._has_looked or self.args.device.type == "cpu"
         with validation(looks and validation_enabled()):
             if _PART not in inputs:
@@ -200,7 +200,7 @@ class GFlowGRTrainer(SavingTrainer):
         model = self.accelerator.unwrap_model(self.model)
         processes = self.args.world_size
         divided = len(batches) * processes > 1
-        # Once: reading the flag from the device would make every step wait for it.
+        # Read once: reading the flag from the device would synchronise every step.
         starts = not self._flow_started and not model.flow_started
         self._flow_started = True
         counts_terms = divided and model.settings.counts_apart
@@ -403,7 +403,7 @@ class GFlowGRTrainer(SavingTrainer):
             )
         return given
 
-    # ---- what of the base class is of no use here ----
+    # ---- methods of the base class that are refused or unused ----
 
     predict = refused_method("predict")
     prediction_step = refused_method("prediction_step")

@@ -1,4 +1,4 @@
-"""What of ``transformers.Trainer`` and ``TrainingArguments`` the trainer honours, and what not.
+"""Arguments and methods of ``transformers.Trainer`` that the trainer honours or refuses.
 
 The lists name every argument and every public method of the base classes, so that one that a later
 version of ``transformers`` adds is noticed (a test compares them) instead of being ignored.

@@ -1,4 +1,4 @@
-"""What the dense head's calls are made of: blocks, kernel launches and matrix products.
+"""Parts of the dense head's calls: blocks, kernel launches and matrix products.
 
 See ``head.py`` for the whole and ``head_tiles.py`` for the notation.
 """

@@ -1,4 +1,4 @@
-"""What constrained decoders get wrong, as far as one step can: each trap a test."""
+"""Known mistakes of constrained decoders in one step, each a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said about bad arguments."""
+"""Errors of bad arguments: their type and their text."""
 
 from __future__ import annotations
 

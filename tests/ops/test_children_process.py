@@ -1,4 +1,4 @@
-"""What needs a process of its own: peak memory, and instruction sets other than the best."""
+"""Tests in a process of their own: peak memory, and instruction sets other than the best."""
 
 from __future__ import annotations
 

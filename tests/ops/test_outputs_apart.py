@@ -1,4 +1,4 @@
-"""An operator's outputs are neither each other nor its inputs, also where little is asked for.
+"""An operator's outputs share memory neither with each other nor with its inputs.
 
 ``torch.compile`` may write into what it holds for one of them.
 """

@@ -1,1 +1,1 @@
-"""What tests share: tiny models, shops, runs and cases, and other processes' scripts."""
+"""Helpers of tests: tiny models, shops, runs and cases, and scripts of other processes."""

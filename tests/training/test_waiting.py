@@ -1,4 +1,4 @@
-"""A step on a GPU runs ahead of it: the host reads nothing back but the items of a curriculum."""
+"""A training step on a GPU does not synchronise, except to read the items of a curriculum."""
 
 from __future__ import annotations
 

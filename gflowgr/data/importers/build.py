@@ -1,4 +1,4 @@
-"""From raw events to a data set: duplicates, k-core, order, numbering.
+"""Make a data set from raw events: duplicates, k-core, order, numbering.
 
 The same rules for every source, in this order:
 

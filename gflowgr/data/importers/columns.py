@@ -1,4 +1,4 @@
-"""Columns of raw tables as keys, times and numbers, whatever type they were written with."""
+"""Columns of raw tables, of any type, as keys, times and numbers."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def open_bytes(path: Path, raw: BinaryIO | None = None) -> Iterator[io.BufferedR
 
 
 def encoding_of(head: bytes) -> str | None:
-    """What a byte order mark at the start of a text says, e.g. "utf-16"."""
+    """The encoding of a byte order mark at the start of a text, e.g. "utf-16"."""
     return next((name for mark, name in _BOMS if head.startswith(mark)), None)
 
 

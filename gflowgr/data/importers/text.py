@@ -1,4 +1,4 @@
-"""One rule each, shared by every importer, for keys, numbers and texts of raw files."""
+"""The rules, shared by every importer, for keys, numbers and texts of raw files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_key(value: object) -> str:
             longer than 1000 characters, broken text, or of another type; says which.
     """
     if isinstance(value, str):
-        # Nearly all keys of a long file; the rest below is for the others.
+        # The fast path for nearly all keys of a long file; the code below handles the others.
         if value.isalnum() and value.isascii() and len(value) <= _MAX_KEY:
             return value
         key = value.strip(_AROUND)

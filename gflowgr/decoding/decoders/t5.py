@@ -163,7 +163,7 @@ class T5Decoder(StepDecoder):
 
 
 def _norm(module: Any, hidden: Tensor) -> Tensor:
-    """The model's layer norm; as one operation where that rounds alike."""
+    """The model's layer norm; one fused operation where all is float32."""
     weight = module.weight
     if hidden.dtype == weight.dtype == torch.float32 and hasattr(module, "variance_epsilon"):
         return rms_norm(hidden, weight.shape, weight, module.variance_epsilon)

@@ -245,7 +245,7 @@ def _check_masks(
 
 
 def _ends(normalize: str, tree: Tensor, name: str) -> Tensor | None:
-    """Ends of the codebooks, on the device the backend reads them from; empty if it needs none."""
+    """Ends of the codebooks, on the device the backend reads them from; None if it reads none."""
     if normalize != "level":
         return None
     facts = tree_facts(tree)
