@@ -181,7 +181,7 @@ class TestChoice:
 
 
 class TestInfo:
-    def test_says_what_is_used_and_why_not(self) -> None:
+    def test_info_says_which_backend_is_used_and_why_others_are_not(self) -> None:
         info = json.loads(json.dumps(collect_info()))
         choice = info["ops"]["tree_walk"]["cpu"]
         assert choice["used"] == backends.resolve("tree_walk", CPU, torch.float32)

@@ -111,7 +111,7 @@ def test_an_objective_from_outside_is_a_loop_over_states_and_losses() -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_a_backbone_that_nobody_prepared_for_is_searched_by_the_general_path() -> None:
+def test_an_unknown_backbone_is_searched_by_the_general_path() -> None:
     bart = small_model("bart")
     input_ids, mask = padded_prompts("right")
     tree = gflowgr.PrefixTree.from_identifiers([[9, 20], [9, 21], [12, 20], [14, 30]])

@@ -91,7 +91,7 @@ def test_long_rows_are_cut_into_shares(normalize: str) -> None:
 
 
 @pytest.mark.parametrize(("at", "value"), [(17_003, math.nan), (9_002, math.inf), (7, -math.inf)])
-def test_what_is_not_finite_in_one_share(at: int, value: float) -> None:
+def test_a_value_that_is_not_finite_in_one_share(at: int, value: float) -> None:
     tree = PrefixTree.from_identifiers(torch.arange(0, 20_000, 7).unsqueeze(1))
     logits = apart(1, 1, 20_000)
     logits[0, 0, ::3] = -math.inf

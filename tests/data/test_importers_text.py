@@ -49,7 +49,7 @@ def test_what_is_no_key_says_why(value: object, reason: str) -> None:
         read_key(value)
 
 
-def test_what_is_no_rating() -> None:
+def test_a_value_that_is_no_rating_is_refused() -> None:
     for value in ("1_0", "9" * 5000, 10**400, 1e39, math.nan, True, "", "١", None):
         with pytest.raises(ValueError, match="not a number"):
             read_rating(value)

@@ -73,7 +73,7 @@ def test_any_padding_gives_what_bare_prompts_without_a_mask_give(
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_looks_like_padding_without_a_mask_is_said_aloud(call: Any) -> None:
+def test_tokens_that_look_like_padding_without_a_mask_warn(call: Any) -> None:
     model = small_model("t5")
     real, padded = torch.tensor([[5, 0, 7, 8]]), torch.tensor([[5, 6, 7, 0]])
     with warnings.catch_warnings():

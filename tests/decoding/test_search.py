@@ -197,7 +197,7 @@ def test_a_search_that_is_settled_stops_and_finds_the_same(
     assert steps[20] == [5] * 5  # and not while places are empty
 
 
-def test_identifiers_of_one_length_are_searched_without_a_look_at_the_scores(
+def test_identifiers_of_one_length_are_searched_without_reading_the_scores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = small_model("gpt2")

@@ -44,7 +44,7 @@ def test_reassigned_identifiers_are_unique_up_to_the_last_one_there_is(q: Quanti
 
 
 @given(crowded)
-def test_reassigning_moves_nobody_who_need_not(q: Quantisation) -> None:
+def test_reassigning_moves_no_item_without_need(q: Quantisation) -> None:
     codes = resolve_collisions(q, "reassign")
     moved = (codes != q.codes).any(axis=1)
     _, group, sizes = np.unique(q.codes, axis=0, return_inverse=True, return_counts=True)

@@ -198,7 +198,7 @@ def test_several_blocks(
 
 @pytest.mark.parametrize("run", [backward, joint])
 @pytest.mark.parametrize("need", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
-def test_no_work_for_a_gradient_nobody_asked_for(need, run, monkeypatch) -> None:
+def test_no_work_for_a_gradient_that_is_not_needed(need, run, monkeypatch) -> None:
     products: list[torch.Size] = []
     product = head_launch.product
 

@@ -67,7 +67,7 @@ def _fail(model: nn.Module) -> None:
     raise ArithmeticError("on the way")
 
 
-def test_an_error_undoes_it_too_and_a_choice_of_the_user_stays() -> None:
+def test_an_error_undoes_the_changes_and_a_choice_of_the_user_stays() -> None:
     model = small_model("t5")
     model.set_attn_implementation("eager")
     before = state_of(model)
@@ -88,7 +88,7 @@ class Look(TrainerCallback):
 
 
 @pytest.mark.parametrize("switch", [True, False])
-def test_the_trainer_does_it_while_it_trains_if_the_switch_is_on(
+def test_the_trainer_changes_the_model_while_it_trains_if_the_switch_is_on(
     switch: bool, tmp_path: Path
 ) -> None:
     model, look = make_model(dropout=0.1), Look()

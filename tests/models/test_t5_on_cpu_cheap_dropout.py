@@ -63,7 +63,7 @@ def test_ends_of_the_range() -> None:
     assert cheap_dropout(torch.ones(3), 1.0).tolist() == [0, 0, 0]
 
 
-def test_it_repeats_with_the_seed() -> None:
+def test_the_same_seed_gives_the_same_result() -> None:
     """A resumed training restores PyTorch's generator and must draw on."""
     x = torch.ones(1000)
     torch.manual_seed(5)

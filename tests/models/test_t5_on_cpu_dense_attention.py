@@ -119,7 +119,7 @@ def test_a_choice_of_the_user_and_other_models_are_left_alone() -> None:
     assert not use_dense_attention(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1)))
 
 
-def test_copies_keep_it_and_files_do_not(tmp_path: Path) -> None:
+def test_copies_keep_the_change_and_files_do_not(tmp_path: Path) -> None:
     model = small_t5()
     use_dense_attention(model)
     assert use_dense_attention(copy.deepcopy(model))

@@ -120,7 +120,7 @@ def test_gradcheck(device: str, kind: str, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_mask_and_gradients_nobody_asked_for(device: str, kind: str) -> None:
+def test_no_mask_and_gradients_that_are_not_needed(device: str, kind: str) -> None:
     case = make_loss_case(3, 2, 4, seed=2, padding=False)
     inputs = arguments(kind, case, device)
     everything = value_and_gradients(inputs, flow_loss(FlowOptions(kind), *inputs), torch.ones(()))

@@ -161,7 +161,7 @@ def test_a_nearly_certain_row_of_a_shard_keeps_its_gradient(backend: str) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("what", ["state", "a row of the head", "a bias"])
-def test_a_nan_in_what_counts_comes_out(backend: str, what: str) -> None:
+def test_a_nan_at_a_valid_position_reaches_the_result(backend: str, what: str) -> None:
     """Also where it is not the target's: otherwise a model that broke would look fine."""
     case = make_case(20, 8, 90, masked=False)
     assert case.bias is not None

@@ -303,7 +303,7 @@ def test_a_token_of_another_shard_leaves_the_log_sum_exp(device: str) -> None:
     torch.testing.assert_close(logits.grad, -(logits.detach() / 0.5).softmax(-1) / 0.5)
 
 
-def test_what_is_said_about_bad_arguments() -> None:
+def test_errors_name_the_bad_argument() -> None:
     logits = torch.zeros(1, 2, 3, 5)
     tokens = torch.zeros(1, 2, 3, dtype=torch.long)
     outside = tokens.clone()

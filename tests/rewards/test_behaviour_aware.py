@@ -197,7 +197,7 @@ def test_bad_signals_are_named(signals: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize("mode", get_args(FusionMode))
-def test_a_bad_value_that_nobody_looks_at_is_nan(mode: FusionMode) -> None:
+def test_a_bad_value_that_is_not_checked_becomes_nan(mode: FusionMode) -> None:
     """A sum's floor must not hide it: the loss is what tells then."""
     made = make_signals(["r_sim", f"{__name__}:Negative"])
     with validation(False):

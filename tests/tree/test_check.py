@@ -111,7 +111,9 @@ def write(path: Path, buffer: Buffer) -> Path:
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_a_damaged_tree_enters_by_no_door(damage: Damage, message: str, tmp_path: Path) -> None:
+def test_a_damaged_tree_is_refused_by_every_loader(
+    damage: Damage, message: str, tmp_path: Path
+) -> None:
     buffer = damaged(damage)
     path = write(tmp_path / "tree.safetensors", buffer)
     for mmap in (False, True):

@@ -270,7 +270,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"tokens\[1, 2\] = -1 is no token, but the mask is"):
             small.validate(tokens, torch.ones(2, 3, dtype=torch.bool))
 
-    def test_arguments_of_look_ups(self, small: PrefixTree) -> None:
+    def test_lookups_refuse_bad_arguments(self, small: PrefixTree) -> None:
         with pytest.raises(TypeError, match=r"expected integers, got torch\.float32"):
             small.walk(torch.zeros(2, 3))
         with pytest.raises(ValueError, match=r"mask: expected shape \(2, 3\)"):

@@ -219,7 +219,7 @@ class TestWhenItIsUsed:
             ),
         ],
     )
-    def test_what_is_left_to_the_definition(
+    def test_unsupported_models_run_on_the_reference(
         self, change: Callable[[Any], object], reason: str
     ) -> None:
         model = make_t5()
