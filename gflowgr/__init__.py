@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .ops import dpo_loss as dpo_loss
     from .ops import fused_db_loss as fused_db_loss
     from .ops import fused_dpo_loss as fused_dpo_loss
+    from .ops import fused_flow_kl_loss as fused_flow_kl_loss
     from .ops import fused_grpo_loss as fused_grpo_loss
     from .ops import fused_subtb_loss as fused_subtb_loss
     from .ops import fused_tb_loss as fused_tb_loss
@@ -66,6 +67,7 @@ _HOME = {
         "dpo_loss",
         "fused_db_loss",
         "fused_dpo_loss",
+        "fused_flow_kl_loss",
         "fused_grpo_loss",
         "fused_subtb_loss",
         "fused_tb_loss",

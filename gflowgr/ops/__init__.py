@@ -10,6 +10,7 @@ from gflowgr.backends import available_backends
 
 from .beam_step import beam_step, beam_step_hidden
 from .checks import set_validation, validation, validation_enabled
+from .flow_kl import FusedFlowKL, fused_flow_kl, fused_flow_kl_loss
 from .flow_loss import (
     FusedLoss,
     db_loss,
@@ -40,6 +41,7 @@ from .preference import (
 )
 
 __all__ = [
+    "FusedFlowKL",
     "FusedLoss",
     "FusedPreferenceLoss",
     "available_backends",
@@ -49,6 +51,8 @@ __all__ = [
     "dpo_loss",
     "fused_db_loss",
     "fused_dpo_loss",
+    "fused_flow_kl",
+    "fused_flow_kl_loss",
     "fused_flow_loss",
     "fused_grpo_loss",
     "fused_preference_loss",
