@@ -108,6 +108,6 @@ def test_a_bad_value_is_named_on_construction(make: Any, message: str) -> None:
 
 
 def test_bad_training_arguments_are_named(tmp_path: Path) -> None:
-    for name, value in (("num_trajectories", 2.5), ("eval_beams", "4"), ("score_cache_gib", None)):
+    for name, value in (("num_trajectories", 2.5), ("eval_beams", "4"), ("eval_max_users", "all")):
         with pytest.raises(ValueError, match=f"{name} must be"):
             make_args(tmp_path, **{name: value})

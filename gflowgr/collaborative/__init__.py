@@ -7,13 +7,11 @@ sampler, and the estimated-score signal of the reward. All are optional.
 from __future__ import annotations
 
 from gflowgr.collaborative.base import CollaborativeModel
-from gflowgr.collaborative.cached import CachedScores
 from gflowgr.collaborative.embedding import EmbeddingScorer
 from gflowgr.collaborative.popularity import Popularity
 from gflowgr.collaborative.sasrec import SASRec, SASRecConfig
 
 __all__ = [
-    "CachedScores",
     "CollaborativeModel",
     "EmbeddingScorer",
     "Popularity",

@@ -13,7 +13,6 @@ from .mixture import MixtureSampler
 from .on_policy import ConfidenceSampler, OnPolicySampler
 from .pool import CandidatePool
 from .proposer import BackboneProposer, Proposals, Proposer
-from .recording import RecordingSampler, ReplayedSampler
 from .replay import ReplayBuffer, ReplaySampler
 from .schedules import Schedule
 from .settings import SamplerSettings, make_sampler
@@ -42,10 +41,8 @@ __all__ = [
     "Proposals",
     "Proposer",
     "RandomSampler",
-    "RecordingSampler",
     "ReplayBuffer",
     "ReplaySampler",
-    "ReplayedSampler",
     "SampleRequest",
     "SamplerSettings",
     "Schedule",

@@ -13,7 +13,6 @@ from .mixture import MixtureSampler
 from .on_policy import ConfidenceSampler, OnPolicySampler
 from .pool import CandidatePool
 from .proposer import BackboneProposer, ProposalMethod
-from .recording import RecordingSampler, ReplayedSampler
 from .replay import ReplaySampler
 from .schedules import Schedule, ScheduleShape
 from .strategies import (
@@ -69,8 +68,6 @@ class SamplerSettings:
         replay_share: share of the items replayed by reward from earlier steps; 0: none.
         replay_slots: items kept per user for that.
         capacity: users whose items are kept, for replay and for proposals.
-        record: folder to record the chosen items in.
-        replay_from: folder of a recording to take all items from; ``kind`` is then unused.
     """
 
     kind: str | Mapping[str, float] = "curriculum"
@@ -92,8 +89,6 @@ class SamplerSettings:
     replay_share: float = 0.0
     replay_slots: int = 16
     capacity: int = 100_000
-    record: str | None = None
-    replay_from: str | None = None
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -132,8 +127,6 @@ class SamplerSettings:
         allowed = tuple(kind for kind in KINDS if kind not in ("on_policy", "confidence"))
         if self.fallback is not None and self.fallback not in allowed:
             raise ValueError(f"fallback must be one of {allowed}; got {self.fallback!r}")
-        if self.record is not None and self.record == self.replay_from:
-            raise ValueError(f"record and replay_from are the same folder {self.record!r}")
         self.make_schedule()
 
     @property
@@ -144,8 +137,6 @@ class SamplerSettings:
     @property
     def needs_scores(self) -> bool:
         """Whether a collaborative model is needed."""
-        if self.replay_from is not None:
-            return False
         return self.fallback in _SCORED or any(name in _SCORED for name in self.weights)
 
     def make_schedule(self) -> Schedule:
@@ -225,21 +216,17 @@ def make_sampler(
 
     weights = settings.weights
     sampler: TrajectorySampler
-    if settings.replay_from is not None:
-        sampler = ReplayedSampler(pool, count, settings.replay_from)
-    elif len(weights) == 1:
+    if len(weights) == 1:
         sampler = build(next(iter(weights)))
     else:
         sampler = MixtureSampler({name: build(name) for name in weights}, weights)
-    if settings.replay_share > 0 and settings.replay_from is None:
+    if settings.replay_share > 0:
         sampler = ReplaySampler(
             sampler,
             settings.replay_share,
             slots=settings.replay_slots,
             capacity=settings.capacity,
         )
-    if settings.record is not None:
-        sampler = RecordingSampler(sampler, settings.record)
     return sampler
 
 

@@ -83,13 +83,6 @@ class GFlowGRConfig(TrainingArguments):
     pool_size: int | None = field(
         default=None, metadata={"help": "Candidates of the curriculum (default 2 N - 1)."}
     )
-    score_cache_gib: float = field(
-        default=0.0,
-        metadata={
-            "help": "Size (GiB) up to which the collaborative scores of all examples are computed "
-            "once and kept in a file; for models slower than SASRec (0: computed in each step)."
-        },
-    )
     behaviour_values: dict[str, float] | None = field(
         default=None,
         metadata={
@@ -155,8 +148,6 @@ class GFlowGRConfig(TrainingArguments):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1; got {value}")
         self._check_sampler()
-        if not self.score_cache_gib >= 0:
-            raise ValueError(f"score_cache_gib must be >= 0; got {self.score_cache_gib}")
         for name in ("partition_learning_rate", "fusion_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0; got {getattr(self, name)}")
@@ -201,8 +192,7 @@ class GFlowGRConfig(TrainingArguments):
                 f"{self.round_steps}"
             )
         sampler = self.sampler_settings
-        replayed = sampler.replay_share > 0 or sampler.replay_from is not None
-        present = [*sampler.weights] == ["on_policy"] and not replayed
+        present = [*sampler.weights] == ["on_policy"] and sampler.replay_share == 0
         if objective in ("grpo", "sprec") and not (present and sampler.refresh_steps == 1):
             raise ValueError(
                 f"objective {objective!r} needs trajectories of the present model in each step: "

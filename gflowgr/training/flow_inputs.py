@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..collaborative import CachedScores, CollaborativeModel
+from ..collaborative import CollaborativeModel
 from ..data import LeaveOneOut
 from ..errors import DataError
 from ..models.gflow_model import GFlowModel
@@ -63,7 +63,6 @@ class FlowInputs:
         self.collaborative = collaborative
         self.sampler: TrajectorySampler | None = None
         self.reward: BehaviourAwareReward | None = None
-        self.cache: CachedScores | None = None
         self.reads_model = False  # whether a call uses the model's parameters
         if model.settings.objective == "sft":
             return
@@ -91,16 +90,6 @@ class FlowInputs:
             or not _OF_ITEMS.issuperset(model.settings.signals)
             or self.reward.fusion.learned
         )
-        if collaborative is not None and args.score_cache_gib > 0:
-            with args.main_process_first(desc="collaborative scores"):
-                self.cache = CachedScores(
-                    collaborative,
-                    split.train,
-                    Path(str(args.output_dir)) / "scores",
-                    max_history=model.settings.max_history,
-                    max_bytes=args.score_cache_gib * 2**30,
-                    progress=args.process_index == 0,
-                )
 
     def __call__(
         self,
@@ -197,11 +186,8 @@ class FlowInputs:
         """Collaborative scores of the whole catalogue for a batch [B, items], if there are any."""
         if self.collaborative is None:
             return None
-        if self.cache is not None:
-            scores = self.cache.rows(inputs["example"])
-        else:
-            with torch.no_grad():
-                scores = self.collaborative.score(inputs["histories"], None)
+        with torch.no_grad():
+            scores = self.collaborative.score(inputs["histories"], None)
         return to_device(scores, inputs["input_ids"].device)
 
     def _trajectories(self, items: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
-"""The replay buffer, prioritised replay, recordings, and the settings that name all samplers."""
+"""The replay buffer, prioritised replay, and the settings that name all samplers."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.sampling_world import NUM_ITEMS, FakeProposer, ask, world, world_pool
+from support.sampling_world import FakeProposer, ask, world, world_pool
 from support.tiny_shop import make_model
 
 from gflowgr.data import Ragged
-from gflowgr.errors import DataError
 from gflowgr.samplers import (
     CandidatePool,
     ConfidenceSampler,
@@ -24,9 +22,7 @@ from gflowgr.samplers import (
     OnPolicySampler,
     PopularitySampler,
     RandomSampler,
-    RecordingSampler,
     ReplayBuffer,
-    ReplayedSampler,
     ReplaySampler,
     SampleRequest,
     SamplerSettings,
@@ -212,91 +208,25 @@ class Learner(RandomSampler):
         self.told = int(state["told"])
 
 
-def holders(first: Learner, second: Learner, folder: Path) -> dict[str, TrajectorySampler]:
+def holders(first: Learner, second: Learner) -> dict[str, TrajectorySampler]:
     on_policy = OnPolicySampler(FakeProposer(), second)
     return {
         "mixture": MixtureSampler({"a": first, "b": second}, {"a": 1, "b": 1}),
         "replay": MixtureSampler({"a": first, "b": ReplaySampler(second, 0.5)}, {"a": 1, "b": 1}),
         "on_policy": MixtureSampler({"a": first, "b": on_policy}, {"a": 1, "b": 1}),
-        "recording": RecordingSampler(
-            MixtureSampler({"a": first, "b": second}, {"a": 1, "b": 1}), folder
-        ),
     }
 
 
-@pytest.mark.parametrize("kind", ["mixture", "replay", "on_policy", "recording"])
-def test_rewards_and_states_reach_every_sampler_within_another(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mixture", "replay", "on_policy"])
+def test_rewards_and_states_reach_every_sampler_within_another(kind: str) -> None:
     learners = [Learner(world_pool(), 4) for _ in range(2)]
-    sampler = holders(learners[0], learners[1], tmp_path / "one")[kind]
+    sampler = holders(learners[0], learners[1])[kind]
     asked = ask(np.arange(5))
     sampler.observe(asked, sampler.sample(asked), torch.ones(5, 4))
     assert [learner.told for learner in learners] == [20, 20]
     restored = [Learner(world_pool(), 4) for _ in range(2)]
-    holders(restored[0], restored[1], tmp_path / "two")[kind].load_state_dict(sampler.state_dict())
+    holders(restored[0], restored[1])[kind].load_state_dict(sampler.state_dict())
     assert [learner.told for learner in restored] == [20, 20]
-
-
-# ---- recordings ----
-
-
-def mixture() -> MixtureSampler:
-    pool = world_pool()
-    return MixtureSampler(
-        {
-            "logs": LogSampler(pool, 4, world()),
-            "on_policy": OnPolicySampler(FakeProposer(), RandomSampler(pool, 4), refresh_steps=2),
-        },
-        {"logs": 1, "on_policy": 2},
-    )
-
-
-def test_a_recording_gives_the_same_sets_again(tmp_path: Path) -> None:
-    recorder = RecordingSampler(mixture(), tmp_path)
-    halves = np.array_split(np.arange(len(world().train)), 2)
-    made = [
-        recorder.sample(ask(half, epoch, step=2 * epoch + k))
-        for epoch in range(2)
-        for k, half in enumerate(halves)
-    ]
-    replayed = ReplayedSampler(world_pool(seed=9), 4, tmp_path)
-    for epoch in range(2):
-        again = replayed.sample(ask(epoch=epoch))
-        for k, half in enumerate(halves):
-            expected = made[2 * epoch + k]
-            assert (again.items[half] == expected.items).all()
-            assert (again.behaviours[half] == expected.behaviours).all()
-            assert again.log_proposal is not None
-            if expected.log_proposal is not None:
-                torch.testing.assert_close(
-                    again.log_proposal[half], expected.log_proposal, equal_nan=True
-                )
-
-
-def test_a_killed_recording_is_continued(tmp_path: Path) -> None:
-    """The torn last row is dropped; what is sampled again counts as it was last."""
-    one = ask(np.arange(10))
-    RecordingSampler(RandomSampler(world_pool(1), 3), tmp_path).sample(one)
-    (file,) = tmp_path.glob("items.*.bin")
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="holds no trajectories of example 9 in epoch 0"):
-        ReplayedSampler(world_pool(), 3, tmp_path).sample(one)
-    expected = RecordingSampler(RandomSampler(world_pool(2), 3), tmp_path).sample(one)
-    assert (ReplayedSampler(world_pool(), 3, tmp_path).sample(one).items == expected.items).all()
-
-
-def test_recordings_of_something_else_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is not a recording"):
-        ReplayedSampler(world_pool(), 3, tmp_path)
-    asked = ask(np.arange(4))
-    RecordingSampler(RandomSampler(world_pool(), 3), tmp_path).sample(asked)
-    with pytest.raises(DataError, match=r"'num_trajectories': 3.*expected.*'num_trajectories': 4"):
-        ReplayedSampler(world_pool(), 4, tmp_path)
-    with pytest.raises(ValueError, match="holds a recording with num_trajectories 3, not 4"):
-        RecordingSampler(RandomSampler(world_pool(), 4), tmp_path)
-    other = ask(np.arange(4))
-    other.targets[2] = (other.targets[2] + 1) % NUM_ITEMS
-    with pytest.raises(ValueError, match="is of other data: the positive of example 2 is item"):
-        ReplayedSampler(world_pool(), 3, tmp_path).sample(other)
 
 
 # ---- settings ----
@@ -333,7 +263,7 @@ def test_each_kind_is_built(kind: Any, expected: type) -> None:
     assert type(replayed.inner) is expected
 
 
-def test_settings_reach_the_samplers(tmp_path: Path) -> None:
+def test_settings_reach_the_samplers() -> None:
     curriculum = build(pool_size=33, schedule="step", schedule_steps=3, schedule_end=0.8)
     assert curriculum.pool_size == 33
     assert curriculum.schedule(1.0) == 0.8
@@ -348,10 +278,6 @@ def test_settings_reach_the_samplers(tmp_path: Path) -> None:
     assert build(kind="confidence", confidence_pool=17).pool_size == 17
     replay = build(kind="random", replay_share=0.3, replay_slots=7, capacity=5)
     assert (replay.share, replay.buffer.slots, replay.buffer.capacity) == (0.3, 7, 5)
-    recorder = build(kind="random", record=str(tmp_path))
-    recorder.sample(ask())
-    again = build(replay_from=str(tmp_path))
-    assert (again.sample(ask()).items == RandomSampler(world_pool(), 4).sample(ask()).items).all()
 
 
 def test_only_some_samplers_need_a_collaborative_model() -> None:
@@ -388,7 +314,6 @@ def test_only_some_samplers_need_a_collaborative_model() -> None:
         ({"refresh_steps": 0}, "refresh_steps must be >= 1; got 0"),
         ({"fallback": "on_policy"}, "fallback must be one of .*; got 'on_policy'"),
         ({"replay_share": 1.5}, r"replay_share must be in \[0, 1\]; got 1.5"),
-        ({"record": "a", "replay_from": "a"}, "record and replay_from are the same folder 'a'"),
     ],
 )
 def test_bad_settings_are_named(values: dict[str, Any], message: str) -> None:

@@ -42,14 +42,31 @@ SETTINGS: dict[str, Any] = {
 
 
 def trainer_in(folder: Path, *, processes: int = 1, **options: Any) -> GFlowGRTrainer:
-    sampling = {"refresh_steps": 3, "replay_share": 0.25, "record": str(folder / "items")}
+    sampling = {"refresh_steps": 3, "replay_share": 0.25}
     values = {
         **OPTIONS,
         "per_device_train_batch_size": GLOBAL_BATCH // processes,
         "sampler_options": sampling,
         **options,
     }
-    return make_trainer(make_args(folder, **values), make_model(**SETTINGS))
+    trainer = make_trainer(make_args(folder, **values), make_model(**SETTINGS))
+    write_down(trainer, folder)
+    return trainer
+
+
+def write_down(trainer: GFlowGRTrainer, folder: Path) -> None:
+    """Append what this process samples, (epoch, example, items), to ``items.RANK.jsonl``."""
+    sampler = trainer._flow_inputs.sampler
+    sample, path = sampler.sample, folder / f"items.{trainer.args.process_index}.jsonl"
+
+    def sample_and_write(request: Any) -> Any:
+        chosen = sample(request)
+        with path.open("a") as file:
+            for example, items in zip(request.examples, chosen.items, strict=True):
+                file.write(json.dumps([request.epoch, int(example), items.tolist()]) + "\n")
+        return chosen
+
+    sampler.sample = sample_and_write
 
 
 def causal_in(folder: Path, *, processes: int = 1) -> GFlowGRTrainer:

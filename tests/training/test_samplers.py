@@ -93,28 +93,3 @@ def test_a_checkpoint_of_another_sampler_is_refused(tmp_path: Path) -> None:
     other = make_trainer(make_args(tmp_path, sampler="on_policy", **{**options, "max_steps": 2}))
     with pytest.raises(DataError, match=r"sampler\.npz: not a state of this sampler"):
         other.train(resume_from_checkpoint=True)
-
-
-def test_cached_scores_train_alike(tmp_path: Path) -> None:
-    """Up to the rounding of the scores."""
-    losses = []
-    for gib in (0.0, 0.01):
-        trainer = make_trainer(make_args(tmp_path, max_steps=3, score_cache_gib=gib))
-        trainer.train()
-        assert (tmp_path / "scores" / "scores.npy").is_file() == (gib > 0)
-        losses.append([entry["loss"] for entry in steps(trainer)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
-    with pytest.raises(
-        ValueError, match=r"the scores of 1,353 examples and 200 items take 0\.00 GiB"
-    ):
-        make_trainer(make_args(tmp_path, score_cache_gib=1e-6))
-
-
-def test_a_recorded_run_can_be_replayed(tmp_path: Path) -> None:
-    record = {"record": str(tmp_path / "items")}
-    first = make_trainer(make_args(tmp_path, sampler_options=record))
-    first.train()
-    replay = {"replay_from": str(tmp_path / "items")}
-    again = make_trainer(make_args(tmp_path, sampler_options=replay))
-    again.train()
-    assert_equal_weights(weights(first), weights(again))

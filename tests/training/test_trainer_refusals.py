@@ -55,7 +55,6 @@ def test_a_behaviour_without_a_value_is_named(tmp_path: Path) -> None:
         ({"sampler": "oracle"}, "sampler must be one of .* or weights of them; got 'oracle'"),
         ({"sampler": {"random": 0.0}}, "sampler: weight of 'random' must be finite and > 0"),
         ({"sampler_options": {"alpa": 1}}, "sampler_options has no 'alpa'; it has schedule,"),
-        ({"score_cache_gib": -1.0}, "score_cache_gib must be >= 0; got -1.0"),
         ({"sampler_options": {"window": 0}}, "window must be >= 1; got 0"),
         ({"partition_learning_rate": 0.0}, "partition_learning_rate must be > 0"),
         ({"partition_learning_rate": math.nan}, "partition_learning_rate must be > 0"),
