@@ -16,7 +16,7 @@ from gflowgr.evaluation import metrics as m
 from gflowgr.evaluation.calibration import Calibration
 from gflowgr.evaluation.evaluate import Evaluation
 
-__all__ = ["BY_HISTORY", "BY_POPULARITY", "Analysis", "Diversity", "Group", "analyse"]
+__all__ = ["BY_HISTORY", "BY_POPULARITY", "Analysis", "Diversity", "UserGroup", "analyse"]
 
 BY_POPULARITY = (
     "Popularity of the target (interactions in training; new: none; of the other items, "
@@ -57,7 +57,7 @@ class Diversity:
 
 
 @dataclass(frozen=True)
-class Group:
+class UserGroup:
     """Metrics of some users.
 
     Attributes:
@@ -82,7 +82,7 @@ class Analysis:
     """
 
     diversity: Diversity
-    breakdown: dict[str, list[Group]]
+    breakdown: dict[str, list[UserGroup]]
     calibration: Calibration | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _popularity_group(counts: np.ndarray) -> np.ndarray:
     return np.where(counts > 0, group, 0)
 
 
-def _groups(evaluation: Evaluation, group: np.ndarray, names: Sequence[str]) -> list[Group]:
+def _groups(evaluation: Evaluation, group: np.ndarray, names: Sequence[str]) -> list[UserGroup]:
     """Groups of the evaluated users, whose places in ``names`` are ``group`` [n]; no empty one."""
     k = evaluation.items.shape[1]
     found = []
@@ -154,7 +154,7 @@ def _groups(evaluation: Evaluation, group: np.ndarray, names: Sequence[str]) -> 
         ranks = evaluation.ranks[group == place]
         if len(ranks):
             metrics = {f"R@{k}": m.recall(ranks, k), f"N@{k}": m.ndcg(ranks, k)}
-            found.append(Group(name, len(ranks), metrics))
+            found.append(UserGroup(name, len(ranks), metrics))
     return found
 
 

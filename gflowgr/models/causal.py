@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..plain_settings import make_plain
 from .backbone import output_head
-from .families import causal_refusal
+from .families import why_unsupported_causal
 from .hub import model_folder
 from .lora import LoraSettings
 from .prompts import PromptLayout
@@ -164,9 +164,9 @@ def check_causal_lm(config: CausalConfig) -> None:
     with _named(config), torch.device("meta"):
         sizes = AutoConfig.from_pretrained(_folder(config), local_files_only=True)
         model = AutoModelForCausalLM.from_config(sizes)
-    refusal = causal_refusal(model)
-    if refusal is not None:
-        raise TypeError(f"model.path: {type(model).__name__} cannot be trained: {refusal}")
+    reason = why_unsupported_causal(model)
+    if reason is not None:
+        raise TypeError(f"model.path: {type(model).__name__} cannot be trained: {reason}")
 
 
 def _folder(config: CausalConfig) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["causal_refusal"]
+__all__ = ["why_unsupported_causal"]
 
 _FAMILIES = frozenset(
     ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
@@ -13,7 +13,7 @@ _FAMILIES = frozenset(
 logits as ``lm_head(hidden)``."""
 
 
-def causal_refusal(model: Any) -> str | None:
+def why_unsupported_causal(model: Any) -> str | None:
     """Why ``model`` does not take its attention and positions from outside; None if it does.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .backbone import real_prompt, without_peft
-from .families import causal_refusal
+from .families import why_unsupported_causal
 from .packed_causal import causal_states
 
 if TYPE_CHECKING:
@@ -216,9 +216,9 @@ def _check_supported(model: PreTrainedModel) -> None:
 
 
 def _check_causal(model: PreTrainedModel) -> None:
-    refusal = causal_refusal(model)
-    if refusal is not None:
+    reason = why_unsupported_causal(model)
+    if reason is not None:
         raise TypeError(
             "model must be of the T5 family, or a decoder-only model whose attention and positions "
-            f"can be given from outside; {type(model).__name__} is not: {refusal}"
+            f"can be given from outside; {type(model).__name__} is not: {reason}"
         )

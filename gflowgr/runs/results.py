@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import files
 from ..errors import DataError
-from ..evaluation.analysis import Group
+from ..evaluation.analysis import UserGroup
 from .statistics import METRICS, per_user
 
 __all__ = [
@@ -90,7 +90,7 @@ class Analysis:
     """
 
     diversity: dict[str, float] = field(default_factory=dict)
-    breakdown: dict[str, list[Group]] = field(default_factory=dict)
+    breakdown: dict[str, list[UserGroup]] = field(default_factory=dict)
     pearson: float | None = None
     spearman: float | None = None
     log_p: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
@@ -350,7 +350,9 @@ def _analysis(path: Path, metrics: Mapping[str, float]) -> Analysis:
                 diversity[key] = float(value)
         breakdown = {
             str(title): [
-                Group(str(part["name"]), int(part["users"]), _numbers(path, part["metrics"], ""))
+                UserGroup(
+                    str(part["name"]), int(part["users"]), _numbers(path, part["metrics"], "")
+                )
                 for part in parts
             ]
             for title, parts in (facts.get("breakdown") or {}).items()

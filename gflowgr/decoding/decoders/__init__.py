@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ...models.backbone import real_prompt
 from .base import IdentifierCache, StepDecoder
-from .causal import CausalDecoder, causal_refusal
+from .causal import CausalDecoder, why_unsupported_causal
 from .generic import GenericDecoder
-from .t5 import T5Decoder, t5_refusal
-from .t5_fused import FusedT5Decoder, fused_refusal
+from .t5 import T5Decoder, why_unsupported_t5
+from .t5_fused import FusedT5Decoder, why_unsupported_t5_fused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,13 +30,13 @@ __all__ = [
 
 def decoder_kind(model: PreTrainedModel | Any) -> tuple[type[StepDecoder], str | None]:
     """Which decoder runs ``model``; for the generic one, also why no fast one can."""
-    refusal = t5_refusal(model)
-    if refusal is None:
-        return T5Decoder if fused_refusal(model) else FusedT5Decoder, None
-    other = causal_refusal(model)
+    reason = why_unsupported_t5(model)
+    if reason is None:
+        return T5Decoder if why_unsupported_t5_fused(model) else FusedT5Decoder, None
+    other = why_unsupported_causal(model)
     if other is None:
         return CausalDecoder, None
-    return GenericDecoder, f"{refusal}; {other}"
+    return GenericDecoder, f"{reason}; {other}"
 
 
 def decoder_for(

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ...models.backbone import output_head
-from ...models.families import causal_refusal
+from ...models.families import why_unsupported_causal
 from .base import IdentifierCache, StepDecoder, dot_products, mix
 
-__all__ = ["CausalDecoder", "causal_refusal"]
+__all__ = ["CausalDecoder", "why_unsupported_causal"]
 
 _ATTENTION = "gflowgr_shared_prompt"
 
 
 class CausalDecoder(StepDecoder):
-    """The models that :func:`~gflowgr.models.families.causal_refusal` does not refuse.
+    """The models that :func:`~gflowgr.models.families.why_unsupported_causal` does not refuse.
 
     Args:
         model: the model with its language modelling head, in ``eval`` mode.

@@ -14,10 +14,10 @@ from ...models.backbone import output_head
 from ...models.packed import encode_prompt
 from .base import IdentifierCache, StepDecoder, dot_products, mix
 
-__all__ = ["T5Decoder", "t5_refusal"]
+__all__ = ["T5Decoder", "why_unsupported_t5"]
 
 
-def t5_refusal(model: Any) -> str | None:
+def why_unsupported_t5(model: Any) -> str | None:
     """Why :class:`T5Decoder` cannot run ``model``; None when it can."""
     from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
 

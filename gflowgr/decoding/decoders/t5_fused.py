@@ -18,19 +18,19 @@ from ... import backends
 from ...models.backbone import output_head
 from ...ops.logprobs.dense import probe_cpp
 from .base import IdentifierCache
-from .t5 import T5Decoder, t5_refusal
+from .t5 import T5Decoder, why_unsupported_t5
 
-__all__ = ["FusedT5Decoder", "fused_refusal"]
+__all__ = ["FusedT5Decoder", "why_unsupported_t5_fused"]
 
 _LANES = 16
 _ACTIVATIONS = {"ReLU": "relu", "NewGELUActivation": "gelu_new"}
 
 
-def fused_refusal(model: Any) -> str | None:
+def why_unsupported_t5_fused(model: Any) -> str | None:
     """Why :class:`FusedT5Decoder` cannot run ``model`` here and now; None when it can."""
-    refusal = t5_refusal(model)
-    if refusal is not None:
-        return refusal
+    reason = why_unsupported_t5(model)
+    if reason is not None:
+        return reason
     weight = output_head(model)[0]
     if weight.dtype != torch.float32:
         return f"it computes in float32, the model in {weight.dtype}"
@@ -104,7 +104,7 @@ class _Stack:
 
 
 class FusedT5Decoder(T5Decoder):
-    """The same as :class:`T5Decoder`, to rounding; see :func:`fused_refusal`.
+    """The same as :class:`T5Decoder`, to rounding; see :func:`why_unsupported_t5_fused`.
 
     Args:
         model: a T5 or mT5 with a language modelling head, in ``eval`` mode.

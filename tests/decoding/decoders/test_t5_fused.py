@@ -22,7 +22,7 @@ from gflowgr.decoding.decoders import (
     decoder_for,
     decoder_kind,
 )
-from gflowgr.decoding.decoders.t5_fused import fused_refusal
+from gflowgr.decoding.decoders.t5_fused import why_unsupported_t5_fused
 from gflowgr.models.backbone import real_prompt
 from gflowgr.ops.logprobs.dense import probe_cpp
 
@@ -92,7 +92,7 @@ def walk(decoder: StepDecoder, widths: tuple[int, ...] = (5, 17, 70, 2)) -> list
 @torch.no_grad()
 def fused(model: Any, ids: Tensor, mask: Tensor) -> StepDecoder:
     made = decoder_for(model, ids, mask)
-    assert isinstance(made, FusedT5Decoder), fused_refusal(model)
+    assert isinstance(made, FusedT5Decoder), why_unsupported_t5_fused(model)
     return made
 
 
@@ -197,7 +197,7 @@ class TestWhenItIsUsed:
     @pytest.mark.parametrize("name", ["torch", "triton", "cuda"])
     def test_another_backend(self, name: str) -> None:
         with gflowgr.backend(name):
-            assert fused_refusal(make_t5()) == f"backend '{name}' is asked for"
+            assert why_unsupported_t5_fused(make_t5()) == f"backend '{name}' is asked for"
             assert decoder_kind(make_t5()) == (T5Decoder, None)
 
     @torch.no_grad()
@@ -224,12 +224,12 @@ class TestWhenItIsUsed:
     ) -> None:
         model = make_t5()
         change(model)
-        assert reason in (fused_refusal(model) or "")
+        assert reason in (why_unsupported_t5_fused(model) or "")
         assert decoder_kind(model) == (T5Decoder, None)
 
     @torch.no_grad()
     def test_heads_that_are_no_whole_vectors(self) -> None:
-        assert fused_refusal(make_t5(d_kv=24)) == "d_kv = 24 is no multiple of 16"
+        assert why_unsupported_t5_fused(make_t5(d_kv=24)) == "d_kv = 24 is no multiple of 16"
 
     @torch.no_grad()
     def test_umt5_has_a_bias_in_every_layer(self) -> None:
