@@ -1,6 +1,7 @@
-"""Rewards of trajectories: signals, their fusion, and the two together."""
+"""Rewards of trajectories: signals, their fusion, and rewards of the whole catalogue."""
 
 from .behaviour_aware import BehaviourAwareReward, RewardOutput
+from .catalogue import CatalogueReward, CatalogueSignal, Seen
 from .fusion import FusionMode, RewardFusion
 from .signals import (
     SIGNALS,
@@ -14,10 +15,13 @@ from .signals import (
 __all__ = [
     "SIGNALS",
     "BehaviourAwareReward",
+    "CatalogueReward",
+    "CatalogueSignal",
     "FusionMode",
     "RewardFusion",
     "RewardOutput",
     "RewardSignal",
+    "Seen",
     "SignalContext",
     "check_signal_names",
     "default_behaviour_values",

@@ -143,9 +143,13 @@ class InteractionLevel:
             raise ValueError(f"behaviour_values has no value for the side behaviour {side!r}")
         self._table = torch.tensor([*table, shown, 0.0, default_value], dtype=torch.float32)
 
+    def of_codes(self, behaviours: Tensor) -> Tensor:
+        """Values of behaviour codes, of any shape; negative codes as in :class:`SignalContext`."""
+        self._table = self._table.to(behaviours.device)
+        return self._table[behaviours]
+
     def __call__(self, context: SignalContext) -> Tensor:
-        self._table = self._table.to(context.behaviours.device)
-        return self._table[context.behaviours]
+        return self.of_codes(context.behaviours)
 
 
 class EstimatedScore:
