@@ -12,7 +12,7 @@
 #include "common/convert_cpu.h"
 #include "common/gemm_cpu.h"
 #include "logprobs_children/children_kernels.h"
-#include "logprobs_dense/head_pack_cpu.h"
+#include "logprobs_dense/dense_pack_cpu.h"
 #include "tree/tree_view_cpu.h"
 
 namespace gflowgr {

@@ -23,7 +23,7 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 template <typename T>
 const T* values(const Tensor& tensor, ScalarType type, int64_t count, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous() && (count < 0 || tensor.numel() == count),
-                  name, ": expected ", count, " contiguous values of another type or number");
+                  name, " must be ", count, " contiguous values of its type; got ", tensor.numel());
   return static_cast<const T*>(tensor.data_ptr());
 }
 
@@ -46,7 +46,7 @@ struct Pass {
       : outputs(results(scores, width)) {
     step.tree = gflowgr::tree_of(tree);
     STD_TORCH_CHECK(scores.dim() == 2 && width >= 1 && temperature > 0.0,
-                    "expected scores [B, K], width >= 1, temperature > 0");
+                    "scores must be [B, K], width >= 1 and temperature > 0");
     const gflowgr::TreeView view(step.tree);
     step.prompts = scores.size(0);
     step.beams = scores.size(1);
@@ -99,11 +99,11 @@ Outputs beam_step(const Tensor& logits, const Tensor& scores, const Tensor& node
                   const std::optional<Tensor>& live, const std::optional<Tensor>& barred,
                   const std::optional<Tensor>& live_leaves, const std::optional<Tensor>& barred_leaves,
                   int64_t width) {
-  STD_TORCH_CHECK(logits.dim() == 3 && logits.is_contiguous(), "logits: expected [B, K, V], contiguous");
+  STD_TORCH_CHECK(logits.dim() == 3 && logits.is_contiguous(), "logits must be [B, K, V], contiguous");
   Pass pass(scores, nodes, tree, codebook_ends, normalize, temperature, live, barred, live_leaves, barred_leaves,
             width, logits.size(2));
   STD_TORCH_CHECK(logits.size(0) == scores.size(0) && logits.size(1) == scores.size(1),
-                  "logits: expected [B, K, V] with B and K of scores");
+                  "logits must be [B, K, V] with B and K of scores");
   pass.step.logits = logits.data_ptr();
   pass.step.logits_type = gflowgr::dtype_of(logits, "logits");
   pass.step.layout = gflowgr::LogitLayout::vocabulary;
@@ -117,12 +117,12 @@ Outputs beam_step_hidden(const Tensor& hidden, const Tensor& weight, const std::
                          double temperature, const std::optional<Tensor>& live,
                          const std::optional<Tensor>& barred, const std::optional<Tensor>& live_leaves,
                          const std::optional<Tensor>& barred_leaves, int64_t width) {
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight: expected [V, d], contiguous");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be [V, d], contiguous");
   Pass pass(scores, nodes, tree, codebook_ends, normalize, temperature, live, barred, live_leaves, barred_leaves,
             width, weight.size(0));
   STD_TORCH_CHECK(pass.step.normalize != gflowgr::Normalize::vocab, "normalize = vocab needs logits");
   STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == scores.numel() * weight.size(1),
-                  "hidden: expected [B, K, d], contiguous");
+                  "hidden must be [B, K, d], contiguous");
   gflowgr::BeamHead head{};
   head.hidden = hidden.data_ptr();
   head.hidden_type = gflowgr::dtype_of(hidden, "hidden");

@@ -41,7 +41,7 @@ template <typename T>
 const T* values(const char* name, const std::optional<Tensor>& tensor, ScalarType type, const Tensor& like) {
   if (!tensor.has_value()) return nullptr;
   STD_TORCH_CHECK(tensor->scalar_type() == type && tensor->is_contiguous() && on_device_of(*tensor, like), name,
-                  ": expected another type, or contiguous, or on the device of scores");
+                  " must be of its type, contiguous, on the device of scores");
   return static_cast<const T*>(tensor->data_ptr());
 }
 
@@ -58,19 +58,19 @@ struct Step {
        const std::optional<Tensor>& barred, const std::optional<Tensor>& live_leaves,
        const std::optional<Tensor>& barred_leaves, int64_t width)
       : scores(scores_) {
-    STD_TORCH_CHECK(scores.dim() == 2 && width >= 1, "expected scores [B, K] and width >= 1");
-    STD_TORCH_CHECK(temperature > 0, "temperature: expected a number above 0, got ", temperature);
+    STD_TORCH_CHECK(scores.dim() == 2 && width >= 1, "scores must be [B, K] and width >= 1");
+    STD_TORCH_CHECK(temperature > 0, "temperature must be a number above 0; got ", temperature);
     call.prompts = scores.size(0);
     call.beams = scores.size(1);
     call.width = width;
     call.scores = values<float>("scores", scores, ScalarType::Float, scores);
     call.nodes = values<int64_t>("nodes", nodes, ScalarType::Long, scores);
-    STD_TORCH_CHECK(nodes.numel() == scores.numel(), "nodes: expected [B, K] as scores");
+    STD_TORCH_CHECK(nodes.numel() == scores.numel(), "nodes must be [B, K] as scores");
     // The tree is on the device: gflowgr/tree/facts.py has proved it and compared its tokens with the head;
     // reading it here would wait for the GPU. So the sizes of the masks are not checked either.
     call.tree = values<uint8_t>("tree", tree, ScalarType::Byte, scores);
     STD_TORCH_CHECK(tree.dim() == 1 && tree.numel() >= 8 * gflowgr::kTreeWords,
-                    "tree: expected the buffer of a prefix tree (uint8, 1-D)");
+                    "tree must be the buffer of a prefix tree (uint8, 1-D)");
     call.normalize = gflowgr::normalize_named(normalize);
     call.temperature = static_cast<float>(temperature);
     call.codebook_ends = values<int64_t>("codebook_ends", codebook_ends, ScalarType::Long, scores);
@@ -134,7 +134,7 @@ Outputs beam_step(const Tensor& logits, const Tensor& scores, const Tensor& node
   Step step(scores, nodes, tree, codebook_ends, normalize, temperature, live, barred, live_leaves, barred_leaves,
             width);
   STD_TORCH_CHECK(logits.dim() == 3 && logits.size(0) == scores.size(0) && logits.size(1) == scores.size(1),
-                  "logits: expected [B, K, V] with B and K of scores");
+                  "logits must be [B, K, V] with B and K of scores");
   step.call.logits = numbers_of("logits", logits, scores);
   step.call.layout = LogitLayout::vocabulary;
   step.call.pitch = logits.size(2);
@@ -154,15 +154,15 @@ Outputs beam_step_hidden(const Tensor& hidden, const Tensor& weight, const std::
             width);
   BeamStepCall& call = step.call;
   STD_TORCH_CHECK(call.normalize != Normalize::vocab, "normalize = vocab needs logits");
-  STD_TORCH_CHECK(most >= 1, "most: expected the most tokens that a beam may need, got ", most);
+  STD_TORCH_CHECK(most >= 1, "most must be >= 1, the most tokens that a beam may need; got ", most);
   STD_TORCH_CHECK(weight.dim() == 2 && hidden.numel() == scores.numel() * weight.size(1),
-                  "hidden: expected [B, K, d] for weight [V, d]");
+                  "hidden must be [B, K, d] for weight [V, d]");
   BeamHead head{};
   head.hidden = numbers_of("hidden", hidden, scores);
   head.weight = numbers_of("weight", weight, scores);
   head.d = weight.size(1);
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->numel() == weight.size(0), "bias: expected [V]");
+    STD_TORCH_CHECK(bias->numel() == weight.size(0), "bias must be [V]");
     head.bias = numbers_of("bias", *bias, scores);
   }
   call.layout = call.normalize == Normalize::level ? LogitLayout::codebook : LogitLayout::children;

@@ -55,14 +55,14 @@ int64_t rises(const bool* mask, int64_t L, int64_t begin, int64_t end) {
 bool flow_inputs_ok(const Tensor& log_reward, const std::optional<Tensor>& mask, bool has_floor) {
   const bool wide = log_reward.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK((wide || log_reward.scalar_type() == ScalarType::Float) && log_reward.is_contiguous(),
-                  "log_reward: expected float32 or float64, contiguous");
+                  "log_reward must be float32 or float64, contiguous");
   const int64_t rows = log_reward.numel();
   const bool* masked = nullptr;
   int64_t L = 1;
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->dim() == 3 && mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
                         mask->size(0) * mask->size(1) == rows,
-                    "mask: expected bool [B, N, L], contiguous");
+                    "mask must be bool [B, N, L], contiguous");
     masked = static_cast<const bool*>(mask->data_ptr());
     L = mask->size(2);
     if (L == 0) return true;

@@ -1,6 +1,6 @@
 // The flow-matching losses of one prompt and their gradients, for the CPU and for CUDA.
 //
-// The definitions are gflowgr/ops/flow_loss/reference.py. No allocation, no torch, any N and L. The mask is
+// The reference is gflowgr/ops/flow_loss/reference.py. No allocation, no torch, any N and L. The mask is
 // a prefix of each row (one trajectory); what is under it takes no part in the arithmetic, so padding
 // may hold anything. A row whose mask is no prefix counts as one of L tokens with the reward NaN, so that
 // its loss is NaN and does not look valid. All arithmetic is in T. Rows of ragged length are common: where that is cheap they

@@ -49,7 +49,7 @@ FlowKind parse_kind(const std::string& kind) {
   if (kind == "tb") return FlowKind::tb;
   if (kind == "db") return FlowKind::db;
   if (kind == "subtb") return FlowKind::subtb;
-  STD_TORCH_CHECK(kind == "vargrad", "kind: expected tb, db, subtb or vargrad, got ", kind);
+  STD_TORCH_CHECK(kind == "vargrad", "kind must be tb, db, subtb or vargrad; got ", kind);
   return FlowKind::vargrad;
 }
 
@@ -57,23 +57,23 @@ FlowReduction parse_reduction(const std::string& reduction) {
   if (reduction == "none") return FlowReduction::none;
   if (reduction == "sum") return FlowReduction::sum;
   if (reduction == "mean") return FlowReduction::mean;
-  STD_TORCH_CHECK(reduction == "prompt", "reduction: expected none, sum, mean or prompt, got ", reduction);
+  STD_TORCH_CHECK(reduction == "prompt", "reduction must be none, sum, mean or prompt; got ", reduction);
   return FlowReduction::prompt;
 }
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& like, int64_t numel) {
   STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == like.scalar_type(), name,
-                  ": expected contiguous, of the dtype of log_pf");
-  STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements, got ", tensor.numel());
+                  " must be contiguous, of the dtype of log_pf");
+  STD_TORCH_CHECK(tensor.numel() == numel, name, " must have ", numel, " elements; got ", tensor.numel());
 }
 
 Call read_call(const Tensor& log_pf, const Tensor& log_reward, const std::optional<Tensor>& target,
                const std::optional<Tensor>& mask, const std::string& kind, double lam, double beta,
                std::optional<double> floor, const std::string& reduction, double sft_weight) {
   Call call{};
-  STD_TORCH_CHECK(log_pf.dim() == 3, "log_pf: expected [B, N, L], got ", log_pf.dim(), " dimensions");
+  STD_TORCH_CHECK(log_pf.dim() == 3, "log_pf must be [B, N, L]; got ", log_pf.dim(), " dimensions");
   call.wide = log_pf.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(call.wide || log_pf.scalar_type() == ScalarType::Float, "log_pf: expected float32 or float64");
+  STD_TORCH_CHECK(call.wide || log_pf.scalar_type() == ScalarType::Float, "log_pf must be float32 or float64");
   call.B = log_pf.size(0);
   call.N = log_pf.size(1);
   call.L = log_pf.size(2);
@@ -83,14 +83,14 @@ Call read_call(const Tensor& log_pf, const Tensor& log_reward, const std::option
   check_like("log_pf", log_pf, log_pf, log_pf.numel());
   check_like("log_reward", log_reward, log_pf, call.B * call.N);
   STD_TORCH_CHECK(target.has_value() == (call.params.kind != FlowKind::vargrad),
-                  "target: expected for all kinds but vargrad");
+                  "target must be given for all kinds but vargrad");
   if (target.has_value()) {
     check_like("target", *target, log_pf, call.params.kind == FlowKind::tb ? call.B : log_pf.numel());
   }
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
                         mask->numel() == log_pf.numel(),
-                    "mask: expected bool like log_pf, contiguous");
+                    "mask must be bool like log_pf, contiguous");
     call.mask = static_cast<const bool*>(mask->data_ptr());
   }
   int64_t prompts = 0, trajectories = 0;

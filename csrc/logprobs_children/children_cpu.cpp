@@ -40,7 +40,7 @@ Arguments check(const Tensor& hidden, const Tensor& weight, const std::optional<
   Arguments result;
   result.tree = gflowgr::tree_of(tree);
   STD_TORCH_CHECK(tokens.dim() == 3 && tokens.is_contiguous() && tokens.scalar_type() == ScalarType::Long,
-                  "tokens: expected [B, N, L], contiguous, int64");
+                  "tokens must be [B, N, L], contiguous, int64");
   result.tokens = static_cast<const int64_t*>(tokens.data_ptr());
   result.trajectories = tokens.size(0) * tokens.size(1);
   result.steps = tokens.size(2);
@@ -49,11 +49,11 @@ Arguments check(const Tensor& hidden, const Tensor& weight, const std::optional<
   STD_TORCH_CHECK(hidden.dim() == 4 && weight.dim() == 2 && hidden.size(3) == weight.size(1) &&
                       hidden.size(0) == tokens.size(0) && hidden.size(1) == tokens.size(1) &&
                       hidden.size(2) == tokens.size(2),
-                  "expected hidden [B, N, L, d], weight [V, d] and tokens [B, N, L]");
+                  "hidden must be [B, N, L, d], weight [V, d] and tokens [B, N, L]");
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
                         mask->numel() == result.rows,
-                    "mask: expected bool like tokens, contiguous");
+                    "mask must be bool like tokens, contiguous");
     result.mask = static_cast<const bool*>(mask->data_ptr());
   }
   gflowgr::ChildrenHead& head = result.head;
@@ -64,7 +64,7 @@ Arguments check(const Tensor& hidden, const Tensor& weight, const std::optional<
   head.bias = nullptr;
   head.bias_type = gflowgr::Dtype::float32;
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected [V]");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias must be [V]");
     head.bias = bias->data_ptr();
     head.bias_type = gflowgr::dtype_of(*bias, "bias");
   }
@@ -161,13 +161,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> children_backward(
   const gflowgr::Dtype weight_type = given.head.weight_type;
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.is_contiguous() &&
                       grad.numel() == given.rows && log_pf.numel() == given.rows,
-                  "grad: expected [B, N, L], contiguous, float32");
+                  "grad must be [B, N, L], contiguous, float32");
   STD_TORCH_CHECK(plan_words.numel() == gflowgr::plan_size(given.rows), "plan: not that of these tokens");
   const bool dense = d_weight.has_value();
   STD_TORCH_CHECK(!(dense && sparse), "d_weight: given, but the gradient is to be row-sparse");
   STD_TORCH_CHECK(!dense || (d_weight->is_contiguous() && d_weight->scalar_type() == weight.scalar_type() &&
                              d_weight->numel() == weight.numel()),
-                  "d_weight: expected zeros like weight, contiguous");
+                  "d_weight must be zeros like weight, contiguous");
   STD_TORCH_CHECK(!need_bias || bias.has_value(), "need_bias: there is no bias");
   const gflowgr::ChildrenPlan plan(static_cast<int64_t*>(plan_words.data_ptr()), given.rows);
   const gflowgr::ChildrenWork work(given.tree, given.steps, plan, given.head, threads(), parallel);

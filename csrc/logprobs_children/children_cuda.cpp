@@ -29,12 +29,12 @@ ChildrenCall read_call(const Tensor& hidden, const Tensor& weight, const std::op
                        const Tensor& tokens, const std::optional<Tensor>& mask, const Tensor& tree,
                        double temperature) {
   ChildrenCall call{};
-  STD_TORCH_CHECK(hidden.dim() == 4, "hidden: expected [B, N, L, d], got ", hidden.dim(), " dimensions");
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == hidden.size(3), "weight: expected [V, d]");
+  STD_TORCH_CHECK(hidden.dim() == 4, "hidden must be [B, N, L, d]; got ", hidden.dim(), " dimensions");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == hidden.size(3), "weight must be [V, d]");
   call.hidden = numbers_of("hidden", hidden, hidden);
   call.weight = numbers_of("weight", weight, hidden);
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias: expected [V]");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), "bias must be [V]");
     call.bias = numbers_of("bias", *bias, hidden);
   }
   call.trajectories = hidden.size(0) * hidden.size(1);
@@ -44,21 +44,21 @@ ChildrenCall read_call(const Tensor& hidden, const Tensor& weight, const std::op
   const int64_t rows = call.trajectories * call.L;
   STD_TORCH_CHECK(tokens.scalar_type() == ScalarType::Long && tokens.is_contiguous() && tokens.numel() == rows &&
                       on_device_of(tokens, hidden),
-                  "tokens: expected int64 [B, N, L], contiguous, on the device of hidden");
+                  "tokens must be int64 [B, N, L], contiguous, on the device of hidden");
   call.tokens = static_cast<const int64_t*>(tokens.data_ptr());
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() && mask->numel() == rows &&
                         on_device_of(*mask, hidden),
-                    "mask: expected bool [B, N, L], contiguous, on the device of hidden");
+                    "mask must be bool [B, N, L], contiguous, on the device of hidden");
     call.mask = static_cast<const bool*>(mask->data_ptr());
   }
   // The tree is on the device: gflowgr/tree/facts.py has proved it and compared its tokens with the head;
   // reading it here would wait for the GPU.
   STD_TORCH_CHECK(tree.scalar_type() == ScalarType::Byte && tree.dim() == 1 && tree.is_contiguous() &&
                       tree.numel() >= 8 * gflowgr::kTreeWords && on_device_of(tree, hidden),
-                  "tree: expected the buffer of a prefix tree (uint8, 1-D, contiguous), on the device of hidden");
+                  "tree must be the buffer of a prefix tree (uint8, 1-D, contiguous), on the device of hidden");
   call.tree = static_cast<const uint8_t*>(tree.data_ptr());
-  STD_TORCH_CHECK(temperature > 0, "temperature: expected a number above 0, got ", temperature);
+  STD_TORCH_CHECK(temperature > 0, "temperature must be a number above 0; got ", temperature);
   call.temperature = static_cast<float>(temperature);
   return call;
 }
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> children_logprobs(const Tensor& hidde
                                                              const std::optional<Tensor>& mask, const Tensor& tree,
                                                              double temperature, int64_t saved) {
   ChildrenCall call = read_call(hidden, weight, bias, tokens, mask, tree, temperature);
-  STD_TORCH_CHECK(saved >= 0, "saved: expected a count, got ", saved);
+  STD_TORCH_CHECK(saved >= 0, "saved must be >= 0; got ", saved);
   const int64_t rows = call.trajectories * call.L;
   const gflowgr::binding::Launch launch(hidden);
   Tensor log_pf = torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Float);
@@ -98,17 +98,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> children_backward(
   const auto is_float = [&](const Tensor& tensor) {
     return tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && on_device_of(tensor, hidden);
   };
-  STD_TORCH_CHECK(is_float(grad) && grad.numel() == rows, "grad: expected float32 [B, N, L], contiguous");
-  STD_TORCH_CHECK(is_float(log_pf) && log_pf.numel() == rows, "log_pf: expected float32 [B, N, L], contiguous");
-  STD_TORCH_CHECK(is_float(slopes), "slopes: expected float32, contiguous");
+  STD_TORCH_CHECK(is_float(grad) && grad.numel() == rows, "grad must be float32 [B, N, L], contiguous");
+  STD_TORCH_CHECK(is_float(log_pf) && log_pf.numel() == rows, "log_pf must be float32 [B, N, L], contiguous");
+  STD_TORCH_CHECK(is_float(slopes), "slopes must be float32, contiguous");
   STD_TORCH_CHECK(plan.scalar_type() == ScalarType::Long && plan.is_contiguous() && on_device_of(plan, hidden) &&
                       plan.numel() == gflowgr::kPlanWords * rows + gflowgr::kPlanSpare,
-                  "plan: expected that of children_logprobs");
-  STD_TORCH_CHECK(!(sparse && d_weight.has_value()), "d_weight: expected none for a sparse gradient");
+                  "plan must be that of children_logprobs");
+  STD_TORCH_CHECK(!(sparse && d_weight.has_value()), "d_weight must be none for a sparse gradient");
   if (d_weight.has_value()) {
     STD_TORCH_CHECK(d_weight->scalar_type() == weight.scalar_type() && d_weight->is_contiguous() &&
                         d_weight->numel() == weight.numel() && on_device_of(*d_weight, hidden),
-                    "d_weight: expected zeros like weight, contiguous");
+                    "d_weight must be zeros like weight, contiguous");
   }
   need_bias = need_bias && bias.has_value();
   const gflowgr::binding::Launch launch(hidden);

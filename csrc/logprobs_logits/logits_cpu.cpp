@@ -1,5 +1,5 @@
 // gflowgr_cpp::logits_logprobs and its gradient: one pass over the logits each, in float32, whatever the
-// number of tokens of the vocabulary. The definition is gflowgr/ops/logprobs/logits.py.
+// number of tokens of the vocabulary. The reference is gflowgr/ops/logprobs/logits.py.
 //
 // A row's logits x have x = (logit - row_max) / temperature <= 0 and log_sum = log(sum(exp(x))): the
 // log-probability x_target - log_sum is exact to float32 however large the logits are.
@@ -166,10 +166,10 @@ void run(const Rows& rows, Dtype type, int64_t count, bool backward) {
 }
 
 Rows read_rows(const Tensor& logits, const Tensor& targets, double temperature) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits: expected [rows, V], contiguous");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits must be [rows, V], contiguous");
   STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.is_contiguous() &&
                       targets.numel() == logits.size(0),
-                  "targets: expected int64 [rows], contiguous");
+                  "targets must be int64 [rows], contiguous");
   Rows rows{};
   rows.logits = logits.data_ptr();
   rows.targets = static_cast<const int64_t*>(targets.data_ptr());
@@ -196,7 +196,7 @@ void backward_into(Tensor& out, const Tensor& grad, const Tensor& logits, const 
   for (const Tensor* tensor : {&grad, &row_max, &log_sum}) {
     STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() &&
                         tensor->numel() == targets.numel(),
-                    "grad, row_max, log_sum: expected float32 [rows], contiguous");
+                    "grad, row_max, log_sum must be float32 [rows], contiguous");
   }
   rows.out = out.data_ptr();
   rows.grad = static_cast<const float*>(grad.data_ptr());

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "common/gemm_cpu.h"
-#include "logprobs_dense/head_tile_cpu.h"
+#include "logprobs_dense/dense_tile_cpu.h"
 
 namespace gflowgr {
 namespace {

@@ -82,8 +82,8 @@ class Weights {
 
 gflowgr::T5Pass make_pass(const Tensor& states, int64_t heads, int64_t inner) {
   STD_TORCH_CHECK(gflowgr::gemm_float_available(), "this torch or CPU has no small matrix products");
-  STD_TORCH_CHECK(states.dim() == 3 && states.numel() > 0, "states: expected [B, tokens, d], not empty");
-  STD_TORCH_CHECK(heads > 0 && inner % (heads * gflowgr::kT5Lanes) == 0, "d_kv: expected a multiple of ",
+  STD_TORCH_CHECK(states.dim() == 3 && states.numel() > 0, "states must be [B, tokens, d], not empty");
+  STD_TORCH_CHECK(heads > 0 && inner % (heads * gflowgr::kT5Lanes) == 0, "d_kv must be a multiple of ",
                   gflowgr::kT5Lanes);
   gflowgr::T5Pass pass{};
   pass.sizes.width = states.size(2);
@@ -103,7 +103,7 @@ gflowgr::T5Pass make_pass(const Tensor& states, int64_t heads, int64_t inner) {
 gflowgr::T5Pass stack_pass(const Tensor& states, const std::vector<Tensor>& weights, bool decoder, int64_t heads,
                            bool gated, const std::string& activation, double epsilon) {
   STD_TORCH_CHECK(weights.size() > 3 && weights[1].dim() == 2 && weights[weights.size() - 2].dim() == 2,
-                  "weights: expected those of a stack");
+                  "weights must be those of a stack");
   STD_TORCH_CHECK(activation == "relu" || activation == "gelu_new", "activation: unknown kind ", activation);
   gflowgr::T5Pass pass = make_pass(states, heads, weights[1].size(0));
   pass.sizes.hidden = weights[weights.size() - 2].size(1);
@@ -129,7 +129,7 @@ Tensor t5_encode(const Tensor& embedded, const Tensor& mask, const Tensor& bias,
 
 std::tuple<Tensor, Tensor> t5_prompt(const Tensor& encoded, const std::vector<Tensor>& weights, int64_t heads) {
   STD_TORCH_CHECK(!weights.empty() && weights.size() % 2 == 0 && weights[0].dim() == 2,
-                  "weights: expected those of keys and values");
+                  "weights must be those of keys and values");
   gflowgr::T5Pass pass = make_pass(encoded, heads, weights[0].size(0));
   const gflowgr::T5Sizes& s = pass.sizes;
   Weights reader(weights, s);
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> t5_step(const Tensor& embedded, const Tensor& keys, c
   gflowgr::T5Pass pass = stack_pass(embedded, weights, true, heads, gated, activation, epsilon);
   const gflowgr::T5Sizes& s = pass.sizes;
   const int64_t beams = pass.tokens, layers = static_cast<int64_t>(pass.layers.size());
-  STD_TORCH_CHECK(mask.dim() == 2, "mask: expected [B, S]");
+  STD_TORCH_CHECK(mask.dim() == 2, "mask must be [B, S]");
   pass.tokens = mask.size(1);
   pass.mask = floats(mask, {pass.prompts, pass.tokens}, "mask");
   gflowgr::T5Step step{};
@@ -162,9 +162,9 @@ std::tuple<Tensor, Tensor> t5_step(const Tensor& embedded, const Tensor& keys, c
   step.keys = floats(keys, {layers, pass.prompts, heads, pass.padded(), s.size}, "keys");
   step.values = floats(values, {layers, pass.prompts, heads, s.size, pass.padded()}, "values");
   step.bias = floats(bias, {static_cast<int64_t>(past.size()) + 1, heads}, "bias");
-  STD_TORCH_CHECK(past.size() == ancestors.size(), "ancestors: expected one of each step in the past");
+  STD_TORCH_CHECK(past.size() == ancestors.size(), "ancestors must be one for each step of the past");
   for (size_t t = 0; t < past.size(); ++t) {
-    STD_TORCH_CHECK(past[t].dim() == 4, "past: expected [layers, 2, rows, heads * d_kv]");
+    STD_TORCH_CHECK(past[t].dim() == 4, "past must be [layers, 2, rows, heads * d_kv]");
     const int64_t rows = past[t].size(2);
     const auto* from = static_cast<const int64_t*>(checked(ancestors[t], ScalarType::Long, {step.rows}, "ancestors"));
     for (int64_t i = 0; i < step.rows; ++i) STD_TORCH_CHECK(from[i] >= 0 && from[i] < rows, "ancestors: out of range");

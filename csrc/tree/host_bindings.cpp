@@ -34,10 +34,10 @@ const char* name_of(gflowgr::TreeFault fault) {
 
 // A C-contiguous int64 array [rows].
 const int64_t* ids_of(const py::object& ids, const char* name, py::ssize_t rows) {
-  if (!py::isinstance<py::array_t<int64_t>>(ids)) throw py::type_error(std::string(name) + ": expected int64");
+  if (!py::isinstance<py::array_t<int64_t>>(ids)) throw py::type_error(std::string(name) + " must be int64");
   const auto array = py::reinterpret_borrow<py::array>(ids);
   if (array.ndim() != 1 || array.shape(0) != rows || !(array.flags() & py::array::c_style)) {
-    throw py::value_error(std::string(name) + ": expected a C-contiguous array [rows]");
+    throw py::value_error(std::string(name) + " must be a C-contiguous array [rows]");
   }
   return static_cast<const int64_t*>(array.data());
 }
@@ -46,11 +46,11 @@ const int64_t* ids_of(const py::object& ids, const char* name, py::ssize_t rows)
 gflowgr::TreeInput input_of(const py::array& tokens, const py::object& items, bool some) {
   const bool narrow = py::isinstance<py::array_t<int32_t>>(tokens);
   if (!narrow && !py::isinstance<py::array_t<int64_t>>(tokens)) {
-    throw py::type_error("tokens: expected int32 or int64");
+    throw py::type_error("tokens must be int32 or int64");
   }
   if (tokens.ndim() != 2 || (some && tokens.shape(0) < 1) || tokens.shape(1) < 1 ||
       tokens.shape(0) > INT32_MAX || !(tokens.flags() & py::array::c_style)) {
-    throw py::value_error("tokens: expected a C-contiguous array [rows, L] with rows");
+    throw py::value_error("tokens must be a C-contiguous array [rows, L] with rows");
   }
   gflowgr::TreeInput input;
   input.tokens = tokens.data();
@@ -74,7 +74,7 @@ py::tuple result_of(gflowgr::TreeBuffer buffer, const gflowgr::TreeError& error)
 
 py::tuple build_tree(const py::array& tokens, const py::object& items, int index_bytes) {
   if (index_bytes != 0 && index_bytes != 4 && index_bytes != 8) {
-    throw py::value_error("index_bytes: expected 0, 4 or 8");
+    throw py::value_error("index_bytes must be 0, 4 or 8");
   }
   gflowgr::TreeInput input = input_of(tokens, items, true);
   input.index_bytes = index_bytes;
@@ -90,7 +90,7 @@ py::tuple build_tree(const py::array& tokens, const py::object& items, int index
 // A tree's buffer whose header was checked.
 const uint8_t* tree_of(const py::array& tree) {
   if (!py::isinstance<py::array_t<uint8_t>>(tree) || tree.ndim() != 1 || !(tree.flags() & py::array::c_style)) {
-    throw py::type_error("tree: expected a contiguous array of uint8");
+    throw py::type_error("tree must be a contiguous array of uint8");
   }
   const auto* const data = static_cast<const uint8_t*>(tree.data());
   if (gflowgr::tree_total_bytes(data, tree.shape(0)) != tree.shape(0)) {
@@ -109,7 +109,7 @@ std::vector<int64_t> check_tree(const py::array& tree) {
 py::tuple update_tree(const py::array& tree, const py::array& tokens, const py::object& items,
                       const py::object& removed) {
   const gflowgr::TreeInput input = input_of(tokens, items, false);
-  if (input.items == nullptr) throw py::value_error("items: expected int64 [rows]");
+  if (input.items == nullptr) throw py::value_error("items must be int64 [rows]");
   const uint8_t* const old = tree_of(tree);
   const py::ssize_t num_removed = py::len(removed);
   const int64_t* const gone = ids_of(removed, "removed", num_removed);

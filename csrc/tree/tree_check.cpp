@@ -19,6 +19,11 @@ std::string at(const char* name, int64_t index, int64_t value) {
   return std::string(name) + "[" + std::to_string(index) + "] = " + std::to_string(value);
 }
 
+// `required`: the value that was due, or a bound of it.
+std::string must_be(const char* name, int64_t index, int64_t value, const std::string& required) {
+  return std::string(name) + "[" + std::to_string(index) + "] must be " + required + "; got " + std::to_string(value);
+}
+
 struct Header {
   explicit Header(const uint8_t* tree) : tree(tree), words(reinterpret_cast<const int64_t*>(tree)) {}
 
@@ -48,7 +53,7 @@ void check_child_begin(const Header& head, const Index* begins) {
   for (int64_t depth = 0; depth < head.levels(); ++depth) {
     const int64_t from = head.first(depth), to = head.first(depth + 1);
     const int64_t begin = head.first(depth + 1), end = head.first(depth + 2);
-    if (begins[from] != begin) damaged(at("child_begin", from, begins[from]) + ", expected " + std::to_string(begin));
+    if (begins[from] != begin) damaged(must_be("child_begin", from, begins[from], std::to_string(begin)));
     bool falls = false;
     for (int64_t node = from + 1; node < to; ++node) falls |= begins[node] < begins[node - 1];
     for (int64_t node = from + 1; falls && node < to; ++node) {
@@ -57,9 +62,9 @@ void check_child_begin(const Header& head, const Index* begins) {
       }
     }
     // The next level's first range, or the end of the last. The last value before it may be above it.
-    if (begins[to] != end) damaged(at("child_begin", to, begins[to]) + ", expected " + std::to_string(end));
+    if (begins[to] != end) damaged(must_be("child_begin", to, begins[to], std::to_string(end)));
     if (begins[to - 1] > end) {
-      damaged(at("child_begin", to - 1, begins[to - 1]) + ", expected at most " + std::to_string(end));
+      damaged(must_be("child_begin", to - 1, begins[to - 1], "at most " + std::to_string(end)));
     }
   }
 }
@@ -178,7 +183,7 @@ void check_items(const Header& head) {
   if (low < 0 || high >= ids) {
     int64_t i = 0;
     while (items[i] >= 0 && items[i] < ids) ++i;
-    damaged(at("item_ids", i, items[i]) + ", expected 0.." + std::to_string(ids - 1));
+    damaged(must_be("item_ids", i, items[i], "0.." + std::to_string(ids - 1)));
   }
   if (high + int64_t{1} != ids) {
     damaged("num_items = " + std::to_string(ids) + ", but the largest item id is " + std::to_string(high));
@@ -195,7 +200,7 @@ void check_items(const Header& head) {
   }
   if (head.words[kItemBegin] == 0) return;
   const int32_t* const begin = head.section<int32_t>(head.words[kItemBegin]);
-  if (begin[0] != 0) damaged(at("item_begin", 0, begin[0]) + ", expected 0");
+  if (begin[0] != 0) damaged(must_be("item_begin", 0, begin[0], "0"));
   for (int64_t leaf = 0; leaf < leaves; ++leaf) {
     if (begin[leaf + 1] <= begin[leaf] || begin[leaf + 1] > entries) {
       damaged(at("item_begin", leaf + 1, begin[leaf + 1]) + " is not above the one before it, or beyond the items");
@@ -205,7 +210,7 @@ void check_items(const Header& head) {
     }
   }
   if (begin[leaves] != entries) {
-    damaged(at("item_begin", leaves, begin[leaves]) + ", expected " + std::to_string(entries));
+    damaged(must_be("item_begin", leaves, begin[leaves], std::to_string(entries)));
   }
 }
 

@@ -35,13 +35,13 @@ void run(const uint8_t* tree, const Tensor& log_reward, Tensor& log_flow) {
 Tensor item_flows(const Tensor& log_reward, const Tensor& tree) {
   const uint8_t* const data = gflowgr::tree_of(tree);
   STD_TORCH_CHECK(log_reward.dim() == 2 && log_reward.is_contiguous() && log_reward.size(1) == items_of(data),
-                  "log_reward: expected [B, items] with the tree's ", items_of(data), " items, contiguous");
+                  "log_reward must be [B, items] with the tree's ", items_of(data), " items, contiguous");
   Tensor log_flow =
       torch::stable::new_empty(log_reward, {log_reward.size(0), gflowgr::TreeView(data).nodes()});
   if (log_reward.scalar_type() == ScalarType::Double) {
     run<double>(data, log_reward, log_flow);
   } else {
-    STD_TORCH_CHECK(log_reward.scalar_type() == ScalarType::Float, "log_reward: expected float32 or float64");
+    STD_TORCH_CHECK(log_reward.scalar_type() == ScalarType::Float, "log_reward must be float32 or float64");
     run<float>(data, log_reward, log_flow);
   }
   return log_flow;
@@ -52,14 +52,14 @@ std::tuple<Tensor, Tensor> pooled_flows(const Tensor& log_reward, const Tensor& 
   const uint8_t* const data = gflowgr::tree_of(tree);
   STD_TORCH_CHECK(log_reward.dim() == 2 && log_reward.is_contiguous() &&
                       log_reward.scalar_type() == ScalarType::Double,
-                  "log_reward: expected [B, M], contiguous, float64");
+                  "log_reward must be [B, M], contiguous, float64");
   const int64_t prompts = log_reward.size(0), count = log_reward.size(1), known = items_of(data);
   STD_TORCH_CHECK(items.dim() == 2 && items.is_contiguous() && items.scalar_type() == ScalarType::Long &&
                       items.size(0) == prompts && items.size(1) == count,
-                  "items: expected [B, M] like log_reward, contiguous, int64");
+                  "items must be [B, M] like log_reward, contiguous, int64");
   STD_TORCH_CHECK(leaf_of.dim() == 1 && leaf_of.is_contiguous() && leaf_of.scalar_type() == ScalarType::Int &&
                       leaf_of.numel() == known,
-                  "leaf_of: expected int32 [", known, "], contiguous");
+                  "leaf_of must be int32 [", known, "], contiguous");
   const auto* const ids = static_cast<const int64_t*>(items.data_ptr());
   for (int64_t i = 0; i < items.numel(); ++i) {
     STD_TORCH_CHECK(ids[i] >= -1 && ids[i] < known, "items: ", ids[i], " is no item of the tree, nor -1");

@@ -19,14 +19,14 @@ constexpr int64_t kRowsPerThread = 1024;
 
 Tensor tree_walk(const Tensor& tokens, const std::optional<Tensor>& mask, const Tensor& tree) {
   const uint8_t* const data = gflowgr::tree_of(tree);
-  STD_TORCH_CHECK(tokens.dim() >= 1 && tokens.is_contiguous(), "tokens: expected [..., L], contiguous");
+  STD_TORCH_CHECK(tokens.dim() >= 1 && tokens.is_contiguous(), "tokens must be [..., L], contiguous");
   const bool wide = tokens.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || tokens.scalar_type() == ScalarType::Int, "tokens: expected int32 or int64");
+  STD_TORCH_CHECK(wide || tokens.scalar_type() == ScalarType::Int, "tokens must be int32 or int64");
   const bool* masked = nullptr;
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
                         mask->numel() == tokens.numel(),
-                    "mask: expected bool like tokens, contiguous");
+                    "mask must be bool like tokens, contiguous");
     masked = static_cast<const bool*>(mask->data_ptr());
   }
   Tensor nodes = torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Long);

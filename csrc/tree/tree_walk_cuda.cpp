@@ -11,17 +11,17 @@ Tensor tree_walk(const Tensor& tokens, const std::optional<Tensor>& mask, const 
   // The header is on the device; PrefixTree has checked it, and reading it here would wait for the GPU.
   STD_TORCH_CHECK(tree.scalar_type() == ScalarType::Byte && tree.dim() == 1 && tree.is_contiguous() &&
                       tree.numel() >= 8 * gflowgr::kTreeWords,
-                  "tree: expected the buffer of a prefix tree (uint8, 1-D, contiguous)");
+                  "tree must be the buffer of a prefix tree (uint8, 1-D, contiguous)");
   STD_TORCH_CHECK(on_device_of(tree, tokens),
-                  "tree: expected to be on the device of tokens");
-  STD_TORCH_CHECK(tokens.dim() >= 1 && tokens.is_contiguous(), "tokens: expected [..., L], contiguous");
+                  "tree must be on the device of tokens");
+  STD_TORCH_CHECK(tokens.dim() >= 1 && tokens.is_contiguous(), "tokens must be [..., L], contiguous");
   const bool wide = tokens.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || tokens.scalar_type() == ScalarType::Int, "tokens: expected int32 or int64");
+  STD_TORCH_CHECK(wide || tokens.scalar_type() == ScalarType::Int, "tokens must be int32 or int64");
   const bool* masked = nullptr;
   if (mask.has_value()) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
                         mask->numel() == tokens.numel() && on_device_of(*mask, tokens),
-                    "mask: expected bool like tokens, contiguous, on the same device");
+                    "mask must be bool like tokens, contiguous, on the same device");
     masked = static_cast<const bool*>(mask->data_ptr());
   }
   const gflowgr::binding::Launch launch(tokens);

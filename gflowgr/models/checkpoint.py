@@ -206,7 +206,7 @@ def read_parts(folder: Path) -> dict[str, Any]:
     check_manifest(folder)
     values: dict[str, Any] = files.read_json(description, expect=dict)
     if values.get("format") != _FORMAT:
-        raise DataError(f"{description}: format {values.get('format')!r}, expected {_FORMAT}")
+        raise DataError(f"{description}: format must be {_FORMAT}; got {values.get('format')!r}")
     try:
         parts: dict[str, Any] = {
             "vocabulary": IdentifierVocabulary.from_dict(values["vocabulary"]),

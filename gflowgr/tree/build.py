@@ -17,7 +17,7 @@ from gflowgr.tree.layout import MAX_ITEMS, MAX_LENGTH, Buffer, IdentifierError, 
 _MESSAGES = {
     "empty": "tokens[{row}] is empty: an identifier needs at least one token",
     "hole": "tokens[{row}, {column}] = -1 stands before other tokens; padding belongs on the right",
-    "token": "tokens[{row}, {column}] = {value} is no token: expected 0..2**31 - 1 or -1 (padding)",
+    "token": "tokens[{row}, {column}] must be 0..2**31 - 1 or -1 (padding); got {value}",
     "present": "items: item {row} is in the tree already",
     "absent": "removed: item {row} is not in the tree",
     "nothing": "removed: no item would be left; a tree needs at least one",
@@ -43,17 +43,17 @@ def token_array(tokens: Any) -> npt.NDArray[Any]:
     if not isinstance(tokens, np.ndarray):
         tokens = _padded(tokens)
     if tokens.dtype.kind not in "iu":
-        raise TypeError(f"tokens: expected integers, got {tokens.dtype}")
+        raise TypeError(f"tokens must be integers; got {tokens.dtype}")
     if tokens.ndim != 2:
-        raise ValueError(f"tokens: expected shape [items, L], got {tokens.shape}")
+        raise ValueError(f"tokens must be of shape [items, L]; got {tokens.shape}")
     if tokens.shape[0] == 0:
         raise ValueError("tokens: no identifiers; a tree needs at least one")
     if not 1 <= tokens.shape[1] <= MAX_LENGTH:
         raise ValueError(
-            f"tokens: identifiers of {tokens.shape[1]} tokens, expected 1..{MAX_LENGTH}"
+            f"tokens must have identifiers of 1..{MAX_LENGTH} tokens; got {tokens.shape[1]}"
         )
     if tokens.shape[0] > MAX_ITEMS:
-        raise ValueError(f"tokens: {tokens.shape[0]} rows, expected at most {MAX_ITEMS}")
+        raise ValueError(f"tokens must have at most {MAX_ITEMS} rows; got {tokens.shape[0]}")
     small = tokens.dtype.itemsize < 4 or tokens.dtype == np.int32
     return np.ascontiguousarray(integer_array(tokens, "tokens", np.int32 if small else np.int64))
 
@@ -63,12 +63,12 @@ def _padded(rows: Sequence[Sequence[int]]) -> npt.NDArray[Any]:
     for index, row in enumerate(rows):
         if not isinstance(row, Sequence) or isinstance(row, str):
             raise TypeError(
-                f"tokens[{index}]: expected a sequence of token ids, got {type(row).__name__}"
+                f"tokens[{index}] must be a sequence of token ids; got {type(row).__name__}"
             )
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     flat = np.array(list(itertools.chain.from_iterable(rows)) or [0])
     if flat.dtype.kind not in "iu" or flat.ndim != 1:
-        raise TypeError("tokens: expected integers in every identifier")
+        raise TypeError("tokens must be integers in every identifier")
     width = max(1, int(lengths.max(initial=0)))
     out = np.full((len(rows), width), -1, dtype=np.int64)
     out[np.arange(width) < lengths[:, None]] = (
@@ -83,15 +83,15 @@ def item_array(items: Any, rows: int, *, name: str = "items") -> npt.NDArray[np.
         items = items.detach().cpu().numpy()
     array = np.asarray(items)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected integers, got {array.dtype}")
+        raise TypeError(f"{name} must be integers; got {array.dtype}")
     if array.shape != (rows,):
         raise ValueError(
-            f"{name}: expected shape ({rows},) like the rows of tokens, got {array.shape}"
+            f"{name} must be of shape ({rows},) like the rows of tokens; got {array.shape}"
         )
     wrong = (array < 0) | (array >= MAX_ITEMS)
     if wrong.any():
         row = int(wrong.argmax())
-        raise ValueError(f"{name}[{row}] = {array[row]}, expected 0..{MAX_ITEMS - 1}")
+        raise ValueError(f"{name}[{row}] must be 0..{MAX_ITEMS - 1}; got {array[row]}")
     array = array.astype(np.int64)
     ordered = np.sort(array)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
@@ -138,7 +138,7 @@ def integer_tensor(values: Any, name: str, device: torch.device) -> Tensor:
     if tensor.numel() == 0 and not given:
         tensor = tensor.to(torch.int64)  # an empty list has no dtype of its own
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+        raise TypeError(f"{name} must be integers; got {tensor.dtype}")
     if tensor.dtype == torch.uint64 and bool((tensor.view(torch.int64) < 0).any()):
         raise ValueError(f"{name} must be below 2**63; got more")
     if tensor.device != device:
@@ -149,4 +149,4 @@ def integer_tensor(values: Any, name: str, device: torch.device) -> Tensor:
 def check_range(name: str, value: int, count: int) -> None:
     """Raise ValueError unless ``0 <= value < count``."""
     if not 0 <= value < count:
-        raise ValueError(f"{name} = {value}, expected 0..{count - 1}")
+        raise ValueError(f"{name} must be 0..{count - 1}; got {value}")

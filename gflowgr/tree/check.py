@@ -45,7 +45,9 @@ def read_layout(buffer: Buffer) -> TreeLayout:
     length = max(0, min(int(words[2]), MAX_LENGTH))
     layout = decode_header(words[: WORDS + LEVEL_WORDS * length].tolist())
     if len(buffer) != layout.total_bytes:
-        raise ValueError(f"damaged prefix tree: {len(buffer)} bytes, expected {layout.total_bytes}")
+        raise ValueError(
+            f"damaged prefix tree: it must be {layout.total_bytes} bytes; got {len(buffer)}"
+        )
     return layout
 
 
@@ -109,10 +111,10 @@ def _check_child_begin(begins: npt.NDArray[Any], layout: TreeLayout) -> None:
         if 0 <= fall < index:
             break
         if begins[index] != expected:
-            _damaged(f"child_begin[{index}] = {begins[index]}, expected {expected}")
+            _damaged(f"child_begin[{index}] must be {expected}; got {begins[index]}")
         if index > 0 and begins[index - 1] > expected:
             before = begins[index - 1]
-            _damaged(f"child_begin[{index - 1}] = {before}, expected at most {expected}")
+            _damaged(f"child_begin[{index - 1}] must be at most {expected}; got {before}")
     if fall >= 0:
         _damaged(f"child_begin[{fall}] = {begins[fall]} is below the one before it")
 
@@ -173,7 +175,7 @@ def _check_items(buffer: Buffer, layout: TreeLayout) -> None:
     items = section(buffer, layout.item_ids, layout.num_entries, np.int32)
     wrong = _first((items < 0) | (items >= ids))
     if wrong >= 0:
-        _damaged(f"item_ids[{wrong}] = {items[wrong]}, expected 0..{ids - 1}")
+        _damaged(f"item_ids[{wrong}] must be 0..{ids - 1}; got {items[wrong]}")
     order = np.argsort(items, kind="stable")
     ascending = items[order]
     if ascending[-1] != ids - 1:
@@ -186,7 +188,7 @@ def _check_items(buffer: Buffer, layout: TreeLayout) -> None:
     entries, leaves = layout.num_entries, layout.num_leaves
     begin = section(buffer, layout.item_begin, leaves + 1, np.int32)
     if begin[0] != 0:
-        _damaged(f"item_begin[0] = {begin[0]}, expected 0")
+        _damaged(f"item_begin[0] must be 0; got {begin[0]}")
     leaf = _first((begin[1:] <= begin[:-1]) | (begin[1:] > entries))
     falls = np.zeros(entries, dtype=bool)
     falls[1:] = items[1:] < items[:-1]
@@ -201,4 +203,4 @@ def _check_items(buffer: Buffer, layout: TreeLayout) -> None:
             "the items"
         )
     if begin[leaves] != entries:
-        _damaged(f"item_begin[{leaves}] = {begin[leaves]}, expected {entries}")
+        _damaged(f"item_begin[{leaves}] must be {entries}; got {begin[leaves]}")

@@ -61,7 +61,7 @@ class Continuations:
 
     def __init__(self, tree: PrefixTree, end_token: int | None, available: Tensor | None) -> None:
         if end_token is not None and end_token < 0:
-            raise ValueError(f"end_token = {end_token}, expected a token id or None")
+            raise ValueError(f"end_token must be a token id or None; got {end_token}")
         self.tree = tree
         self.available = None if available is None else available.to(tree.device)
         admissible = admissible_for(tree, 1, available, None)
@@ -78,7 +78,7 @@ class Continuations:
             )
         if self.end >= vocabulary:
             reason = "" if self.has_end else " (none was given, and all tokens are in use)"
-            raise ValueError(f"end_token: {self.end}, expected 0..{vocabulary - 1}{reason}")
+            raise ValueError(f"end_token must be 0..{vocabulary - 1}; got {self.end}{reason}")
 
     def node(self, tokens: Tensor) -> Tensor:
         """Node after ``tokens`` [rows, step], int64 [rows]; -1 where they are no prefix."""
@@ -164,7 +164,7 @@ class PromptLength:
 
     def __init__(self, rules: Continuations, length: int | None, *, repeats: bool = False) -> None:
         if length is not None and length < 0:
-            raise ValueError(f"prompt_length = {length}, expected 0 or more, or None")
+            raise ValueError(f"prompt_length must be 0 or more, or None; got {length}")
         self._rules = rules
         self._given = length
         self._repeats = repeats

@@ -115,7 +115,7 @@ def _version(buffer: Tensor) -> int | None:
 def _check_form(buffer: Tensor) -> None:
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() < 8 * WORDS:
         raise ValueError(
-            "tree: expected the buffer of a prefix tree (uint8, 1-D), "
+            "tree must be the buffer of a prefix tree (uint8, 1-D); "
             f"got {buffer.dtype} {tuple(buffer.shape)}"
         )
     if not buffer.is_contiguous() or buffer.data_ptr() % 8 or buffer.storage_offset() % 8:

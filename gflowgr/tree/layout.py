@@ -173,7 +173,7 @@ def decode_header(words: Sequence[int]) -> TreeLayout:
     if len(words) < WORDS or words[0] != MAGIC:
         raise ValueError("not a prefix tree: the buffer does not begin with its mark")
     if words[1] != VERSION:
-        raise ValueError(f"prefix tree of format version {words[1]}, expected {VERSION}")
+        raise ValueError(f"prefix tree: format version must be {VERSION}; got {words[1]}")
     length = words[2]
     if not 1 <= length <= MAX_LENGTH or len(words) < WORDS + LEVEL_WORDS * length:
         raise ValueError(f"damaged prefix tree: max_length {length}")

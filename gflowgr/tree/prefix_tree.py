@@ -239,7 +239,7 @@ class PrefixTree:
         given = tokens != -1 if mask is None else mask
         length = given.to(torch.int64).cumprod(-1).sum(-1)
         if mask is not None and bool((mask.sum(-1) != length).any()):
-            raise ValueError("mask: expected each row to be a run of true, then false")
+            raise ValueError("mask must be a run of true, then false, in each row")
         if mask is not None and bool((hole := mask & (tokens == -1)).any()):
             place = ", ".join(map(str, torch.nonzero(hole)[0].tolist()))
             raise ValueError(f"{name}[{place}] = -1 is no token, but the mask is true there")
@@ -348,7 +348,7 @@ class PrefixTree:
         items = integer_tensor(items, "items", self.device)
         if items.numel() and (int(items.min()) < -1 or int(items.max()) >= self.num_items):
             found = f"{int(items.min())}..{int(items.max())}"
-            raise ValueError(f"items: ids {found}, expected 0..{self.num_items - 1}, or -1")
+            raise ValueError(f"items must be 0..{self.num_items - 1} or -1; got ids {found}")
         leaf = self.leaf_map()[items.clamp(min=0)].to(torch.int64)
         return torch.where(items >= 0, leaf, -1)
 

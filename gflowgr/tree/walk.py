@@ -113,18 +113,18 @@ def _tree_walk_fake(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor
 
 def _check(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> None:
     if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
-        raise TypeError(f"tokens: expected integers, got {tokens.dtype}")
+        raise TypeError(f"tokens must be integers; got {tokens.dtype}")
     if tokens.dim() < 1:
-        raise ValueError("tokens: expected shape [..., L], got a scalar")
+        raise ValueError("tokens must be of shape [..., L]; got a scalar")
     if tokens.device != tree.device:
         raise ValueError(f"tokens are on {tokens.device}, the tree is on {tree.device}")
     if mask is None:
         return
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected bool, got {mask.dtype}")
+        raise TypeError(f"mask must be bool; got {mask.dtype}")
     if mask.shape != tokens.shape or mask.device != tokens.device:
         raise ValueError(
-            f"mask: expected shape {tuple(tokens.shape)} on {tokens.device}, "
+            f"mask must be of shape {tuple(tokens.shape)} on {tokens.device}; "
             f"got {tuple(mask.shape)} on {mask.device}"
         )
 

@@ -233,9 +233,9 @@ def test_wrong_arguments_are_named() -> None:
     rest = (tree, None, "vocab", 1.0, None, None, None, None, 2)
     with pytest.raises(RuntimeError, match="logits must be float32, bfloat16 or float16"):
         step(torch.zeros(1, 1, 4).double(), *ONE, *rest)
-    with pytest.raises(RuntimeError, match=r"logits: expected \[B, K, V\] with B and K of scores"):
+    with pytest.raises(RuntimeError, match=r"logits must be \[B, K, V\] with B and K of scores"):
         step(torch.zeros(1, 2, 4), *ONE, *rest)
-    with pytest.raises(RuntimeError, match="temperature: expected a number above 0, got -1"):
+    with pytest.raises(RuntimeError, match="temperature must be a number above 0; got -1"):
         step(torch.zeros(1, 1, 4), *ONE, *rest[:3], -1.0, *rest[4:])
     many = torch.zeros(1, 70_000)
     with pytest.raises(RuntimeError, match="too many candidates: 1 prompts x 70000 beams"):

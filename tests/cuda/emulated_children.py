@@ -184,7 +184,7 @@ def test_wrong_arguments_are_named() -> None:
     case = ChildrenCase.make(shop(20, (5, 6)), (2, 3), 8)
     with pytest.raises(RuntimeError, match="hidden must be float32, bfloat16 or float16"):
         replace(case, hidden=case.hidden.double()).run(CUDA)
-    with pytest.raises(RuntimeError, match="tokens: expected int64"):
+    with pytest.raises(RuntimeError, match="tokens must be int64"):
         replace(case, tokens=case.tokens.int()).run(CUDA)
-    with pytest.raises(RuntimeError, match="temperature: expected a number above 0, got -1"):
+    with pytest.raises(RuntimeError, match="temperature must be a number above 0; got -1"):
         replace(case, temperature=-1.0).run(CUDA)

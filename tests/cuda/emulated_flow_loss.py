@@ -110,11 +110,11 @@ def test_through_the_public_functions(kind: str) -> None:
 
 def test_wrong_arguments_are_named() -> None:
     case = FlowCase.make("tb", (3, 2, 4), masked=False)
-    with pytest.raises(RuntimeError, match="log_reward: expected 6 elements, got 4"):
+    with pytest.raises(RuntimeError, match="log_reward must have 6 elements; got 4"):
         CUDA.flow_loss(*replace(case, log_reward=case.log_reward[:2]).arguments())
-    with pytest.raises(RuntimeError, match="log_pf: expected float32 or float64"):
+    with pytest.raises(RuntimeError, match="log_pf must be float32 or float64"):
         CUDA.flow_loss(*replace(case, log_pf=case.log_pf.half()).arguments())
-    with pytest.raises(RuntimeError, match="kind: expected tb, db, subtb or vargrad, got ab"):
+    with pytest.raises(RuntimeError, match="kind must be tb, db, subtb or vargrad; got ab"):
         CUDA.flow_loss(*replace(case, kind="ab").arguments())
 
 

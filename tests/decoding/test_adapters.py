@@ -317,7 +317,7 @@ class TestRefusals:
             processor(FIXED, prompt_length=3)(torch.zeros(1, 1).long(), torch.zeros(1, VOCAB))
         with pytest.raises(ValueError, match="tokens up to 21, the model has 20"):
             processor(FIXED)(torch.zeros(1, 1).long(), torch.zeros(1, 20))
-        with pytest.raises(ValueError, match=r"end_token: 30, expected 0..23"):
+        with pytest.raises(ValueError, match=r"end_token must be 0\.\.23; got 30"):
             processor(FIXED, end_token=30)(torch.zeros(1, 1).long(), torch.zeros(1, VOCAB))
         with pytest.raises(ValueError, match="prompt_length is not known"):
             processor(FIXED).items(torch.zeros(1, 4).long())

@@ -235,8 +235,8 @@ def test_nan_is_reported() -> None:
         ({"temperature": 0.0}, ValueError, r"temperature must be finite and > 0; got 0\.0"),
         ({"batch_bytes": 0}, ValueError, "batch_bytes must be >= 1; got 0"),
         ({"items": torch.ones(3, 2).long()}, ValueError, r"\[B, M\] with B = 2; got \(3, 2\)"),
-        ({"items": torch.ones(2)}, TypeError, "items: expected integers"),
-        ({"items": torch.tensor([9])}, ValueError, r"items: ids 9\.\.9, expected 0\.\.6"),
+        ({"items": torch.ones(2)}, TypeError, "items must be integers"),
+        ({"items": torch.tensor([9])}, ValueError, r"items must be 0\.\.6 or -1; got ids 9\.\.9"),
     ],
 )
 def test_bad_arguments_are_named(

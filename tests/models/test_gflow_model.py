@@ -253,7 +253,7 @@ def _without_tree(folder: Path) -> None:
     ("damage", "message"),
     [
         (_without_description, "is not a gflowgr checkpoint: it has no gflowgr.json"),
-        (_other_format, "format 99, expected 1"),
+        (_other_format, "format must be 1; got 99"),
         (_unknown_setting, "not what this version writes: .*colour"),
         (_truncated_description, "not valid JSON"),
         (_without_weights, "incomplete or damaged"),

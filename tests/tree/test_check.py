@@ -71,14 +71,14 @@ DAMAGES: list[tuple[Damage, str]] = [
     (level_word(0, 4, 0), "counts and offsets"),
     (level_word(1, 4, 2), r"max_children\[1\] = 2, but it is 3"),
     (level_word(2, 0, 5), "counts and offsets"),
-    (put("child_begin", 0, 0), r"child_begin\[0\] = 0, expected 1"),
-    (put("child_begin", 1, 5), r"child_begin\[1\] = 5, expected 4"),
+    (put("child_begin", 0, 0), r"child_begin\[0\] must be 1; got 0"),
+    (put("child_begin", 1, 5), r"child_begin\[1\] must be 4; got 5"),
     (put("child_begin", 2, 3), r"child_begin\[2\] = 3 is below the one before it"),
     (put("child_begin", 3, -(2**31)), r"child_begin\[3\] = -2147483648 is below"),
     # Ascending, but node 2 would have a child at the next level but one.
-    (put("child_begin", 3, 12), r"child_begin\[3\] = 12, expected at most 10"),
+    (put("child_begin", 3, 12), r"child_begin\[3\] must be at most 10; got 12"),
     (put("child_begin", 2, 4), r"node 1 has no child and ends no identifier"),
-    (put("child_begin", 10, 2**30), r"child_begin\[10\] = 1073741824, expected 16"),
+    (put("child_begin", 10, 2**30), r"child_begin\[10\] must be 16; got 1073741824"),
     (put("leaf_rank", 1, 1), r"leaf_rank\[1\] = 1 does not count leaves"),
     (put("leaf_rank", 6, 2**31 - 1), r"leaf_rank\[6\] = 2147483647 does not count leaves"),
     (put("leaf_rank", 7, -1), r"leaf_rank\[7\] = -1 does not count leaves"),
@@ -86,13 +86,13 @@ DAMAGES: list[tuple[Damage, str]] = [
     (put("tokens", 1, 0), "the token of node 5 is not above the one of the child before it"),
     (put("tokens", 2, 2), "the token of node 6 is not above the one of the child before it"),
     (put("tokens", 5, 200), "vocab_size = 10, but the largest token is 202"),
-    (put("item_ids", 0, 2**30), r"item_ids\[0\] = 1073741824, expected 0\.\.7"),
-    (put("item_ids", 0, -(2**31)), r"item_ids\[0\] = -2147483648, expected 0\.\.7"),
+    (put("item_ids", 0, 2**30), r"item_ids\[0\] must be 0\.\.7; got 1073741824"),
+    (put("item_ids", 0, -(2**31)), r"item_ids\[0\] must be 0\.\.7; got -2147483648"),
     (put("item_ids", 3, 0), r"item_ids\[3\] = 0 is there twice|num_items"),
-    (put("item_begin", 0, 1), r"item_begin\[0\] = 1, expected 0"),
+    (put("item_begin", 0, 1), r"item_begin\[0\] must be 0; got 1"),
     (put("item_begin", 2, 2**30), r"item_begin\[2\] = 1073741824 is not above|beyond"),
     (put("item_begin", 2, -(2**31)), r"item_begin\[2\] = -2147483648 is not above"),
-    (put("item_begin", 7, 7), r"item_begin\[7\] = 7 is not above|expected 8"),
+    (put("item_begin", 7, 7), r"item_begin\[7\] = 7 is not above|must be 8; got"),
 ]
 
 
@@ -278,7 +278,7 @@ def test_an_update_of_a_damaged_tree_raises(
 def test_what_is_no_buffer_is_named() -> None:
     buffer = PrefixTree.from_identifiers(ROWS).buffer
     for wrong, message in (
-        (buffer[:-64], "bytes, expected"),
+        (buffer[:-64], "it must be .* bytes; got"),
         (buffer[1:], "multiple of 8"),
         (buffer.repeat_interleave(2)[::2], "contiguous"),
         (buffer.view(torch.int8), "uint8"),

@@ -191,12 +191,12 @@ class TestErrors:
             ([[1], []], ValueError, r"tokens\[1\] is empty"),
             ([[1, 2], [-1, -1]], ValueError, r"tokens\[1\] is empty"),
             ([[1, 2], [-1, 2]], ValueError, r"tokens\[1, 0\] = -1 stands before other tokens"),
-            ([[1, 2], [3, -7]], ValueError, r"tokens\[1, 1\] = -7 is no token"),
-            ([[1, 2**31]], ValueError, r"tokens\[0, 1\] = 2147483648 is no token"),
-            ([[0.5]], TypeError, "expected integers"),
-            ([["a"]], TypeError, "expected integers"),
-            ([1, 2], TypeError, r"tokens\[0\]: expected a sequence"),
-            (np.zeros((2, 2, 2), int), ValueError, r"expected shape \[items, L\]"),
+            ([[1, 2], [3, -7]], ValueError, r"tokens\[1, 1\] must be .*; got -7"),
+            ([[1, 2**31]], ValueError, r"tokens\[0, 1\] must be .*; got 2147483648"),
+            ([[0.5]], TypeError, "must be integers"),
+            ([["a"]], TypeError, "must be integers"),
+            ([1, 2], TypeError, r"tokens\[0\] must be a sequence"),
+            (np.zeros((2, 2, 2), int), ValueError, r"must be of shape \[items, L\]"),
         ],
     )
     @pytest.mark.parametrize("compiled", [True, False])
@@ -209,10 +209,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("items", "error", "message"),
         [
-            ([0], ValueError, r"expected shape \(2,\)"),
+            ([0], ValueError, r"must be of shape \(2,\)"),
             ([0, 0], ValueError, "item 0 is given twice"),
-            ([0, -1], ValueError, r"items\[1\] = -1"),
-            ([0.0, 1.0], TypeError, "expected integers"),
+            ([0, -1], ValueError, r"items\[1\] must be 0.*; got -1"),
+            ([0.0, 1.0], TypeError, "must be integers"),
         ],
     )
     def test_bad_items(self, items, error, message) -> None:  # type: ignore[no-untyped-def]
@@ -231,7 +231,7 @@ class TestErrors:
                 (True, True, False),
                 r"tokens\[1\] = \(5, 9\) is not .*: no item ends there",
             ),
-            ((5, 9, 2), (False, True, True), "mask: expected each row to be a run of true, then"),
+            ((5, 9, 2), (False, True, True), "mask must be a run of true, then false, in each"),
         ],
     )
     def test_validate_names_the_place(self, small, row, mask, message) -> None:  # type: ignore[no-untyped-def]
@@ -261,7 +261,7 @@ class TestErrors:
         small.validate([[5, 9, 2], [6, -1, -1]])
         with pytest.raises(ValueError, match=r"tokens\[0\] = \(1, 2, 3\) is not an identifier"):
             small.validate([[1, 2, 3]])
-        with pytest.raises(TypeError, match=r"codes: expected integers, got torch\.float32"):
+        with pytest.raises(TypeError, match=r"codes must be integers; got torch\.float32"):
             small.validate([[0.5]], name="codes")
 
     def test_validate_refuses_padding_under_a_true_mask(self, small: PrefixTree) -> None:
@@ -271,15 +271,15 @@ class TestErrors:
             small.validate(tokens, torch.ones(2, 3, dtype=torch.bool))
 
     def test_lookups_refuse_bad_arguments(self, small: PrefixTree) -> None:
-        with pytest.raises(TypeError, match=r"expected integers, got torch\.float32"):
+        with pytest.raises(TypeError, match=r"must be integers; got torch\.float32"):
             small.walk(torch.zeros(2, 3))
-        with pytest.raises(ValueError, match=r"mask: expected shape \(2, 3\)"):
+        with pytest.raises(ValueError, match=r"mask must be of shape \(2, 3\)"):
             small.walk(torch.zeros(2, 3, dtype=torch.int64), mask=torch.ones(3, dtype=torch.bool))
         with pytest.raises(ValueError, match="node = 99"):
             small.children(99)
         with pytest.raises(ValueError, match="leaf = -1"):
             small.items(-1)
-        with pytest.raises(ValueError, match=r"expected 0\.\.4"):
+        with pytest.raises(ValueError, match=r"must be 0\.\.4"):
             small.leaf_of([5])
         with pytest.raises(TypeError, match="available must be bool; got"):
             small.available_nodes(torch.ones(5))

@@ -196,9 +196,9 @@ class TestRefusals:
             tree.with_items([(1,), ()], [0, 1])
         with pytest.raises(ValueError, match=r"tokens\[0, 1\] = -1 stands before other tokens"):
             tree.with_items(np.array([[1, -1, 2]]), [0])
-        with pytest.raises(ValueError, match=r"tokens\[0, 0\] = -7 is no token"):
+        with pytest.raises(ValueError, match=r"tokens\[0, 0\] must be .*; got -7"):
             tree.with_items(np.array([[-7, 1]]), [0])
         with pytest.raises(ValueError, match="items: 1 ids, but tokens has no rows"):
             tree.with_items([], [0])
-        with pytest.raises(TypeError, match="removed: expected integers"):
+        with pytest.raises(TypeError, match="removed must be integers"):
             tree.without_items([0.5])

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "common/convert_cpu.h"
-#include "logprobs_dense/head_plan_cpu.h"
+#include "logprobs_dense/dense_plan_cpu.h"
 
 namespace gflowgr {
 

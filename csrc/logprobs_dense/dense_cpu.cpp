@@ -13,7 +13,7 @@
 // enters exactly, as 1 - p = -expm1(log p): otherwise its rounding would drown the gradient of confident
 // rows. Of the logits only E of one block exists; with a single block of at most `width` rows, it lies in
 // the memory that the gradient of the head takes afterwards, tile by tile.
-#include "logprobs_dense/head_cpu.h"
+#include "logprobs_dense/dense_cpu.h"
 
 #include <algorithm>
 #include <cmath>
@@ -23,8 +23,8 @@
 #include <vector>
 
 #include "common/gemm_cpu.h"
-#include "logprobs_dense/head_pack_cpu.h"
-#include "logprobs_dense/head_plan_cpu.h"
+#include "logprobs_dense/dense_pack_cpu.h"
+#include "logprobs_dense/dense_plan_cpu.h"
 
 namespace gflowgr {
 namespace {
@@ -36,7 +36,7 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 template <typename T>
 class Head {
  public:
-  explicit Head(const HeadPass& pass)
+  explicit Head(const DensePass& pass)
       : p_(pass),
         plan_(pass, sizeof(T)),
         kernels_(tile_kernels()),
@@ -319,8 +319,8 @@ class Head {
     });
   }
 
-  const HeadPass& p_;
-  const HeadPlan plan_;
+  const DensePass& p_;
+  const DensePlan plan_;
   const TileKernels& kernels_;
   const int64_t d_;
   const float scale_;
@@ -338,7 +338,7 @@ class Head {
 
 }  // namespace
 
-void run_head(const HeadPass& pass) {
+void run_dense(const DensePass& pass) {
   const bool pairs = pass.hidden_type == Dtype::bfloat16 && pass.weight_type == Dtype::bfloat16 &&
                      pass.width % 2 == 0 && gemm_bfloat16_available();
   if (pairs) {

@@ -11,7 +11,7 @@
 #include "common/checks.h"
 #include "common/gemm_cpu.h"
 #include "flow_loss/flow_loss.h"
-#include "logprobs_dense/head_cpu.h"
+#include "logprobs_dense/dense_cpu.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -20,7 +20,7 @@ namespace {
 
 const float* floats(const Tensor& tensor, int64_t count, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == count,
-                  name, ": expected ", count, " contiguous float32 values");
+                  name, " must be ", count, " contiguous float32 values");
   return static_cast<const float*>(tensor.data_ptr());
 }
 
@@ -35,18 +35,18 @@ Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType
 float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 // hidden [..., width] and targets [...] with as many rows.
-gflowgr::HeadPass make_pass(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+gflowgr::DensePass make_pass(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                             const Tensor& targets, double temperature) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.size(0) > 0,
-                  "weight: expected [V, d], contiguous, V > 0");
+                  "weight must be [V, d], contiguous, V > 0");
   STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.is_contiguous(),
-                  "targets: expected int64, contiguous");
-  gflowgr::HeadPass pass;
+                  "targets must be int64, contiguous");
+  gflowgr::DensePass pass;
   pass.rows = targets.numel();
   pass.vocabulary = weight.size(0);
   pass.width = weight.size(1);
   STD_TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == pass.rows * pass.width,
-                  "hidden: expected [rows, d], contiguous");
+                  "hidden must be [rows, d], contiguous");
   STD_TORCH_CHECK(gflowgr::gemm_float_available(), "this torch or CPU has no small matrix products");
   pass.hidden = hidden.data_ptr();
   pass.hidden_type = gflowgr::dtype_of(hidden, "hidden");
@@ -71,7 +71,7 @@ struct Gradients {
   Tensor hidden, weight, bias;
 };
 
-Gradients want_gradients(gflowgr::HeadPass& pass, const Tensor& hidden, const Tensor& weight, bool need_hidden,
+Gradients want_gradients(gflowgr::DensePass& pass, const Tensor& hidden, const Tensor& weight, bool need_hidden,
                          bool need_weight, bool need_bias) {
   Gradients g{make(hidden, {need_hidden ? pass.rows : 0, pass.width}, gradient_type(hidden)),
               make(weight, {need_weight ? pass.vocabulary : 0, pass.width}, gradient_type(weight)),
@@ -91,14 +91,14 @@ Gradients want_gradients(gflowgr::HeadPass& pass, const Tensor& hidden, const Te
 std::tuple<Tensor, Tensor, Tensor> head_logprobs(const Tensor& hidden, const Tensor& weight,
                                                  const std::optional<Tensor>& bias, const Tensor& targets,
                                                  double temperature, bool jacobian) {
-  gflowgr::HeadPass pass = make_pass(hidden, weight, bias, targets, temperature);
+  gflowgr::DensePass pass = make_pass(hidden, weight, bias, targets, temperature);
   Tensor log_pf = make(hidden, {pass.rows}, ScalarType::Float);
   Tensor lse = make(hidden, {pass.rows}, ScalarType::Float);
   Tensor slopes = make(hidden, {jacobian ? pass.rows : 0, pass.width}, ScalarType::Float);
   pass.log_pf = data(log_pf);
   pass.lse = data(lse);
   if (jacobian) pass.grad_hidden = slopes.data_ptr();
-  gflowgr::run_head(pass);
+  gflowgr::run_dense(pass);
   return {log_pf, lse, slopes};
 }
 
@@ -106,13 +106,13 @@ std::tuple<Tensor, Tensor, Tensor> head_backward(const Tensor& grad, const Tenso
                                                  const std::optional<Tensor>& bias, const Tensor& targets,
                                                  const Tensor& log_pf, const Tensor& lse, double temperature,
                                                  bool need_hidden, bool need_weight, bool need_bias) {
-  gflowgr::HeadPass pass = make_pass(hidden, weight, bias, targets, temperature);
+  gflowgr::DensePass pass = make_pass(hidden, weight, bias, targets, temperature);
   pass.known = true;
   pass.log_pf = const_cast<float*>(floats(log_pf, pass.rows, "log_pf"));
   pass.lse = const_cast<float*>(floats(lse, pass.rows, "lse"));
   pass.upstream = floats(grad, pass.rows, "grad");
   Gradients g = want_gradients(pass, hidden, weight, need_hidden, need_weight, need_bias);
-  gflowgr::run_head(pass);
+  gflowgr::run_dense(pass);
   return {g.hidden, g.weight, g.bias};
 }
 
@@ -122,17 +122,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_flow_los
     double temperature, const Tensor& log_reward, const std::optional<Tensor>& flow, int64_t kind, double lam,
     double beta, std::optional<double> floor, int64_t reduction, double sft_weight, bool need_hidden,
     bool need_weight, bool need_bias, bool need_log_reward, bool need_flow) {
-  gflowgr::HeadPass pass = make_pass(hidden, weight, bias, targets, temperature);
-  STD_TORCH_CHECK(targets.dim() == 3, "targets: expected [B, N, L]");
-  const int64_t prompts = targets.size(0), branches = targets.size(1), steps = targets.size(2);
-  const int64_t trajectories = prompts * branches;
-  Tensor log_pf = make(hidden, {prompts, branches, steps}, ScalarType::Float);
+  gflowgr::DensePass pass = make_pass(hidden, weight, bias, targets, temperature);
+  STD_TORCH_CHECK(targets.dim() == 3, "targets must be [B, N, L]");
+  const int64_t prompts = targets.size(0), N = targets.size(1), L = targets.size(2);
+  const int64_t trajectories = prompts * N;
+  Tensor log_pf = make(hidden, {prompts, N, L}, ScalarType::Float);
   Tensor lse = make(hidden, {pass.rows}, ScalarType::Float);
   Tensor losses = make(hidden, {trajectories}, ScalarType::Float);
   Tensor slopes = make(hidden, {pass.rows}, ScalarType::Float);
   const auto mask = std::make_unique<bool[]>(pass.rows);
   for (int64_t row = 0; row < pass.rows; ++row) mask[row] = pass.targets[row] >= 0;
-  Tensor grad_reward = make(hidden, {need_log_reward ? prompts : 0, branches}, ScalarType::Float);
+  Tensor grad_reward = make(hidden, {need_log_reward ? prompts : 0, N}, ScalarType::Float);
   const int64_t flows = flow.has_value() ? flow->numel() : 0;
   Tensor grad_flow = make(hidden, {need_flow ? flows : 0}, ScalarType::Float);
 
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_flow_los
   params.floor = floor.value_or(0.0);
   int64_t valid_prompts = 0, valid_trajectories = 0;
   for (int64_t b = 0; b < prompts; ++b) {
-    const int64_t valid = gflowgr::flow_valid_trajectories(mask.get(), b, branches, steps);
+    const int64_t valid = gflowgr::flow_valid_trajectories(mask.get(), b, N, L);
     valid_prompts += valid > 0;
     valid_trajectories += valid;
   }
@@ -159,20 +159,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_flow_los
   arrays.grad_log_pf = data(slopes);
   arrays.grad_log_reward = need_log_reward ? data(grad_reward) : nullptr;
   arrays.grad_target = need_flow ? data(grad_flow) : nullptr;
-  arrays.N = branches;
-  arrays.L = steps;
+  arrays.N = N;
+  arrays.L = L;
 
   pass.log_pf = data(log_pf);
   pass.lse = data(lse);
   pass.upstream = data(slopes);
-  pass.rows_per_prompt = std::max<int64_t>(branches * steps, 1);
+  pass.rows_per_prompt = std::max<int64_t>(N * L, 1);
   pass.on_block = [&](int64_t first, int64_t last) {
     for (int64_t b = first / pass.rows_per_prompt; b < last / pass.rows_per_prompt; ++b) {
       gflowgr::flow_prompt(params, arrays, b);
     }
   };
   Gradients g = want_gradients(pass, hidden, weight, need_hidden, need_weight, need_bias);
-  gflowgr::run_head(pass);
+  gflowgr::run_dense(pass);
   if (pass.rows == 0) {  // no tokens: still losses and gradients to be zeroed
     for (int64_t b = 0; b < prompts; ++b) gflowgr::flow_prompt(params, arrays, b);
   }

@@ -8,7 +8,7 @@
 #include <new>
 #include <vector>
 
-#include "logprobs_dense/head_cpu.h"
+#include "logprobs_dense/dense_cpu.h"
 
 namespace gflowgr {
 
@@ -35,7 +35,7 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-struct HeadPlan {
+struct DensePlan {
   std::vector<int64_t> valid;        // rows with a target, ascending
   std::vector<int64_t> block_begin;  // into `valid`, with its size at the end
   int64_t chunk = 0;                 // rows per chunk, a multiple of kGroup
@@ -46,7 +46,7 @@ struct HeadPlan {
 
   int64_t blocks() const { return static_cast<int64_t>(block_begin.size()) - 1; }
 
-  HeadPlan(const HeadPass& pass, int64_t exponential_bytes) {
+  DensePlan(const DensePass& pass, int64_t exponential_bytes) {
     for (int64_t row = 0; row < pass.rows; ++row) {
       if (pass.targets[row] >= 0) valid.push_back(row);
     }

@@ -4,14 +4,14 @@
 #include <cstdint>
 #include <functional>
 
-#include "logprobs_dense/head_tile_cpu.h"
+#include "logprobs_dense/dense_tile_cpu.h"
 
 namespace gflowgr {
 
 // One pass over the head. Rows whose target is negative are masked: never read, outputs zero. The
 // target `vocabulary` stands for a token that lies elsewhere (in a shard of the vocabulary); a larger one is
 // no token, and what is made of its row is NaN.
-struct HeadPass {
+struct DensePass {
   const void* hidden;  // [rows, width]
   Dtype hidden_type;
   const void* weight;  // [vocabulary, width]
@@ -44,6 +44,6 @@ struct HeadPass {
 };
 
 // Needs gemm_float_available().
-void run_head(const HeadPass& pass);
+void run_dense(const DensePass& pass);
 
 }  // namespace gflowgr

@@ -1,4 +1,4 @@
-#include "logprobs_dense/head_tile_cpu.h"
+#include "logprobs_dense/dense_tile_cpu.h"
 
 #include <cmath>
 #include <cstring>
