@@ -6,15 +6,19 @@ sampler, and the estimated-score signal of the reward. All are optional.
 
 from __future__ import annotations
 
-from gflowgr.collaborative.base import CollaborativeModel
+from gflowgr.collaborative.base import CollaborativeModel, score_positions
 from gflowgr.collaborative.embedding import EmbeddingScorer
+from gflowgr.collaborative.ensemble import AverageModel, CrossFitted
 from gflowgr.collaborative.popularity import Popularity
 from gflowgr.collaborative.sasrec import SASRec, SASRecConfig
 
 __all__ = [
+    "AverageModel",
     "CollaborativeModel",
+    "CrossFitted",
     "EmbeddingScorer",
     "Popularity",
     "SASRec",
     "SASRecConfig",
+    "score_positions",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -133,3 +133,63 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise DataError(f"{path} holds a {type(config).__name__}, expected an object")
     return config
+
+
+def positions_to_score(histories: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
+    """The real positions among the chosen ones, bool [W, H]; None: all real ones.
+
+    Raises:
+        ValueError: ``chosen`` is not a bool tensor of the histories' shape.
+    """
+    real = histories >= 0
+    if chosen is None:
+        return real
+    if chosen.dtype != torch.bool or chosen.shape != histories.shape:
+        raise ValueError(
+            f"chosen must be a bool tensor of shape {tuple(histories.shape)}; "
+            f"got {chosen.dtype} of shape {tuple(chosen.shape)}"
+        )
+    return real & chosen
+
+
+def score_positions(
+    model: CollaborativeModel,
+    histories: torch.Tensor,
+    chosen: torch.Tensor | None = None,
+    *,
+    users: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Score the whole catalogue after each prefix of whole sequences.
+
+    Position p of a row scores what follows ``histories[row, :p + 1]``, as ``model.score`` of that
+    prefix does. A model with a method ``score_positions(histories, chosen)`` does so in one pass
+    over the sequences; of any other, every prefix is scored by itself.
+
+    Args:
+        model: the model.
+        histories: int64 [W, H], item ids, oldest first, left-aligned, padded with -1 on the right.
+        chosen: bool [W, H], the positions to score; padding is never scored. None: all real ones.
+        users: int64 [W], of whom the rows are. A model that was fitted without some of its users
+            (:class:`~gflowgr.collaborative.CrossFitted`) then scores each by the part that has
+            not seen them, as it must for training prompts; other models do not look at it.
+
+    Returns:
+        float32 [K, num_items], a row for each scored position, in row-major order.
+
+    Raises:
+        ValueError: as ``model.score``, or ``chosen`` or ``users`` of a wrong shape.
+    """
+    if users is not None and users.shape != histories.shape[:1]:
+        raise ValueError(
+            f"users must be of shape {tuple(histories.shape[:1])}; got {tuple(users.shape)}"
+        )
+    of_users: Callable[..., torch.Tensor] | None
+    of_users = getattr(model, "score_positions_of_users", None)
+    if users is not None and of_users is not None:
+        return of_users(users, histories, chosen)
+    in_one_pass: Callable[..., torch.Tensor] | None = getattr(model, "score_positions", None)
+    if in_one_pass is not None:
+        return in_one_pass(histories, chosen)
+    rows, places = positions_to_score(histories, chosen).nonzero(as_tuple=True)
+    later = torch.arange(histories.shape[1], device=histories.device) > places[:, None]
+    return model.score(histories[rows].masked_fill(later, -1))

@@ -8,7 +8,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from gflowgr.collaborative.base import check_score_inputs, load_saved, save_model
+from gflowgr.collaborative.base import (
+    check_score_inputs,
+    load_saved,
+    positions_to_score,
+    save_model,
+)
 from gflowgr.errors import DataError
 from gflowgr.files import load_npy
 from gflowgr.transfer import to_device
@@ -69,6 +74,17 @@ class EmbeddingScorer:
         if items is None:
             return user @ self._unit.t()
         return torch.einsum("bd,bmd->bm", user, self._unit[items.to(device).long()])
+
+    def score_positions(
+        self, histories: torch.Tensor, chosen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See :func:`gflowgr.collaborative.score_positions`; running means of the history."""
+        check_score_inputs(histories, None, self.num_items)
+        where = to_device(positions_to_score(histories, chosen), self._unit.device)
+        histories = to_device(histories.long(), self._unit.device)
+        count = torch.arange(1, histories.shape[1] + 1, device=histories.device)
+        means = self._unit[histories.clamp_min(0)].cumsum(1) / count[:, None]
+        return means[where] @ self._unit.t()
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each atomically."""

@@ -15,7 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gflowgr.collaborative.base import check_score_inputs, load_saved, save_model
+from gflowgr.collaborative.base import (
+    check_score_inputs,
+    load_saved,
+    positions_to_score,
+    save_model,
+)
 from gflowgr.errors import DataError
 from gflowgr.ops import fused_vargrad_loss
 from gflowgr.plain_settings import make_plain
@@ -216,6 +221,43 @@ class SASRec(nn.Module):
         if not bool(empty.any()):
             return scores
         return torch.where(to_device(empty, states.device)[:, None], prior, scores)
+
+    @torch.no_grad()
+    def position_states(self, histories: torch.Tensor) -> torch.Tensor:
+        """The state after each prefix of whole sequences, float32 [W, H, d_model].
+
+        One causal pass gives those of all prefixes of at most ``max_length`` items. A longer
+        prefix is cut to its last items, as :meth:`score` does, and so needs a pass of its own.
+
+        Args:
+            histories: int64 [W, H], left-aligned, padded with -1 on the right; anything stands
+                at padding.
+        """
+        check_score_inputs(histories, None, self.num_items)
+        device = self.items.weight.device
+        histories = to_device(histories.long(), device)
+        most = self.settings.max_length
+        if histories.numel() == 0:
+            return self.items.weight.new_zeros(*histories.shape, self.settings.d_model)
+        first = histories[:, :most]
+        states = self._encode(first, torch.arange(first.shape[1], device=device), None, 0.0)
+        if histories.shape[1] <= most:
+            return states
+        windows = histories[:, 1:].unfold(1, most, 1)
+        real = windows[:, :, -1] >= 0
+        later = states.new_zeros(*real.shape, states.shape[2])
+        if bool(real.any()):
+            places = torch.arange(most, device=device)
+            later[real] = self._encode(windows[real], places, None, 0.0)[:, -1]
+        return torch.cat([states, later], dim=1)
+
+    @torch.no_grad()
+    def score_positions(
+        self, histories: torch.Tensor, chosen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See :func:`gflowgr.collaborative.score_positions`; one pass over the sequences."""
+        where = to_device(positions_to_score(histories, chosen), self.items.weight.device)
+        return self.position_states(histories)[where] @ self.items.weight.t()
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, each atomically."""

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from transformers import (
 from gflowgr import files
 from gflowgr.collaborative import SASRec, SASRecConfig
 from gflowgr.collaborative.base import CONFIG_NAME, WEIGHTS_NAME
-from gflowgr.data import LeaveOneOut, pad_histories
+from gflowgr.data import LeaveOneOut, Ragged, pad_histories
 from gflowgr.distributed import first_process_finds
 from gflowgr.evaluation.metrics import ndcg, ranks_of_targets, recall
 from gflowgr.folders import MANIFEST_NAME, find_damage, output_lock, write_manifest
@@ -53,6 +54,7 @@ def train_sasrec(
     patience: int = 3,
     seed: int = 42,
     eval_users: int | None = None,
+    users: np.ndarray | None = None,
     resume: bool = True,
     progress: bool = True,
 ) -> SASRec:
@@ -76,6 +78,8 @@ def train_sasrec(
         patience: stop after this many epochs without a better validation N@10.
         seed: of the initial weights, the order of batches and the dropout.
         eval_users: evaluate on this many random validation users (None: all of them).
+        users: train on the sequences of these users [n] alone, all of them being evaluated as
+            before; None: all.
         resume: go on from what ``output_dir`` holds; False removes that run first.
         progress: show a progress bar.
 
@@ -112,6 +116,10 @@ def train_sasrec(
         "seed": seed,
         "eval_users": eval_users,
     }
+    sequences = split.train_sequences
+    if users is not None:
+        sequences = _of_users(sequences, users)
+        settings["users"] = [len(users), zlib.crc32(np.asarray(users, np.int64).tobytes())]
     arguments = TrainingArguments(
         output_dir=str(folder / CHECKPOINTS_NAME),
         num_train_epochs=epochs,
@@ -149,12 +157,13 @@ def train_sasrec(
                 if not resume:
                     _remove_run(folder)
                 files.write_json(folder / SETTINGS_NAME, {"settings": settings, "finished": False})
-        return _train(arguments, split, config, settings, folder, progress)
+        return _train(arguments, split, sequences, config, settings, folder, progress)
 
 
 def _train(
     arguments: TrainingArguments,
     split: LeaveOneOut,
+    sequences: Ragged,
     config: SASRecConfig,
     settings: dict[str, Any],
     folder: Path,
@@ -165,9 +174,10 @@ def _train(
     checkpoint = first_process_finds(lambda: last_complete_checkpoint(folder / CHECKPOINTS_NAME))
     torch.manual_seed(settings["seed"])
     model = SASRec(config)
-    shares = (split.item_counts + 1) / (split.item_counts + 1).sum()
+    counts = 1 + np.bincount(sequences.values, minlength=split.num_items)
+    shares = counts / counts.sum()
     model.empty_scores.copy_(torch.from_numpy(np.log(shares)))
-    trainer = SASRecTrainer(model, arguments, split, eval_users=settings["eval_users"])
+    trainer = SASRecTrainer(model, arguments, split, sequences, eval_users=settings["eval_users"])
     trainer.add_callback(_LogEachEpoch())
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=patience))
     if progress:
@@ -206,10 +216,11 @@ class SASRecTrainer(CheckpointTrainer):
         model: SASRec,
         args: TrainingArguments,
         split: LeaveOneOut,
+        train_sequences: Ragged,
         *,
         eval_users: int | None = None,
     ) -> None:
-        sequences = PackedSequences(split.train_sequences, model.settings.max_length)
+        sequences = PackedSequences(train_sequences, model.settings.max_length)
         # evaluate() ranks the split's users; the base class only wants to see a data set there.
         super().__init__(model=model, args=args, train_dataset=sequences, eval_dataset=sequences)
         self.remove_callback(PrinterCallback)
@@ -277,6 +288,16 @@ class SASRecTrainer(CheckpointTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         folder = checkpoint.parent / f"checkpoint-{self.state.best_global_step}"
         self._load_from_checkpoint(str(folder))
+
+
+def _of_users(sequences: Ragged, users: np.ndarray) -> Ragged:
+    """The sequences of some users, in their order."""
+    users = np.asarray(users)
+    if users.ndim != 1 or users.dtype.kind not in "iu" or len(np.unique(users)) < len(users):
+        raise ValueError(f"users must be different user numbers [n]; got {users!r}")
+    if len(users) == 0 or users.min() < 0 or users.max() >= len(sequences):
+        raise ValueError(f"users must be at least one of 0..{len(sequences) - 1}; got {users!r}")
+    return sequences.slices(sequences.offsets[users], sequences.offsets[users + 1])
 
 
 class _LogEachEpoch(TrainerCallback):
