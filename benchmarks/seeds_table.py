@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from gflowgr.evaluation.metrics import gains, hits
+from gflowgr.report.tables import markdown_table
 
 METRICS = ("R@5", "R@10", "N@5", "N@10", "utility@10")
 BASELINE, METHOD = "SFT continued", "GFlowGR-TB"
@@ -95,23 +96,29 @@ def _column(results: Sequence[dict[str, Any]], method: str, metric: str) -> np.n
 def _tables(
     results: Sequence[dict[str, Any]], seeds: list[int], differences: list[dict[str, list[float]]]
 ) -> str:
-    head = f"| | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}\n"
-    text = f"Test users, mean and standard deviation over seeds {seeds}:\n\n" + head
+    rows = []
     for method in results[0]["methods"]:
         cells = []
         for metric in METRICS:
             values = _column(results, method, metric)
             cells.append(f"{values.mean():.4f} ± {values.std(ddof=1):.4f}")
-        text += f"| {method} | {' | '.join(cells)} |\n"
-    text += f"\n{METHOD} less {BASELINE}, per seed (95 % bootstrap interval over users):\n\n" + head
+        rows.append([method, *cells])
+    paired = []
     for seed, row in zip(seeds, differences, strict=True):
         cells = [f"{m:+.4f} ({low:+.4f}, {high:+.4f})" for m, low, high in row.values()]
-        text += f"| seed {seed} | {' | '.join(cells)} |\n"
+        paired.append([f"seed {seed}", *cells])
     cells = []
     for metric in METRICS:
         values = np.array([row[metric][0] for row in differences])
         cells.append(f"{values.mean():+.4f} ± {values.std(ddof=1):.4f}")
-    return text + f"| mean ± deviation | {' | '.join(cells)} |\n"
+    paired.append(["mean ± deviation", *cells])
+    head, align = ["", *METRICS], "l" * (1 + len(METRICS))
+    return (
+        f"Test users, mean and standard deviation over seeds {seeds}:\n\n"
+        f"{markdown_table([head, *rows], align)}\n\n"
+        f"{METHOD} less {BASELINE}, per seed (95 % bootstrap interval over users):\n\n"
+        f"{markdown_table([head, *paired], align)}\n"
+    )
 
 
 def _write_json(

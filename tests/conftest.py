@@ -32,7 +32,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny run, carried out once by the command line without interruption."""
     from support.tiny_run import tiny_run, write_config
 
-    from gflowgr.cli.main import main
+    from gflowgr.cli import main
 
     folder = tmp_path_factory.mktemp("finished")
     config = write_config(folder / "run.yaml", tiny_run(folder / "run"))

@@ -102,7 +102,7 @@ def test_settings_in_tables_are_read_too(tmp_path: Path) -> None:
 
 
 def parse_gflowgr(words: list[str]) -> None:
-    from gflowgr.cli.main import _parser
+    from gflowgr.cli.command_line import _parser
 
     args = _parser().parse_args(words)
     config = getattr(args, "config", None)
@@ -173,7 +173,7 @@ def test_commands_are_what_the_programs_take(
             except SystemExit as end:
                 pytest.fail(f"{block.place}: {part.strip()}: exit code {end.code}")
             if block.marker == "run":
-                from gflowgr.cli.main import main
+                from gflowgr.cli import main
 
                 assert program == "gflowgr"
                 assert main(words[1:]) == 0, part

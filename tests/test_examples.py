@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from gflowgr import backends
-from gflowgr.cli import main as cli
+from gflowgr.cli import command_line as cli
 from gflowgr.runs import RunConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -12,7 +12,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from gflowgr.cli.main import _parser as make_parser
+from gflowgr.cli.command_line import _parser as make_parser
 
 WIDTH = 96
 

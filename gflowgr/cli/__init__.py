@@ -1,1 +1,5 @@
-"""The ``gflowgr`` command (:mod:`gflowgr.cli.main`): one module per subcommand."""
+"""The ``gflowgr`` command, :func:`main`: one module per subcommand."""
+
+from .command_line import main
+
+__all__ = ["main"]

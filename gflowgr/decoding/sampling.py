@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..models.backbone import evaluating, real_prompt
+from ..ops.precision import compute_dtype
 from ..tree import PrefixTree
 from ..tree.admissible import admissible_for
 from .decoders import decoder_for
@@ -156,7 +157,7 @@ def sample_items(
     if bool(drawn.log_q.isnan().any()):
         row = int(drawn.log_q.isnan().any(1).nonzero()[0])
         raise FloatingPointError(f"the model's scores are NaN (first in prompt {row})")
-    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(model.dtype)
     items = drawn.ids[:, :num_samples]
     tokens = tree.identifiers(items.clamp_min(0)).masked_fill((items < 0).unsqueeze(-1), -1)
     noise = None if replacement or drawn.noise is None else drawn.noise.to(dtype)

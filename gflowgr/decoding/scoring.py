@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.backbone import evaluating, real_prompt
+from ..ops.precision import compute_dtype
 from ..tree import PrefixTree
 from .decoders import GenericDecoder, StepDecoder, decoder_for, decoder_kind
 from .node_rows import distinct, parents_of
@@ -83,7 +84,7 @@ def item_logprobs(
         place = tree.leaf_of(torch.arange(tree.num_items, device=device)).unsqueeze(0)
     else:
         leaves, place = distinct(tree.leaf_of(items if items.dim() == 2 else items.unsqueeze(0)))
-    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(model.dtype)
     if batch == 0 or place.shape[1] == 0:
         return torch.empty(batch, place.shape[1], dtype=dtype, device=device)
     scores = torch.empty(batch, leaves.shape[1], dtype=dtype, device=device)

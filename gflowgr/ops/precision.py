@@ -15,10 +15,11 @@ _AUTOCAST_DEVICES = frozenset(
 )
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any of the tensors is float64, float32 otherwise."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype == torch.float64:
+def compute_dtype(*of: Tensor | torch.dtype | None) -> torch.dtype:
+    """float64 if any of the tensors or dtypes is float64, float32 otherwise."""
+    for each in of:
+        dtype = each.dtype if isinstance(each, Tensor) else each
+        if dtype == torch.float64:
             return torch.float64
     return torch.float32
 

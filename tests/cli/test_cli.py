@@ -12,8 +12,8 @@ import pytest
 from support.command_line import Capture, call, without_bars
 
 from gflowgr import __version__
+from gflowgr.cli import main
 from gflowgr.cli.importing import FORMATS, add_import, import_arguments
-from gflowgr.cli.main import main
 from gflowgr.data import importers, load_dataset
 
 

@@ -309,9 +309,9 @@ class TestRefusals:
     def test_values_out_of_range_are_named(self) -> None:
         with pytest.raises(ValueError, match=r"normalize must be .* got 'all'"):
             processor(FIXED, normalize="all")
-        with pytest.raises(ValueError, match="end_token must be .*; got -1"):
+        with pytest.raises(ValueError, match=r"end_token must be .*; got -1"):
             processor(FIXED, end_token=-1)
-        with pytest.raises(ValueError, match="prompt_length must be .*; got -2"):
+        with pytest.raises(ValueError, match=r"prompt_length must be .*; got -2"):
             processor(FIXED, prompt_length=-2)
         with pytest.raises(ValueError, match="prompt_length = 3, but only 1"):
             processor(FIXED, prompt_length=3)(torch.zeros(1, 1).long(), torch.zeros(1, VOCAB))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gflowgr.cli import identifiers as command
-from gflowgr.cli.main import main
+from gflowgr.cli import main
 from gflowgr.data import generate_builtin, load_dataset, save_dataset
 from gflowgr.identifiers import METHODS, read_index
 from gflowgr.identifiers.collisions import Collisions

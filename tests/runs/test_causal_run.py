@@ -11,7 +11,7 @@ from support.tiny_causal import causal_folder
 from support.tiny_run import results, tiny_run, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gflowgr.cli.main import main
+from gflowgr.cli import main
 from gflowgr.files import read_json
 from gflowgr.training import GFlowGRTrainer
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from support.tiny_experiment import tiny_experiment
 
-from gflowgr.cli.main import main
+from gflowgr.cli import main
 from gflowgr.files import read_json, write_json
 from gflowgr.models import GFlowModel
 from gflowgr.runs import ConfigError, ExperimentSpec, cells_of

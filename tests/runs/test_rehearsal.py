@@ -11,7 +11,7 @@ import pytest
 import yaml
 from support.tiny_experiment import tiny_experiment
 
-from gflowgr.cli.main import main
+from gflowgr.cli import main
 from gflowgr.data import generate_builtin, save_dataset
 from gflowgr.files import read_json
 from gflowgr.runs import ExperimentSpec, cells_of, rehearsal_of, shipped_specs

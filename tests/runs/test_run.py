@@ -18,7 +18,7 @@ import torch
 from support.tiny_run import METHODS, results, tiny_run, write_config
 
 from gflowgr import files
-from gflowgr.cli.main import main
+from gflowgr.cli import main
 from gflowgr.files import read_json
 from gflowgr.runs import ConfigError, RunConfig, run
 from gflowgr.training import GFlowGRTrainer

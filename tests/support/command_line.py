@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gflowgr.cli.main import main
+from gflowgr.cli import main
 
 Capture = pytest.CaptureFixture[str]
 

@@ -275,9 +275,9 @@ class TestErrors:
             small.walk(torch.zeros(2, 3))
         with pytest.raises(ValueError, match=r"mask must be of shape \(2, 3\)"):
             small.walk(torch.zeros(2, 3, dtype=torch.int64), mask=torch.ones(3, dtype=torch.bool))
-        with pytest.raises(ValueError, match="node must be 0..6; got 99"):
+        with pytest.raises(ValueError, match=r"node must be 0\.\.6; got 99"):
             small.children(99)
-        with pytest.raises(ValueError, match="leaf must be .*; got -1"):
+        with pytest.raises(ValueError, match=r"leaf must be .*; got -1"):
             small.items(-1)
         with pytest.raises(ValueError, match=r"must be 0\.\.4"):
             small.leaf_of([5])
