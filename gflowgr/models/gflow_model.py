@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops import trajectory_logprobs
 from ..rewards.fusion import RewardFusion
-from ..tree import PrefixTree
+from ..tree import PrefixTree, item_flows
 from .backbone import evaluating, output_head
-from .checkpoint import (
-    check_manifest,
-    damage_named,
-    load_heads,
-    load_weights,
-    read_parts,
-    save_model,
-)
 from .heads import PartitionHead, StateFlow, partial_log_reward
-from .hub import model_folder, push_model
 from .objective import (
     Head,
+    flow_kl_loss,
     flow_logs,
     flow_statistics,
     fusion_term,
@@ -38,6 +28,8 @@ from .packed import trajectory_hidden_states
 from .preference_objective import best_and_worst, preference_loss
 from .prompts import TIGER_PROMPT, PromptLayout
 from .reference import Reference
+from .saved_model import SavedModel
+from .sequences import sequence_hidden_states
 from .settings import FlowSettings
 from .vocabulary import IdentifierVocabulary
 
@@ -47,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["FlowSettings", "GFlowModel"]
 
 
-class GFlowModel(nn.Module):
+class GFlowModel(SavedModel):
     """What the trainer trains: an ordinary ``transformers`` backbone, and what GFlowGR adds to it.
 
     Args:
@@ -80,7 +72,7 @@ class GFlowModel(nn.Module):
         self.state_flow: StateFlow | None = None
         self.fusion: RewardFusion | None = None
         self.reference: Reference | None = None
-        if settings.objective == "sft":
+        if settings.objective == "sft" or settings.has_exact_flows:
             return
         width = output_head(backbone)[0].shape[1]
         self.fusion = RewardFusion(len(settings.signals), settings.fusion)
@@ -126,6 +118,8 @@ class GFlowModel(nn.Module):
         *,
         signals: Tensor | None = None,
         log_proposal: Tensor | None = None,
+        states: Tensor | None = None,
+        catalogue_log_reward: Tensor | None = None,
         flow_share: float = 1.0,
     ) -> dict[str, Tensor]:
         """The joint objective (GFlowGR, eq. of the joint loss), through the fused losses.
@@ -143,6 +137,13 @@ class GFlowModel(nn.Module):
             log_proposal: log-probability with which a sampler drew each trajectory [B, N]; NaN for
                 those that were not drawn, the positive among them. Read if
                 ``settings.importance_clip`` is set.
+            states: of whole sequences: where in its row each token is predicted [B, N, L], as in
+                :class:`~gflowgr.models.sequences.SequencePrompts`. Then ``input_ids`` are
+                sequences, and each of a row's N items with a real token is the one trajectory of
+                its own prompt, of which there are T in all, row by row. Objectives ``"sft"`` and
+                ``"flow_kl"``.
+            catalogue_log_reward: log R of every item [B, items] ([T, items] with ``states``), -inf
+                for none; ``"flow_kl"`` needs it.
             flow_share: multiplies the flow's, or the preference's, part of the loss. For a part of
                 a larger batch, if that term is a mean over trajectories or pairs of the larger one,
                 of which the parts have different numbers per prompt.
@@ -162,6 +163,10 @@ class GFlowModel(nn.Module):
                 where the settings ask for importance weights; or what the fused losses refuse.
         """
         settings = self.settings
+        if states is not None or settings.has_exact_flows:
+            return self._exact(
+                input_ids, attention_mask, tokens, mask, states, catalogue_log_reward, flow_share
+            )
         alone = settings.in_rounds and tokens.shape[1] == 1
         if settings.objective == "sft" or alone:
             tokens = tokens[:, :1]
@@ -221,6 +226,40 @@ class GFlowModel(nn.Module):
         self.reference = Reference.of(self.backbone)
 
     # ---- parts of the objective ----
+
+    def _exact(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None,
+        states: Tensor | None,
+        catalogue_log_reward: Tensor | None,
+        flow_share: float,
+    ) -> dict[str, Tensor]:
+        """:meth:`forward` of whole sequences, and of ``"flow_kl"``."""
+        if mask is None:
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+        if states is None:
+            hidden, _ = self._states(input_ids, attention_mask, tokens, mask)
+        else:
+            valid = mask.any(-1)
+            hidden = sequence_hidden_states(self.backbone, input_ids, states, valid)
+            tokens, mask = tokens[valid].unsqueeze(1), mask[valid].unsqueeze(1)
+        if not self.settings.has_exact_flows:
+            loss = supervised_loss(self.settings, self._head(), hidden, tokens, mask)
+            return {"loss": loss, "loss_gr": loss.detach()}
+        if catalogue_log_reward is None:
+            raise ValueError(
+                "catalogue_log_reward is required by the objective "
+                f"{self.settings.objective!r}; got None"
+            )
+        self._place_tree()
+        flows = item_flows(self.tree, catalogue_log_reward)
+        loss, logs = flow_kl_loss(
+            self.settings, self._head(), hidden, tokens, mask, flows, flow_share=flow_share
+        )
+        return {"loss": loss, **logs}
 
     def _preference(
         self,
@@ -349,93 +388,6 @@ class GFlowModel(nn.Module):
     def _place_tree(self) -> None:
         if self.tree.device != self.device:
             self.tree = self.tree.to(self.device)
-
-    # ---- checkpoints: see gflowgr.models.checkpoint ----
-
-    def save_pretrained(
-        self, folder: Path | str, state: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Save an ordinary ``transformers`` checkpoint (with the tokenizer, if there is one; LoRA
-        added into the weights), ``tree.safetensors``, the flow heads and the learned fusion
-        (``heads.safetensors``) and ``gflowgr.json``; of a model sharded by FSDP2 its gathered
-        ``state``.
-
-        A model that is in the folder is replaced, other files stay. What is written holds no
-        pickle and no local path, and a manifest with which :meth:`from_pretrained` checks it.
-        """
-        save_model(self, Path(folder), whole=True, state=state)
-
-    def save_checkpoint(
-        self, folder: Path | str, state: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Save what :meth:`load_weights` reads: with LoRA the adapters instead of the backbone;
-        and the reference, if there is one (``reference.safetensors``)."""
-        save_model(self, Path(folder), whole=False, state=state)
-
-    def load_weights(self, folder: Path | str) -> None:
-        """Load the weights that :meth:`save_checkpoint` wrote into this model, in place.
-
-        Raises:
-            DataError: the folder is damaged, or the objective needs a reference, and the folder has
-                none for this model.
-        """
-        check_manifest(Path(folder))
-        load_weights(self, Path(folder))
-        if self.settings.has_reference:
-            self.reference = Reference.load(Path(folder), self.backbone)
-
-    @classmethod
-    def from_pretrained(
-        cls, place: Path | str, *, revision: str | None = None, token: str | None = None
-    ) -> GFlowModel:
-        """Load what :meth:`save_pretrained` or :meth:`push_to_hub` wrote.
-
-        Args:
-            place: a folder, or the id of a model on the hub (``"owner/name"``).
-            revision: branch, tag or commit on the hub.
-            token: access token of the hub; by default the stored one.
-
-        Raises:
-            DataError: there is no such model, it is not a gflowgr checkpoint, of an unknown format,
-                or damaged.
-        """
-        folder = model_folder(place, revision=revision, token=token)
-        parts = read_parts(folder)
-        with damage_named(folder):
-            model = cls(**parts)
-            load_heads(model, folder)
-        return model
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        card: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        message: str = "Upload a gflowgr model",
-        state: Mapping[str, Tensor] | None = None,
-    ) -> str:
-        """Save the model into a repository of the hub, which is made if it is not there.
-
-        Files of an earlier model in the repository are replaced in the same commit.
-
-        Args:
-            repo_id: ``"owner/name"``, or a name of your own.
-            card: README.md; none: a card is written from the model, unless the repository has one.
-            private: of a new repository; none: as its owner has set.
-            token: access token; by default the stored one.
-            message: of the commit.
-            state: of a model sharded by FSDP2, gathered.
-
-        Returns:
-            URL of the commit.
-
-        Raises:
-            ValueError: ``repo_id`` is no id.
-        """
-        options: dict[str, Any] = {"card": card, "private": private, "token": token}
-        return push_model(self, repo_id, message=message, state=state, **options)
 
     # ---- as the Trainer calls them ----
 

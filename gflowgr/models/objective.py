@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import fused_flow_loss, fused_vargrad_loss, trajectory_logprobs
+from ..ops import fused_flow_kl, fused_flow_loss, fused_vargrad_loss, trajectory_logprobs
 from ..ops.flow_loss.op import flow_loss
 from ..ops.flow_loss.reference import FlowOptions, prepare, reduce_trajectories, valid_mean
 from ..ops.precision import compute_dtype
 from ..rewards.fusion import RewardFusion
+from ..tree import ItemFlows
 from .heads import partial_log_reward
 from .settings import FlowSettings
 
@@ -73,6 +74,42 @@ def supervised_loss(
         **head,
     )
     return loss
+
+
+def flow_kl_loss(
+    settings: FlowSettings,
+    head: Head,
+    hidden: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    flows: ItemFlows,
+    *,
+    flow_share: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_GR + gfn_weight * the flow's divergence at the trajectories' prefixes, and what is logged.
+
+    Args:
+        settings: objective and its constants.
+        head: the output head.
+        hidden: states [B, N, L, d] that predict ``tokens``.
+        tokens: trajectories [B, N, L]; n = 0 is the observed positive.
+        mask: true for real tokens [B, N, L].
+        flows: exact flows of the B prompts.
+        flow_share: see :meth:`gflowgr.models.GFlowModel.forward`.
+    """
+    weight = settings.gfn_weight * flow_share
+    loss, kl, log_pf = fused_flow_kl(
+        hidden,
+        tokens=tokens,
+        flows=flows,
+        mask=mask,
+        reduction=settings.reduction,
+        nll_weight=1.0 / weight,
+        **head | {"tree": flows.tree},
+    )
+    valid = mask.any(-1)
+    of_flow = reduce_trajectories(kl.sum(-1), valid, settings.reduction)
+    return weight * loss, {"loss_gr": positive_nll(settings, log_pf, mask), "loss_gfn": of_flow}
 
 
 def joint_loss(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..plain_settings import make_plain
 from .vocabulary import EOS_TOKEN, PAD_TOKEN
 
-__all__ = ["TIGER_PROMPT", "PromptLayout", "prompt_tokens"]
+__all__ = ["TIGER_PROMPT", "PromptLayout", "check_items", "prompt_tokens"]
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,7 @@ def prompt_tokens(
     Raises:
         ValueError: an item of a history is not in the catalogue.
     """
-    if histories.numel() and int(histories.max()) >= len(item_tokens):
-        raise ValueError(
-            f"histories holds item {int(histories.max())}, but the catalogue has {len(item_tokens)}"
-        )
+    check_items(histories, item_tokens)
     batch, width = histories.shape
     device = item_tokens.device
     place = torch.arange(width, device=device)
@@ -106,3 +103,15 @@ def prompt_tokens(
     longest = int(lengths.max()) if batch else 1
     mask = torch.arange(longest, device=device) < lengths[:, None]
     return tokens[:, :longest].masked_fill(~mask, layout.pad_token), mask.long()
+
+
+def check_items(items: Tensor, item_tokens: Tensor) -> None:
+    """Check that the items (-1 for padding) are in the catalogue of ``item_tokens`` [items, L].
+
+    Raises:
+        ValueError: one is not.
+    """
+    if items.numel() and int(items.max()) >= len(item_tokens):
+        raise ValueError(
+            f"histories holds item {int(items.max())}, but the catalogue has {len(item_tokens)}"
+        )

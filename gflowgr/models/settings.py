@@ -13,7 +13,7 @@ from .heads import PartitionMode
 
 __all__ = ["FlowSettings", "Normalize", "Objective", "Reduction"]
 
-Objective = Literal["sft", "tb", "db", "subtb", "dpo", "sdpo", "grpo", "sprec", "ipa"]
+Objective = Literal["sft", "tb", "db", "subtb", "flow_kl", "dpo", "sdpo", "grpo", "sprec", "ipa"]
 Normalize = Literal["vocab", "level", "children"]
 Reduction = Literal["prompt", "mean", "sum"]
 
@@ -22,6 +22,7 @@ _LABELS = {
     "tb": "GFlowGR-TB",
     "db": "GFlowGR-DB",
     "subtb": "GFlowGR-SubTB",
+    "flow_kl": "GFlowGR-FlowKL",
     "dpo": "DPO",
     "sdpo": "S-DPO",
     "grpo": "GRPO",
@@ -39,7 +40,9 @@ class FlowSettings:
     Attributes:
         objective: ``"sft"``: next-token prediction of the positive alone; joint with it over the
             prompt's trajectories: ``"tb"``, trajectory balance; ``"db"``, detailed balance;
-            ``"subtb"``, balance of all sub-trajectories. The baselines, against a frozen reference
+            ``"subtb"``, balance of all sub-trajectories; ``"flow_kl"``, the divergence of the model
+            from the exact flow's policy at the trajectories' prefixes, over all children of each.
+            The baselines, against a frozen reference
             (the model when the fine-tuning began): ``"dpo"``, the positive against one other
             trajectory; ``"sdpo"``, against several; ``"grpo"``, the policy gradient of the
             reward in the group of the positive and the trajectories that the model generated;
@@ -56,7 +59,15 @@ class FlowSettings:
         sft_weight: weight of L_GR in the loss of ``"dpo"``, ``"sdpo"`` and ``"grpo"``.
         preference_beta: weight of the log-ratios to the reference, in ``"grpo"`` of the divergence
             from it; None: 0.1, for ``"sdpo"`` 1, for ``"grpo"`` 0.001.
-        signals: the reward's signals by name, see :mod:`gflowgr.rewards.signals`.
+        reward_temperature: of ``"flow_kl"``, whose reward is the softmax of the collaborative
+            model's scores over the catalogue: what divides the scores; None: chosen by the
+            likelihood of the validation items.
+        seen_items: what that reward is of items of the prompt's own past: ``"zero"``, for data
+            without repeats, or ``"keep"``.
+        observed_share: alpha of that reward, ``(1 - alpha) * softmax + alpha * 1[observed]``, the
+            latter times the observed behaviour's value over the largest.
+        signals: the reward's signals by name, see :mod:`gflowgr.rewards.signals`; of the objectives
+            over sampled trajectories.
         fusion: how signals become a reward: ``"sum"``, ``"weighted"`` or ``"mlp"``; the latter two
             are learned, see :mod:`gflowgr.rewards.fusion`.
         fusion_anchor: weight that keeps a learned fusion near the sum.
@@ -82,6 +93,9 @@ class FlowSettings:
     gfn_weight: float = 1.0
     sft_weight: float = 0.0
     preference_beta: float | None = None
+    reward_temperature: float | None = None
+    seen_items: Literal["zero", "keep"] = "zero"
+    observed_share: float = 0.0
     signals: list[str] = field(default_factory=lambda: ["r_a", "r_yhat", "r_sim"])
     fusion: FusionMode = "sum"
     fusion_anchor: float = 1.0
@@ -94,7 +108,14 @@ class FlowSettings:
 
     def __post_init__(self) -> None:
         make_plain(self)
-        for name in ("gfn_weight", "beta", "subtb_lambda", "importance_clip", "preference_beta"):
+        for name in (
+            "gfn_weight",
+            "beta",
+            "subtb_lambda",
+            "importance_clip",
+            "preference_beta",
+            "reward_temperature",
+        ):
             number: float | None = getattr(self, name)
             if number is not None and not (math.isfinite(number) and number > 0):
                 hint = "; for no flow loss: objective 'sft'" if name == "gfn_weight" else ""
@@ -103,6 +124,8 @@ class FlowSettings:
             number = getattr(self, name)
             if not (math.isfinite(number) and number >= 0):
                 raise ValueError(f"{name} must be finite and >= 0; got {number}")
+        if not 0 <= self.observed_share <= 1:
+            raise ValueError(f"observed_share must be in [0, 1]; got {self.observed_share}")
         if self.log_reward_floor is not None and not math.isfinite(self.log_reward_floor):
             raise ValueError(f"log_reward_floor must be finite; got {self.log_reward_floor}")
         if self.max_history < 1:
@@ -127,6 +150,11 @@ class FlowSettings:
         return self.objective not in ("sft", "dpo", "sdpo", "sprec")
 
     @property
+    def has_exact_flows(self) -> bool:
+        """Whether the objective reads the flows of every item's reward, computed on the tree."""
+        return self.objective == "flow_kl"
+
+    @property
     def in_rounds(self) -> bool:
         """Whether the objective is one of those with supervised steps in between."""
         return self.objective in ("sprec", "ipa")
@@ -135,7 +163,7 @@ class FlowSettings:
     def counts_apart(self) -> bool:
         """Whether the loss's second term is a mean over other things than prompts: over
         trajectories, or over the prompts that have a pair to compare."""
-        if self.reduction == "sum" or self.objective == "sft":
+        if self.reduction == "sum" or self.objective in ("sft", "flow_kl"):
             return False
         if self.has_reference:
             return self.objective != "grpo"
@@ -155,6 +183,16 @@ class FlowSettings:
 
     def _check_kind(self) -> None:
         """Refuse what the objective would ignore."""
+        unread = {
+            "reward_temperature": self.reward_temperature is not None,
+            "observed_share": self.observed_share > 0,
+        }
+        for name, given in unread.items():
+            if given and not self.has_exact_flows:
+                raise ValueError(
+                    f"{name} is of the objective 'flow_kl'; got {getattr(self, name)} with "
+                    f"objective {self.objective!r}"
+                )
         if self.sft_weight > 0 and (self.in_rounds or not self.has_reference):
             raise ValueError(
                 "sft_weight is of the objectives 'dpo', 'sdpo' and 'grpo'; got "

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import shown
 from ..models.causal import CausalConfig
+from ..models.decoder import DecoderConfig
 from ..models.gflow_model import FlowSettings
 from ..models.lora import LoraSettings
 from ..models.tiger import TigerConfig
@@ -127,7 +128,8 @@ class RunConfig:
         seed: of data order, initial weights, dropout and sampling.
         data: which data.
         collaborative: the collaborative model.
-        model: the generator: TIGER (``kind: tiger``) or a decoder-only model (``kind: causal``).
+        model: the generator: TIGER (``kind: tiger``), a decoder over the identifiers alone (``kind:
+            decoder``) or a decoder-only text model (``kind: causal``).
         flow: objective of the fine-tuning, GFlowGR's or a baseline's.
         sft: arguments of the first, supervised training
             (:class:`~gflowgr.training.GFlowGRConfig`).
@@ -141,7 +143,7 @@ class RunConfig:
     seed: int = 42
     data: DataConfig = field(default_factory=DataConfig)
     collaborative: CollaborativeConfig = field(default_factory=CollaborativeConfig)
-    model: TigerConfig | CausalConfig = field(default_factory=TigerConfig)
+    model: TigerConfig | DecoderConfig | CausalConfig = field(default_factory=TigerConfig)
     flow: FlowSettings = field(default_factory=lambda: FlowSettings(objective="tb"))
     sft: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
@@ -220,7 +222,11 @@ def _check_positive(section: Any, *names: str) -> None:
             raise ValueError(f"{name} must be finite and > 0; got {value}")
 
 
-_GENERATORS: dict[Any, type] = {"tiger": TigerConfig, "causal": CausalConfig}
+_GENERATORS: dict[Any, type] = {
+    "tiger": TigerConfig,
+    "decoder": DecoderConfig,
+    "causal": CausalConfig,
+}
 
 
 def _section(key: str, values: Mapping[str, Any], where: str) -> type:

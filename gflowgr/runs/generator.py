@@ -16,6 +16,7 @@ from ..models.causal import (
     load_tokenizer,
     prompt_layout,
 )
+from ..models.decoder import DecoderConfig, build_decoder, decoder_prompt
 from ..models.lora import add_lora, check_peft
 from ..models.tiger import TigerConfig, build_tiger
 from .prepare import Catalogue
@@ -23,10 +24,12 @@ from .prepare import Catalogue
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["add_adapters", "check_generator", "make_generator"]
+GeneratorConfig = TigerConfig | DecoderConfig | CausalConfig
+
+__all__ = ["GeneratorConfig", "add_adapters", "check_generator", "make_generator"]
 
 
-def check_generator(config: TigerConfig | CausalConfig) -> PreTrainedTokenizerBase | None:
+def check_generator(config: GeneratorConfig) -> PreTrainedTokenizerBase | None:
     """Check before any training that the generator can be made; return its tokenizer.
 
     Raises:
@@ -34,7 +37,7 @@ def check_generator(config: TigerConfig | CausalConfig) -> PreTrainedTokenizerBa
         TypeError: its model cannot be trained.
         ImportError: LoRA is asked for without ``peft``.
     """
-    if isinstance(config, TigerConfig):
+    if not isinstance(config, CausalConfig):
         return None
     if config.lora is not None:
         check_peft()
@@ -44,7 +47,7 @@ def check_generator(config: TigerConfig | CausalConfig) -> PreTrainedTokenizerBa
 
 
 def make_generator(
-    config: TigerConfig | CausalConfig,
+    config: GeneratorConfig,
     catalogue: Catalogue,
     dataset: Dataset,
     settings: FlowSettings,
@@ -64,6 +67,10 @@ def make_generator(
     if isinstance(config, TigerConfig):
         backbone: Any = build_tiger(vocabulary, config, seed=seed)
         return GFlowModel(backbone, catalogue.tree, vocabulary, settings)
+    if isinstance(config, DecoderConfig):
+        backbone = build_decoder(vocabulary, config, max_history=settings.max_history, seed=seed)
+        layout = decoder_prompt(vocabulary)
+        return GFlowModel(backbone, catalogue.tree, vocabulary, settings, layout)
     assert tokenizer is not None
     backbone = load_causal_lm(config, tokenizer, seed=seed)
     positions = getattr(backbone.config, "max_position_embeddings", None)
@@ -76,7 +83,7 @@ def make_generator(
     return GFlowModel(backbone, catalogue.tree, vocabulary, settings, layout, tokenizer)
 
 
-def add_adapters(config: TigerConfig | CausalConfig, model: GFlowModel) -> GFlowModel:
+def add_adapters(config: GeneratorConfig, model: GFlowModel) -> GFlowModel:
     """``model``, with fresh LoRA adapters if ``config`` asks for them."""
     if isinstance(config, CausalConfig) and config.lora is not None:
         add_lora(model.backbone, config.lora, model.vocabulary)

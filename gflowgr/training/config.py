@@ -65,6 +65,14 @@ class GFlowGRConfig(TrainingArguments):
         default=False, metadata={"help": "Must stay false: examples are read by the collator."}
     )
 
+    sequences: bool = field(
+        default=False,
+        metadata={
+            "help": "Whole sequences: one pass over up to max_history + 1 items of a user, each of "
+            "which but the first is a target; batch sizes count sequences. Objectives sft and "
+            "flow_kl, decoder-only models."
+        },
+    )
     num_trajectories: int = field(
         default=3, metadata={"help": "N: trajectories per prompt, the observed positive included."}
     )

@@ -26,6 +26,7 @@ from ..samplers import (
     make_sampler,
 )
 from ..transfer import to_device
+from .catalogue import PromptRewards
 from .config import GFlowGRConfig
 from .rounds import Rounds
 from .step_log import Logs, Mean, histogram
@@ -63,6 +64,7 @@ class FlowInputs:
         self.collaborative = collaborative
         self.sampler: TrajectorySampler | None = None
         self.reward: BehaviourAwareReward | None = None
+        self.rewards: PromptRewards | None = None  # of every item, for exact flows
         self.reads_model = False  # whether a call uses the model's parameters
         if model.settings.objective == "sft":
             return
@@ -84,6 +86,10 @@ class FlowInputs:
             model=model,
             has_scores=collaborative is not None,
         )
+        if model.settings.has_exact_flows:
+            self.rewards = PromptRewards(model.settings, args, split, collaborative)
+            self.reads_model = not _ASKS_BACKBONE.isdisjoint(args.sampler_settings.weights)
+            return
         self.reward = make_reward(model, args, split)
         self.reads_model = (
             not _ASKS_BACKBONE.isdisjoint(args.sampler_settings.weights)
@@ -119,6 +125,13 @@ class FlowInputs:
             return flow | self._trajectories(targets[:, None]), {}
         request = sample_request(inputs, epoch, step, progress, self.scores(inputs))
         chosen = self.sampler.sample(request)
+        if self.rewards is not None:
+            device = flow["input_ids"].device
+            flow |= self._trajectories(to_device(chosen.items, device))
+            flow["catalogue_log_reward"] = self.rewards.of_prompts(
+                inputs["histories"], inputs["target"], inputs["behaviour"], device
+            )
+            return flow, _difficulty(chosen)
         return self.rewarded(flow, request, chosen, log_probs)
 
     def rewarded(

@@ -11,12 +11,39 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gflowgr.data import Ragged
 
 
+def cut_windows(sequences: Ragged, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut sequences, from their ends, into windows of at most ``max_length`` + 1 items.
+
+    Neighbouring windows share one item, so each of the n - 1 transitions of a sequence of n items
+    is in exactly one window.
+
+    Args:
+        sequences: items of each user, oldest first.
+        max_length: most transitions of a window.
+
+    Returns:
+        Of each window, int64: where its first item is among ``sequences.values``, the number of its
+        transitions (its items - 1), and its sequence.
+
+    Raises:
+        ValueError: no sequence has two items.
+    """
+    transitions = np.maximum(sequences.lengths - 1, 0)
+    if transitions.sum() == 0:
+        raise ValueError("sequences must hold at least one sequence of two items; got none")
+    pieces = -(-transitions // max_length)
+    owner = np.repeat(np.arange(len(sequences)), pieces)
+    piece = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    last = sequences.offsets[owner + 1] - 1 - piece * max_length
+    begin = np.maximum(sequences.offsets[owner], last - max_length)
+    return begin, last - begin, owner
+
+
 class PackedSequences(Dataset[dict[str, torch.Tensor]]):
     """Next-item prediction over all positions of all sequences.
 
-    A sequence of n items is cut, from its end, into windows of at most ``max_length`` + 1 items;
-    neighbouring windows share one item, so each of the n - 1 transitions is predicted exactly
-    once. Indexing takes an array of window numbers and returns one batch.
+    Sequences are cut into windows by :func:`cut_windows`. Indexing takes an array of window numbers
+    and returns one batch.
 
     Args:
         sequences: items of each user, oldest first.
@@ -29,15 +56,7 @@ class PackedSequences(Dataset[dict[str, torch.Tensor]]):
     def __init__(self, sequences: Ragged, max_length: int) -> None:
         self.items = sequences.values
         self.max_length = max_length
-        transitions = np.maximum(sequences.lengths - 1, 0)
-        if transitions.sum() == 0:
-            raise ValueError("sequences must hold at least one sequence of two items")
-        pieces = -(-transitions // max_length)
-        owner = np.repeat(np.arange(len(sequences)), pieces)
-        piece = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        last = sequences.offsets[owner + 1] - 1 - piece * max_length
-        self._begin = np.maximum(sequences.offsets[owner], last - max_length)
-        self._length = last - self._begin
+        self._begin, self._length, _ = cut_windows(sequences, max_length)
 
     def __len__(self) -> int:
         return len(self._begin)

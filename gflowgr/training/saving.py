@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..models.gflow_model import GFlowModel
     from .config import GFlowGRConfig
     from .flow_inputs import FlowInputs
+    from .sequences import SequenceInputs
     from .step_log import StepLog
 
 __all__ = ["SavingTrainer"]
@@ -36,7 +37,7 @@ class SavingTrainer(CheckpointTrainer):
 
     model: GFlowModel
     args: GFlowGRConfig
-    _flow_inputs: FlowInputs
+    _flow_inputs: FlowInputs | SequenceInputs
     _step_log: StepLog
     _saves_checkpoint = False
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..distributed import gathered, sum_over_processes
 from ..models.gflow_model import GFlowModel
 
-__all__ = ["Logs", "Mean", "StepLog", "histogram", "of_model"]
+__all__ = ["Logs", "Mean", "StepLog", "histogram", "of_model", "prompts_of"]
 
 _BINS = 1000  # of histograms: quantiles are right to half of a bin
 _QUANTILES = (10, 50, 90)
@@ -52,7 +52,7 @@ def of_model(
         flow: its inputs.
         share: of the global batch's prompts; sums are over the global batch.
     """
-    mask, prompts = flow["mask"], float(len(flow["mask"]))
+    mask, prompts = flow["mask"], float(prompts_of(flow))
     counts: dict[str, Tensor | float] = {
         "importance": mask.any(-1).sum(),
         "reference_divergence": mask.sum(),
@@ -68,6 +68,13 @@ def of_model(
         if name != "loss":
             logs[name] = Mean(value, counts.get(name, prompts))
     return logs
+
+
+def prompts_of(flow: Mapping[str, Tensor]) -> int:
+    """How many prompts the inputs of a model's ``forward`` have; on a GPU it synchronises for whole
+    sequences, whose targets have a prompt each."""
+    mask = flow["mask"]
+    return int(mask.any(-1).sum()) if "states" in flow else len(mask)
 
 
 class StepLog:

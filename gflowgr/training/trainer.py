@@ -31,14 +31,14 @@ from ..models.objective import flow_start
 from ..models.t5_on_cpu import rewired
 from ..ops import validation, validation_enabled
 from ..transfer import to_device
-from .batches import JointExamples, LengthBucketSampler, ProcessBatches, PromptCollator
+from .batches import JointExamples, LengthBucketSampler, ProcessBatches
 from .callbacks import EpochOrder, LogBeforeSaving
 from .config import GFlowGRConfig
-from .flow_inputs import FlowInputs
 from .global_batch import Count, Part, parts_of
+from .inputs import make_inputs
 from .rounds import FreezeReference, Rounds
 from .saving import SavingTrainer
-from .step_log import Logs, StepLog, of_model
+from .step_log import Logs, StepLog, of_model, prompts_of
 from .trainer_surface import refused_method
 
 __all__ = ["GFlowGRTrainer"]
@@ -108,12 +108,11 @@ class GFlowGRTrainer(SavingTrainer):
         self.collaborative = collaborative
         if isinstance(collaborative, nn.Module):
             collaborative.to(args.device).eval().requires_grad_(False)
-        self._flow_inputs = FlowInputs(model, args, split, collaborative)
-        item_tokens = self._flow_inputs.item_tokens.cpu()
+        self._flow_inputs, self._examples, collator = make_inputs(model, args, split, collaborative)
         # One order for all numbers of processes that share a step's prompts.
         prompts = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.seed if args.data_seed is None else args.data_seed
-        self._order = LengthBucketSampler(split.train.lengths, prompts, seed=seed)
+        self._order = LengthBucketSampler(self._examples.lengths, prompts, seed=seed)
         self._batches = ProcessBatches(
             self._order,
             args.train_batch_size,
@@ -126,9 +125,9 @@ class GFlowGRTrainer(SavingTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=split.train,
+            train_dataset=self._examples,
             eval_dataset=split.train,  # never read: `evaluate` ranks the split's validation users
-            data_collator=PromptCollator(item_tokens, model.settings.max_history, model.prompt),
+            data_collator=collator,
             callbacks=[EpochOrder(self._order), LogBeforeSaving(), *(callbacks or [])],
         )
         if model.settings.in_rounds:
@@ -210,8 +209,15 @@ class GFlowGRTrainer(SavingTrainer):
             together = int(batch["joint"][0]) if "joint" in batch else size * processes
             # With fewer prompts than processes, the last of these have none of their own.
             own = size if self.args.process_index < together else 0
+            if "targets" in batch:  # of whole sequences, each of which has many prompts
+                own = int(batch["targets"]) if own else 0
             counts.append(Count(own, own))
             joint += together
+        if self.args.sequences:
+            joint = int(sum(count.prompts for count in counts))
+            if processes > 1:
+                targets = torch.tensor(joint, device=self.args.device)
+                joint = int(self.accelerator.reduce(targets, reduction="sum"))
         total = Count(joint, joint)
         if starts or counts_terms:
             for batch in batches:
@@ -250,7 +256,7 @@ class GFlowGRTrainer(SavingTrainer):
         output["loss"] = output["loss"] * part.loss_scale
         plain = self.accelerator.unwrap_model(model)
         logs = logs | of_model(plain, output, flow, part.prompts)
-        per_prompt = part.prompts / len(flow["mask"])
+        per_prompt = part.prompts / prompts_of(flow)
         self._step_log.add(logs, per_prompt, flow["attention_mask"].sum() + flow["mask"].sum())
         return output
 
@@ -286,7 +292,7 @@ class GFlowGRTrainer(SavingTrainer):
             self._order.batch_size = self._batches.joint_size * args.gradient_accumulation_steps
             self._step_log = StepLog()  # without the steps of the attempt before
         return DataLoader(
-            JointExamples(self.split.train),
+            JointExamples(self._examples),
             batch_sampler=self._batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5ForConditionalGeneration,
+)
 
 from gflowgr.models import (
     IdentifierVocabulary,
@@ -17,7 +23,7 @@ from gflowgr.models import (
     output_head,
     trajectory_hidden_states,
 )
-from gflowgr.models.t5_on_cpu import use_dense_attention
+from gflowgr.models.t5_on_cpu import restore, use_dense_attention
 
 VOCABULARY = IdentifierVocabulary((7, 7, 7))
 
@@ -116,7 +122,31 @@ def test_a_choice_of_the_user_and_other_models_are_left_alone() -> None:
     model.set_attn_implementation("eager")
     assert not use_dense_attention(model)
     assert model.encoder.config._attn_implementation == "eager"
-    assert not use_dense_attention(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1)))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=10, intermediate_size=8, **sizes))
+    assert not use_dense_attention(llama)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_gpt2_attends_densely_with_equal_states_and_gradients(padded: bool) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+    model = GPT2LMHeadModel(config).eval()
+    ids = torch.randint(20, (3, 7))
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [0] * 2 + [1] * 5]) if padded else None
+    outputs = []
+    for dense in (False, True):
+        if dense:
+            assert use_dense_attention(model)
+        model.zero_grad()
+        states = model.transformer(ids, attention_mask=mask).last_hidden_state
+        real = torch.ones(3, 7, dtype=torch.bool) if mask is None else mask.bool()
+        (states[real] ** 2).sum().backward()
+        outputs.append((states[real].detach(), model.transformer.wte.weight.grad.clone()))
+    restore(model)
+    assert model.config._attn_implementation == "sdpa"
+    for one, two in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_copies_keep_the_change_and_files_do_not(tmp_path: Path) -> None:

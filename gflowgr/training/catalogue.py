@@ -1,0 +1,118 @@
+"""Rewards of the whole catalogue while training: of prompts, or of all positions of sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..collaborative import CollaborativeModel, score_positions
+from ..data import LeaveOneOut
+from ..models.settings import FlowSettings
+from ..rewards import CatalogueReward
+from ..transfer import to_device
+from .config import GFlowGRConfig
+from .cross_fitting import calibrate_temperature
+
+__all__ = ["PromptRewards", "position_histories"]
+
+
+class PromptRewards:
+    """log R of every item for prompts, as the settings of an objective with exact flows say.
+
+    Args:
+        settings: of the objective.
+        args: values of behaviours.
+        split: validation items choose the temperature, where the settings have none.
+        collaborative: scores items.
+
+    Attributes:
+        reward: with the temperature that was chosen.
+
+    Raises:
+        ValueError: there is no collaborative model, or a behaviour has no value.
+    """
+
+    def __init__(
+        self,
+        settings: FlowSettings,
+        args: GFlowGRConfig,
+        split: LeaveOneOut,
+        collaborative: CollaborativeModel | None,
+    ) -> None:
+        if collaborative is None:
+            raise ValueError(
+                f"collaborative is required by the objective {settings.objective!r}, whose reward "
+                "is its score; got None"
+            )
+        self.collaborative = collaborative
+        temperature = settings.reward_temperature
+        if temperature is None:
+            temperature = calibrate_temperature(
+                collaborative, split, seen=settings.seen_items, seed=args.seed
+            ).temperature
+        self.reward = CatalogueReward(
+            alpha=settings.observed_share,
+            temperature=temperature,
+            seen=settings.seen_items,
+            behaviour_values=args.behaviour_values,
+            behaviour_names=split.dataset.behaviour_names,
+            default_value=args.default_behaviour_value,
+        )
+
+    @torch.no_grad()
+    def of_sequences(
+        self, items: Tensor, behaviours: Tensor, users: Tensor, device: torch.device
+    ) -> Tensor:
+        """log R [T, catalogue] of the prompts of whole sequences, row by row.
+
+        Args:
+            items: [W, P + 1], left-aligned, -1 for padding.
+            behaviours: of the targets [W, P].
+            users: of the sequences [W].
+            device: of the result.
+        """
+        past, targets = items[:, :-1], items[:, 1:]
+        valid = targets >= 0
+        scores = score_positions(self.collaborative, past, valid, users=users)
+        return self._of(
+            scores, position_histories(past, valid), targets[valid], behaviours[valid], device
+        )
+
+    @torch.no_grad()
+    def of_prompts(
+        self, histories: Tensor, targets: Tensor, behaviours: Tensor, device: torch.device
+    ) -> Tensor:
+        """log R [B, catalogue] of prompts.
+
+        Args:
+            histories: [B, H], left-aligned, -1 for padding.
+            targets: the items that followed [B].
+            behaviours: of the targets [B].
+            device: of the result.
+        """
+        scores = self.collaborative.score(histories, None)
+        return self._of(scores, histories, targets, behaviours, device)
+
+    def _of(
+        self,
+        scores: Tensor,
+        histories: Tensor,
+        targets: Tensor,
+        behaviours: Tensor,
+        device: torch.device,
+    ) -> Tensor:
+        values = self.reward.target_values(behaviours)
+        on_device = (to_device(x, device) for x in (scores, histories, targets, values))
+        return self.reward(*on_device)
+
+
+def position_histories(items: Tensor, valid: Tensor) -> Tensor:
+    """The items up to each position [T, H], -1 after it.
+
+    Args:
+        items: [W, H], left-aligned.
+        valid: true for the positions that are wanted [W, H]; T of them.
+    """
+    row, place = valid.nonzero(as_tuple=True)
+    beyond = torch.arange(items.shape[1], device=items.device) > place.unsqueeze(1)
+    return items[row].masked_fill(beyond, -1)
