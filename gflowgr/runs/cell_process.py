@@ -72,7 +72,7 @@ def _common_reward(cell: Cell, inputs: CellInputs) -> BehaviourAwareReward:
     names = ["r_a", "r_yhat", "r_sim"] if inputs.collaborative is not None else ["r_a", "r_sim"]
     signals = make_signals(
         names,
-        behaviour_values=cell.config.finetune.get("behaviour_values"),
+        behaviour_values=cell.config.method_arguments.get("behaviour_values"),
         behaviour_names=inputs.split.dataset.behaviour_names,  # stars have names there only
     )
     return BehaviourAwareReward(signals)

@@ -23,7 +23,7 @@ _OF_START = ("seed", "data", "collaborative", "model", "sft")
 _READS = {
     "collaborative": ("seed", "data", "collaborative"),
     "sft": _OF_START,
-    "method": (*_OF_START, "flow", "finetune"),
+    "method": (*_OF_START, "flow", "finetune", "start"),
 }
 _PLACES = (("data", "path"), ("collaborative", "embeddings"), ("model", "path"))
 _COLLABORATIVE = {"sasrec": ["SASRec"], "embeddings": ["Item embeddings"], "none": []}
@@ -48,7 +48,8 @@ class Cell:
         identifiers_folder: identifiers that have to be made; None: the cell belongs to several sets
             of identifiers, so none take part in its evaluations.
         evaluations: name of what is evaluated to the folder of its evaluation.
-        needs: ids of the cells that must be complete before; a method's start is the last.
+        needs: ids of the cells that must be complete before; the last is a method's start, unless
+            it trains new weights.
     """
 
     stage: Literal["collaborative", "sft", "method"]
@@ -116,7 +117,7 @@ def cells_of_run(config: RunConfig) -> list[Cell]:
 
     def cell(id_: str, label: str, config: RunConfig, *needs: str) -> Cell:
         return Cell(
-            stage="method" if len(needs) == 2 else "sft",
+            stage="sft" if id_ == "sft" else "method",
             label=label,
             id=id_,
             config=config,
@@ -139,13 +140,14 @@ def cells_of_run(config: RunConfig) -> list[Cell]:
         needs=(),
     )
     cells = [collaborative, sft]
-    if config.continued_sft:
+    if config.continued_sft and config.start == "sft":
         flow = FlowSettings(
             objective="sft", normalize=config.flow.normalize, max_history=config.flow.max_history
         )
         continued = replace(config, flow=flow)
         cells.append(cell("sft_continued", "SFT continued", continued, "sasrec", "sft"))
-    return [*cells, cell("gflowgr", config.flow.label, config, "sasrec", "sft")]
+    start = ["sft"] if config.start == "sft" else []
+    return [*cells, cell("gflowgr", config.flow.label, config, "sasrec", *start)]
 
 
 def _run_evaluation(label: str) -> str:
@@ -196,7 +198,9 @@ def _cells_of_variant(spec: ExperimentSpec, variant: Variant) -> Iterator[Cell]:
     start = f"{variant.folder}/sft"
     yield cell(start, "SFT", None, shared)
     for method in spec.methods:
-        yield cell(f"{variant.folder}/{method.slug}", method.name, method, shared, start)
+        from_sft = spec.config(variant, method).start == "sft"
+        needs = (shared, start) if from_sft else (shared,)
+        yield cell(f"{variant.folder}/{method.slug}", method.name, method, *needs)
 
 
 def _references(config: RunConfig) -> list[str]:

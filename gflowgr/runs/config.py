@@ -134,7 +134,11 @@ class RunConfig:
         sft: arguments of the first, supervised training
             (:class:`~gflowgr.training.GFlowGRConfig`).
         finetune: arguments of the fine-tuning, the same for GFlowGR and for continued SFT.
-        continued_sft: also continue SFT with the fine-tuning's budget, as the fair baseline.
+        start: ``"sft"``: the method goes on from the supervised start; ``"scratch"``: it trains new
+            weights, by the arguments of ``sft`` with those of ``finetune`` over them, jointly with
+            the supervised loss from the first step on.
+        continued_sft: also continue SFT with the fine-tuning's budget, as the fair baseline; not
+            read with ``start: scratch``, where SFT itself is.
         evaluation: the final evaluation.
         caveats: sentences for the report on what was shortened.
     """
@@ -147,6 +151,7 @@ class RunConfig:
     flow: FlowSettings = field(default_factory=lambda: FlowSettings(objective="tb"))
     sft: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
+    start: Literal["sft", "scratch"] = "sft"
     continued_sft: bool = True
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     caveats: list[str] = field(default_factory=list)
@@ -169,16 +174,26 @@ class RunConfig:
             )
         for section in ("sft", "finetune"):
             _check_training_arguments(section, getattr(self, section), self.seed)
-        finetune = training_arguments(self.finetune, "unused", self.seed)
+        finetune = training_arguments(self.method_arguments, "unused", self.seed)
         try:
             finetune.check_objective(self.flow)
         except ValueError as error:
             raise ConfigError(f"finetune: {error}") from error
+        if self.flow.has_exact_flows and self.collaborative.kind == "none":
+            raise ConfigError(
+                f"collaborative.kind must be 'sasrec' or 'embeddings' for flow.objective "
+                f"{self.flow.objective!r}, whose reward is its score; got 'none'"
+            )
         if finetune.sampler_settings.needs_scores and self.collaborative.kind == "none":
             raise ConfigError(
                 f"finetune.sampler is {finetune.sampler!r}, which needs a collaborative model; "
                 "with collaborative.kind: none, set finetune.sampler: random"
             )
+
+    @property
+    def method_arguments(self) -> dict[str, Any]:
+        """Arguments of the method's training."""
+        return {**self.sft, **self.finetune} if self.start == "scratch" else self.finetune
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -20,7 +20,7 @@ Values = dict[str, Any]
 
 _SPECS = Path(__file__).parent / "specs"
 _SECTIONS = ("data", "collaborative", "model", "flow", "sft", "finetune", "evaluation")
-_OF_METHODS = ("flow", "finetune")
+_OF_METHODS = ("flow", "finetune", "start")
 # Names of other files and folders beside those of datasets, identifiers and methods.
 _OF_EXPERIMENT = {
     name: f"the experiment's own {name}"
@@ -46,7 +46,7 @@ class Method:
 
     Attributes:
         name: in tables.
-        settings: what it changes of the sections ``flow`` and ``finetune``.
+        settings: what it changes of the sections ``flow`` and ``finetune``, and of ``start``.
         group: ``"main"``; ``"grid"``: a method with one value changed; ``"ablation"``: a method
             without one of its parts.
         of: of which method it is a variant, if it is one.
@@ -301,9 +301,9 @@ def _methods(source: str, values: Mapping[str, Any]) -> Iterator[Method]:
 
 
 def _outcome(config: RunConfig) -> tuple[Any, Values]:
-    """What a fine-tuning's result depends on, defaults filled in."""
-    arguments: Values = training_arguments(config.finetune, "unused", config.seed).to_dict()
-    return config.flow, arguments
+    """What a method's result depends on, defaults filled in."""
+    arguments = training_arguments(config.method_arguments, "unused", config.seed).to_dict()
+    return config.flow, {**arguments, "start": config.start}
 
 
 def _checked(settings: Any, where: str) -> Values:
@@ -326,7 +326,7 @@ def _known(name: str, methods: Values, where: str) -> None:
 
 
 def merge(values: Values, changes: Values) -> Values:
-    """``changes`` over ``values``, section by section."""
+    """``changes`` over ``values``, section by section; what is no section is replaced."""
     merged = json.loads(json.dumps(values))
     for section, changed in changes.items():
         merged[section] = {**merged.get(section, {}), **changed}

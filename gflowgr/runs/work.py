@@ -155,7 +155,8 @@ def _record(cell: Cell, folder: str, out: Path) -> None:
 
 
 def _train(cell: Cell, inputs: CellInputs, out: Path, console: Console) -> TrainedStage:
-    """Train the generator: from new weights at the stage "sft", else from the start that is there.
+    """Train the generator: from new weights at the stage "sft" or by ``start: scratch``, else from
+    the start that is there.
 
     With ``flow.objective`` "sft", a method is continued SFT.
     """
@@ -163,10 +164,16 @@ def _train(cell: Cell, inputs: CellInputs, out: Path, console: Console) -> Train
     assert catalogue is not None
     _record(cell, cell.id, out)
 
+    is_start = cell.stage == "sft"
+
     def untrained() -> GFlowModel:
-        settings = FlowSettings(
-            objective="sft", normalize=config.flow.normalize, max_history=config.flow.max_history
-        )
+        settings = config.flow
+        if is_start:
+            settings = FlowSettings(
+                objective="sft",
+                normalize=config.flow.normalize,
+                max_history=config.flow.max_history,
+            )
         made = make_generator(config.model, catalogue, split.dataset, settings, seed=config.seed)
         return add_adapters(config.model, made)
 
@@ -174,13 +181,12 @@ def _train(cell: Cell, inputs: CellInputs, out: Path, console: Console) -> Train
         start = GFlowModel.from_pretrained(out / cell.needs[-1] / "model")
         return add_adapters(config.model, start.with_settings(**asdict(config.flow)))
 
-    is_start = cell.stage == "sft"
     needs_scores = not is_start and config.flow.objective != "sft"
     trained = train_stage(
         out / cell.id,
         cell.label,
-        untrained if is_start else copy_of_start,
-        config.sft if is_start else config.finetune,
+        untrained if is_start or config.start == "scratch" else copy_of_start,
+        config.sft if is_start else config.method_arguments,
         split,
         inputs.collaborative if needs_scores else None,
         config.seed,
@@ -213,9 +219,9 @@ def _check_reward(config: RunConfig, split: LeaveOneOut) -> None:
     try:
         make_signals(
             config.flow.signals,
-            behaviour_values=config.finetune.get("behaviour_values"),
+            behaviour_values=config.method_arguments.get("behaviour_values"),
             behaviour_names=split.dataset.behaviour_names,
-            side=(config.finetune.get("sampler_options") or {}).get("side", "impression"),
+            side=(config.method_arguments.get("sampler_options") or {}).get("side", "impression"),
         )
     except ValueError as error:
         raise ConfigError(f"flow.signals, finetune.behaviour_values: {error}") from error

@@ -59,9 +59,7 @@ def test_rewards_of_positions_are_those_of_the_prompts_one_by_one(tmp_path: Path
     examples = SequenceExamples(shop(), MAX_HISTORY)
     batch = SequenceCollator(model.item_tokens(), model.prompt)([examples[i] for i in (0, 5, 9)])
     cpu = torch.device("cpu")
-    found = rewards.of_sequences(
-        batch["items"], batch["behaviours"], batch["user"], cpu
-    )
+    found = rewards.of_sequences(batch["items"], batch["behaviours"], batch["user"], cpu)
     valid = batch["items"][:, 1:] >= 0
     histories = position_histories(batch["items"][:, :-1], valid)
     targets, behaviours = batch["items"][:, 1:][valid], batch["behaviours"][valid]
