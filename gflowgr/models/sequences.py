@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backbone import without_peft
-from .families import causal_refusal
+from .families import why_unsupported_causal
 from .prompts import PromptLayout, check_items
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def check_sequences(model: PreTrainedModel | Any, layout: PromptLayout, max_item
     Raises:
         ValueError: whole sequences would not be what the prompts are; the message says why.
     """
-    why = causal_refusal(without_peft(model))
+    why = why_unsupported_causal(without_peft(model))
     if why is not None:
         raise ValueError(f"sequences must be off: they need a decoder-only model, and {why}")
     if layout.suffix != layout.separator:

@@ -329,7 +329,8 @@ def merge(values: Values, changes: Values) -> Values:
     """``changes`` over ``values``, section by section; what is no section is replaced."""
     merged = json.loads(json.dumps(values))
     for section, changed in changes.items():
-        merged[section] = {**merged.get(section, {}), **changed}
+        both = isinstance(changed, dict)
+        merged[section] = {**merged.get(section, {}), **changed} if both else changed
     return dict(merged)
 
 
