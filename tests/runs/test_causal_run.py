@@ -98,7 +98,7 @@ def test_checkpointed_activations_and_bfloat16_train_too(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"kind": "bert"}, "model: kind must be one of ['tiger', 'causal']; got 'bert'"),
+        ({"kind": "bert"}, "model: kind must be one of ['tiger', 'decoder', 'causal']; got 'bert'"),
         ({"templat": "x"}, "model: unknown key 'templat'; did you mean 'template'?"),
         ({"template": "x"}, "template must have {history} once; got 'x'"),
         ({"lora": {"rank": 4}}, "model: lora: unknown key 'rank'"),

@@ -13,6 +13,7 @@ from support.tiny_run import tiny_run, write_config
 from gflowgr import runs
 from gflowgr.files import write_json
 from gflowgr.runs import ConfigError, RunConfig, quickstart_config
+from gflowgr.runs.cells import cells_of_run
 from gflowgr.runs.config import training_arguments
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
@@ -270,7 +271,7 @@ _MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         ("seed: !!bool x", "line 1: values must have no type of their own"),
         ("data: !!set {a}", "line 1: values must have no type of their own; got tag:yaml"),
         ("data: {path: 2020-01-01, users: 2020-01-01}", "users must be int; got '2020-01-01'"),
-        ("model: {kind: [tiger]}", "kind must be one of ['tiger', 'causal']; got ['tiger']"),
+        ("model: {kind: [tiger]}", "one of ['tiger', 'decoder', 'causal']; got ['tiger']"),
         ("#" * (1 << 20) + "\n", "must be at most 1,048,576 bytes; got more"),
     ],
 )
@@ -315,3 +316,28 @@ def test_an_override_is_no_deeper_than_a_file(tmp_path: Path) -> None:
     path = write_config(tmp_path / "run.yaml", tiny_run("x"))
     with pytest.raises(ConfigError, match="at most 50 sections deep"):
         RunConfig.load(path, [".".join("a" * 3000) + "=1"])
+
+
+def test_a_method_from_scratch_trains_by_both_sections() -> None:
+    config = RunConfig.from_dict(
+        {
+            "output_dir": "x",
+            "start": "scratch",
+            "flow": {"objective": "flow_kl"},
+            "sft": {"max_steps": 100, "learning_rate": 0.002},
+            "finetune": {"max_steps": 70},
+        }
+    )
+    assert config.method_arguments == {"max_steps": 70, "learning_rate": 0.002}
+    needs = {cell.id: cell.needs for cell in cells_of_run(config)}
+    assert needs == {"sasrec": (), "sft": ("sasrec",), "gflowgr": ("sasrec",)}
+
+
+def test_exact_flows_need_a_collaborative_model() -> None:
+    values = {
+        "output_dir": "x",
+        "flow": {"objective": "flow_kl"},
+        "collaborative": {"kind": "none"},
+    }
+    with pytest.raises(ConfigError, match=r"collaborative\.kind must be .* got 'none'"):
+        RunConfig.from_dict(values)
