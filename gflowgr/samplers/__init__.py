@@ -11,7 +11,7 @@ from .base import (
 )
 from .mixture import MixtureSampler
 from .on_policy import ConfidenceSampler, OnPolicySampler
-from .pool import CandidatePool
+from .pool import CandidatePool, Exclude
 from .proposer import BackboneProposer, Proposals, Proposer
 from .replay import ReplayBuffer, ReplaySampler
 from .schedules import Schedule
@@ -23,6 +23,7 @@ from .strategies import (
     PopularitySampler,
     RandomSampler,
 )
+from .teacher import TeacherSampler
 
 __all__ = [
     "AUGMENTED",
@@ -33,6 +34,7 @@ __all__ = [
     "Candidates",
     "ConfidenceSampler",
     "CurriculumSampler",
+    "Exclude",
     "ImpressionSampler",
     "LogSampler",
     "MixtureSampler",
@@ -46,6 +48,7 @@ __all__ = [
     "SampleRequest",
     "SamplerSettings",
     "Schedule",
+    "TeacherSampler",
     "TrajectorySampler",
     "TrajectorySet",
     "make_sampler",

@@ -123,7 +123,7 @@ class OnPolicySampler(_ProposedSampler):
     stream = _ON_POLICY
 
     def _propose(self, request: SampleRequest) -> Proposals:
-        exclude = self.pool.barred(request.users)
+        exclude = self.pool.barred(request)
         return self.proposer.propose(request, self.num_proposals, exclude)
 
 

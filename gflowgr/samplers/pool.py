@@ -2,8 +2,10 @@
 
 - Valid items only; the positive is item 0 and nowhere else; no two items of a set have the same
   identifier.
-- An augmented item is one the user has never interacted with, held-out items included, and does
-  not have such an item's identifier.
+- An augmented item has no barred item's identifier. Barred is, by ``exclude``, what the user ever
+  interacts with, held-out items included (``"known"``: for objectives that push items down, which
+  must not be good ones), or the example's own past and positive (``"past"``: nothing of the future
+  is read; for rewards that are functions of history and item alone).
 - An item from the user's own log is neither the user's validation nor test item, nor has it one's
   identifier.
 - The same draws for the same (seed, epoch, example), on one process or on many.
@@ -12,7 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +38,9 @@ from .keyed_random import keyed_integers, keyed_uniform
 if TYPE_CHECKING:
     from ..data import LeaveOneOut
 
-__all__ = ["CandidatePool", "Draw"]
+__all__ = ["CandidatePool", "Draw", "Exclude"]
+
+Exclude = Literal["known", "past"]
 
 Draw = Callable[[SampleRequest, int, int], Ints]
 """(request, round, width) -> items [B, width]; each round gives other ones."""
@@ -57,6 +61,9 @@ class CandidatePool:
         seed: seeds all draws.
         future: per user, their validation and test items, which even their own log must not give
             away; None: all of ``known``.
+        past: the training events of all users, and of each example [examples] the place where its
+            user's begin and the place of its positive: what is barred is then the example's own
+            past and positive, instead of ``known``.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class CandidatePool:
         seed: int,
         *,
         future: Ragged | None = None,
+        past: tuple[Ragged, Ints, Ints] | None = None,
     ) -> None:
         self.num_items = len(leaf_of)
         self.num_users = len(known)
@@ -73,21 +81,41 @@ class CandidatePool:
         self.seed = seed
         self._known = self._keys(known)
         self._future = self._known if future is None else self._keys(future)
-        self._barred = self._items_of_known_identifiers()
+        self._past = past
+        by_leaf = np.argsort(self.leaf_of, kind="stable").astype(np.int32)
+        by_leaf = by_leaf[np.count_nonzero(self.leaf_of < 0) :]
+        bounds = np.searchsorted(self.leaf_of[by_leaf], np.arange(self.leaf_of.max() + 2))
+        self._items_of_leaf = Ragged(bounds, by_leaf)
+        self._barred = self._items_of(self._known, self.num_users)
 
     @classmethod
     def from_split(
-        cls, split: LeaveOneOut, leaf_of: npt.NDArray[np.integer], seed: int
+        cls,
+        split: LeaveOneOut,
+        leaf_of: npt.NDArray[np.integer],
+        seed: int,
+        exclude: Exclude = "known",
     ) -> CandidatePool:
-        """The pool of a leave-one-out split."""
+        """The pool of a leave-one-out split, see the module's docstring.
+
+        Raises:
+            ValueError: an unknown ``exclude``.
+        """
+        if exclude not in get_args(Exclude):
+            raise ValueError(f"exclude must be one of {get_args(Exclude)}; got {exclude!r}")
         users, valid, test = split.dataset.held_out()
         counts = np.zeros(split.num_users, np.int64)
         counts[users] = 2
         future = Ragged.from_lengths(counts, np.stack([valid, test], axis=1).ravel())
-        return cls(split.known, leaf_of, seed, future=future)
+        past = None
+        if exclude == "past":
+            bounds = np.asarray(split.train.bounds, dtype=np.int64)
+            begin = split.train_sequences.offsets[bounds[:, 2]]
+            past = (split.train_sequences, begin, bounds[:, 1])
+        return cls(split.known, leaf_of, seed, future=future, past=past)
 
     def _keys(self, rows: Ragged) -> Ints:
-        """Sorted (user, identifier) pairs as one number each.
+        """Sorted (row, identifier) pairs as one number each.
 
         By identifier: another item with the identifier of a held-out one would tell it as well.
         The last entry is larger than every key, so that a search always finds an entry.
@@ -96,18 +124,38 @@ class CandidatePool:
         pairs = np.unique((rows.row_of_values() * self.num_items + leaves)[leaves >= 0])
         return np.append(pairs, np.iinfo(np.int64).max)
 
-    def _items_of_known_identifiers(self) -> Ragged:
-        by_leaf = np.argsort(self.leaf_of, kind="stable").astype(np.int32)
-        by_leaf = by_leaf[np.count_nonzero(self.leaf_of < 0) :]
-        bounds = np.searchsorted(self.leaf_of[by_leaf], np.arange(self.leaf_of.max() + 2))
-        users, leaves = np.divmod(self._known[:-1], self.num_items)
-        items = Ragged(bounds, by_leaf).slices(bounds[leaves], bounds[leaves + 1])
-        counts = np.bincount(users, weights=items.lengths, minlength=self.num_users)
+    def _items_of(self, keys: Ints, num_rows: int) -> Ragged:
+        """All items that have the identifiers of these keys."""
+        rows, leaves = np.divmod(keys[:-1], self.num_items)
+        bounds = self._items_of_leaf.offsets
+        items = self._items_of_leaf.slices(bounds[leaves], bounds[leaves + 1])
+        counts = np.bincount(rows, weights=items.lengths, minlength=num_rows)
         return Ragged.from_lengths(counts.astype(np.int64), items.values)
+
+    def _past_keys(self, request: SampleRequest) -> Ints:
+        """Keys of (row of the request, identifier in the example's past or its positive's)."""
+        assert self._past is not None
+        events, begin, target = self._past
+        examples = request.examples
+        rows = events.slices(begin[examples], target[examples] + 1)
+        return self._keys(rows)
+
+    def _barred_of(self, request: SampleRequest) -> Ragged:
+        """The barred items of each row of the request."""
+        if self._past is not None:
+            return self._items_of(self._past_keys(request), len(request.users))
+        offsets = self._barred.offsets
+        return self._barred.slices(offsets[request.users], offsets[request.users + 1])
 
     def is_known(self, users: Ints, items: Ints) -> npt.NDArray[np.bool_]:
         """Whether the user [B] knows the item [B, M], or one with the same identifier."""
         return self._has(self._known, users, items)
+
+    def is_barred(self, request: SampleRequest, items: Ints) -> npt.NDArray[np.bool_]:
+        """Whether the items [B, M] may not be augmentations of the examples."""
+        if self._past is None:
+            return self.is_known(request.users, items)
+        return self._has(self._past_keys(request), np.arange(len(items)), items)
 
     def is_future(self, users: Ints, items: Ints) -> npt.NDArray[np.bool_]:
         """Whether the item [B, M], or one with its identifier, is held out of the user [B]."""
@@ -118,27 +166,27 @@ class CandidatePool:
         found: npt.NDArray[np.bool_] = keys[np.searchsorted(keys, wanted)] == wanted
         return found
 
-    def barred(self, users: Ints) -> Ints:
-        """Items that may not be augmentations of the users [B] -> [B, E], padded with -1."""
-        offsets = self._barred.offsets
-        rows = self._barred.slices(offsets[users], offsets[users + 1])
+    def barred(self, request: SampleRequest) -> Ints:
+        """Items that may not be augmentations of the examples [B, E], padded with -1."""
+        rows = self._barred_of(request)
         width = int(rows.lengths.max(initial=0))
-        padded = np.full((len(users), width), -1, np.int64)
+        padded = np.full((len(rows), width), -1, np.int64)
         padded[np.arange(width) < rows.lengths[:, None]] = rows.values
         return padded
 
-    def num_barred(self, users: Ints) -> Ints:
-        """How many items may not be augmentations of the users [B]."""
-        return np.diff(self._barred.offsets)[users]
+    def num_barred(self, request: SampleRequest) -> Ints:
+        """How many items may not be augmentations of the examples [B]."""
+        if self._past is not None:
+            return self._barred_of(request).lengths
+        return np.diff(self._barred.offsets)[request.users]
 
     def admissible_scores(self, request: SampleRequest, inadmissible: float) -> Tensor:
         """A copy of the request's scores [B, items] with ``inadmissible`` at the barred items.
 
-        The positive is one of them: it is an item that the user knows.
+        The positive is one of them.
         """
         assert request.scores is not None
-        offsets = self._barred.offsets
-        rows = self._barred.slices(offsets[request.users], offsets[request.users + 1])
+        rows = self._barred_of(request)
         where = (rows.row_of_values(), rows.values.astype(np.int64))
         scores = request.scores.clone()
         scores[tuple(to_device(part, scores.device) for part in where)] = inadmissible
@@ -221,7 +269,7 @@ class CandidatePool:
         leaves = self.leaf_of[safe]
         logged = candidates.behaviours != AUGMENTED
         good = real & (leaves >= 0) & (leaves != self.leaf_of[request.targets][:, None])
-        good &= logged | ~self.is_known(request.users, safe)
+        good &= logged | ~self.is_barred(request, safe)
         if logged.any():
             good &= ~(logged & self.is_future(request.users, safe))
         # Equal identifiers stand next to each other once sorted; the sort keeps their order.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from ..plain_settings import make_plain
 from .base import TrajectorySampler
 from .mixture import MixtureSampler
 from .on_policy import ConfidenceSampler, OnPolicySampler
-from .pool import CandidatePool
+from .pool import CandidatePool, Exclude
 from .proposer import BackboneProposer, ProposalMethod
 from .replay import ReplaySampler
 from .schedules import Schedule, ScheduleShape
@@ -22,6 +22,7 @@ from .strategies import (
     PopularitySampler,
     RandomSampler,
 )
+from .teacher import TeacherSampler
 
 if TYPE_CHECKING:
     from ..data import LeaveOneOut
@@ -37,8 +38,9 @@ KINDS = (
     "impressions",
     "on_policy",
     "confidence",
+    "teacher",
 )
-_SCORED = ("curriculum", "confidence")
+_SCORED = ("curriculum", "confidence", "teacher")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class SamplerSettings:
         session_gap: logs: longest pause within a session, in the data's time units; None: the
             window alone.
         side: impressions: the side behaviour that they are, such as ``"cart"``.
+        teacher_temperature: teacher: divides the collaborative scores. A mixture that suits a
+            reward over the catalogue is ``{"teacher": 1, "on_policy": 1}`` with ``method``
+            ``"sample_without_replacement"`` and ``refresh_steps`` 1.
+        exclude: what may not be an augmented item, see :mod:`gflowgr.samplers.pool`; None: as the
+            objective wants.
         method: on_policy: ``"beam"``, ``"sample"`` or ``"sample_without_replacement"``.
         temperature: on_policy, confidence: divides the backbone's logits.
         num_proposals: on_policy, confidence: items asked for per prompt (default 2 (N - 1)).
@@ -80,6 +87,8 @@ class SamplerSettings:
     window: int = 10
     session_gap: float | None = None
     side: str = "impression"
+    teacher_temperature: float = 1.0
+    exclude: Exclude | None = None
     method: ProposalMethod = "beam"
     temperature: float = 1.0
     num_proposals: int | None = None
@@ -120,8 +129,12 @@ class SamplerSettings:
             value = getattr(self, name)
             if value is not None and not low <= value < float("inf"):
                 raise ValueError(f"{name} must be finite and >= 0; got {value}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and > 0; got {self.temperature}")
+        for name in ("temperature", "teacher_temperature"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be finite and > 0; got {value}")
+        if self.exclude is not None and self.exclude not in get_args(Exclude):
+            raise ValueError(f"exclude must be one of {get_args(Exclude)}; got {self.exclude!r}")
         if not 0 <= self.replay_share <= 1:
             raise ValueError(f"replay_share must be in [0, 1]; got {self.replay_share}")
         allowed = tuple(kind for kind in KINDS if kind not in ("on_policy", "confidence"))
@@ -186,6 +199,8 @@ def make_sampler(
             return RandomSampler(pool, count)
         if name == "popularity":
             return PopularitySampler(pool, count, split.item_counts, settings.alpha)
+        if name == "teacher":
+            return TeacherSampler(pool, count, settings.teacher_temperature)
         if name == "curriculum":
             return CurriculumSampler(pool, count, settings.pool_size, settings.make_schedule())
         if name == "logs":

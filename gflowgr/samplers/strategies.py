@@ -122,7 +122,7 @@ class CurriculumSampler(TrajectorySampler):
         """One item of each stratum [B, strata]; -1 where a user has fewer strata than another."""
         items = self.pool.num_items
         # As many strata as give pool_size admissible items on average.
-        admissible = np.maximum(items - self.pool.num_barred(request.users), 1)
+        admissible = np.maximum(items - self.pool.num_barred(request), 1)
         strata = np.minimum(-(-self.pool_size * items // admissible), items)[:, None]
         width = int(strata.max(initial=1))
         uniform = self.pool.uniform(request, _CURRICULUM, width + 1)

@@ -48,12 +48,12 @@ def test_the_backbone_proposes_admissible_items_and_says_how_likely(method: str)
     request, pool = shop_request()
     model = make_model(dropout=0.5).train()
     proposer = BackboneProposer(model, method)  # type: ignore[arg-type]
-    found = proposer.propose(request, 6, pool.barred(request.users))
+    found = proposer.propose(request, 6, pool.barred(request))
     assert model.training
     assert model.backbone.training
     assert (found.items >= 0).all()
     assert not pool.is_known(request.users, found.items).any()
-    again = proposer.propose(request, 6, pool.barred(request.users))
+    again = proposer.propose(request, 6, pool.barred(request))
     assert (again.items == found.items).all()
     if method == "beam":
         expected = proposer.log_probs(request, found.items)
@@ -68,7 +68,7 @@ def test_the_backbone_proposes_admissible_items_and_says_how_likely(method: str)
 @pytest.mark.parametrize("method", ["sample", "sample_without_replacement"])
 def test_every_epoch_and_seed_draws_other_proposals(method: str) -> None:
     request, pool = shop_request()
-    barred, model = pool.barred(request.users), make_model()
+    barred, model = pool.barred(request), make_model()
 
     def draws(seed: int, epoch: int) -> np.ndarray:
         proposer = BackboneProposer(model, method, seed=seed)  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def test_between_refreshes_the_users_latest_proposals_are_used() -> None:
     chosen = sampler.sample(asked)
     assert chosen.log_proposal is not None
     others = fallback.sample(asked)
-    barred = pool.barred(asked.users)
+    barred = pool.barred(asked)
     for row, user in enumerate(asked.users):
         if user >= 6:  # never asked for: the fallback
             assert chosen.items[row].tolist() == others.items[row].tolist()

@@ -27,6 +27,7 @@ from gflowgr.samplers import (
     ReplaySampler,
     SampleRequest,
     Schedule,
+    TeacherSampler,
     TrajectorySampler,
     TrajectorySet,
 )
@@ -47,6 +48,7 @@ ALL: dict[str, Make] = {
     "confidence": lambda pool, n: ConfidenceSampler(
         FakeProposer(), CurriculumSampler(pool, n), refresh_steps=2
     ),
+    "teacher": lambda pool, n: TeacherSampler(pool, n, temperature=0.5),
     "mixture": lambda pool, n: MixtureSampler(
         {"logs": LogSampler(pool, n, world()), "random": RandomSampler(pool, n)},
         {"logs": 2.0, "random": 1.0},
@@ -166,8 +168,8 @@ def test_an_item_without_an_identifier_is_never_drawn() -> None:
     leaf_of = np.where(np.arange(60) % 3 == 0, -1, np.arange(60))
     known = Ragged.from_lengths(np.array([4, 3]), np.array([0, 1, 3, 4, 6, 7, 8]))
     pool = CandidatePool(known, leaf_of, 0)
-    assert pool.barred(np.array([0, 1])).tolist() == [[1, 4], [7, 8]]
     asked = SampleRequest(np.arange(2), np.arange(2), np.array([4, 7]), 0, 0.0)
+    assert pool.barred(asked).tolist() == [[1, 4], [7, 8]]
     items = RandomSampler(pool, 39).sample(asked).items[:, 1:]
     for row, barred in ((0, {1, 4}), (1, {7, 8})):
         assert set(items[row].tolist()) == set(leaf_of[leaf_of >= 0].tolist()) - barred
@@ -177,11 +179,13 @@ def test_a_user_may_know_nothing() -> None:
     known = Ragged.from_lengths(np.array([0]), np.empty(0, np.int32))
     pool = CandidatePool(known, np.arange(60), 0)
     assert not pool.is_known(np.array([0]), np.arange(60)[None]).any()
-    assert pool.barred(np.array([0])).shape == (1, 0)
+    one = np.array([0])
+    assert pool.barred(SampleRequest(one, one, one, 0, 0.0)).shape == (1, 0)
 
 
 def test_barred_are_all_items_of_known_identifiers() -> None:
-    barred = world_pool().barred(np.arange(3))
+    three = np.arange(3)
+    barred = world_pool().barred(SampleRequest(three, three, three, 0, 0.0))
     for user in range(3):
         leaves = LEAF_OF[world().known.row(user)]
         expected = np.flatnonzero(np.isin(LEAF_OF, leaves))
