@@ -225,19 +225,19 @@ def check_log_reward(
         source=source,
     )
     if floor is None:
-        hint = (
-            "expected a finite log-reward, that is a positive, finite reward; give "
-            "log_reward_floor to floor the log-reward of non-positive rewards"
-        )
+        hint = "give log_reward_floor to floor the log-reward of non-positive rewards"
     else:
-        hint = "expected a finite log-reward (log_reward_floor stands in for -inf and NaN only)"
+        hint = "log_reward_floor stands in for -inf and NaN only"
 
     def bad() -> Tensor:
         wrong = ~torch.isfinite(checked) if floor is None else checked == math.inf
         valid = like if like.dtype == torch.bool else torch.ones_like(like, dtype=torch.bool)
         return wrong & valid.any(-1)
 
-    data.add(bad, lambda i: f"{at('log_reward', i)} = {checked[i].item():g}: {hint}")
+    data.add(
+        bad,
+        lambda i: f"{at('log_reward', i)} must be finite; got {checked[i].item():g} ({hint})",
+    )
     return checked
 
 

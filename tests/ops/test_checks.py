@@ -95,24 +95,24 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"log_reward": at(torch.zeros(B, N), (1, 2), math.nan)},
         ValueError,
-        "log_reward[1, 2] = nan: expected a finite log-reward, that is a positive, finite reward; "
-        "give log_reward_floor to floor the log-reward of non-positive rewards",
+        "log_reward[1, 2] must be finite; got nan (give log_reward_floor to floor the log-reward "
+        "of non-positive rewards)",
     ),
     (
         {"log_reward": at(torch.zeros(B, N), (0, 1), -math.inf)},
         ValueError,
-        "log_reward[0, 1] = -inf: expected a finite log-reward",
+        "log_reward[0, 1] must be finite; got -inf",
     ),
     (
         {"log_reward": at(torch.zeros(B, N), (0, 1), math.inf)},
         ValueError,
-        "log_reward[0, 1] = inf: expected a finite log-reward",
+        "log_reward[0, 1] must be finite; got inf",
     ),
     (
         {"log_reward": at(torch.zeros(B, N), (0, 1), math.inf), "log_reward_floor": -5.0},
         ValueError,
-        "log_reward[0, 1] = inf: expected a finite log-reward (log_reward_floor stands in for -inf "
-        "and NaN only)",
+        "log_reward[0, 1] must be finite; got inf (log_reward_floor stands in for -inf and NaN "
+        "only)",
     ),
     ({"mask": torch.ones(B, N, L)}, TypeError, "mask must have dtype bool; got float32"),
     (
@@ -339,6 +339,12 @@ def test_sound_arguments_pass() -> None:
     for kind in TAKES:
         assert call_loss(kind).isfinite()
         assert call_fused(kind).isfinite()
+
+
+def test_an_error_names_the_first_bad_value() -> None:
+    reward = at(at(torch.zeros(B, N), (0, 2), math.nan), (1, 0), math.inf)
+    with pytest.raises(ValueError, match=r"log_reward\[0, 2\] must be finite; got nan"):
+        call_loss("tb", log_reward=reward)
 
 
 def test_padding_may_hold_what_would_be_an_error() -> None:

@@ -243,7 +243,10 @@ def test_arguments_are_named_in_errors() -> None:
         (lambda: sdpo_loss(log_pf, reference, beta=0.0), "beta must be greater than 0; got 0"),
         (lambda: grpo_loss(log_pf, reference, reward, beta=-1.0), "beta must be at least 0"),
         (lambda: grpo_loss(log_pf, reference, reward[:, :2]), r"reward must have shape \[B=2, N=3"),
-        (lambda: grpo_loss(log_pf, reference, reward / 0), r"reward\[0, 0\] = inf: expected a fin"),
+        (
+            lambda: grpo_loss(log_pf, reference, reward / 0),
+            r"reward\[0, 0\] must be finite; got inf",
+        ),
         (lambda: sdpo_loss(log_pf, reference, reduction="batch"), "reduction must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -168,7 +168,7 @@ def check_reward(reward: object, mask: Tensor, source: str, data: checks.DataChe
     )
     data.add(
         lambda: ~torch.isfinite(checked) & mask.any(-1),
-        lambda i: f"{checks.at('reward', i)} = {checked[i].item():g}: expected a finite reward",
+        lambda i: f"{checks.at('reward', i)} must be finite; got {checked[i].item():g}",
     )
     return checked
 
