@@ -87,7 +87,7 @@ def measure_calibration(
 
     for name, number in (("users", users), ("points", points)):
         if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+            raise ValueError(f"{name} must be at least 1; got {number}")
     if collaborative is None and "r_yhat" in reward.names:
         raise ValueError("collaborative is None, but the reward has the signal 'r_yhat'")
     if "r_generation" in reward.names:

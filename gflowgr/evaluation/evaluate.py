@@ -124,12 +124,12 @@ def _check_arguments(
     truth: np.ndarray | None,
 ) -> None:
     if not ks or ks[0] < 1:
-        raise ValueError(f"ks must hold positive integers, got {ks!r}")
+        raise ValueError(f"ks must hold positive integers; got {ks!r}")
     for name, value in (("batch_size", batch_size), ("max_users", max_users)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise ValueError(f"{name} must be at least 1; got {value}")
     if collision not in ("item", "string"):
-        raise ValueError(f"collision must be 'item' or 'string', got {collision!r}")
+        raise ValueError(f"collision must be 'item' or 'string'; got {collision!r}")
     if collision == "string" and leaf_of is None:
         raise ValueError("collision='string' needs leaf_of, the identifier of each item")
     if leaf_of is not None and leaf_of.shape != (split.num_items,):
@@ -138,7 +138,7 @@ def _check_arguments(
         )
     expected = (split.num_users, split.num_items)
     if truth is not None and truth.shape != expected:
-        raise ValueError(f"truth must have shape {expected}, got {truth.shape}")
+        raise ValueError(f"truth must have shape {expected}; got {truth.shape}")
 
 
 def _batches(
@@ -165,7 +165,7 @@ def _seen(
 
 def _checked(items: np.ndarray, name: str, rows: int, length: int, num_items: int) -> np.ndarray:
     if items.shape != (rows, length):
-        raise ValueError(f"{name} returned items {items.shape}, expected {(rows, length)}")
+        raise ValueError(f"the items of {name} must have shape {(rows, length)}; got {items.shape}")
     items = integer_array(items, f"{name}: recommended items")
     if items.size and (items.min() < -1 or items.max() >= num_items):
         raise ValueError(

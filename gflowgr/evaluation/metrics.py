@@ -33,7 +33,7 @@ def hits(ranks: np.ndarray, k: int) -> np.ndarray:
         ValueError: ``k`` below 1.
     """
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise ValueError(f"k must be at least 1; got {k}")
     return (ranks >= 0) & (ranks < k)
 
 

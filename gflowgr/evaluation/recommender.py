@@ -70,7 +70,7 @@ class ScoringRecommender:
                 a score that is NaN.
         """
         if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+            raise ValueError(f"k must be at least 1; got {k}")
         if exclude is not None and len(exclude) != len(histories):
             raise ValueError(f"exclude has {len(exclude)} rows, histories {len(histories)}")
         scores = self.model.score(pad_histories(histories), None).float()

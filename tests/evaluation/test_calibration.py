@@ -129,7 +129,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         measure_calibration(model, shop(), reward(), None)
     with pytest.raises(ValueError, match="'r_generation' is the model's own probability"):
         measure_calibration(model, shop(), reward(["r_generation"]), None)
-    with pytest.raises(ValueError, match="users must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="users must be at least 1; got 0"):
         measure(model, users=0)
     without = measure_calibration(model, shop(), reward(["r_sim"]), None, users=3, progress=False)
     assert without.users == 3

@@ -146,13 +146,13 @@ def test_true_utility(split: LeaveOneOut) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"collision": "leaf"}, "collision must be 'item' or 'string', got 'leaf'"),
+        ({"collision": "leaf"}, "collision must be 'item' or 'string'; got 'leaf'"),
         ({"collision": "string"}, "needs leaf_of"),
         ({"leaf_of": np.arange(7)}, r"leaf_of must have shape \(8,\)"),
         ({"ks": ()}, "ks must hold positive integers"),
         ({"ks": (0, 5)}, "ks must hold positive integers"),
-        ({"max_users": 0}, "max_users must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"max_users": 0}, "max_users must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"truth": np.zeros((2, 8))}, r"truth must have shape \(5, 8\)"),
     ],
 )

@@ -49,7 +49,7 @@ def test_known_values() -> None:
     assert m.recall(ranks, 1) == 0.25
     assert m.recall(ranks, 5) == 0.75
     assert m.ndcg(ranks, 5) == pytest.approx((1 + 1 / math.log2(3) + 1 / math.log2(6)) / 4)
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="k must be at least 1; got 0"):
         m.recall(ranks, 0)
 
 
