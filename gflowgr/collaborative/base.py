@@ -71,7 +71,7 @@ def check_score_inputs(
 def _check_ids(name: str, ids: torch.Tensor, num_items: int, low: int) -> None:
     if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"{name} must be an int64 tensor of two dimensions, "
+            f"{name} must be an int64 tensor of two dimensions; "
             f"got {ids.dtype} of shape {tuple(ids.shape)}"
         )
     if ids.numel() == 0:
@@ -81,8 +81,7 @@ def _check_ids(name: str, ids: torch.Tensor, num_items: int, low: int) -> None:
         wrong = smallest if smallest < low else largest
         row, column = (ids == wrong).nonzero()[0].tolist()
         raise ValueError(
-            f"{name}[{row}, {column}] = {wrong} is not an item id (expected {low} to "
-            f"{num_items - 1})"
+            f"{name}[{row}, {column}] must be an item id, {low} to {num_items - 1}; got {wrong}"
         )
 
 
@@ -113,12 +112,11 @@ def load_saved(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
     config = _read_config(folder)
     if config.get("kind") != kind:
         raise DataError(
-            f"{folder / CONFIG_NAME} describes a model of kind {config.get('kind')!r}, "
-            f"expected {kind!r}"
+            f"{folder / CONFIG_NAME}: kind must be {kind!r}; got {config.get('kind')!r}"
         )
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
-        raise DataError(f"{weights} does not exist; expected the weights of a {kind} model")
+        raise DataError(f"{weights} must be the weights of a {kind} model; it does not exist")
     try:
         return config, load_file(weights)
     except SafetensorError as error:
@@ -128,10 +126,10 @@ def load_saved(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise DataError(f"{path} does not exist; expected a folder written by save()")
+        raise DataError(f"{folder} must be a folder written by save(); {path} does not exist")
     config = files.read_json(path)
     if not isinstance(config, dict):
-        raise DataError(f"{path} holds a {type(config).__name__}, expected an object")
+        raise DataError(f"{path}: the top level must be an object; got {type(config).__name__}")
     return config
 
 

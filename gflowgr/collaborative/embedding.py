@@ -38,7 +38,7 @@ class EmbeddingScorer:
         table = torch.as_tensor(table)
         if table.ndim != 2 or not table.is_floating_point() or table.numel() == 0:
             raise ValueError(
-                "table must be a floating-point matrix [num_items, d], "
+                "table must be a floating-point matrix [num_items, d]; "
                 f"got {table.dtype} of shape {tuple(table.shape)}"
             )
         bad = (~torch.isfinite(table)).any(1)

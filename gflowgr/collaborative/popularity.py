@@ -27,7 +27,7 @@ class Popularity:
         counts = torch.as_tensor(counts)
         if counts.ndim != 1 or counts.numel() == 0:
             raise ValueError(
-                f"counts must be one-dimensional and not empty, got shape {tuple(counts.shape)}"
+                f"counts must be one-dimensional and not empty; got shape {tuple(counts.shape)}"
             )
         values = counts.double()
         if not bool((torch.isfinite(values) & (values >= 0)).all()):

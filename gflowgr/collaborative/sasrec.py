@@ -57,15 +57,15 @@ class SASRecConfig:
         for name in ("num_items", "d_model", "num_layers", "num_heads", "d_ff", "max_length"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+                raise ValueError(f"{name} must be a positive integer; got {value!r}")
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"num_heads = {self.num_heads} does not divide d_model = {self.d_model}"
             )
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout!r}")
         if not isinstance(self.negatives, int) or self.negatives < 0:
-            raise ValueError(f"negatives must be an integer >= 0, got {self.negatives!r}")
+            raise ValueError(f"negatives must be an integer >= 0; got {self.negatives!r}")
 
 
 class _Block(nn.Module):

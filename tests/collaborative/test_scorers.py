@@ -87,10 +87,14 @@ def test_no_rows_at_all(model: CollaborativeModel) -> None:
     [
         (torch.tensor([1, 2]), None, "histories must be an int64 tensor of two dimensions"),
         (torch.tensor([[0.5]]), None, "torch.float32"),
-        (torch.tensor([[1, NUM_ITEMS]]), None, r"histories\[0, 1\] = 23 is not an item id"),
-        (torch.tensor([[1, -2]]), None, r"histories\[0, 1\] = -2"),
+        (torch.tensor([[1, NUM_ITEMS]]), None, r"histories\[0, 1\] must be an item id, .*; got 23"),
+        (torch.tensor([[1, -2]]), None, r"histories\[0, 1\] must be an item id, .*; got -2"),
         (torch.tensor([[1, 2], [-1, 4]]), None, r"histories\[1\] = \[-1, 4\]: padding"),
-        (torch.tensor([[1]]), torch.tensor([[-1]]), r"items\[0, 0\] = -1 is not an item id"),
+        (
+            torch.tensor([[1]]),
+            torch.tensor([[-1]]),
+            r"items\[0, 0\] must be an item id, .*; got -1",
+        ),
         (torch.tensor([[1]]), torch.tensor([[1], [2]]), "items has 2 rows, histories has 1"),
     ],
 )
@@ -122,7 +126,7 @@ def test_broken_saved_models_are_reported(tmp_path: Path) -> None:
     model = make("sasrec")
     assert isinstance(model, SASRec)
     model.save(tmp_path)
-    with pytest.raises(DataError, match="kind 'sasrec', expected 'embedding'"):
+    with pytest.raises(DataError, match="must be 'embedding'; got 'sasrec'"):
         EmbeddingScorer.load(tmp_path)
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
@@ -135,7 +139,7 @@ def test_broken_saved_models_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="do not agree"):
         SASRec.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "kind": "other"}))
-    with pytest.raises(DataError, match="kind 'other', expected 'sasrec'"):
+    with pytest.raises(DataError, match="must be 'sasrec'; got 'other'"):
         SASRec.load(tmp_path)
 
 
@@ -225,10 +229,10 @@ def test_sasrec_learns_a_deterministic_pattern() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_items": 0}, "num_items must be a positive integer, got 0"),
+        ({"num_items": 0}, "num_items must be a positive integer; got 0"),
         ({"num_heads": 3}, "num_heads = 3 does not divide d_model = 64"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"negatives": -1}, "negatives must be an integer >= 0, got -1"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
+        ({"negatives": -1}, "negatives must be an integer >= 0; got -1"),
     ],
 )
 def test_bad_sizes_are_named(change: dict[str, float], message: str) -> None:
