@@ -86,12 +86,12 @@ def generate_builtin(seed: int = 0, num_users: int = 3000, num_items: int = 1200
         ValueError: a size that is too small, or a product that is too large.
     """
     if num_users < 1:
-        raise ValueError(f"num_users must be at least 1, got {num_users}")
+        raise ValueError(f"num_users must be at least 1; got {num_users}")
     if num_items < 200:
-        raise ValueError(f"num_items must be at least 200, got {num_items}")
+        raise ValueError(f"num_items must be at least 200; got {num_items}")
     if num_users * num_items > _MAX_PAIRS:
         raise ValueError(
-            f"num_users * num_items must be at most {_MAX_PAIRS:,}, got {num_users:,} * "
+            f"num_users * num_items must be at most {_MAX_PAIRS:,}; got {num_users:,} * "
             f"{num_items:,}"
         )
     rng = np.random.default_rng(seed)

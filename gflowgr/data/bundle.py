@@ -220,7 +220,7 @@ def _read_lists(file: Path, types: set[type], dtype: Any) -> tuple[list[str], Ra
     users, rows = list(obj), list(obj.values())
     if not set(map(type, rows)) <= {list}:
         user, row = next((u, r) for u, r in obj.items() if type(r) is not list)
-        raise DataError(f"{file}: user {user!r} must have a list, got {shown(row, 60)}")
+        raise DataError(f"{file}: user {user!r} must have a list; got {shown(row, 60)}")
     flat = list(chain.from_iterable(rows))
     if not set(map(type, flat)) <= types:
         wanted = " or ".join(
@@ -318,7 +318,7 @@ def _read_texts(file: Path) -> list[dict[str, str]]:
             )
         if type(fields) is not dict:
             raise DataError(
-                f"{file}: item {item} must have {{field: text}}, got {shown(fields, 60)}"
+                f"{file}: item {item} must have {{field: text}}; got {shown(fields, 60)}"
             )
         texts.append(
             {

@@ -78,8 +78,8 @@ class Dataset:
             raise DataError(f"{self.name}: {len(self.texts)} texts for {self.num_items} items")
         if self.truth is not None and self.truth.shape != (self.num_users, self.num_items):
             raise DataError(
-                f"{self.name}: truth has shape {self.truth.shape}, "
-                f"expected {(self.num_users, self.num_items)} [users, items]"
+                f"{self.name}: truth must be [users, items] = {(self.num_users, self.num_items)}; "
+                f"got {self.truth.shape}"
             )
 
     def __repr__(self) -> str:
@@ -222,8 +222,8 @@ class Dataset:
             values = getattr(self, what)
             if values is not None and values.shape != self.sequences.values.shape:
                 raise DataError(
-                    f"{self.name}: {what} has shape {values.shape}, "
-                    f"expected ({self.num_interactions},), one per interaction"
+                    f"{self.name}: {what} must have shape ({self.num_interactions},), one per "
+                    f"interaction; got {values.shape}"
                 )
         if len(self.behaviour_names) > MAX_BEHAVIOURS:
             raise DataError(

@@ -58,7 +58,7 @@ class TrainingExamples:
             ValueError: ``max_history`` below 1, or items that are not integers of 32 bits.
         """
         if max_history < 1:
-            raise ValueError(f"max_history must be at least 1, got {max_history}")
+            raise ValueError(f"max_history must be at least 1; got {max_history}")
         first = sequences.offsets[:-1]
         lengths = sequences.lengths
         users = np.repeat(np.arange(len(sequences)), np.maximum(lengths - 1, 0))
@@ -153,9 +153,8 @@ class TrainingExamples:
         meta = read_json(folder / "examples.json", expect=dict)
         if (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
             raise DataError(
-                f"{folder / 'examples.json'}: format {meta.get('format')!r} "
-                f"version {meta.get('version')!r}, "
-                f"expected {_FORMAT!r} version {_VERSION}"
+                f"{folder / 'examples.json'}: the format must be {_FORMAT!r} version {_VERSION}; "
+                f"got {meta.get('format')!r} version {meta.get('version')!r}"
             )
         arrays: dict[str, np.ndarray] = {}
         try:
@@ -216,7 +215,8 @@ def _map(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
 def _check_bounds(folder: Path, items: np.ndarray, bounds: np.ndarray, max_history: int) -> None:
     if bounds.ndim != 2 or bounds.shape[1] != 3 or items.ndim != 1:
         raise DataError(
-            f"{folder}: items {items.shape}, bounds {bounds.shape}; expected [M] and [E, 3]"
+            f"{folder}: items and bounds must be [M] and [E, 3]; "
+            f"got {items.shape} and {bounds.shape}"
         )
     if items.dtype != np.int32 or bounds.dtype not in (np.int32, np.int64):
         raise DataError(

@@ -92,25 +92,25 @@ def read_index(path: str | Path, num_items: int | None = None) -> Identifiers:
     for item, row in enumerate(rows):
         if type(row) is not list or not row:
             raise DataError(
-                f"{path}: item {item} must have a non-empty list of tokens, got {shown(row, 60)}"
+                f"{path}: item {item} must have a non-empty list of tokens; got {shown(row, 60)}"
             )
         if not all(type(token) is str for token in row):
             raise DataError(f"{path}: item {item} has a token that is not text: {shown(row)}")
         # The table of codes has room for the longest row in every row.
         if len(row) > _MAX_TOKENS:
             raise DataError(
-                f"{path}: item {item} must have at most {_MAX_TOKENS:,} tokens, got {len(row):,}"
+                f"{path}: item {item} must have at most {_MAX_TOKENS:,} tokens; got {len(row):,}"
             )
         wrong = next((token for token in row if not 1 <= len(token) <= _MAX_CHARACTERS), None)
         if wrong is not None:
             raise DataError(
-                f"{path}: item {item}: a token must have 1 to {_MAX_CHARACTERS:,} characters, got "
+                f"{path}: item {item}: a token must have 1 to {_MAX_CHARACTERS:,} characters; got "
                 f"{len(wrong):,}, {shown(wrong, 40)}"
             )
     length = max(map(len, rows))
     if count * length > _MAX_CODES:
         raise DataError(
-            f"{path}: items x longest identifier must be at most {_MAX_CODES:,}, got "
+            f"{path}: items x longest identifier must be at most {_MAX_CODES:,}; got "
             f"{count:,} x {length:,}"
         )
     codes = np.full((count, length), -1, dtype=np.int32)
@@ -140,7 +140,7 @@ def from_codes(codes: np.ndarray) -> Identifiers:
     """
     codes = np.asarray(codes)
     if codes.ndim != 2 or codes.dtype.kind not in "iu" or codes.size == 0:
-        raise ValueError(f"codes must be integers [items, L], got {codes.dtype} {codes.shape}")
+        raise ValueError(f"codes must be integers [items, L]; got {codes.dtype} {codes.shape}")
     if codes.shape[1] > len(string.ascii_lowercase):
         raise ValueError(f"codes have {codes.shape[1]} levels, at most 26 can be named")
     present = codes >= 0

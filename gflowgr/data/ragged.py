@@ -31,12 +31,12 @@ class Ragged:
         offsets = integer_array(self.offsets, "offsets")
         if offsets.ndim != 1 or len(offsets) == 0 or self.values.ndim != 1:
             raise ValueError(
-                "offsets must be one-dimensional with an entry at least, values one-dimensional, "
+                "offsets must be one-dimensional with an entry at least, values one-dimensional; "
                 f"got shapes {offsets.shape} and {self.values.shape}"
             )
         if offsets[0] != 0 or offsets[-1] != len(self.values) or (np.diff(offsets) < 0).any():
             raise ValueError(
-                f"offsets must rise from 0 to len(values) = {len(self.values)}, "
+                f"offsets must rise from 0 to len(values) = {len(self.values)}; "
                 f"got {offsets[0]} to {offsets[-1]}"
             )
         object.__setattr__(self, "offsets", offsets)

@@ -36,7 +36,7 @@ class LeaveOneOut:
 
     def __init__(self, dataset: Dataset, *, max_history: int = 20) -> None:
         if max_history < 1:
-            raise ValueError(f"max_history must be at least 1, got {max_history}")
+            raise ValueError(f"max_history must be at least 1; got {max_history}")
         self.dataset = dataset = dataset.with_stars_as_behaviours()
         self.max_history = max_history
         offsets = dataset.sequences.offsets
@@ -157,7 +157,7 @@ class LeaveOneOut:
         expected = int(np.maximum(self.train_sequences.lengths - 1, 0).sum())
         if len(self.train) != expected:
             raise DataError(
-                f"{data.name}: {len(self.train)} training examples, expected {expected}"
+                f"{data.name}: there must be {expected} training examples; got {len(self.train)}"
             )
         for which in PARTS:
             begin, end = self._history_bounds(which)
@@ -212,4 +212,4 @@ class LeaveOneOut:
 
 def _check_part(which: str) -> None:
     if which not in PARTS:
-        raise ValueError(f"which must be 'valid' or 'test', got {which!r}")
+        raise ValueError(f"which must be 'valid' or 'test'; got {which!r}")

@@ -85,7 +85,7 @@ def test_side_pairs_that_give_the_answer_away_are_dropped(write_bundle: WriteBun
     [
         ({"inter": {}}, "there are no users"),
         ({"inter": {"3": []}}, r"inter\.json\.gz: user '3' has no interactions"),
-        ({"inter": {"3": 5}}, r"inter\.json\.gz: user '3' must have a list, got 5"),
+        ({"inter": {"3": 5}}, r"inter\.json\.gz: user '3' must have a list; got 5"),
         ({"inter": {"3": [1, "x"]}}, "user '3', position 1: 'x' .str. is not integer"),
         ({"inter": {"3": [1, 2.0]}}, "position 1: 2.0 .float. is not integer"),
         ({"inter": {"3": [True]}}, "position 0: True .bool. is not integer"),
@@ -261,10 +261,10 @@ def test_reserved_names_of_side_behaviours(tmp_path: Path, name: str) -> None:
     [
         ({"user_ids": ["ann"]}, "2 sequences, 1 users"),
         ({"num_items": 3}, "user 'ann', position 3: item 3 is unknown"),
-        ({"ratings": np.ones(4, dtype=np.float32)}, "ratings has shape"),
+        ({"ratings": np.ones(4, dtype=np.float32)}, "ratings must have shape"),
         ({"behaviours": np.full(5, 2, dtype=np.int8)}, "codes run from 2 to 2"),
         ({"texts": [{}]}, "1 texts for 5 items"),
-        ({"truth": np.zeros((2, 4))}, "truth has shape"),
+        ({"truth": np.zeros((2, 4))}, r"truth must be \[users, items\]"),
         ({"side": {"cart": Ragged.from_lists([[4]])}}, "side cart: 1 rows, 2 users"),
         ({"ratings": np.array([1, 2, 3, 4, np.inf])}, "user 'bob' has the rating inf"),
     ],

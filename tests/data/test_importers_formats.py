@@ -267,7 +267,7 @@ def test_yelp_bad_dates_are_bad_lines_or_bad_arguments(tmp_path: Path) -> None:
     _, report = import_yelp(path, k_core=1, max_bad_fraction=0.2, progress=False)
     assert report.bad_lines == 1
     assert "yesterday" in report.bad_examples[0]
-    with pytest.raises(ValueError, match="start must be a day like 2019-01-31, got 'May'"):
+    with pytest.raises(ValueError, match="start must be a day like 2019-01-31; got 'May'"):
         import_yelp(path, start="May")
     with pytest.raises(ValueError, match="end must not be before start = '2020-01-01'"):
         import_yelp(path, start="2020-01-01", end="2019-01-01")

@@ -52,7 +52,7 @@ def test_tokens_that_only_look_alike_stay_apart(tmp_path: Path) -> None:
         ({"0": ["a"], "1": [], "2": ["a"]}, "item 1 must have a non-empty list"),
         (
             {"0": ["a"], "1": "a", "2": ["a"]},
-            "item 1 must have a non-empty list of tokens, got 'a'",
+            "item 1 must have a non-empty list of tokens; got 'a'",
         ),
         ({"0": ["a"], "1": ["a"], "2": [7]}, "item 2 has a token that is not text"),
         ([["a"]], "the top level must be an object"),

@@ -171,9 +171,9 @@ def test_times_that_go_back_are_refused() -> None:
 def test_wrong_arguments() -> None:
     split = LeaveOneOut(make([[0, 1, 2]]))
     for call in (split.targets, split.histories, split.eval_users):
-        with pytest.raises(ValueError, match="which must be 'valid' or 'test', got 'train'"):
+        with pytest.raises(ValueError, match="which must be 'valid' or 'test'; got 'train'"):
             call("train")
-    with pytest.raises(ValueError, match="max_history must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_history must be at least 1; got 0"):
         LeaveOneOut(split.dataset, max_history=0)
 
 

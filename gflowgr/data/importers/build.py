@@ -147,7 +147,7 @@ def k_core(user: np.ndarray, item: np.ndarray, k: int) -> tuple[np.ndarray, int]
         ValueError: k below 1.
     """
     if k < 1:
-        raise ValueError(f"k_core must be at least 1 (1 keeps everything), got {k}")
+        raise ValueError(f"k_core must be at least 1 (1 keeps everything); got {k}")
     keep = np.ones(len(user), dtype=bool)
     rounds = 0
     while True:
@@ -165,15 +165,15 @@ def check_options(core: int, duplicates: str, max_bad_fraction: float) -> None:
     if isinstance(core, bool) or not isinstance(core, int | np.integer):
         raise ValueError(f"k_core must be an integer; got {core!r}")
     if core < 1:
-        raise ValueError(f"k_core must be at least 1 (1 keeps everything), got {core}")
+        raise ValueError(f"k_core must be at least 1 (1 keeps everything); got {core}")
     if duplicates not in DUPLICATES:
-        raise ValueError(f"duplicates must be one of {', '.join(DUPLICATES)}, got {duplicates!r}")
+        raise ValueError(f"duplicates must be one of {', '.join(DUPLICATES)}; got {duplicates!r}")
     if isinstance(max_bad_fraction, bool) or not isinstance(
         max_bad_fraction, int | float | np.integer | np.floating
     ):
         raise ValueError(f"max_bad_fraction must be a number; got {max_bad_fraction!r}")
     if not 0.0 <= max_bad_fraction <= 1.0:
-        raise ValueError(f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}")
+        raise ValueError(f"max_bad_fraction must be between 0 and 1; got {max_bad_fraction}")
 
 
 def check_found(

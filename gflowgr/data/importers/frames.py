@@ -142,7 +142,7 @@ def _kind(path: Path) -> str:
         suffix = Path(name).suffix.lower()
     if suffix not in _SEPARATORS and suffix not in _PARQUET:
         known = ", ".join([*_SEPARATORS, ".parquet"])
-        raise ValueError(f"{path}: unknown kind of table {suffix!r}, expected {known}")
+        raise ValueError(f"{path}: the kind of table must be one of {known}; got {suffix!r}")
     return suffix
 
 

@@ -105,7 +105,7 @@ def _day(argument: str, text: str) -> datetime.date:
     try:
         return datetime.date.fromisoformat(text)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{argument} must be a day like 2019-01-31, got {text!r}") from error
+        raise ValueError(f"{argument} must be a day like 2019-01-31; got {text!r}") from error
 
 
 def _read_businesses(
