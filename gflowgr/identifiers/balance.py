@@ -67,7 +67,7 @@ def balanced_clusters(
 
     count = len(vectors)
     if not 1 <= clusters <= count:
-        raise ValueError(f"clusters = {clusters} must be from 1 to the {count} vectors")
+        raise ValueError(f"clusters must be from 1 to the {count} vectors; got {clusters}")
     centres = kmeans_plusplus(vectors.astype(np.float64), clusters, random_state=seed)[0]
     # Each cluster has as many slots as it takes vectors.
     slot_cluster = np.sort(np.arange(count) % clusters)

@@ -39,7 +39,7 @@ def resolve_collisions(quantised: Quantisation, how: Collisions) -> np.ndarray:
         ValueError: another ``how``, or ``"reassign"`` with more items than identifiers (K ** L).
     """
     if how not in get_args(Collisions):
-        raise ValueError(f"collisions must be one of {get_args(Collisions)}, got {how!r}")
+        raise ValueError(f"collisions must be one of {get_args(Collisions)}; got {how!r}")
     if how == "shared":
         return quantised.codes.copy()
     if how == "extra":

@@ -46,7 +46,7 @@ def fit_kmeans(
     vectors = checked_vectors(embeddings, "embeddings")
     if levels < 1 or codebook_size < 1:
         raise ValueError(
-            f"levels = {levels} and codebook_size = {codebook_size} must be at least 1"
+            f"levels and codebook_size must be at least 1; got {levels} and {codebook_size}"
         )
     residual = vectors.copy()
     codes = np.zeros((len(vectors), levels), dtype=np.int32)

@@ -46,7 +46,7 @@ def learn_codes(
         FloatingPointError: the training's loss is no longer finite.
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if (collaborative is not None) != (method == "letter"):
         need = "needs" if method == "letter" else "does not use"
         raise ValueError(f"method {method!r} {need} collaborative item vectors")

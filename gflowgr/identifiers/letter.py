@@ -36,9 +36,9 @@ class LetterConfig(RqVaeConfig):
         super().__post_init__()
         for name in ("alignment", "diversity"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if self.clusters < 1:
-            raise ValueError(f"clusters = {self.clusters} must be at least 1")
+            raise ValueError(f"clusters must be at least 1; got {self.clusters}")
 
 
 def alignment_loss(quantised: torch.Tensor, collaborative: torch.Tensor) -> torch.Tensor:

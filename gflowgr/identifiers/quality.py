@@ -84,7 +84,7 @@ def nearest_neighbours(vectors: np.ndarray, k: int = 10) -> np.ndarray:
         ValueError: a wrong shape, a vector that is not finite, k below 1.
     """
     if k < 1:
-        raise ValueError(f"k = {k} must be at least 1")
+        raise ValueError(f"k must be at least 1; got {k}")
     unit = checked_vectors(vectors, "vectors")
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     count = len(unit)

@@ -54,7 +54,7 @@ def checked_vectors(vectors: np.ndarray, name: str, num_items: int | None = None
     vectors = np.asarray(vectors)
     if vectors.ndim != 2 or vectors.size == 0 or vectors.dtype.kind not in "fiu":
         raise ValueError(
-            f"{name} must be [items, d] and not empty, numbers, got {vectors.dtype} {vectors.shape}"
+            f"{name} must be [items, d] and not empty, numbers; got {vectors.dtype} {vectors.shape}"
         )
     if num_items is not None and len(vectors) != num_items:
         raise ValueError(f"{name} has {len(vectors):,} rows, there are {num_items:,} items")

@@ -66,12 +66,12 @@ class RqVaeConfig:
         make_plain(self)
         for name in ("levels", "codebook_size", "code_width", "steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("commitment", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate = {self.learning_rate} must be positive")
+            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
 
     def layers(self, width: int) -> list[int]:
         """Widths of all layers of the encoder for inputs of ``width``, both ends included."""

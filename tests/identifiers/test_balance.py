@@ -60,5 +60,5 @@ def test_clusters_of_equal_size_are_found_where_they_are() -> None:
 
 
 def test_more_clusters_than_vectors() -> None:
-    with pytest.raises(ValueError, match="clusters = 4 must be from 1 to the 3 vectors"):
+    with pytest.raises(ValueError, match="clusters must be from 1 to the 3 vectors; got 4"):
         balanced_clusters(np.zeros((3, 2), np.float32), 4)

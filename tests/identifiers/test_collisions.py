@@ -111,5 +111,5 @@ def test_more_items_than_identifiers() -> None:
 
 
 def test_an_unknown_way() -> None:
-    with pytest.raises(ValueError, match=r"collisions must be one of .*, got 'drop'"):
+    with pytest.raises(ValueError, match=r"collisions must be one of .*; got 'drop'"):
         resolve_collisions(quantised(4, 2, 3, 0, 1), "drop")  # type: ignore[arg-type]

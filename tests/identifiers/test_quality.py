@@ -88,7 +88,7 @@ def test_measures_as_table_json_and_plots(tmp_path: Path) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="k = 0 must be at least 1"):
+    with pytest.raises(ValueError, match="k must be at least 1; got 0"):
         nearest_neighbours(np.eye(3), 0)
     with pytest.raises(ValueError, match=r"neighbours\['cf'\] has 3 rows, there are 8 items"):
         measure_quality(from_codes(CODES), {"cf": np.zeros((3, 1), int)})

@@ -247,12 +247,12 @@ def test_standardised_vectors_keep_their_shape() -> None:
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (RqVaeConfig, {"levels": 0}, "levels = 0 must be at least 1"),
+        (RqVaeConfig, {"levels": 0}, "levels must be at least 1; got 0"),
         (RqVaeConfig, {"balanced": "some"}, "balanced must be one of .*; got 'some'"),
-        (RqVaeConfig, {"learning_rate": 0.0}, "learning_rate = 0.0 must be positive"),
-        (RqVaeConfig, {"commitment": -1.0}, "commitment = -1.0 must not be negative"),
-        (LetterConfig, {"alignment": float("nan")}, "alignment = nan must not be negative"),
-        (LetterConfig, {"clusters": 0}, "clusters = 0 must be at least 1"),
+        (RqVaeConfig, {"learning_rate": 0.0}, "learning_rate must be positive; got 0.0"),
+        (RqVaeConfig, {"commitment": -1.0}, "commitment must not be negative; got -1.0"),
+        (LetterConfig, {"alignment": float("nan")}, "alignment must not be negative; got nan"),
+        (LetterConfig, {"clusters": 0}, "clusters must be at least 1; got 0"),
     ],
 )
 def test_bad_settings(config: type, options: dict[str, object], message: str) -> None:
@@ -263,7 +263,7 @@ def test_bad_settings(config: type, options: dict[str, object], message: str) ->
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("bert", {}, "method must be one of rqvae, kmeans, letter, got 'bert'"),
+        ("bert", {}, "method must be one of rqvae, kmeans, letter; got 'bert'"),
         ("letter", {}, "method 'letter' needs collaborative"),
         ("rqvae", {"collaborative": np.eye(4)}, "method 'rqvae' does not use collaborative"),
         ("kmeans", {"steps": 5}, "method 'kmeans' has no option steps"),
