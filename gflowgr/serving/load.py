@@ -72,4 +72,4 @@ def check_counts(counts: dict[str, int]) -> None:
     """Raise ValueError for an option that must be at least 1 and is not."""
     for name, count in counts.items():
         if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+            raise ValueError(f"{name} must be at least 1; got {count}")

@@ -83,7 +83,7 @@ class QueryReader:
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
             if not isinstance(record, dict):
-                raise DataError(f"{where}: expected {_WANTED}, got {shown(record)}")
+                raise DataError(f"{where}: the query must be {_WANTED}; got {shown(record)}")
             yield self._query(record, row, where)
 
     def _parquet(self, source: str) -> Iterator[Query]:
@@ -101,14 +101,14 @@ class QueryReader:
     def _query(self, record: dict[str, Any], row: int, where: str) -> Query:
         user, history = record.get("user"), record.get("history")
         if user is not None and (isinstance(user, bool) or not isinstance(user, str | int)):
-            raise DataError(f"{where}: user must be text or a whole number, got {shown(user)}")
+            raise DataError(f"{where}: user must be text or a whole number; got {shown(user)}")
         user = None if user is None else str(user)
         if isinstance(history, list):
             return Query(row, user, self._items(history, where))
         if history is not None:
-            raise DataError(f"{where}: history must be a list of items, got {shown(history)}")
+            raise DataError(f"{where}: history must be a list of items; got {shown(history)}")
         if user is None:
-            raise DataError(f"{where}: expected {_WANTED}, got {shown(record)}")
+            raise DataError(f"{where}: the query must be {_WANTED}; got {shown(record)}")
         return Query(row, user, self._of_user(user, f"{where}: "))
 
     def _of_user(self, user: str, where: str = "") -> npt.NDArray[np.int64]:

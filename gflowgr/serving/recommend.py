@@ -47,7 +47,7 @@ class RecommendOptions:
     def __post_init__(self) -> None:
         check_counts({"--top": self.top, "--beams": self.beams, "--batch-size": self.batch_size})
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"--temperature must be above 0 and finite, got {self.temperature}")
+            raise ValueError(f"--temperature must be above 0 and finite; got {self.temperature}")
 
 
 def recommend_from_checkpoint(

@@ -256,8 +256,8 @@ def test_evaluate_gives_the_runs_own_numbers(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--beams", "0"), "--beams must be at least 1, got 0"),
-        (("--max-users", "0"), "max_users must be at least 1, got 0"),
+        (("--beams", "0"), "--beams must be at least 1; got 0"),
+        (("--max-users", "0"), "max_users must be at least 1; got 0"),
     ],
 )
 def test_evaluate_out_of_range(
