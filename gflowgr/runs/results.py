@@ -276,7 +276,7 @@ def _cell(
     metrics = _numbers(evaluation / _DONE, done.get("metrics"), "metrics")
     rules = done.get("rules")
     if not isinstance(rules, dict):
-        raise DataError(f"{evaluation / _DONE}: rules must be an object, got {rules!r}")
+        raise DataError(f"{evaluation / _DONE}: rules must be an object; got {rules!r}")
     users, ranks, items = _arrays(evaluation)
     for place, metric in enumerate(METRICS):
         counted = float(per_user(ranks)[:, place].mean())
@@ -315,7 +315,7 @@ def _arrays(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     items = _load(folder / "items.npy", 2)
     if not len(users) == len(ranks) == len(items) > 0:
         raise DataError(
-            f"{folder}: users.npy, ranks.npy and items.npy must have one entry per user, got "
+            f"{folder}: users.npy, ranks.npy and items.npy must have one entry per user; got "
             f"{len(users)}, {len(ranks)} and {len(items)}"
         )
     if ranks.min() < -1 or ranks.max() >= items.shape[1]:
@@ -331,7 +331,7 @@ def _load(path: Path, dimensions: int) -> np.ndarray:
         raise DataError(f"{path}: missing, though the cell is marked as complete") from error
     if array.ndim != dimensions or array.dtype.kind != "i":
         raise DataError(
-            f"{path}: expected integers with {dimensions} dimension(s), got {array.dtype} "
+            f"{path}: must hold integers with {dimensions} dimension(s); got {array.dtype} "
             f"{array.shape}"
         )
     return array
@@ -378,11 +378,11 @@ def _read_json(path: Path, expect: type) -> Any:
 def _numbers(path: Path, values: Any, name: str) -> dict[str, float]:
     """Metric to value; a part without users has no value (null)."""
     if not isinstance(values, dict):
-        raise DataError(f"{path}: {name or 'metrics'} must be an object, got {values!r}")
+        raise DataError(f"{path}: {name or 'metrics'} must be an object; got {values!r}")
     kept = {key: value for key, value in values.items() if value is not None}
     for key, value in kept.items():
         if not _is_number(value):
-            raise DataError(f"{path}: {key} must be a finite number, got {value!r}")
+            raise DataError(f"{path}: {key} must be a finite number; got {value!r}")
     return {str(key): float(value) for key, value in kept.items()}
 
 

@@ -87,7 +87,7 @@ def user_differences(method: Sequence[np.ndarray], baseline: Sequence[np.ndarray
     shapes = {ranks.shape for ranks in (*method, *baseline)}
     if not len(method) == len(baseline) > 0 or len(shapes) != 1:
         raise ValueError(
-            f"method and baseline must have the same seeds (at least one) and users, got "
+            f"method and baseline must have the same seeds (at least one) and users; got "
             f"{len(method)} and {len(baseline)} seeds with shapes {sorted(shapes)}"
         )
     pairs = zip(method, baseline, strict=True)
@@ -113,7 +113,9 @@ def paired_bootstrap(
     """
     count, columns = differences.shape
     if count == 0 or draws < 1:
-        raise ValueError(f"expected users and draws, got {count} users and {draws} draws")
+        raise ValueError(
+            f"users (rows of differences) and draws must be at least 1; got {count} and {draws}"
+        )
     rng = np.random.default_rng(seed)
     # Users without any difference (most: targets that no method finds) share the first column.
     active = differences.any(axis=1)

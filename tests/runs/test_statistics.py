@@ -83,5 +83,5 @@ def test_draws_do_not_depend_on_what_else_is_compared() -> None:
     (alone,) = paired_bootstrap(values[:, :1], draws=300)
     beside = paired_bootstrap(values, draws=300)[0]
     assert vars(beside) == pytest.approx(vars(alone))
-    with pytest.raises(ValueError, match="0 users"):
+    with pytest.raises(ValueError, match=r"users .* must be at least 1; got 0"):
         paired_bootstrap(values[:0])
