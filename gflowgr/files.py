@@ -300,7 +300,7 @@ def read_json(path: str | os.PathLike[str], expect: type | None = None) -> Any:
     if expect is not None and not isinstance(obj, expect):
         names: dict[type, str] = {dict: "an object {...}", list: "an array [...]"}
         raise DataError(
-            f"{path}: the top level must be {names.get(expect, expect.__name__)}, "
+            f"{path}: the top level must be {names.get(expect, expect.__name__)}; "
             f"got {type(obj).__name__}"
         )
     return obj

@@ -102,9 +102,9 @@ def train_sasrec(
     }
     for name, value in counts.items():
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise ValueError(f"{name} must be at least 1; got {value}")
     if not 0 < lr < math.inf:
-        raise ValueError(f"lr must be a positive number, got {lr}")
+        raise ValueError(f"lr must be a positive number; got {lr}")
     settings: dict[str, Any] = {
         "data": [split.dataset.name, split.num_users, split.train.lengths.sum().item()],
         "model": asdict(config),

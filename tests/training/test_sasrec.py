@@ -313,11 +313,11 @@ def test_evaluation_on_a_subset_of_users(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"patience": 0}, "patience must be at least 1, got 0"),
-        ({"eval_users": 0}, "eval_users must be at least 1, got 0"),
-        ({"lr": float("nan")}, "lr must be a positive number, got nan"),
+        ({"epochs": 0}, "epochs must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"patience": 0}, "patience must be at least 1; got 0"),
+        ({"eval_users": 0}, "eval_users must be at least 1; got 0"),
+        ({"lr": float("nan")}, "lr must be a positive number; got nan"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path: Path, change: dict[str, float], message: str) -> None:
