@@ -5,6 +5,7 @@ In the emulator's process (tests/cuda/test_emulated.py) the emulated kernels are
 
 from __future__ import annotations
 
+import base64
 import os
 from pathlib import Path
 
@@ -13,12 +14,29 @@ import torch
 from hypothesis import settings
 from support import emulation
 
+ONE_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 if emulation.LIBRARY_VARIABLE in os.environ:
     emulation.load_library(os.environ[emulation.LIBRARY_VARIABLE])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that start processes take longest and come first; a file's tests stay in one worker.
+
+    So do those of ``finished_run``, wherever they are, so that it is made once.
+    """
+    long = {item.path for item in items if item.get_closest_marker("process")}
+    items.sort(key=lambda item: item.path not in long)
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        shared = "finished_run" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("finished_run" if shared else str(item.path)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,6 +56,22 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_config(folder / "run.yaml", tiny_run(folder / "run"))
     assert main(["train", "--config", str(config), "--no-progress"]) == 0
     return folder / "run"
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every picture of a report is one pixel; figures are made, but not laid out and drawn.
+
+    Fixtures of a larger scope, such as ``finished_run``, come first and draw theirs.
+    """
+    from gflowgr.report import plots
+
+    def save(figure: object, path: Path) -> bool:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(ONE_PIXEL)
+        return True
+
+    monkeypatch.setattr(plots, "save", save)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,25 @@
 #!/usr/bin/env bash
 # Set up a virtual environment (in .venv, or where VENV says) and run all tests that this machine can
 # run, on all cores (WORKERS=0: in one process). Arguments go to pytest: bash tests/run.sh tests/ops -x
+# What is left out as slow: bash tests/run.sh -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/python" -c "import torch" 2>/dev/null || "$venv/bin/pip" install "torch==${TORCH_VERSION:-2.13.0}"
-"$venv/bin/pip" install --quiet -e ".[dev]"
-# A process per core, each with one thread: more threads would only wait for one another.
+# An install takes minutes, most of them to compile: only where what it depends on has changed.
+state() {
+  find pyproject.toml setup.py csrc -type f -print0 | sort -z | xargs -0 sha256sum
+  find gflowgr -name '*.so' | sort
+  "$venv/bin/python" -c "import torch; print(torch.__version__)"
+  pwd
+}
+if [ "$(state)" != "$(cat "$venv/installed" 2>/dev/null)" ]; then
+  "$venv/bin/pip" install --quiet -e ".[dev]"
+  state >"$venv/installed"
+fi
+# A process per core, each with one thread: more threads would only wait for one another. What takes
+# longest comes first (tests/conftest.py), and what shares a fixture stays in one process.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$venv/bin/python" -m pytest -n "${WORKERS:-auto}" "$@"
+workers=${WORKERS:-auto}
+exec "$venv/bin/python" -m pytest -n "$workers" --dist loadgroup --no-loadscope-reorder "$@"

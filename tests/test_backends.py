@@ -198,6 +198,7 @@ class TestInfo:
         assert "tree_walk on cpu: none: gflowgr::tree_walk cannot run on backend 'cuda'" in text
         assert "GFLOWGR_BACKEND=cuda" in text
 
+    @pytest.mark.process
     def test_needs_no_optional_package(self) -> None:
         script = (
             "import sys\n"

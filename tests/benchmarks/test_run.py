@@ -216,6 +216,7 @@ def test_help_teaches(capsys: Capture) -> None:
         assert explained in text
 
 
+@pytest.mark.process
 def test_an_op_imports_no_other() -> None:
     """A measurement of memory starts a process per variant: it imports what it measures."""
     code = (

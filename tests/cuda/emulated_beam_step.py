@@ -53,17 +53,24 @@ def apart(*shape: int, seed: int = 0) -> Tensor:
 ONE = (torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.long))
 
 
-@pytest.mark.parametrize("normalize", NORMALIZERS)
-@settings(max_examples=10)
-@given(identifiers=catalogues(), seed=st.integers(0, 2**31))
+@settings(max_examples=15)
+@given(normalize=st.sampled_from(NORMALIZERS), identifiers=catalogues(), seed=st.integers(0, 2**31))
 def test_step_equals_plain_loops(
     normalize: str, identifiers: list[tuple[int, ...]], seed: int
 ) -> None:
     StepCase(identifiers, seed).check_both(normalize)
 
 
-@pytest.mark.parametrize("normalize", NORMALIZERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "normalize"),
+    [
+        (torch.float32, "vocab"),
+        (torch.bfloat16, "vocab"),
+        (torch.float16, "vocab"),
+        (torch.bfloat16, "level"),
+        (torch.float16, "children"),
+    ],
+)
 def test_dtypes_and_rows_at_any_address(dtype: torch.dtype, normalize: str) -> None:
     tree = PrefixTree.from_identifiers([[a, b] for a in range(0, 40, 3) for b in (41, 77, 99)])
     scores, nodes = torch.zeros(2, 3), torch.tensor([[0, 1, 2], [0, 3, -1]])
@@ -146,14 +153,19 @@ def test_masks_of_nodes_with_many_children(kind: str) -> None:
     check(beam_step(logits, *beams, **options), defined(logits, *beams, **options))
 
 
-@pytest.mark.parametrize("normalize", ["level", "children"])
 @pytest.mark.parametrize(
-    ("place", "shape"), [("root", (100, 1, 13)), ("anywhere", (7, 11, 24)), ("few", (40, 2, 13))]
+    ("place", "shape", "normalize"),
+    [
+        ("root", (70, 1, 13), "level"),
+        ("root", (70, 1, 13), "children"),
+        ("anywhere", (7, 11, 24), "children"),
+        ("few", (40, 2, 13), "level"),
+    ],
 )
 def test_hidden_states_of_shared_and_of_different_nodes(
     place: str, shape: tuple[int, int, int], normalize: str
 ) -> None:
-    """Tiles of 64 beams at one node, at several, with few live; 100 prompts make two groups."""
+    """Tiles of 64 beams at one node, at several, with few live; 70 prompts make two groups."""
     made = torch.Generator().manual_seed(1)
     rows = torch.stack([torch.randint(0, n, (900,), generator=made) for n in (90, 30, 3)], 1)
     tree = PrefixTree.from_identifiers(rows + torch.tensor([0, 90, 120]))
@@ -191,15 +203,16 @@ def test_hidden_states_in_half_precision(hidden: torch.dtype, weight: torch.dtyp
 def test_the_order_of_threads_and_blocks_does_not_matter() -> None:
     made = torch.Generator().manual_seed(2)
     tree = PrefixTree.from_identifiers(
-        [[a, b] for a in range(600) for b in range(2)] + [[700]]  # ragged: both kinds of result
+        [[a, b] for a in range(200) for b in range(2)] + [[700]]  # ragged: both kinds of result
     )
     scores, nodes = torch.randn(2, 2, generator=made), torch.tensor([[0, 1], [0, 0]])
-    logits = torch.randn(2, 2, 9000, generator=made).bfloat16()
+    logits = torch.randn(1, 2, 9000, generator=made).bfloat16()  # two shares
     hidden, weight = torch.randn(2, 2, 8, generator=made), torch.randn(9000, 8, generator=made)
     results = []
     for order in emulation.SCHEDULES:
         with emulation.schedule(order):
-            steps = [beam_step(logits, scores, nodes, tree, width=50, normalize="vocab")]
+            one = (scores[:1], nodes[:1], tree)
+            steps = [beam_step(logits, *one, width=50, normalize="vocab")]
             for normalize in ("level", "children"):
                 steps.append(
                     beam_step_hidden(

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 BINDINGS = sorted((ROOT / "csrc").glob("*/*_cuda.cpp"))
 

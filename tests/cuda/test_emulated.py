@@ -1,7 +1,7 @@
 """Runs the CUDA kernels on the CPU, in the emulator of emulate.h, without a GPU.
 
 The very kernel files (``csrc/*/*.cu``) and their bindings are compiled by g++ with AddressSanitizer
-and UndefinedBehaviorSanitizer, and ``FILES`` run in processes of their own (the sanitizer must be
+and UndefinedBehaviorSanitizer, and ``FILES`` run in a process of their own (the sanitizer must be
 loaded before everything else), where ``gflowgr_cuda`` takes CPU tensors.
 """
 
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from support import emulation
+
+pytestmark = pytest.mark.process
 
 HERE = Path(__file__).parent
 FILES = [*sorted(HERE.glob("emulated_*.py")), HERE.parent / "ops" / "test_beam_step_traps.py"]
@@ -36,10 +38,10 @@ def library(gxx: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_in_the_emulator(file: Path, gxx: str, library: Path) -> None:
+def test_in_the_emulator(gxx: str, library: Path) -> None:
+    """All files in one process, whose start takes a good part of a file's time."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)],
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *map(str, FILES)],
         cwd=HERE.parents[1],
         env={
             **os.environ,
@@ -52,7 +54,8 @@ def test_in_the_emulator(file: Path, gxx: str, library: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout
+    for file in FILES:
+        assert re.search(rf"{file.name}::.* PASSED", done.stdout), (file, done.stdout)
     assert "skipped" not in done.stdout, done.stdout
 
 

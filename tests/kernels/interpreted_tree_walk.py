@@ -13,7 +13,7 @@ from gflowgr.tree import PrefixTree
 from gflowgr.tree.layout import build_numpy
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(catalogues())
 def test_equals_the_dictionary_trie(catalogue: Catalogue) -> None:
     tree, oracle = PrefixTree.from_identifiers(catalogue.identifiers), catalogue.oracle

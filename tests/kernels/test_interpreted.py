@@ -15,20 +15,23 @@ import pytest
 
 from gflowgr import backends
 
+pytestmark = pytest.mark.process
+
 FILES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_under_the_interpreter(file: Path) -> None:
+def test_under_the_interpreter() -> None:
+    """All files in one process, whose start takes a good part of a file's time."""
     if backends.triton_missing() is not None:
         pytest.skip(f"triton: {backends.triton_missing()}")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *map(str, FILES)],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout
+    for file in FILES:
+        assert re.search(rf"{file.name}::.* PASSED", done.stdout), (file, done.stdout)
     assert "skipped" not in done.stdout, done.stdout

@@ -11,6 +11,8 @@ import pytest
 
 from gflowgr import backends
 
+pytestmark = pytest.mark.process
+
 
 def run(script: str, **environment: str) -> list[float]:
     """The numbers that a script prints."""

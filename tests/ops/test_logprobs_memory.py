@@ -124,6 +124,7 @@ def predicted_peak(rows: int, width: int, size: int, frozen: bool, element: int)
     ],
 )
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.process
 def test_peak_of_the_joint_loss(rows: int, width: int, size: int, frozen: bool, kind: str) -> None:
     """Resident memory, in its own process; 12 MiB stand for threads' tiles and the allocator."""
     dtype = getattr(torch, kind)

@@ -12,6 +12,8 @@ from support.vocab_shard import SHARDS, inputs, run_shard
 from gflowgr.ops import tb_loss, trajectory_logprobs
 from gflowgr.ops.logprobs.vocab_parallel import partial_logprobs
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_two_processes_equal_one(tmp_path: Path, dtype: torch.dtype) -> None:

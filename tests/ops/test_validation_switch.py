@@ -70,6 +70,7 @@ def test_set_validation_returns_the_previous_setting() -> None:
         ops.set_validation(1)  # type: ignore[arg-type]
 
 
+@pytest.mark.process
 def test_the_environment_switches_the_checks_off() -> None:
     script = "from gflowgr import ops; print(ops.validation_enabled())"
     shown = subprocess.run(

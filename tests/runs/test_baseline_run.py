@@ -12,6 +12,8 @@ from support.tiny_run import tiny_run
 from gflowgr.runs import ConfigError, RunConfig
 from gflowgr.runs.run_report import run_and_report
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 
 def test_the_report_names_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for function in ("fork", "posix_spawn"):

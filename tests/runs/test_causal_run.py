@@ -15,6 +15,8 @@ from gflowgr.cli import main
 from gflowgr.files import read_json
 from gflowgr.training import GFlowGRTrainer
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 LORA = {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
 

@@ -57,10 +57,20 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
+# The report of `out` has its pictures; the tests of other reports are about texts.
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
+
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_experiment(tmp_path_factory.mktemp("experiment"))
-    assert write_report(folder)[0] == folder / "report.md"
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """What ``write_report`` gave: the page, and the text for the screen."""
+    return write_report(write_experiment(tmp_path_factory.mktemp("experiment")))
+
+
+@pytest.fixture(scope="module")
+def out(written: tuple[Path, str]) -> Path:
+    folder = written[0].parent
+    assert written[0] == folder / "report.md"
     return folder
 
 
@@ -138,11 +148,12 @@ def test_an_incomplete_experiment_says_what_is_missing(tmp_path: Path) -> None:
     for cell in ("seed_42/tiger/gflowgr-tb", "seed_42/tiger/sft_continued"):
         (out / "Shop" / cell / "evaluation" / "analysis.json").unlink()
     (out / "Shop/seed_43/tiger/sft_continued/evaluation/analysis.json").unlink()
-    text = write_report(out)[0].read_text()
+    path, screen = write_report(out)
+    text = path.read_text()
     assert "## What is missing" in text
     assert f"{BASELINE}; {FULL} (seed 42)" in text
     assert f"{FULL} (1 of 2 seeds)" in text
-    assert "missing" in write_report(out)[1]
+    assert "missing" in screen
 
 
 def test_nothing_but_the_description(tmp_path: Path) -> None:
@@ -181,8 +192,8 @@ def test_callers_that_end_together_write_one_after_the_other(tmp_path: Path) -> 
         assert other.result(timeout=60)[0].is_file()
 
 
-def test_the_screen_has_the_main_table_and_a_sentence(out: Path) -> None:
-    text = write_report(out)[1]
+def test_the_screen_has_the_main_table_and_a_sentence(written: tuple[Path, str]) -> None:
+    text = written[1]
     assert "Shop, tiger identifiers" in text
     assert f"above {BASELINE} on all metrics: {FULL}" in text
     assert "without r_a" not in text

@@ -18,6 +18,8 @@ from gflowgr.runs import ConfigError, ExperimentSpec, cells_of
 from gflowgr.runs.stages import Console
 from gflowgr.runs.work import prepare_inputs
 
+pytestmark = pytest.mark.process
+
 METHODS = ("sft", "sft_continued", "gflowgr_tb")
 
 

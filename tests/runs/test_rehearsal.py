@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from support.forked_cells import forked_cells  # noqa: F401  # a fixture
 from support.tiny_experiment import tiny_experiment
 
 from gflowgr.cli import main
 from gflowgr.data import generate_builtin, save_dataset
 from gflowgr.files import read_json
 from gflowgr.runs import ExperimentSpec, cells_of, rehearsal_of, shipped_specs
+
+pytestmark = pytest.mark.process
 
 
 def rehearse(values: dict[str, Any], folder: Path) -> int:
@@ -50,6 +53,7 @@ def test_every_cell_is_four_steps(name: str, monkeypatch: pytest.MonkeyPatch) ->
             assert config.evaluation.max_users == 4
 
 
+@pytest.mark.usefixtures("forked_cells")
 def test_stars_are_rewards_in_every_cell(rated: Path, tmp_path: Path) -> None:
     values = tiny_experiment()
     del values["base"]["data"]["users"], values["base"]["data"]["items"]
@@ -69,6 +73,7 @@ def test_stars_are_rewards_in_every_cell(rated: Path, tmp_path: Path) -> None:
     assert "A rehearsal of four steps" in (out / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("forked_cells")
 def test_what_fails_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = tiny_experiment()
     values["methods"] = {"SFT continued": {"flow": {"signals": ["no_such_module:Signal"]}}}

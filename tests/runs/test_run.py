@@ -25,6 +25,9 @@ from gflowgr.training import GFlowGRTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# The report of `finished_run` has its pictures.
+pytestmark = pytest.mark.usefixtures("no_drawing")
+
 
 def train(config: Path) -> int:
     return main(["train", "--config", str(config), "--no-progress"])
@@ -116,6 +119,7 @@ def _kill_when(ready: Callable[[], bool], config: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.process
 def test_killed_run_ends_with_the_same_results(finished_run: Path, tmp_path: Path) -> None:
     """Killed while SASRec trains, and again while GFlowGR does; then left to finish."""
     folder = tmp_path / "run"

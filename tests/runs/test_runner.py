@@ -33,6 +33,8 @@ _STAND_IN = """
 import fcntl, json, os, sys, time
 from pathlib import Path
 
+pytestmark = pytest.mark.process
+
 job = json.load(sys.stdin)
 out, cell = Path(job["out"]), job["cell"]["id"]
 lock = open(out / ".locks" / cell.replace("/", "__"), "a")

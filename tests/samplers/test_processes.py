@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch.multiprocessing as mp
 from support.sampling_ranks import STEPS, run_rank, sample_part
+
+pytestmark = pytest.mark.process
 
 
 def test_two_processes_sample_what_one_does(tmp_path: Path) -> None:

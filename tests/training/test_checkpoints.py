@@ -191,6 +191,7 @@ def test_a_model_saved_over_adapters_is_read_alone_and_other_files_stay(tmp_path
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.process
 def test_another_run_in_the_folder_is_refused_and_named(tmp_path: Path) -> None:
     trainer = make_trainer(make_args(tmp_path, **OPTIONS))
     with output_lock(tmp_path), output_lock(tmp_path):

@@ -31,7 +31,7 @@ def trained(folder: Path, objective: str, backend: str | None) -> GFlowGRTrainer
     return trainer
 
 
-@pytest.mark.parametrize("objective", ["sft", "tb"])
+@pytest.mark.parametrize("objective", [pytest.param("sft", marks=pytest.mark.slow), "tb"])
 def test_compiled_training_is_the_same(objective: str, tmp_path: Path) -> None:
     plain = trained(tmp_path / "plain", objective, None)
     compiled = trained(tmp_path / "compiled", objective, "aot_eager")

@@ -23,6 +23,8 @@ from gflowgr.evaluation import evaluate
 from gflowgr.evaluation.generative import GenerativeRecommender
 from gflowgr.models import GFlowModel
 
+pytestmark = pytest.mark.process
+
 Entry = dict[str, float]
 
 

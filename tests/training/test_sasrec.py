@@ -271,6 +271,7 @@ def write_script(path: Path, folder: Path, **options: object) -> dict[str, str]:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.process
 def test_killed_process_resumes_to_the_same_model(tmp_path: Path) -> None:
     folder, script = tmp_path / "cut", tmp_path / "train.py"
     env = write_script(script, folder, epochs=30, patience=30)
@@ -287,6 +288,7 @@ def test_killed_process_resumes_to_the_same_model(tmp_path: Path) -> None:
     assert same_weights(resumed, whole)
 
 
+@pytest.mark.process
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """Each asserts that the model it got is the one on disk; together they learn."""
     folder, script = tmp_path / "two", tmp_path / "train.py"

@@ -20,6 +20,7 @@ SCRIPT = Path(__file__).parents[1] / "support" / "tree_fuzz.py"
 
 
 @pytest.mark.timeout(60 + CASES)
+@pytest.mark.process
 def test_damaged_files_are_refused_or_harmless() -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(SEED), str(CASES)],

@@ -317,6 +317,7 @@ class TestFiles:
         assert small.share_memory_().buffer.is_shared()
         assert small.items(small.num_leaves - 1).tolist() == [0, 3]
 
+    @pytest.mark.process
     def test_a_mapped_and_trusted_tree_is_not_read_whole(self, tmp_path: Path) -> None:
         tokens = np.random.default_rng(0).integers(0, 256, (1_000_000, 4), dtype=np.int32)
         PrefixTree.from_identifiers(tokens).save(tmp_path / "t.safetensors")
