@@ -26,17 +26,10 @@ if emulation.LIBRARY_VARIABLE in os.environ:
     emulation.load_library(os.environ[emulation.LIBRARY_VARIABLE])
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that start processes take longest and come first; a file's tests stay in one worker.
-
-    So do those of ``finished_run``, wherever they are, so that it is made once.
-    """
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests that start processes take longest and come first."""
     long = {item.path for item in items if item.get_closest_marker("process")}
     items.sort(key=lambda item: item.path not in long)
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        shared = "finished_run" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("finished_run" if shared else str(item.path)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,7 +19,7 @@ if [ "$(state)" != "$(cat "$venv/installed" 2>/dev/null)" ]; then
   state >"$venv/installed"
 fi
 # A process per core, each with one thread: more threads would only wait for one another. What takes
-# longest comes first (tests/conftest.py), and what shares a fixture stays in one process.
+# longest comes first (tests/conftest.py), and a file, which shares fixtures, stays in one process.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 workers=${WORKERS:-auto}
-exec "$venv/bin/python" -m pytest -n "$workers" --dist loadgroup --no-loadscope-reorder "$@"
+exec "$venv/bin/python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
