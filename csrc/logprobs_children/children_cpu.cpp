@@ -1,4 +1,5 @@
-// gflowgr_cpp::children_logprobs and its backward pass: softmax over the children of each token's node.
+// gflowgr_cpp::children_logprobs, children_flow_kl and their backward pass: softmax over the children of each
+// token's node.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,6 +16,8 @@
 #include "common/convert_cpu.h"
 #include "logprobs_children/children_plan.h"
 #include "logprobs_children/children_work.h"
+#include "tree/tree_flow_rewards_cpu.h"
+#include "tree/tree_flows_cpu.h"
 #include "tree/tree_layout.h"
 #include "tree/tree_sort.h"
 #include "tree/tree_walk_cpu.h"
@@ -102,15 +105,36 @@ void forbid_only_children(const Arguments& given, const Tensor& weight, const gf
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> children_logprobs(
-    const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& tokens,
-    const std::optional<Tensor>& mask, const Tensor& tree, double temperature, int64_t saved) {
-  const Arguments given = check(hidden, weight, bias, tokens, mask, tree, temperature);
-  Tensor log_pf = torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Float);
-  Tensor slopes = torch::stable::new_empty(tokens, {saved}, ScalarType::Float);
-  Tensor plan_words = torch::stable::new_empty(tokens, {gflowgr::plan_size(given.rows)}, ScalarType::Long);
-  Tensor invalid = torch::stable::new_empty(tokens, {1}, ScalarType::Long);
-  auto* const out = static_cast<float*>(log_pf.data_ptr());
+// The rows that the products leave out: masked ones, those off the tree, and the children that are alone.
+void diverge_only_children(const Arguments& given, const int64_t* nodes, const gflowgr::ChildrenPlan& plan,
+                           const float* log_pf, const gflowgr::ChildrenDivergence& divergence) {
+  gflowgr::FlowScratch scratch;
+  for (int64_t i = plan.active(); i < given.rows; ++i) {
+    const int64_t row = plan.rows[i], trajectory = row / given.steps;
+    bool alive = (given.mask == nullptr || given.mask[row]) && nodes[row] >= 0;
+    // Only where the caller asks for the difference of two policies does it matter whether there is a flow.
+    if (alive && divergence.weights == nullptr) {
+      alive = gflowgr::node_flow(*divergence.rewards, scratch, trajectory / divergence.per_prompt, nodes[row]) !=
+              -std::numeric_limits<double>::infinity();
+    }
+    divergence.alive[row] = alive;
+    const float weight = divergence.weights == nullptr ? 0.0f : divergence.weights[trajectory];
+    divergence.value[row] = weight == 0.0f ? 0.0f : -weight * log_pf[row];
+  }
+}
+
+struct Forward {
+  Tensor log_pf, slopes, plan, invalid;
+};
+
+// `divergence`, of which value and alive are allocated: written beside the log-probabilities.
+Forward run_forward(const Arguments& given, const Tensor& weight, const Tensor& tokens, int64_t saved,
+                    const gflowgr::ChildrenDivergence* divergence) {
+  Forward result{torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Float),
+                 torch::stable::new_empty(tokens, {saved}, ScalarType::Float),
+                 torch::stable::new_empty(tokens, {gflowgr::plan_size(given.rows)}, ScalarType::Long),
+                 torch::stable::new_empty(tokens, {1}, ScalarType::Long)};
+  auto* const out = static_cast<float*>(result.log_pf.data_ptr());
 
   const std::unique_ptr<int64_t[]> nodes(new int64_t[std::max<int64_t>(given.rows, 1)]);
   if (given.rows > 0) {
@@ -119,16 +143,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> children_logprobs(
           gflowgr::tree_walk_cpu(given.tree, given.tokens, given.mask, nodes.get(), given.steps, begin, end);
         });
   }
-  gflowgr::ChildrenPlan plan(static_cast<int64_t*>(plan_words.data_ptr()), given.rows);
-  *static_cast<int64_t*>(invalid.data_ptr()) = gflowgr::plan_children(
+  gflowgr::ChildrenPlan plan(static_cast<int64_t*>(result.plan.data_ptr()), given.rows);
+  *static_cast<int64_t*>(result.invalid.data_ptr()) = gflowgr::plan_children(
       given.tree, nodes.get(), given.mask, given.trajectories, given.steps, plan, out);
   if (given.head.bias != nullptr) forbid_only_children(given, weight, plan, out);
   STD_TORCH_CHECK(saved == 0 || saved >= plan.products(), "saved: ", saved, ", but there are ",
                   plan.products(), " products");
+  if (divergence != nullptr) diverge_only_children(given, nodes.get(), plan, out, *divergence);
   const gflowgr::ChildrenWork work(given.tree, given.steps, plan, given.head, threads(), parallel);
   for (const int64_t token : work.tokens()) check_token(token, weight);
-  work.forward(out, saved == 0 ? nullptr : static_cast<float*>(slopes.data_ptr()));
-  return {log_pf, slopes, plan_words, invalid};
+  work.forward(out, saved == 0 ? nullptr : static_cast<float*>(result.slopes.data_ptr()), divergence);
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> children_logprobs(
+    const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& tokens,
+    const std::optional<Tensor>& mask, const Tensor& tree, double temperature, int64_t saved) {
+  const Arguments given = check(hidden, weight, bias, tokens, mask, tree, temperature);
+  Forward result = run_forward(given, weight, tokens, saved, nullptr);
+  return {result.log_pf, result.slopes, result.plan, result.invalid};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> children_flow_kl(
+    const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& tokens,
+    const std::optional<Tensor>& mask, const Tensor& tree, double temperature, int64_t saved,
+    const std::optional<Tensor>& nll_weights, const Tensor& log_reward, const std::optional<Tensor>& pool, double floor,
+    const Tensor& root) {
+  const Arguments given = check(hidden, weight, bias, tokens, mask, tree, temperature);
+  const gflowgr::FlowRewards rewards = gflowgr::flow_rewards(log_reward, pool, floor, root, tree);
+  STD_TORCH_CHECK(log_reward.size(0) == tokens.size(0), "log_reward must hold the rewards of ", tokens.size(0),
+                  " prompts");
+  if (nll_weights.has_value()) {
+    STD_TORCH_CHECK(nll_weights->is_contiguous() && nll_weights->scalar_type() == ScalarType::Float &&
+                        nll_weights->numel() == given.trajectories,
+                    "nll_weights must be [B, N], contiguous, float32");
+  }
+  Tensor value = torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Float);
+  Tensor alive = torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Bool);
+  const gflowgr::ChildrenDivergence divergence{
+      &rewards, nll_weights.has_value() ? static_cast<const float*>(nll_weights->data_ptr()) : nullptr, tokens.size(1),
+      static_cast<float*>(value.data_ptr()), static_cast<bool*>(alive.data_ptr())};
+  Forward result = run_forward(given, weight, tokens, saved, &divergence);
+  return {value, result.log_pf, alive, result.slopes, result.plan, result.invalid};
 }
 
 // Ascending distinct tokens, and for each element of `tokens` its position among them.
@@ -227,6 +283,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cpp, m) {
       "children_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? mask, "
       "Tensor tree, float temperature, int saved) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "children_flow_kl(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? mask, Tensor tree, "
+      "float temperature, int saved, Tensor? nll_weights, Tensor log_reward, Tensor? pool, float floor, "
+      "Tensor root) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "children_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, "
       "Tensor? mask, Tensor tree, float temperature, Tensor log_pf, Tensor slopes, Tensor plan, "
       "bool need_hidden, Tensor(a!)? d_weight, bool need_bias, bool sparse) "
@@ -235,5 +295,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cpp, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gflowgr_cpp, CPU, m) {
   m.impl("children_logprobs", TORCH_BOX(&children_logprobs));
+  m.impl("children_flow_kl", TORCH_BOX(&children_flow_kl));
   m.impl("children_backward", TORCH_BOX(&children_backward));
 }

@@ -182,13 +182,15 @@ GFLOWGR_INLINE void accumulate(float* const* out, int64_t m, const float* a, int
 
 // ------------------------------------------------------------------ softmax
 
+// Products x [count] become logits; returns the largest. `last`: those that fill no register, -inf behind them.
 template <typename S>
-GFLOWGR_INLINE float softmax(float* x, int64_t count, const float* bias, float temperature, int64_t target) {
+GFLOWGR_INLINE float logits(float* x, int64_t count, const float* bias, float temperature,
+                            typename S::Floats& last) {
   typedef typename S::Floats Floats;
-  const float low = -std::numeric_limits<float>::infinity();
-  const Floats lows = Floats{} + low;
+  const Floats lows = S::broadcast(-std::numeric_limits<float>::infinity());
   const int64_t whole = count / S::kLanes * S::kLanes, some = count - whole;
-  Floats tops = lows, last = lows;
+  Floats tops = lows;
+  last = lows;
   for (int64_t j = 0; j < whole; j += S::kLanes) {
     Floats value = S::load(x + j);
     if (bias != nullptr) value += S::load(bias + j);
@@ -204,7 +206,16 @@ GFLOWGR_INLINE float softmax(float* x, int64_t count, const float* bias, float t
     last = S::first_lanes(some) ? last : lows;
     tops = S::maximum(last, tops);
   }
-  const float top = S::largest(tops);
+  return S::largest(tops);
+}
+
+template <typename S>
+GFLOWGR_INLINE float softmax(float* x, int64_t count, const float* bias, float temperature, int64_t target) {
+  typedef typename S::Floats Floats;
+  const float low = -std::numeric_limits<float>::infinity();
+  const int64_t whole = count / S::kLanes * S::kLanes, some = count - whole;
+  Floats last;
+  const float top = logits<S>(x, count, bias, temperature, last);
   const float chosen = x[target];
   if (chosen == low) {
     for (int64_t j = 0; j < count; ++j) x[j] = 0.0f;
@@ -232,6 +243,54 @@ GFLOWGR_INLINE float softmax(float* x, int64_t count, const float* bias, float t
   return (chosen - top) - std::log(own + others);
 }
 
+// ------------------------------------------------------------------ divergence
+
+// p (log p - logit) where p is not negligible, else 0; what is forbidden makes it infinite.
+template <typename S>
+GFLOWGR_INLINE typename S::Floats divergence_part(const typename S::Floats& p, const typename S::Floats& logit) {
+  typedef typename S::Floats Floats;
+  const Floats least = S::broadcast(1e-30f), ones = S::broadcast(1.0f);
+  const Floats safe = p > least ? p : ones;
+  return p > least ? p * (-S::log_at_least_one(ones / safe) - logit) : Floats{};
+}
+
+template <typename S>
+GFLOWGR_INLINE float divergence(float* x, int64_t count, const float* bias, float temperature, int64_t target,
+                                const float* p, float mass, float weight, float* log_pf) {
+  typedef typename S::Floats Floats;
+  const float low = -std::numeric_limits<float>::infinity();
+  const int64_t whole = count / S::kLanes * S::kLanes, some = count - whole;
+  Floats last;
+  const float top = logits<S>(x, count, bias, temperature, last);
+  if (top == low) {
+    for (int64_t j = 0; j < count; ++j) x[j] = 0.0f;
+    *log_pf = low;
+    return mass + weight == 0.0f ? 0.0f : -low;
+  }
+  const float chosen = x[target] - top;
+  Floats sums = {}, parts = {};
+  for (int64_t j = 0; j < whole; j += S::kLanes) {
+    const Floats logit = S::load(x + j) - top, value = S::exp_not_positive(logit);
+    if (mass > 0.0f) parts += divergence_part<S>(S::load(p + j), logit);
+    sums += value;
+    S::store(x + j, value);
+  }
+  if (some > 0) {
+    const Floats logit = last - top;
+    if (mass > 0.0f) parts += divergence_part<S>(S::load_some(p + whole, some, 0.0f), logit);
+    last = S::exp_not_positive(logit);
+    sums += last;
+  }
+  const float sum = S::total_by_halves(sums), log_sum = std::log(sum);
+  const float factor = (mass + weight) / sum;
+  for (int64_t j = 0; j < whole; j += S::kLanes) S::store(x + j, S::load(x + j) * factor - S::load(p + j));
+  if (some > 0) S::store_some(x + whole, last * factor - S::load_some(p + whole, some, 0.0f), some);
+  x[target] -= weight;
+  *log_pf = chosen - log_sum;
+  const float value = mass > 0.0f ? S::total_by_halves(parts) + log_sum : 0.0f;
+  return weight == 0.0f ? value : value - weight * *log_pf;
+}
+
 #define GFLOWGR_DEFINE(name, bytes, attribute)                                                                    \
   attribute void dots_##name(const float* const* a, int64_t m, const float* const* b, int64_t n, int64_t d,       \
                              float* out, int64_t stride) {                                                        \
@@ -244,7 +303,11 @@ GFLOWGR_INLINE float softmax(float* x, int64_t count, const float* bias, float t
   attribute float softmax_##name(float* x, int64_t count, const float* bias, float temperature, int64_t target) { \
     return softmax<Simd<bytes>>(x, count, bias, temperature, target);                                             \
   }                                                                                                               \
-  constexpr ChildrenKernels name = {dots_##name, accumulate_##name, softmax_##name};
+  attribute float divergence_##name(float* x, int64_t count, const float* bias, float temperature, int64_t target,\
+                                    const float* p, float mass, float weight, float* log_pf) {                    \
+    return divergence<Simd<bytes>>(x, count, bias, temperature, target, p, mass, weight, log_pf);                 \
+  }                                                                                                               \
+  constexpr ChildrenKernels name = {dots_##name, accumulate_##name, softmax_##name, divergence_##name};
 GFLOWGR_EACH_TARGET(GFLOWGR_DEFINE)
 #undef GFLOWGR_DEFINE
 

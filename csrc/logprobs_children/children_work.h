@@ -8,6 +8,7 @@
 #include "common/dtype.h"
 #include "logprobs_children/children_kernels.h"
 #include "logprobs_children/children_plan.h"
+#include "tree/tree_flows_cpu.h"
 
 namespace gflowgr {
 
@@ -42,6 +43,15 @@ struct ChildrenGradients {
   const int64_t* bias_row = nullptr;  // place in `bias` of each of ChildrenWork::tokens
 };
 
+// A divergence from exact flows beside the log-probabilities, row by row.
+struct ChildrenDivergence {
+  const FlowRewards* rewards;
+  const float* weights;      // [trajectories] of the negative log-likelihood; null: -1 where there is a flow, else 0
+  int64_t per_prompt;        // trajectories
+  float* value;              // [T]
+  bool* alive;               // [T] whether a child of the row's node has a flow
+};
+
 class ChildrenWork {
  public:
   ChildrenWork(const uint8_t* tree, int64_t steps, const ChildrenPlan& plan, const ChildrenHead& head,
@@ -49,15 +59,17 @@ class ChildrenWork {
 
   const std::vector<int64_t>& tokens() const { return tokens_; }
 
-  // Writes log_pf of the active rows, and all slopes where `slopes` is not null.
-  void forward(float* log_pf, float* slopes) const;
+  // Writes log_pf of the active rows, and all slopes where `slopes` is not null: those of log_pf, or with a
+  // `divergence`, which is written too, those of its value.
+  void forward(float* log_pf, float* slopes, const ChildrenDivergence* divergence = nullptr) const;
 
   // `slopes` as forward() left them; null: they are computed again, kPanel of them at a time.
   // `gradients.hidden` is written at every row, zeros included; `weight` and `bias` are added to.
   void backward(const float* slopes, const ChildrenGradients& gradients) const;
 
  private:
-  void run_forward(int64_t first_task, int64_t end_task, float* log_pf, float* slopes, int64_t base) const;
+  void run_forward(int64_t first_task, int64_t end_task, float* log_pf, float* slopes, int64_t base,
+                   const ChildrenDivergence* divergence) const;
   void backward_slice(int64_t first_task, int64_t end_task, const float* slopes, int64_t base,
                       const ChildrenGradients& gradients, int64_t from, int64_t to) const;
   void backward_bias(int64_t first_task, int64_t end_task, const float* slopes, int64_t base,
@@ -67,6 +79,8 @@ class ChildrenWork {
   const ChildrenKernels& kernels_;
   ChildrenPlan plan_;
   ChildrenHead head_;
+  int64_t steps_;
+  const uint8_t* tree_;
   int64_t total_rows_;
   int threads_;
   Parallel parallel_;

@@ -69,7 +69,7 @@ int64_t child_block(const ChildrenHead& head, int64_t columns) {
 
 ChildrenWork::ChildrenWork(const uint8_t* tree, int64_t steps, const ChildrenPlan& plan,
                            const ChildrenHead& head, int threads, Parallel parallel)
-    : kernels_(children_kernels()), plan_(plan), head_(head),
+    : kernels_(children_kernels()), plan_(plan), head_(head), steps_(steps), tree_(tree),
       total_rows_(plan.targets - plan.rows), threads_(threads), parallel_(std::move(parallel)) {
   int64_t offset = 0;
   cost_.push_back(0);
@@ -89,10 +89,11 @@ ChildrenWork::ChildrenWork(const uint8_t* tree, int64_t steps, const ChildrenPla
 }
 
 void ChildrenWork::run_forward(int64_t first_task, int64_t end_task, float* log_pf, float* slopes,
-                               int64_t base) const {
+                               int64_t base, const ChildrenDivergence* divergence) const {
   Rows hidden(head_.hidden, head_.hidden_type, head_.width);
   Rows weight(head_.weight, head_.weight_type, head_.width);
-  Scratch logits, bias;
+  Scratch logits, bias, policy;
+  FlowScratch flows;
   const int64_t block = child_block(head_, head_.width);
   for (int64_t t = first_task; t < end_task; ++t) {
     const ChildrenTask& task = tasks_[t];
@@ -117,6 +118,22 @@ void ChildrenWork::run_forward(int64_t first_task, int64_t end_task, float* log_
         }
       }
     }
+    if (divergence != nullptr) {
+      const int64_t node = plan_.group_node[task.group];
+      const Range range = tree_children(tree_, node);
+      float* const p = policy.get(c);
+      for (int64_t i = 0; i < task.rows; ++i) {
+        const int64_t trajectory = rows[i] / steps_;
+        const bool alive = child_policy(*divergence->rewards, flows, trajectory / divergence->per_prompt, node,
+                                        {range.begin, range.end}, p);
+        const float weight = divergence->weights != nullptr ? divergence->weights[trajectory] : alive ? -1.0f : 0.0f;
+        divergence->alive[rows[i]] = alive;
+        divergence->value[rows[i]] =
+            kernels_.divergence(out + i * c, c, own_bias, head_.temperature, plan_.targets[task.first + i], p,
+                                alive ? 1.0f : 0.0f, weight, log_pf + rows[i]);
+      }
+      continue;
+    }
     for (int64_t i = 0; i < task.rows; ++i) {
       const float value =
           kernels_.softmax(out + i * c, c, own_bias, head_.temperature, plan_.targets[task.first + i]);
@@ -125,14 +142,14 @@ void ChildrenWork::run_forward(int64_t first_task, int64_t end_task, float* log_
   }
 }
 
-void ChildrenWork::forward(float* log_pf, float* slopes) const {
+void ChildrenWork::forward(float* log_pf, float* slopes, const ChildrenDivergence* divergence) const {
   const int64_t tasks = static_cast<int64_t>(tasks_.size());
   const int64_t parts = std::min<int64_t>(threads_, tasks);
   const auto start_of = [&](int64_t part) {
     const int64_t before = cost_.back() / std::max<int64_t>(parts, 1) * part;
     return part == parts ? tasks : std::lower_bound(cost_.begin(), cost_.end(), before) - cost_.begin();
   };
-  parallel_(parts, [&](int64_t part) { run_forward(start_of(part), start_of(part + 1), log_pf, slopes, 0); });
+  parallel_(parts, [&](int64_t part) { run_forward(start_of(part), start_of(part + 1), log_pf, slopes, 0, divergence); });
 }
 
 void ChildrenWork::backward_slice(int64_t first_task, int64_t end_task, const float* slopes, int64_t base,
@@ -245,7 +262,7 @@ void ChildrenWork::backward(const float* slopes, const ChildrenGradients& gradie
       const int64_t parts = std::min<int64_t>(threads_, end - first), count = end - first;
       parallel_(parts, [&](int64_t part) {
         run_forward(first + count * part / parts, first + count * (part + 1) / parts, nullptr, panel.data(),
-                    base);
+                    base, nullptr);
       });
       values = panel.data();
     }

@@ -2,15 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <vector>
 
 #include "common/simd.h"
 #include "tree/tree_layout.h"
-#include "tree/tree_view_cpu.h"
 
 namespace gflowgr {
 namespace {
+
+constexpr int64_t kChunk = 1024;  // numbers added in float32 before they are added in float64
 
 // The items of each leaf.
 struct ItemsMap {
@@ -19,173 +18,155 @@ struct ItemsMap {
     ids = reinterpret_cast<const int32_t*>(tree + header[kItemIds]);
     begin = header[kItemBegin] == 0 ? nullptr : reinterpret_cast<const int32_t*>(tree + header[kItemBegin]);
   }
-  NodeRange of(int64_t leaf) const {
-    if (begin == nullptr) return {leaf, leaf + 1};
-    return {begin[leaf], begin[leaf + 1]};
-  }
+  int64_t entry(int64_t leaf) const { return begin == nullptr ? leaf : begin[leaf]; }
   const int32_t* ids;
   const int32_t* begin;
 };
 
-// ------------------------------------------------------------------ groups of prompts, one per lane
+// Leaves before a node.
+int64_t leaf_rank(const TreeView& view, int64_t node) {
+  const int32_t* const rank = view.leaf_rank();
+  if (node >= view.inner()) return node - view.inner() + (rank == nullptr ? 0 : rank[view.inner()]);
+  return rank == nullptr ? 0 : rank[node];
+}
+
+// Calls visit(first, end) with the entries of the items under a node: a range for each level of the tree.
+template <typename Visit>
+void each_range(const TreeView& view, const ItemsMap& map, int64_t node, const Visit& visit) {
+  for (NodeRange nodes = {node, node + 1}; nodes.size() > 0;) {
+    const int64_t first = leaf_rank(view, nodes.begin), last = leaf_rank(view, nodes.end);
+    if (last > first) visit(map.entry(first), map.entry(last));
+    if (nodes.begin >= view.inner()) break;
+    nodes = {view.children(nodes.begin).begin, view.children(nodes.end - 1).end};
+  }
+}
+
+// ------------------------------------------------------------------ inner loops
 
 template <int kBytes>
-struct Floats {  // one prompt per lane
+GFLOWGR_INLINE float largest(const float* x, int64_t count) {
   typedef Simd<kBytes> S;
-  typedef float Number;
-  typedef typename S::Floats Value;
-  static constexpr int64_t kPrompts = S::kLanes;
-  static GFLOWGR_INLINE Value get(const float* from) { return S::load(from); }
-  static GFLOWGR_INLINE void put(float* to, const Value& x) { S::store(to, x); }
-  static GFLOWGR_INLINE Value none() { return S::broadcast(-INFINITY); }
-  static GFLOWGR_INLINE Value larger(const Value& x, const Value& y) { return S::maximum(x, y); }
-  static GFLOWGR_INLINE Value share(const Value& x, const Value& top) {  // exp(x - top); 0 where both are -inf
-    return S::exp_not_positive(x - (top == none() ? Value{} : top));
+  typename S::Floats top = S::broadcast(-INFINITY);
+  int64_t i = 0;
+  for (; i + S::kLanes <= count; i += S::kLanes) top = S::maximum(S::load(x + i), top);
+  if (i < count) top = S::maximum(S::load_some(x + i, count - i, -INFINITY), top);
+  return S::largest(top);
+}
+
+template <int kBytes>
+GFLOWGR_INLINE void exp_less(float* x, int64_t count, float top) {
+  typedef Simd<kBytes> S;
+  int64_t i = 0;
+  for (; i + S::kLanes <= count; i += S::kLanes) S::store(x + i, S::exp_not_positive(S::load(x + i) - top));
+  if (i < count) {
+    S::store_some(x + i, S::exp_not_positive(S::load_some(x + i, count - i, top) - top), count - i);
   }
-  static GFLOWGR_INLINE Value whole(const Value& top, const Value& sum) {  // sum >= 1, or NaN, or top is -inf
-    const Value value = top == none() ? top : top + S::log_at_least_one(sum);
-    return sum == sum ? value : sum;
+}
+
+template <int kBytes>
+GFLOWGR_INLINE double total(const float* x, int64_t count) {
+  typedef Simd<kBytes> S;
+  double sum = 0;
+  while (count >= S::kLanes) {
+    typename S::Floats part{};
+    const int64_t end = std::min(count, kChunk) / S::kLanes * S::kLanes;
+    for (int64_t i = 0; i < end; i += S::kLanes) part += S::load(x + i);
+    sum += S::total_by_halves(part);
+    x += end;
+    count -= end;
   }
+  for (int64_t i = 0; i < count; ++i) sum += x[i];
+  return sum;
+}
+
+struct Kernels {
+  void (*gather)(const float* from, const int32_t* ids, int64_t count, float* to);
+  float (*largest)(const float* x, int64_t count);               // NaN is passed over
+  void (*exp_less)(float* x, int64_t count, float top);          // x = exp(x - top), for x <= top
+  double (*total)(const float* x, int64_t count);
 };
 
-struct Double {  // one prompt
-  typedef double Number;
-  typedef double Value;
-  static constexpr int64_t kPrompts = 1;
-  static GFLOWGR_INLINE Value get(const double* from) { return *from; }
-  static GFLOWGR_INLINE void put(double* to, Value x) { *to = x; }
-  static GFLOWGR_INLINE Value none() { return -INFINITY; }
-  static GFLOWGR_INLINE Value larger(Value x, Value y) { return x > y ? x : y; }
-  static GFLOWGR_INLINE Value share(Value x, Value top) { return std::exp(top == none() ? x : x - top); }
-  static GFLOWGR_INLINE Value whole(Value top, Value sum) {
-    return top == none() && sum == sum ? top : top + std::log(sum);
-  }
-};
-
-// Log of the sum of exp over `count` groups that lie one after the other.
-template <typename G>
-GFLOWGR_INLINE typename G::Value log_sum(const typename G::Number* values, int64_t count) {
-  if (count == 1) return G::get(values);
-  typename G::Value top = G::none(), sum{};
-  for (int64_t i = 0; i < count; ++i) top = G::larger(G::get(values + i * G::kPrompts), top);
-  for (int64_t i = 0; i < count; ++i) sum += G::share(G::get(values + i * G::kPrompts), top);
-  return G::whole(top, sum);
-}
-
-// The rewards of a group's prompts, item by item with the prompts side by side, and memory for their flows.
-// Where a group is short its first prompt fills it up.
-template <typename G>
-struct Work {
-  typedef typename G::Number Number;
-  std::vector<Number> rewards, here, below, shared;
-  std::vector<NodeRange> levels;
-  Number* flow[G::kPrompts];
-};
-
-template <typename G>
-GFLOWGR_INLINE typename G::Number* room(std::vector<typename G::Number>& memory, int64_t groups) {
-  const size_t count = static_cast<size_t>(groups * G::kPrompts);
-  if (memory.size() < count) memory.resize(count);
-  return memory.data();
-}
-
-template <typename G>
-GFLOWGR_INLINE void start(Work<G>& work, const typename G::Number* log_reward, int64_t items, typename G::Number* log_flow,
-                          int64_t nodes, int64_t first, int64_t end) {
-  typedef typename G::Number Number;
-  const Number* from[G::kPrompts];
-  for (int64_t i = 0; i < G::kPrompts; ++i) {
-    const int64_t prompt = first + i < end ? first + i : first;
-    from[i] = log_reward + prompt * items;
-    work.flow[i] = log_flow + prompt * nodes;
-  }
-  Number* const to = room<G>(work.rewards, items);
-  for (int64_t item = 0; item < items; ++item) {
-    for (int64_t i = 0; i < G::kPrompts; ++i) to[item * G::kPrompts + i] = from[i][item];
-  }
-}
-
-// log R of a leaf: its own item's, or the sum over those that share its identifier.
-template <typename G>
-GFLOWGR_INLINE typename G::Value leaf_reward(const ItemsMap& map, Work<G>& work, int64_t leaf) {
-  const NodeRange entries = map.of(leaf);
-  const auto* const rewards = work.rewards.data();
-  if (entries.size() == 1) return G::get(rewards + map.ids[entries.begin] * G::kPrompts);
-  auto* const values = room<G>(work.shared, entries.size());
-  for (int64_t i = 0; i < entries.size(); ++i) {
-    G::put(values + i * G::kPrompts, G::get(rewards + map.ids[entries.begin + i] * G::kPrompts));
-  }
-  return log_sum<G>(values, entries.size());
-}
-
-// log F of a node, from those of its children, which lie at `children`.
-template <typename G>
-GFLOWGR_INLINE typename G::Value node_flow(const TreeView& view, const ItemsMap& map,
-                                                       Work<G>& work, int64_t node, NodeRange range,
-                                             const typename G::Number* children) {
-  const int64_t leaf = view.leaf(node);
-  if (leaf < 0) return log_sum<G>(children, range.size());
-  if (range.size() == 0) return leaf_reward<G>(map, work, leaf);
-  typename G::Number both[2 * G::kPrompts];
-  G::put(both, leaf_reward<G>(map, work, leaf));
-  G::put(both + G::kPrompts, log_sum<G>(children, range.size()));
-  return log_sum<G>(both, 2);
-}
-
-// All nodes below and at `top`, level by level from the deepest up.
-template <typename G>
-GFLOWGR_INLINE void subtree(const TreeView& view, const ItemsMap& map, Work<G>& work, int64_t top) {
-  typedef typename G::Number Number;
-  work.levels.assign(1, {top, top + 1});
-  while (work.levels.back().begin < view.inner()) {
-    const NodeRange last = work.levels.back();
-    const NodeRange next = {view.children(last.begin).begin, view.children(last.end - 1).end};
-    if (next.size() == 0) break;
-    work.levels.push_back(next);
-  }
-  const Number* children = nullptr;
-  int64_t children_begin = 0;
-  for (int64_t depth = static_cast<int64_t>(work.levels.size()) - 1; depth >= 0; --depth) {
-    const NodeRange nodes = work.levels[depth];
-    Number* const values = room<G>(depth % 2 == 0 ? work.here : work.below, nodes.size());
-    if (nodes.begin >= view.inner()) {
-      for (int64_t node = nodes.begin; node < nodes.end; ++node) {
-        G::put(values + (node - nodes.begin) * G::kPrompts, leaf_reward<G>(map, work, view.leaf(node)));
-      }
-    } else {
-      for (int64_t node = nodes.begin; node < nodes.end; ++node) {
-        const NodeRange range = view.children(node);
-        const Number* const first = children + (range.begin - children_begin) * G::kPrompts;
-        G::put(values + (node - nodes.begin) * G::kPrompts, node_flow<G>(view, map, work, node, range, first));
-      }
-    }
-    for (int64_t j = 0; j < nodes.size(); ++j) {
-      for (int64_t i = 0; i < G::kPrompts; ++i) work.flow[i][nodes.begin + j] = values[j * G::kPrompts + i];
-    }
-    children = values;
-    children_begin = nodes.begin;
-  }
-}
-
-template <typename G>
-GFLOWGR_INLINE void flows(const uint8_t* tree, const typename G::Number* log_reward, int64_t items, typename G::Number* log_flow,
-                          int64_t begin, int64_t end) {
-  const TreeView view(tree);
-  const ItemsMap map(tree);
-  Work<G> work;
-  for (int64_t prompt = begin; prompt < end; prompt += G::kPrompts) {
-    start<G>(work, log_reward, items, log_flow, view.nodes(), prompt, end);
-    subtree<G>(view, map, work, 0);
-  }
-}
-
-#define GFLOWGR_DEFINE(name, bytes, attribute)                                                                   \
-  attribute void flows_##name(const uint8_t* tree, const float* log_reward, int64_t items, float* log_flow,      \
-                              int64_t begin, int64_t end) {                                                      \
-    flows<Floats<bytes>>(tree, log_reward, items, log_flow, begin, end);                                         \
-  }
+#define GFLOWGR_DEFINE(name, bytes, attribute)                                                            \
+  attribute void gather_##name(const float* __restrict from, const int32_t* __restrict ids, int64_t count, \
+                               float* __restrict to) {                                                    \
+    for (int64_t i = 0; i < count; ++i) to[i] = from[ids[i]];                                             \
+  }                                                                                                       \
+  attribute float largest_##name(const float* x, int64_t count) { return largest<bytes>(x, count); }      \
+  attribute void exp_less_##name(float* x, int64_t count, float top) { exp_less<bytes>(x, count, top); }  \
+  attribute double total_##name(const float* x, int64_t count) { return total<bytes>(x, count); }         \
+  constexpr Kernels name = {gather_##name, largest_##name, exp_less_##name, total_##name};
 GFLOWGR_EACH_TARGET(GFLOWGR_DEFINE)
 #undef GFLOWGR_DEFINE
+
+const Kernels& kernels() { return GFLOWGR_BEST(portable, avx2, avx512); }
+
+void gather(const float* from, const int32_t* ids, int64_t count, float* to) { kernels().gather(from, ids, count, to); }
+void gather(const double* from, const int32_t* ids, int64_t count, double* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[ids[i]];
+}
+float largest(const float* x, int64_t count) { return kernels().largest(x, count); }
+double largest(const double* x, int64_t count) {
+  double top = -INFINITY;
+  for (int64_t i = 0; i < count; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+void exp_less(float* x, int64_t count, float top) { kernels().exp_less(x, count, top); }
+void exp_less(double* x, int64_t count, double top) {
+  for (int64_t i = 0; i < count; ++i) x[i] = std::exp(x[i] - top);
+}
+double total(const float* x, int64_t count) {
+  if (count > 8) return kernels().total(x, count);
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += x[i];
+  return sum;
+}
+double total(const double* x, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += x[i];
+  return sum;
+}
+
+// ------------------------------------------------------------------ rewards of every item
+
+template <typename Number>
+double sums_of_all(const FlowRewards& rewards, FlowScratch& scratch, std::vector<Number>& memory, int64_t prompt,
+                   NodeRange children, double* sums) {
+  const TreeView view(rewards.tree);
+  const ItemsMap map(rewards.tree);
+  const auto* const from = static_cast<const Number*>(rewards.log_reward) + prompt * rewards.columns;
+  int64_t count = 0, waiting = 0, next = 0;  // entries collected, and those of a range not yet read
+  const auto read = [&] {
+    if (memory.size() < static_cast<size_t>(count + waiting)) memory.resize(2 * (count + waiting));
+    gather(from, map.ids + next - waiting, waiting, memory.data() + count);
+    count += waiting;
+    waiting = 0;
+  };
+  scratch.stops.clear();
+  for (int64_t child = children.begin; child < children.end; ++child) {
+    each_range(view, map, child, [&](int64_t first, int64_t end) {
+      if (first != next) read();  // ranges that follow each other are read at once
+      waiting += end - first;
+      next = end;
+    });
+    scratch.stops.push_back(count + waiting);
+  }
+  read();
+  Number* const values = memory.data();
+  const Number top = largest(values, count);
+  if (top == -INFINITY) {
+    double wrong = 0;  // a NaN is larger than nothing
+    for (int64_t i = 0; i < count; ++i) wrong = values[i] == values[i] ? wrong : NAN;
+    std::fill(sums, sums + children.size(), wrong);
+    return top;
+  }
+  exp_less(values, count, top);
+  int64_t begin = 0;
+  for (int64_t c = 0; c < children.size(); ++c) {
+    sums[c] = total(values + begin, scratch.stops[c] - begin);
+    begin = scratch.stops[c];
+  }
+  return top;
+}
 
 // ------------------------------------------------------------------ pools
 
@@ -227,123 +208,157 @@ int64_t parent(const TreeView& view, NodeRange range, int64_t node) {
   return low;
 }
 
-// A node with candidates at or below it.
-struct Sum {
-  int64_t node;
-  double top;    // the largest log-reward of its candidates
-  double sum;    // of exp(log-reward - top) over them
-  int64_t count;  // of its candidates
 
-  void add(const Sum& other) {
-    if (other.top > top) {
-      sum = (top == -INFINITY ? 0.0 : sum * std::exp(top - other.top)) + other.sum;
-      top = other.top;
-    } else if (other.top != -INFINITY) {
-      sum += other.sum * std::exp(other.top - top);
-    }
-    count += other.count;
+// Ancestor at depth `to` of a node at depth `depth`.
+int64_t ancestor(const TreeView& view, int64_t node, int64_t depth, int64_t to) {
+  for (; depth > to; --depth) {
+    const int64_t begin = depth == 1 ? 0 : view.level(depth - 2)[kNodeBegin];
+    node = parent(view, {begin, view.level(depth - 1)[kNodeBegin]}, node);
   }
-};
+  return node;
+}
 
-int64_t node_of(const TreeView& view, const int32_t* leaf_rank, int64_t leaf) {
-  if (leaf_rank == nullptr) return leaf + view.inner();
-  if (leaf >= leaf_rank[view.inner()]) return leaf - leaf_rank[view.inner()] + view.inner();
-  return std::upper_bound(leaf_rank, leaf_rank + view.inner() + 1, static_cast<int32_t>(leaf)) - leaf_rank - 1;
+// End, among the nodes at depth `to`, of what lies below a node at depth `depth` and before it.
+int64_t end_below(const TreeView& view, int64_t node, int64_t depth, int64_t to) {
+  int64_t end = node + 1;
+  for (; depth < to; ++depth) end = view.children(end - 1).end;
+  return end;
+}
+
+template <typename Number>
+double sums_of_pool(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, NodeRange children, double* sums) {
+  const TreeView view(rewards.tree);
+  const auto* const from = static_cast<const Number*>(rewards.log_reward) + prompt * rewards.columns;
+  const int64_t* const nodes = rewards.nodes + prompt * rewards.columns;
+  const int64_t* const none = nodes + rewards.columns;
+  std::vector<int64_t>& counts = scratch.stops;  // candidates under each child
+  std::vector<int64_t>& owners = scratch.owners;
+  std::vector<double>& values = scratch.wide_values;
+  counts.assign(children.size(), 0);
+  owners.clear();
+  values.clear();
+  std::fill(sums, sums + children.size(), 0.0);
+  double top = -INFINITY;
+  const int64_t depth = view.depth(children.begin);
+  NodeRange range = children;
+  for (int64_t level = depth; range.size() > 0; ++level) {
+    const int64_t* const first = std::lower_bound(nodes, none, range.begin);
+    const int64_t* const last = std::lower_bound(first, none, range.end);
+    int64_t child = -1, end = range.begin;  // of the nodes under `child`
+    for (const int64_t* at = first; at < last; ++at) {
+      if (*at >= end) {
+        child = ancestor(view, *at, level, depth);
+        end = end_below(view, child, depth, level);
+      }
+      const double reward = from[at - nodes];
+      ++counts[child - children.begin];
+      owners.push_back(child - children.begin);
+      values.push_back(reward);
+      top = std::max(top, reward);
+    }
+    if (range.begin >= view.inner()) break;
+    range = {view.children(range.begin).begin, view.children(range.end - 1).end};
+  }
+  if (rewards.floor != -INFINITY) {
+    const bool known = rewards.root_counts != nullptr && children.begin == 1;
+    bool any = false;
+    for (int64_t c = 0; c < children.size(); ++c) {
+      const int64_t under = known ? rewards.root_counts[c] : items_under(rewards.tree, children.begin + c);
+      sums[c] = static_cast<double>(under - counts[c]);
+      any = any || under > counts[c];
+    }
+    if (any) top = std::max(top, rewards.floor);
+    const double share = any ? std::exp(rewards.floor - top) : 0.0;
+    for (int64_t c = 0; c < children.size(); ++c) sums[c] *= share;
+  }
+  if (top == -INFINITY) return top;
+  for (size_t i = 0; i < values.size(); ++i) sums[owners[i]] += std::exp(values[i] - top);
+  return top;
+}
+
+template <typename Number>
+void write_root(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, Number* out) {
+  const NodeRange children = TreeView(rewards.tree).children(0);
+  std::vector<double> sums(children.size());
+  const double top = child_sums(rewards, scratch, prompt, children, sums.data());
+  const std::vector<int64_t> counts = scratch.stops;  // of a pool: candidates under each child
+  const bool sparse = rewards.nodes != nullptr && rewards.floor == -INFINITY;
+  double whole = 0;
+  for (int64_t c = 0; c < children.size(); ++c) {
+    whole += sums[c];
+    double flow = -INFINITY;
+    if (sums[c] >= 1e-25 || sums[c] != sums[c]) {
+      flow = top + std::log(sums[c]);
+    } else if (!sparse || counts[c] > 0) {  // much smaller than the largest: takes out its own largest
+      flow = node_flow(rewards, scratch, prompt, children.begin + c);
+    }
+    out[1 + c] = static_cast<Number>(flow);
+  }
+  out[0] = static_cast<Number>(top == -INFINITY && whole == 0 ? top : top + std::log(whole));
+}
+
+template <typename Number>
+bool root_policy(const FlowRewards& rewards, int64_t prompt, int64_t count, float* p) {
+  const auto* const flows = static_cast<const Number*>(rewards.root) + prompt * (count + 1);
+  if (!(flows[0] > -INFINITY)) return false;
+  // The root's own flow may be rounded to less than a child's.
+  const Number top = std::max(flows[0], largest(flows + 1, count));
+  for (int64_t c = 0; c < count; ++c) p[c] = static_cast<float>(flows[1 + c] - top);
+  exp_less(p, count, 0.0f);
+  const float scale = 1.0f / static_cast<float>(total(p, count));
+  for (int64_t c = 0; c < count; ++c) p[c] *= scale;
+  return true;
 }
 
 }  // namespace
 
-void item_flows(const uint8_t* tree, const float* log_reward, int64_t items, float* log_flow, int64_t begin,
-                int64_t end) {
-  GFLOWGR_BEST(flows_portable, flows_avx2, flows_avx512)(tree, log_reward, items, log_flow, begin, end);
-}
-
-void item_flows(const uint8_t* tree, const double* log_reward, int64_t items, double* log_flow, int64_t begin,
-                int64_t end) {
-  flows<Double>(tree, log_reward, items, log_flow, begin, end);
-}
-
 int64_t items_under(const uint8_t* tree, int64_t node) {
   const TreeView view(tree);
   const ItemsMap map(tree);
-  const int32_t* const leaf_rank = view.leaf_rank();
-  const auto rank = [&](int64_t at) -> int64_t {  // leaves before a node
-    if (at >= view.inner()) return at - view.inner() + (leaf_rank == nullptr ? 0 : leaf_rank[view.inner()]);
-    return leaf_rank == nullptr ? 0 : leaf_rank[at];
-  };
   int64_t count = 0;
-  for (NodeRange nodes = {node, node + 1}; nodes.size() > 0;) {
-    const int64_t first = rank(nodes.begin), last = rank(nodes.end);
-    if (last > first) count += map.of(last - 1).end - map.of(first).begin;
-    if (nodes.begin >= view.inner()) break;
-    nodes = {view.children(nodes.begin).begin, view.children(nodes.end - 1).end};
-  }
+  each_range(view, map, node, [&](int64_t first, int64_t end) { count += end - first; });
   return count;
 }
 
-void pooled_flows(const uint8_t* tree, const int32_t* leaf_of, const int64_t* items, const double* log_reward,
-                  int64_t count, double floor, int64_t* nodes, double* log_flow) {
-  const TreeView view(tree);
-  std::vector<Sum> candidates;
-  candidates.reserve(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t leaf = items[i] < 0 ? -1 : leaf_of[items[i]];
-    if (leaf < 0) continue;
-    candidates.push_back({node_of(view, view.leaf_rank(), leaf), log_reward[i], 1.0, 1});
-    if (log_reward[i] == -INFINITY) candidates.back().sum = 0.0;
+double child_sums(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, NodeRange children, double* sums) {
+  if (rewards.nodes != nullptr) {
+    return rewards.wide ? sums_of_pool<double>(rewards, scratch, prompt, children, sums)
+                        : sums_of_pool<float>(rewards, scratch, prompt, children, sums);
   }
-  std::sort(candidates.begin(), candidates.end(), [](const Sum& a, const Sum& b) { return a.node < b.node; });
+  return rewards.wide ? sums_of_all(rewards, scratch, scratch.wide_values, prompt, children, sums)
+                      : sums_of_all(rewards, scratch, scratch.values, prompt, children, sums);
+}
 
-  // From the deepest level up: the candidates that end there, and the parents of the level below.
-  std::vector<Sum> level, above, all;
-  int64_t left = static_cast<int64_t>(candidates.size());
-  for (int64_t depth = view.levels(); depth >= 0; --depth) {
-    const int64_t begin = depth == 0 ? 0 : view.level(depth - 1)[kNodeBegin];
-    int64_t own = left;
-    while (own > 0 && candidates[own - 1].node >= begin) --own;
-    // Two ascending lists into one, equal nodes added up.
-    level.clear();
-    const auto take = [&](const Sum& sum) {
-      if (!level.empty() && level.back().node == sum.node) {
-        level.back().add(sum);
-      } else {
-        level.push_back(sum);
-      }
-    };
-    size_t next = 0;
-    for (int64_t i = own; i < left; ++i) {
-      while (next < above.size() && above[next].node <= candidates[i].node) take(above[next++]);
-      take(candidates[i]);
-    }
-    while (next < above.size()) take(above[next++]);
-    left = own;
-    all.insert(all.end(), level.rbegin(), level.rend());
-    above.clear();
-    if (depth == 0) break;
-    const NodeRange parents = {depth == 1 ? 0 : view.level(depth - 2)[kNodeBegin], begin};
-    for (const Sum& sum : level) {
-      if (above.empty() || sum.node >= view.children(above.back().node).end) {
-        above.push_back(sum);
-        above.back().node = parent(view, parents, sum.node);
-      } else {
-        above.back().add(sum);
-      }
-    }
+double node_flow(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, int64_t node) {
+  if (node == 0) {  // an identifier has at least one token
+    const NodeRange children = TreeView(rewards.tree).children(0);
+    std::vector<double> sums(children.size());
+    const double top = child_sums(rewards, scratch, prompt, children, sums.data());
+    return top == -INFINITY ? top : top + std::log(total(sums.data(), children.size()));
   }
-  if (all.empty()) all.push_back({0, -INFINITY, 0.0, 0});
+  double sum = 0;
+  const double top = child_sums(rewards, scratch, prompt, {node, node + 1}, &sum);
+  return top == -INFINITY && sum == 0 ? top : top + std::log(sum);
+}
 
-  const int64_t places = count * view.levels() + 1, found = static_cast<int64_t>(all.size());
-  for (int64_t i = 0; i < found; ++i) {
-    Sum sum = all[found - 1 - i];
-    if (floor != -INFINITY) {
-      const int64_t others = items_under(tree, sum.node) - sum.count;
-      if (others > 0) sum.add({0, floor, static_cast<double>(others), 0});
-    }
-    nodes[i] = sum.node;
-    log_flow[i] = sum.top == -INFINITY ? sum.top : sum.top + std::log(sum.sum);
+void root_flows(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, void* out) {
+  if (rewards.wide) return write_root(rewards, scratch, prompt, static_cast<double*>(out));
+  write_root(rewards, scratch, prompt, static_cast<float*>(out));
+}
+
+bool child_policy(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, int64_t node, NodeRange children,
+                  float* p) {
+  const int64_t count = children.size();
+  std::fill(p, p + count, 0.0f);
+  if (node == 0 && rewards.root != nullptr) {
+    return rewards.wide ? root_policy<double>(rewards, prompt, count, p) : root_policy<float>(rewards, prompt, count, p);
   }
-  std::fill(nodes + found, nodes + places, std::numeric_limits<int64_t>::max());
-  std::fill(log_flow + found, log_flow + places, -INFINITY);
+  scratch.sums.resize(count);
+  const double top = child_sums(rewards, scratch, prompt, children, scratch.sums.data());
+  if (top == -INFINITY) return false;
+  const double scale = 1.0 / total(scratch.sums.data(), count);
+  for (int64_t c = 0; c < count; ++c) p[c] = static_cast<float>(scratch.sums[c] * scale);
+  return true;
 }
 
 }  // namespace gflowgr

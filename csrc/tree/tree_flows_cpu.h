@@ -1,25 +1,50 @@
-// Exact flows of a prefix tree from the rewards of its items, on one thread. Bare C++17: no torch.
+// Exact flows of a prefix tree, summed from the rewards of the items under a node when they are asked for.
+// One thread. Bare C++17: no torch.
 //
-// F(s) = sum of R(i) over the items i whose identifier starts with s, in logs: every node takes the maximum
-// of its children out, so nothing under- or overflows, and nothing is subtracted.
+// F(s) = sum of R(i) over the items i whose identifier starts with s, in logs: the largest term of a sum is
+// taken out, so nothing under- or overflows, and nothing is subtracted.
 #pragma once
 
 #include <cstdint>
+#include <vector>
+
+#include "tree/tree_view_cpu.h"
 
 namespace gflowgr {
 
-// log F of all nodes for prompts `begin` .. `end` - 1: log_reward [B, items] by item id, log_flow [B, nodes].
-void item_flows(const uint8_t* tree, const float* log_reward, int64_t items, float* log_flow, int64_t begin,
-                int64_t end);
-void item_flows(const uint8_t* tree, const double* log_reward, int64_t items, double* log_flow, int64_t begin,
-                int64_t end);
+// The rewards of B prompts: of every item, or of the candidates of a pool.
+struct FlowRewards {
+  const uint8_t* tree;
+  const void* log_reward;     // [B, columns] float32, or float64 where `wide`; by item id, or beside `nodes`
+  bool wide;
+  int64_t columns;
+  const int64_t* nodes;       // of a pool [B, columns], ascending: where each candidate's identifier ends,
+                              // INT64_MAX = nowhere; null: rewards of every item
+  double floor;               // of a pool: log-reward of every other item
+  const int64_t* root_counts; // of a pool with a floor: items under each child of the root; may be null
+  const void* root;           // [B, 1 + children of the root]: what root_flows() gave; null: not yet known
+};
 
-// Of one prompt whose rewards are known for `count` candidates only: items [count] (-1 = padding) and their
-// log_reward; every other item has the log-reward `floor` (-inf: none). leaf_of [num_items]: leaf of each
-// item, -1 where it has no identifier. Writes the nodes at and above the candidates' leaves, ascending, and
-// their log F; the rest of the count * max_length + 1 places is filled with INT64_MAX and -inf.
-void pooled_flows(const uint8_t* tree, const int32_t* leaf_of, const int64_t* items, const double* log_reward,
-                  int64_t count, double floor, int64_t* nodes, double* log_flow);
+// Memory of one thread that keeps its size from call to call.
+struct FlowScratch {
+  std::vector<float> values;
+  std::vector<double> wide_values, sums;
+  std::vector<int64_t> stops, owners;
+};
+
+// Writes sums [children] with F(child) = exp(top) * sum, and returns top, the largest log-reward under these
+// siblings (-inf: no reward, all sums are 0). NaN where a reward is NaN or +inf.
+double child_sums(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, NodeRange children, double* sums);
+
+// log F of a node.
+double node_flow(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, int64_t node);
+
+// log F of the root and of its children; `out` [1 + children] has the type of the rewards.
+void root_flows(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, void* out);
+
+// The flows' policy over the children of a node, p [children]; false, and p = 0, where no child has a flow.
+bool child_policy(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, int64_t node, NodeRange children,
+                  float* p);
 
 // Items whose identifier passes through or ends at a node.
 int64_t items_under(const uint8_t* tree, int64_t node);

@@ -13,6 +13,7 @@ They follow from the definition of a flow on a tree, where a state has one paren
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,54 +22,82 @@ from torch import Tensor
 from gflowgr import backends
 from gflowgr.tree.build import integer_tensor
 from gflowgr.tree.facts import accept
-from gflowgr.tree.flows_reference import (
-    item_flows_reference,
-    items_under,
-    pooled_flows_reference,
-)
+from gflowgr.tree.flows_reference import NO_NODE, item_flows_reference
 from gflowgr.tree.prefix_tree import PrefixTree
 
 __all__ = ["ItemFlows", "item_flows"]
 
 
 @torch.library.custom_op("gflowgr::item_flows", mutates_args=())
-def _item_flows(log_reward: Tensor, tree: Tensor, num_nodes: int) -> Tensor:
+def _item_flows(
+    log_reward: Tensor, pool: Tensor | None, floor: float, tree: Tensor, count: int
+) -> Tensor:
     accept(tree)
     if backends.resolve("item_flows", log_reward.device, log_reward.dtype) == "torch":
-        return item_flows_reference(log_reward, PrefixTree(tree))
-    flows: Tensor = torch.ops.gflowgr_cpp.item_flows(log_reward.contiguous(), tree)
-    return flows
+        flows = item_flows_reference(log_reward, pool, floor, PrefixTree(tree))
+        return flows[:, :count].clone()
+    found: Tensor = torch.ops.gflowgr_cpp.item_flows(
+        *backends.contiguous(log_reward, pool), floor, tree
+    )
+    return found
 
 
 @_item_flows.register_fake
-def _(log_reward: Tensor, tree: Tensor, num_nodes: int) -> Tensor:
-    return log_reward.new_empty(log_reward.shape[0], num_nodes)
+def _(log_reward: Tensor, pool: Tensor | None, floor: float, tree: Tensor, count: int) -> Tensor:
+    return log_reward.new_empty(log_reward.shape[0], count)
 
 
-@torch.library.custom_op("gflowgr::pooled_flows", mutates_args=())
-def _pooled_flows(
-    log_reward: Tensor, items: Tensor, leaf_of: Tensor, floor: float, tree: Tensor, max_length: int
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("gflowgr::node_flows", mutates_args=())
+def _node_flows(
+    log_reward: Tensor,
+    pool: Tensor | None,
+    floor: float,
+    root: Tensor,
+    nodes: Tensor,
+    tree: Tensor,
+) -> Tensor:
     accept(tree)
-    if backends.resolve("pooled_flows", log_reward.device, log_reward.dtype) == "torch":
-        return pooled_flows_reference(log_reward, items, floor, PrefixTree(tree))
-    nodes, flows = torch.ops.gflowgr_cpp.pooled_flows(
-        log_reward.double().contiguous(), items.contiguous(), leaf_of.contiguous(), floor, tree
+    if backends.resolve("node_flows", log_reward.device, log_reward.dtype) == "torch":
+        flows = item_flows_reference(log_reward, pool, floor, PrefixTree(tree))
+        return flows.gather(1, nodes.clamp(min=0)).masked_fill(nodes < 0, -math.inf)
+    found: Tensor = torch.ops.gflowgr_cpp.node_flows(
+        *backends.contiguous(log_reward, pool), floor, *backends.contiguous(root, nodes), tree
     )
-    return nodes, flows.to(log_reward.dtype)
+    return found
 
 
-@_pooled_flows.register_fake
+@_node_flows.register_fake
 def _(
-    log_reward: Tensor, items: Tensor, leaf_of: Tensor, floor: float, tree: Tensor, max_length: int
-) -> tuple[Tensor, Tensor]:
-    shape = (items.shape[0], items.shape[1] * max_length + 1)
-    return items.new_empty(shape), log_reward.new_empty(shape)
+    log_reward: Tensor,
+    pool: Tensor | None,
+    floor: float,
+    root: Tensor,
+    nodes: Tensor,
+    tree: Tensor,
+) -> Tensor:
+    return log_reward.new_empty(nodes.shape)
 
 
-for _op in ("item_flows", "pooled_flows"):
+for _op in ("item_flows", "node_flows"):
     backends.register(_op, "torch", backends.probe_torch)
     backends.register(_op, "cpp", backends.probe_cpp)
+
+
+@dataclass(frozen=True)
+class FlowRewards:
+    """What flows are summed from, as the ops take it.
+
+    Attributes:
+        log_reward: [B, num_items], or [B, M] beside `pool`; float32 or float64, nats.
+        pool: [B, M] int64 ascending, the node where each candidate's identifier ends; or None.
+        floor: log-reward of every item that is no candidate, nats.
+        root: [B, 1 + children of the root] log F of the first nodes.
+    """
+
+    log_reward: Tensor
+    pool: Tensor | None
+    floor: float
+    root: Tensor
 
 
 class ItemFlows:
@@ -77,22 +106,20 @@ class ItemFlows:
     Attributes:
         tree: the prefix tree.
         log_z: [B] log partition function, nats: log of the sum of all rewards (-inf without any).
+        rewards: what the flows below the root's children are summed from, when they are asked for;
+            not to be written to.
     """
 
-    def __init__(
-        self, tree: PrefixTree, flows: Tensor, nodes: Tensor | None = None, floor: float = -math.inf
-    ) -> None:
+    def __init__(self, tree: PrefixTree, rewards: FlowRewards) -> None:
         self.tree = tree
-        self.log_z: Tensor = flows[:, 0]
-        self._flows = flows  # [B, num_nodes], or beside `nodes`
-        self._nodes = nodes  # [B, K] ascending, or None
-        self._floor = floor
+        self.rewards = rewards
+        self.log_z: Tensor = rewards.root[:, 0]
 
     def __len__(self) -> int:
-        return self._flows.shape[0]
+        return self.log_z.shape[0]
 
     def __repr__(self) -> str:
-        kind = "every item" if self._nodes is None else "pools"
+        kind = "every item" if self.rewards.pool is None else "pools"
         return f"ItemFlows({len(self)} prompts, rewards of {kind}, {self.tree!r})"
 
     def log_flow(self, tokens: Any, mask: Tensor | None = None) -> Tensor:
@@ -129,17 +156,16 @@ class ItemFlows:
 
     def node_log_flow(self, nodes: Tensor) -> Tensor:
         """log F of nodes of the tree, [B, ...] int64 -> [B, ...]; -inf for -1."""
-        flat = nodes.reshape(len(self), -1)
-        if self._nodes is None:
-            values = self._flows.gather(1, flat.clamp(min=0))
-        else:
-            place = torch.searchsorted(self._nodes, flat).clamp(max=self._nodes.shape[1] - 1)
-            found = self._nodes.gather(1, place) == flat
-            values = self._flows.gather(1, place)
-            if not bool(found.all()):
-                count = items_under(self.tree, flat.clamp(min=0)).to(values.dtype)
-                values = torch.where(found, values, count.log() + self._floor)
-        return values.masked_fill(flat < 0, -math.inf).reshape(nodes.shape)
+        r = self.rewards
+        flows: Tensor = torch.ops.gflowgr.node_flows(
+            r.log_reward,
+            r.pool,
+            r.floor,
+            r.root,
+            nodes.reshape(len(self), -1),
+            self.tree.buffer,
+        )
+        return flows.reshape(nodes.shape)
 
     def _nodes_around(self, tokens: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The nodes before and after each token, [B, N, L]; -1 off the tree."""
@@ -173,11 +199,13 @@ def item_flows(
             None: those items have none.
 
     Returns:
-        :class:`ItemFlows`. Memory: of every item, one number per node and prompt; of pools, 12 to
-        16 bytes per candidate, level and prompt, whatever the size of the catalogue (and 4 bytes an
-        item for the tree's map of items, once).
+        :class:`ItemFlows`, which keeps `log_reward` (no copy, where it is of float32 or float64 and
+        of every item). Memory besides: one number per child of the root and prompt; of pools, 12 to
+        16 bytes per candidate, whatever the size of the catalogue (and 4 bytes an item for the
+        tree's map of items, once).
 
-    Cost: of every item, each reward is read once and each node's flow written once; of pools,
+    Cost: log Z and the flows of the root's children are summed here, from each reward once; other
+    flows when they are asked for, from the rewards of the items under the node. Of pools,
     O(M log M + M log(nodes)) per prompt.
 
     Raises:
@@ -207,8 +235,11 @@ def item_flows(
                 f"log_reward must have shape [B, items={tree.num_items}], as in tree; "
                 f"got shape {list(reward.shape)}"
             )
-        _check_rewards(reward, None)
-        return ItemFlows(tree, torch.ops.gflowgr.item_flows(reward, tree.buffer, tree.num_nodes))
+        flows = _sum_rewards(tree, reward, None, -math.inf)
+        # What is no reward makes log Z NaN: a look at B numbers instead of one at all of them.
+        if bool(flows.log_z.isnan().any()):
+            _check_rewards(reward, tree.leaf_map() >= 0)
+        return flows
     pool = integer_tensor(items, "items", tree.device).to(torch.int64)
     if reward.dim() != 2 or pool.shape != reward.shape:
         raise ValueError(
@@ -235,21 +266,22 @@ def item_flows(
             f"items must hold each item once per prompt; got {int(ordered[row, column])} twice in "
             f"items[{row}]"
         )
-    nodes, flows = torch.ops.gflowgr.pooled_flows(
-        reward.masked_fill(~valid, 0.0),
-        pool,
-        tree.leaf_map(),
-        floor,
-        tree.buffer,
-        tree.max_length,
-    )
-    return ItemFlows(tree, flows, nodes, floor)
+    leaf = tree.leaf_map()[pool.clamp(min=0)].to(torch.int64).masked_fill(~valid, -1)
+    ends = tree.leaf_nodes(leaf.clamp(min=0)).masked_fill(leaf < 0, NO_NODE)
+    ends, order = ends.sort(-1)
+    return _sum_rewards(tree, reward.gather(1, order), ends, floor)
 
 
-def _check_rewards(reward: Tensor, valid: Tensor | None) -> None:
-    wrong = torch.isnan(reward) | (reward == math.inf)
-    if valid is not None:
-        wrong &= valid
+def _sum_rewards(
+    tree: PrefixTree, log_reward: Tensor, pool: Tensor | None, floor: float
+) -> ItemFlows:
+    count = tree.layout.node_begin[2]  # the root and its children
+    root: Tensor = torch.ops.gflowgr.item_flows(log_reward, pool, floor, tree.buffer, count)
+    return ItemFlows(tree, FlowRewards(log_reward, pool, floor, root))
+
+
+def _check_rewards(reward: Tensor, valid: Tensor) -> None:
+    wrong = (torch.isnan(reward) | (reward == math.inf)) & valid
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(

@@ -127,16 +127,95 @@ def test_values_and_gradients_are_a_brute_force_over_items(name: str, normalize:
     assert (got[0][~case.mask] == 0).all()
 
 
-@pytest.mark.parametrize("normalize", NORMALIZERS)
-def test_gradients_are_the_derivative(normalize: str) -> None:
+def test_gradients_are_the_derivative() -> None:
     case = Case(RAGGED)
     case.hidden = torch.where(case.mask[..., None], case.hidden.detach(), 0.0).requires_grad_()
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         case.hidden, case.weight, case.bias = hidden, weight, bias
-        return case.run(normalize=normalize, nll_weight=0.3).loss
+        return case.run(nll_weight=0.3).loss
 
-    assert torch.autograd.gradcheck(loss, (case.hidden, case.weight, case.bias))
+    leaves = (case.hidden, case.weight, case.bias)
+    assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_op_passes_opcheck(backend: str, pooled: bool) -> None:
+    case = Case(RAGGED, torch.float32)
+    rewards = case.flows.rewards
+    if pooled:
+        pool = torch.tensor([[0, 3, -1]] * 4)
+        rewards = gflowgr.item_flows(case.tree, torch.zeros(4, 3), items=pool).rewards
+    for weights in (None, torch.ones(4, 3)):
+        arguments = (
+            torch.where(case.mask[..., None], case.hidden.detach(), 0.0).requires_grad_(),
+            case.weight,
+            case.bias,
+            case.tokens,
+            case.mask,
+            case.tree.buffer,
+            0.7,
+            12 * sum(case.tree.layout.max_children),
+            weights,
+            rewards.log_reward,
+            rewards.pool,
+            rewards.floor,
+            rewards.root,
+        )
+        # Slopes are kept up to what the rows could need: what is behind them is not written.
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(torch.ops.gflowgr.flow_kl.default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+def test_it_compiles_as_one_graph(normalize: str) -> None:
+    case = Case(FIXED, torch.float32)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        case.hidden, case.weight = hidden, weight
+        return case.run(normalize=normalize, nll_weight=0.5).loss
+
+    leaves = (case.hidden, case.weight)
+    wanted = loss(*leaves)
+    gradients = torch.autograd.grad(wanted, leaves)
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves), gradients)
+
+
+def test_autocast_rounds_what_a_head_rounds(backend: str) -> None:
+    case = Case(SHARED, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.run(nll_weight=0.5)
+    assert found.loss.dtype == torch.float32
+    gradient = torch.autograd.grad(found.loss, case.weight)[0]
+    rounded = Case(SHARED, torch.float64)
+    for name in ("hidden", "weight", "bias"):
+        value = getattr(case, name).detach().bfloat16().double()
+        setattr(rounded, name, value.requires_grad_())
+    rounded.flows = gflowgr.item_flows(rounded.tree, case.log_reward)
+    with gflowgr.backend("torch"):
+        wanted = rounded.run(nll_weight=0.5).loss
+        slope = torch.autograd.grad(wanted, rounded.weight)[0]
+    torch.testing.assert_close(found.loss.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), slope, rtol=1e-2, atol=1e-2)
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    def results() -> list[Tensor]:
+        case = Case(SHARED, torch.float32)
+        found = case.run(nll_weight=0.5)
+        return [*found, *torch.autograd.grad(found.loss, (case.hidden, case.weight, case.bias))]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = results()
+        torch.set_num_threads(3)
+        three = results()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
 
 
 @pytest.mark.parametrize("normalize", NORMALIZERS)

@@ -124,10 +124,14 @@ def test_the_ops_pass_opcheck(backend):
     tree = PrefixTree.from_identifiers(RAGGED)
     reward, pool = torch.randn(3, 7), torch.tensor([[0, 3, -1]] * 3)
     tests = ("test_schema", "test_faketensor")
-    whole = (reward, tree.buffer, tree.num_nodes)
-    torch.library.opcheck(torch.ops.gflowgr.item_flows.default, whole, test_utils=tests)
-    pooled = (reward[:, :3], pool, tree.leaf_map(), -1.0, tree.buffer, tree.max_length)
-    torch.library.opcheck(torch.ops.gflowgr.pooled_flows.default, pooled, test_utils=tests)
+    ends = tree.leaf_nodes(tree.leaf_of(pool).clamp(min=0)).sort(-1).values
+    for rewards, nodes in ((reward, None), (reward[:, :3], ends)):
+        first = (rewards, nodes, -1.0, tree.buffer, tree.layout.node_begin[2])
+        op = torch.ops.gflowgr.item_flows.default
+        torch.library.opcheck(op, first, test_utils=tests)
+        asked = torch.tensor([[0, -1, tree.num_nodes - 1]] * 3)
+        below = (rewards, nodes, -1.0, op(*first), asked, tree.buffer)
+        torch.library.opcheck(torch.ops.gflowgr.node_flows.default, below, test_utils=tests)
 
 
 def test_a_prefix_outside_the_tree_has_no_flow(backend):

@@ -22,15 +22,18 @@ score model's softmax as reward it is distillation of that model along the tree.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
-from gflowgr.ops import checks
+from gflowgr.ops import checks, transforms
+from gflowgr.ops.flow_kl.op import flow_kl_rows
 from gflowgr.ops.flow_kl.reference import flow_kl_reference
 from gflowgr.ops.flow_loss.reference import reduce_trajectories
 from gflowgr.ops.inputs import HeadInputs, check_allowed, check_head_inputs
-from gflowgr.ops.logprobs.trajectory import compute_logprobs
+from gflowgr.ops.logprobs.trajectory import check_trajectories, compute_logprobs
 
 if TYPE_CHECKING:
     from gflowgr.tree import ItemFlows, PrefixTree
@@ -148,10 +151,46 @@ def fused_flow_kl(
     _check_flows(flows, tree, inputs)
     check_allowed("bias", inputs.bias, inputs.tokens, inputs.mask, data)
     data.run()
-    log_pf = compute_logprobs(inputs, look_up=data.enabled)
-    kl = flow_kl_reference(inputs, tree, flows.node_log_flow)
-    loss = _reduced(kl, log_pf, inputs, reduction, nll_weight)
+    if transforms.reference_only("flow_kl"):
+        log_pf = compute_logprobs(inputs, look_up=data.enabled)
+        kl = flow_kl_reference(inputs, tree, flows.node_log_flow)
+        loss = _reduced(kl, log_pf, inputs, reduction, nll_weight)
+    elif inputs.normalize == "children":
+        return _among_children(inputs, tree, flows, reduction, nll_weight, look_up=data.enabled)
+    else:
+        # What the children's softmax and the larger one differ by is the difference of the token's
+        # log-probabilities, so that no target over the vocabulary is needed.
+        log_pf = compute_logprobs(inputs, look_up=data.enabled)
+        children = replace(inputs, normalize="children", tree=tree)
+        rows, _, alive, _ = flow_kl_rows(children, tree, flows.rewards, None)
+        kl = torch.where(alive, rows - log_pf, 0.0)
+        loss = _reduced(kl, log_pf, inputs, reduction, nll_weight)
     return FusedFlowKL(loss, kl.detach(), log_pf.detach())
+
+
+def _among_children(
+    inputs: HeadInputs,
+    tree: PrefixTree,
+    flows: ItemFlows,
+    reduction: str,
+    nll_weight: float,
+    *,
+    look_up: bool,
+) -> FusedFlowKL:
+    valid = inputs.full_mask.any(-1)
+    weights = torch.zeros(valid.shape, dtype=inputs.dtype, device=valid.device)
+    if nll_weight > 0.0:
+        weights[:, :1] = nll_weight
+        if reduction == "mean":  # the supervised term is a mean over prompts
+            weights *= valid.sum() / valid.any(-1).sum().clamp(min=1)
+    rows, log_pf, _, invalid = flow_kl_rows(inputs, tree, flows.rewards, weights)
+    if look_up and invalid.item() != 0:
+        check_trajectories(inputs, tree)
+    loss = _reduced(rows, log_pf, inputs, reduction, 0.0)
+    kl = rows.detach()
+    if nll_weight > 0.0:
+        kl = torch.where(weights[..., None] > 0, kl + weights[..., None] * log_pf, kl)
+    return FusedFlowKL(loss, kl, log_pf.detach())
 
 
 def _reduced(

@@ -75,7 +75,7 @@ def children_logprobs(
 # ------------------------------------------------------------------ the reference as a backend
 
 
-def _reference_inputs(
+def reference_inputs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -84,6 +84,7 @@ def _reference_inputs(
     tree: Tensor,
     temperature: float,
 ) -> tuple[HeadInputs, PrefixTree]:
+    """The arguments of an op as the reference takes them."""
     from gflowgr.tree import PrefixTree
 
     found = PrefixTree(tree)
@@ -102,7 +103,7 @@ def _forward_torch(
     saved: int,
 ) -> Outputs:
     log_pf, slopes, plan, invalid = _empty_outputs(hidden, weight, bias, tokens, saved)
-    inputs, found = _reference_inputs(hidden, weight, bias, tokens, mask, tree, temperature)
+    inputs, found = reference_inputs(hidden, weight, bias, tokens, mask, tree, temperature)
     log_pf, wrong = children_torch.forward(inputs, found)
     return log_pf, slopes.zero_(), plan.zero_(), invalid.fill_(wrong)
 
@@ -124,7 +125,7 @@ def _backward_torch(
     need_bias: bool,
     sparse: bool,
 ) -> Outputs:
-    inputs, found = _reference_inputs(hidden, weight, bias, tokens, mask, tree, temperature)
+    inputs, found = reference_inputs(hidden, weight, bias, tokens, mask, tree, temperature)
     d_hidden, d_weight, d_bias, used = children_torch.backward(
         grad, inputs, found, log_pf, need_hidden, need_weight, need_bias
     )
@@ -158,7 +159,7 @@ def _forward_compiled(
     return out
 
 
-def _backward_compiled(
+def backward_compiled(
     namespace: Any,
     grad: Tensor,
     hidden: Tensor,
@@ -176,6 +177,7 @@ def _backward_compiled(
     need_bias: bool,
     sparse: bool,
 ) -> Outputs:
+    """Gradients of hidden, weight and bias, and the rows of a sparse one, from the kept slopes."""
     dense = _zeros_like(weight) if need_weight and not sparse else None
     d_hidden, rows, values, d_bias = namespace.children_backward(
         *backends.contiguous(grad, hidden, weight, bias, tokens, mask, tree),
@@ -276,7 +278,7 @@ def _backward(
     name = backends.resolve("children_backward", hidden.device, compute_dtype(hidden, weight, bias))
     if name == "torch":
         return _backward_torch(*inputs, *saved, *needs, sparse)
-    return _backward_compiled(_namespace(name), *inputs, *saved, *needs, sparse)
+    return backward_compiled(_namespace(name), *inputs, *saved, *needs, sparse)
 
 
 def _backward_fake(

@@ -110,7 +110,7 @@ def compute_logprobs(inputs: HeadInputs, *, look_up: bool) -> Tensor:
             return _transformed_children(inputs, inputs.tree, look_up=look_up)
         log_pf, invalid = children_logprobs(inputs, inputs.tree, sparse_grad=inputs.sparse_grad)
         if look_up and invalid.item() != 0:
-            _check_trajectories(inputs, inputs.tree)
+            check_trajectories(inputs, inputs.tree)
         return log_pf
     transformed = transforms.reference_only("dense_logprobs")
     dense = reference.dense_logprobs if transformed else dense_logprobs
@@ -126,11 +126,11 @@ def _transformed_children(inputs: HeadInputs, tree: PrefixTree, *, look_up: bool
             "since they decide which rows of the head compete; got batched ones"
         )
     if look_up:
-        _check_trajectories(inputs, tree)
+        check_trajectories(inputs, tree)
     return logprobs_reference(inputs)
 
 
-def _check_trajectories(inputs: HeadInputs, tree: PrefixTree) -> None:
+def check_trajectories(inputs: HeadInputs, tree: PrefixTree) -> None:
     """Raise the error for a mask or tokens that a walk down the tree refuses."""
     data = checks.DataChecks()
     shape, device = inputs.tokens.shape, inputs.tokens.device
