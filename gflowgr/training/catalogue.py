@@ -75,7 +75,12 @@ class PromptRewards:
         valid = targets >= 0
         scores = score_positions(self.collaborative, past, valid, users=users)
         return self._of(
-            scores, position_histories(past, valid), targets[valid], behaviours[valid], device
+            scores,
+            position_histories(past, valid),
+            targets[valid],
+            behaviours[valid],
+            device,
+            overwrite=True,
         )
 
     @torch.no_grad()
@@ -100,10 +105,12 @@ class PromptRewards:
         targets: Tensor,
         behaviours: Tensor,
         device: torch.device,
+        *,
+        overwrite: bool = False,
     ) -> Tensor:
         values = self.reward.target_values(behaviours)
         on_device = (to_device(x, device) for x in (scores, histories, targets, values))
-        return self.reward(*on_device)
+        return self.reward(*on_device, overwrite=overwrite)
 
 
 def position_histories(items: Tensor, valid: Tensor) -> Tensor:

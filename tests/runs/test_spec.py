@@ -155,7 +155,8 @@ def test_shipped_experiments_can_be_run(name: str, monkeypatch: pytest.MonkeyPat
     spec = ExperimentSpec.load(name)
     assert spec.name == name
     assert len(spec.seeds) == 3
-    assert spec.baseline == "SFT continued"
+    control = next(method for method in spec.methods if method.name == spec.baseline)
+    assert control.settings["flow"] == {"objective": "sft"}
 
 
 def begin(cells: list[Cell], out: Path) -> None:
