@@ -20,6 +20,7 @@ from ..rewards import BehaviourAwareReward, SignalContext, make_signals
 from ..samplers import (
     AUGMENTED,
     CandidatePool,
+    Exclude,
     SampleRequest,
     TrajectorySampler,
     TrajectorySet,
@@ -78,9 +79,12 @@ class FlowInputs:
             )
         self.weighs_proposals = model.settings.importance_clip is not None
         leaf_of = model.tree.leaf_of(torch.arange(model.tree.num_items, device=model.tree.device))
+        # A reward of history and item alone may be shown the items of a user's future.
+        usual: Exclude = "past" if model.settings.has_exact_flows else "known"
+        exclude = args.sampler_settings.exclude or usual
         self.sampler = make_sampler(
             args.sampler_settings,
-            CandidatePool.from_split(split, leaf_of.cpu().numpy(), args.seed),
+            CandidatePool.from_split(split, leaf_of.cpu().numpy(), args.seed, exclude),
             args.num_trajectories,
             split=split,
             model=model,

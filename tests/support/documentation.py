@@ -97,6 +97,7 @@ def names_of_pages(page: str) -> dict[str, Any]:
     names["hidden"] = torch.randn(batch, count, length, 16, requires_grad=True)
     names["log_pf"] = torch.randn(batch, count, length).log_softmax(-1)
     names["log_reward"] = torch.randn(batch, count)
+    names["log_reward_of_every_item"] = torch.randn(batch, names["tree"].num_items)
     names["log_z"] = torch.zeros(batch)
     if page not in ("docs/decoding.md", "docs/training.md"):
         names["tree"] = None  # a page that uses one makes it
