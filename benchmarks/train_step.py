@@ -34,7 +34,7 @@ from gflowgr.models import FlowSettings, GFlowModel, TigerConfig, build_tiger
 from gflowgr.models.prompts import TIGER_PROMPT, PromptLayout
 from gflowgr.models.vocabulary import IdentifierVocabulary
 from gflowgr.training import GFlowGRConfig, GFlowGRTrainer
-from gflowgr.training.flow_inputs import sample_request
+from gflowgr.training.flow_inputs import FlowInputs, sample_request
 from gflowgr.tree import PrefixTree
 
 __all__ = ["SeparateForwards"]
@@ -204,15 +204,21 @@ class _Trainer:
     def hold(self, inputs: Inputs) -> None:
         """Have what the parts of a step on these inputs begin with."""
         self._flow = self.flow(inputs)
-        make = self.trainer._flow_inputs
+        make = self._inputs
         if make.sampler is not None:
             scores = make.scores(inputs.tensors)
             self._request = sample_request(inputs.tensors, 0, 1, 0.5, scores)
             self._chosen = make.sampler.sample(self._request)
 
+    @property
+    def _inputs(self) -> FlowInputs:
+        made = self.trainer._flow_inputs
+        assert isinstance(made, FlowInputs)  # prompts, not whole sequences
+        return made
+
     def parts(self) -> dict[str, Callable[[Inputs], object]]:
         """What a step consists of, each alone, on the inputs held."""
-        make = self.trainer._flow_inputs
+        make = self._inputs
 
         def forward(inputs: Inputs) -> Tensor:
             self.model.train()

@@ -115,6 +115,7 @@ def test_shipped_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     assert [line.split()[0] for line in lines] == [
         "beauty",
         "behaviours",
+        "exact_flows",
         "paper_ablation",
         "paper_grid",
         "paper_main",
