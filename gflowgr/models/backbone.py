@@ -13,7 +13,10 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["evaluating", "output_head", "real_prompt", "without_peft"]
+DENSE_ATTENTION = "gflowgr_dense"
+"""Name of the attention of :mod:`gflowgr.models.t5_on_cpu`, which takes the masks of SDPA."""
+
+__all__ = ["DENSE_ATTENTION", "evaluating", "output_head", "real_prompt", "without_peft"]
 
 
 def real_prompt(

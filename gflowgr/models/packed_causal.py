@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .backbone import DENSE_ATTENTION
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -81,7 +83,7 @@ def _branch_mask(model: Any, real: Tensor, branches: int, steps: int) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
         return create_block_mask(visible, batch, None, total, total, device=str(device))
-    if kind not in ("sdpa", "eager"):
+    if kind not in ("sdpa", "eager", DENSE_ATTENTION):
         raise TypeError(
             f"model has attn_implementation {kind!r}, which takes no mask of its caller; "
             "load it with 'sdpa', 'eager' or 'flex_attention'"
@@ -89,7 +91,7 @@ def _branch_mask(model: Any, real: Tensor, branches: int, steps: int) -> Any:
     place = torch.arange(total, device=device)
     rows = torch.arange(batch, device=device).view(-1, 1, 1, 1)
     mask = visible(rows, None, place.view(-1, 1), place)
-    if kind == "sdpa":
+    if kind != "eager":
         return mask
     dtype = model.dtype
     if torch.is_autocast_enabled(device.type):

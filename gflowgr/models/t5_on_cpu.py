@@ -43,6 +43,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.mt5.modeling_mt5 import MT5DenseActDense, MT5DenseGatedActDense
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
 
+from .backbone import DENSE_ATTENTION
+
 __all__ = [
     "cheap_dropout",
     "restore",
@@ -52,7 +54,7 @@ __all__ = [
     "use_direct_feed_forward",
 ]
 
-_NAME, _THEIRS = "gflowgr_dense", "sdpa"
+_NAME, _THEIRS = DENSE_ATTENTION, "sdpa"
 _LEVELS = 1 << 16
 
 

@@ -57,8 +57,8 @@ def test_the_last_token_numbers_items_with_the_same_codes() -> None:
         (np.zeros(3), {}, r"must be \[items, d\]"),
         (np.zeros((0, 3)), {}, r"must be \[items, d\]"),
         (np.array([[0.0], [np.nan]]), {}, r"embeddings\[1\] is not finite"),
-        (np.zeros((3, 2)), {"levels": 0}, "levels = 0"),
-        (np.zeros((3, 2)), {"codebook_size": 0}, "codebook_size = 0"),
+        (np.zeros((3, 2)), {"levels": 0}, "levels and codebook_size must be at least 1; got 0 and"),
+        (np.zeros((3, 2)), {"codebook_size": 0}, "must be at least 1; got . and 0"),
     ],
 )
 def test_bad_arguments(embeddings: np.ndarray, options: dict[str, int], message: str) -> None:
