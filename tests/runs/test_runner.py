@@ -29,11 +29,11 @@ from gflowgr.runs import (
 )
 from gflowgr.runs.cells import alone, locked
 
+pytestmark = pytest.mark.process
+
 _STAND_IN = """
 import fcntl, json, os, sys, time
 from pathlib import Path
-
-pytestmark = pytest.mark.process
 
 job = json.load(sys.stdin)
 out, cell = Path(job["out"]), job["cell"]["id"]
