@@ -155,7 +155,14 @@ class ItemFlows:
         return values if mask is None else values.masked_fill(~mask, 0.0)
 
     def node_log_flow(self, nodes: Tensor) -> Tensor:
-        """log F of nodes of the tree, [B, ...] int64 -> [B, ...]; -inf for -1."""
+        """log F of nodes of the tree, nats.
+
+        Args:
+            nodes: [B, ...] int64 node ids of each prompt; -1 = none.
+
+        Returns:
+            [B, ...]; -inf for -1, and where the rewards under a node are 0 only.
+        """
         r = self.rewards
         flows: Tensor = torch.ops.gflowgr.node_flows(
             r.log_reward,

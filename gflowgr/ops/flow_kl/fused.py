@@ -130,7 +130,15 @@ def fused_flow_kl(
     reduction: str = "prompt",
     nll_weight: float = 0.0,
 ) -> FusedFlowKL:
-    """:func:`fused_flow_kl_loss`, with divergences and log_pf beside it: for trainers that log."""
+    """:func:`fused_flow_kl_loss`, with divergences and log_pf beside it: for trainers that log.
+
+    Args:
+        hidden, weight, tokens, flows, tree, bias, mask, temperature, normalize, reduction,
+            nll_weight: as there, with its errors.
+
+    Returns:
+        :class:`FusedFlowKL`; its loss is what :func:`fused_flow_kl_loss` returns.
+    """
     reduction = checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     nll_weight = checks.check_number("nll_weight", nll_weight, least=0.0)
     if tree is None:

@@ -26,7 +26,7 @@ from gflowgr import backends
 from gflowgr.ops import checks, transforms
 from gflowgr.ops.flow_kl.reference import Level
 from gflowgr.ops.inputs import HeadInputs
-from gflowgr.ops.logprobs.children import backward_compiled, reference_inputs
+from gflowgr.ops.logprobs.children import backward_compiled, empty_gradients, reference_inputs
 from gflowgr.ops.logprobs.reference import logprobs_reference
 from gflowgr.ops.precision import compute_dtype, without_autocast
 from gflowgr.tree import PrefixTree
@@ -244,11 +244,7 @@ def _backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> Gradients:
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        weight.new_empty(0) if bias is None or not need_bias else bias.new_empty(bias.shape),
-    )
+    return empty_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

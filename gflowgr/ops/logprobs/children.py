@@ -303,11 +303,23 @@ def _backward_fake(
     if sparse:
         rows = torch.library.get_ctx().new_dynamic_size()
         d_weight = weight.new_empty(rows, weight.shape[1])
+    d_hidden, _, d_bias = empty_gradients(hidden, weight, bias, need_hidden, False, need_bias)
+    return d_hidden, d_weight, d_bias, tokens.new_empty(rows)
+
+
+def empty_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors of the shapes of the dense gradients, of no elements where one is not needed."""
     return (
         hidden.new_empty(hidden.shape if need_hidden else 0),
-        d_weight,
+        weight.new_empty(weight.shape if need_weight else 0),
         weight.new_empty(0) if bias is None or not need_bias else bias.new_empty(bias.shape),
-        tokens.new_empty(rows),
     )
 
 
