@@ -115,8 +115,8 @@ class GFlowGRConfig(TrainingArguments):
     t5_on_cpu: bool = field(
         default=True,
         metadata={
-            "help": "Faster attention, feed-forward and dropout while training (T5; dropout of any "
-            "model), see gflowgr.models.t5_on_cpu; false: those of transformers and PyTorch."
+            "help": "Faster attention (T5, GPT-2), feed-forward (T5) and dropout (any model) while "
+            "training, see gflowgr.models.t5_on_cpu; false: those of transformers and PyTorch."
         },
     )
     early_stopping_patience: int | None = field(

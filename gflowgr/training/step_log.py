@@ -14,7 +14,7 @@ from torch import Tensor
 from ..distributed import gathered, sum_over_processes
 from ..models.gflow_model import GFlowModel
 
-__all__ = ["Logs", "Mean", "StepLog", "histogram", "of_model", "prompts_of"]
+__all__ = ["Logs", "Mean", "StepLog", "histogram", "of_model"]
 
 _BINS = 1000  # of histograms: quantiles are right to half of a bin
 _QUANTILES = (10, 50, 90)
@@ -42,7 +42,11 @@ def histogram(values: Tensor) -> Tensor:
 
 
 def of_model(
-    model: GFlowModel, output: Mapping[str, Tensor], flow: dict[str, Tensor], share: float
+    model: GFlowModel,
+    output: Mapping[str, Tensor],
+    flow: dict[str, Tensor],
+    prompts: int,
+    share: float,
 ) -> Logs:
     """The metrics that a model's ``forward`` returned for ``flow``, each with its weight.
 
@@ -50,9 +54,10 @@ def of_model(
         model: the model.
         output: what it returned.
         flow: its inputs.
+        prompts: how many these have; of whole sequences, their targets.
         share: of the global batch's prompts; sums are over the global batch.
     """
-    mask, prompts = flow["mask"], float(prompts_of(flow))
+    mask = flow["mask"]
     counts: dict[str, Tensor | float] = {
         "importance": mask.any(-1).sum(),
         "reference_divergence": mask.sum(),
@@ -66,15 +71,8 @@ def of_model(
         if model.settings.reduction == "sum" and name.startswith("loss_") and share:
             value = value / share  # the mean over parts of this is the sum over all
         if name != "loss":
-            logs[name] = Mean(value, counts.get(name, prompts))
+            logs[name] = Mean(value, counts.get(name, float(prompts)))
     return logs
-
-
-def prompts_of(flow: Mapping[str, Tensor]) -> int:
-    """How many prompts the inputs of a model's ``forward`` have; on a GPU it synchronises for whole
-    sequences, whose targets have a prompt each."""
-    mask = flow["mask"]
-    return int(mask.any(-1).sum()) if "states" in flow else len(mask)
 
 
 class StepLog:

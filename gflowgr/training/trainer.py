@@ -38,7 +38,7 @@ from .global_batch import Count, Part, parts_of
 from .inputs import make_inputs
 from .rounds import FreezeReference, Rounds
 from .saving import SavingTrainer
-from .step_log import Logs, StepLog, of_model, prompts_of
+from .step_log import Logs, StepLog, of_model
 from .trainer_surface import refused_method
 
 __all__ = ["GFlowGRTrainer"]
@@ -255,8 +255,10 @@ class GFlowGRTrainer(SavingTrainer):
         output: dict[str, Tensor] = model(**flow, flow_share=part.flow_share)
         output["loss"] = output["loss"] * part.loss_scale
         plain = self.accelerator.unwrap_model(model)
-        logs = logs | of_model(plain, output, flow, part.prompts)
-        per_prompt = part.prompts / prompts_of(flow)
+        # Counted on the host, where the batch was made: a count of the mask would synchronise.
+        prompts = int(inputs["targets"]) if "targets" in inputs else len(flow["mask"])
+        logs = logs | of_model(plain, output, flow, prompts, part.prompts)
+        per_prompt = part.prompts / prompts
         self._step_log.add(logs, per_prompt, flow["attention_mask"].sum() + flow["mask"].sum())
         return output
 
