@@ -6,7 +6,11 @@ sampler, and the estimated-score signal of the reward. All are optional.
 
 from __future__ import annotations
 
-from gflowgr.collaborative.base import CollaborativeModel, score_positions
+from gflowgr.collaborative.base import (
+    CollaborativeModel,
+    score_positions,
+    score_training_prompts,
+)
 from gflowgr.collaborative.embedding import EmbeddingScorer
 from gflowgr.collaborative.ensemble import AverageModel, CrossFitted
 from gflowgr.collaborative.popularity import Popularity
@@ -21,4 +25,5 @@ __all__ = [
     "SASRec",
     "SASRecConfig",
     "score_positions",
+    "score_training_prompts",
 ]

@@ -150,6 +150,30 @@ def positions_to_score(histories: torch.Tensor, chosen: torch.Tensor | None) -> 
     return real & chosen
 
 
+def score_training_prompts(
+    model: CollaborativeModel, users: torch.Tensor, histories: torch.Tensor
+) -> torch.Tensor:
+    """Score the whole catalogue for prompts that the model may have been trained on.
+
+    A model that was fitted without some of its users
+    (:class:`~gflowgr.collaborative.CrossFitted`) scores each by the part that has not seen them;
+    of other models it is ``model.score``.
+
+    Args:
+        model: the model.
+        users: int64 [B], whose prompts they are.
+        histories: int64 [B, H], as of ``model.score``.
+
+    Returns:
+        float32 [B, num_items].
+
+    Raises:
+        ValueError: as ``model.score``, or a user out of range.
+    """
+    of_users: Callable[..., torch.Tensor] | None = getattr(model, "score_of_users", None)
+    return model.score(histories) if of_users is None else of_users(users, histories)
+
+
 def score_positions(
     model: CollaborativeModel,
     histories: torch.Tensor,

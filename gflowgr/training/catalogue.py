@@ -74,43 +74,36 @@ class PromptRewards:
         past, targets = items[:, :-1], items[:, 1:]
         valid = targets >= 0
         scores = score_positions(self.collaborative, past, valid, users=users)
-        return self._of(
-            scores,
+        return self.of_prompts(
+            to_device(scores, device),
             position_histories(past, valid),
             targets[valid],
             behaviours[valid],
-            device,
             overwrite=True,
         )
 
     @torch.no_grad()
     def of_prompts(
-        self, histories: Tensor, targets: Tensor, behaviours: Tensor, device: torch.device
-    ) -> Tensor:
-        """log R [B, catalogue] of prompts.
-
-        Args:
-            histories: [B, H], left-aligned, -1 for padding.
-            targets: the items that followed [B].
-            behaviours: of the targets [B].
-            device: of the result.
-        """
-        scores = self.collaborative.score(histories, None)
-        return self._of(scores, histories, targets, behaviours, device)
-
-    def _of(
         self,
         scores: Tensor,
         histories: Tensor,
         targets: Tensor,
         behaviours: Tensor,
-        device: torch.device,
         *,
         overwrite: bool = False,
     ) -> Tensor:
+        """log R [B, catalogue] of prompts, nats, on the device of their scores.
+
+        Args:
+            scores: collaborative scores [B, catalogue].
+            histories: [B, H], left-aligned, -1 for padding.
+            targets: the items that followed [B].
+            behaviours: of the targets [B].
+            overwrite: let ``scores`` be used as working memory.
+        """
         values = self.reward.target_values(behaviours)
-        on_device = (to_device(x, device) for x in (scores, histories, targets, values))
-        return self.reward(*on_device, overwrite=overwrite)
+        others = (to_device(x, scores.device) for x in (histories, targets, values))
+        return self.reward(scores, *others, overwrite=overwrite)
 
 
 def position_histories(items: Tensor, valid: Tensor) -> Tensor:

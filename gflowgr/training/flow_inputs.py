@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import files
-from ..collaborative import CollaborativeModel
+from ..collaborative import CollaborativeModel, score_training_prompts
 from ..data import LeaveOneOut
 from ..errors import DataError
 from ..models.gflow_model import GFlowModel
@@ -130,10 +130,11 @@ class FlowInputs:
         request = sample_request(inputs, epoch, step, progress, self.scores(inputs))
         chosen = self.sampler.sample(request)
         if self.rewards is not None:
+            assert request.scores is not None
             device = flow["input_ids"].device
             flow |= self._trajectories(to_device(chosen.items, device))
             flow["catalogue_log_reward"] = self.rewards.of_prompts(
-                inputs["histories"], inputs["target"], inputs["behaviour"], device
+                request.scores, inputs["histories"], inputs["target"], inputs["behaviour"]
             )
             return flow, _difficulty(chosen)
         return self.rewarded(flow, request, chosen, log_probs)
@@ -204,7 +205,7 @@ class FlowInputs:
         if self.collaborative is None:
             return None
         with torch.no_grad():
-            scores = self.collaborative.score(inputs["histories"], None)
+            scores = score_training_prompts(self.collaborative, inputs["user"], inputs["histories"])
         return to_device(scores, inputs["input_ids"].device)
 
     def _trajectories(self, items: Tensor) -> dict[str, Tensor]:

@@ -63,7 +63,8 @@ def test_rewards_of_positions_are_those_of_the_prompts_one_by_one(tmp_path: Path
     valid = batch["items"][:, 1:] >= 0
     histories = position_histories(batch["items"][:, :-1], valid)
     targets, behaviours = batch["items"][:, 1:][valid], batch["behaviours"][valid]
-    wanted = rewards.of_prompts(histories, targets, behaviours, cpu)
+    scores = make_scorer().score(histories)
+    wanted = rewards.of_prompts(scores, histories, targets, behaviours)
     assert len(found) == int(batch["targets"]) == int(valid.sum())
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(found.logsumexp(1), torch.zeros(len(found)), rtol=0, atol=0.25)
@@ -153,3 +154,30 @@ def test_what_whole_sequences_cannot_do_is_said(tmp_path: Path) -> None:
     tokens = model.item_tokens()[:1][None]
     with pytest.raises(ValueError, match="catalogue_log_reward is required"):
         model(torch.tensor([[1, 2]]), None, tokens)
+
+
+class Unseen:
+    """Scores every user by another rule, as cross-fitted models do at training prompts."""
+
+    num_items = 200
+
+    def score(self, histories: torch.Tensor, items: torch.Tensor | None = None) -> torch.Tensor:
+        return make_scorer().score(histories, items)
+
+    def score_of_users(self, users: torch.Tensor, histories: torch.Tensor) -> torch.Tensor:
+        self.asked = users
+        return make_scorer().score(histories) + users[:, None] * torch.arange(200.0)
+
+
+def test_training_prompts_are_scored_once_by_what_has_not_seen_their_users(tmp_path: Path) -> None:
+    model, scorer = make_model(objective="flow_kl", reward_temperature=1.0), Unseen()
+    inputs, examples, collator = make_inputs(model, make_args(tmp_path), shop(), scorer)
+    batch = collator([examples[i] for i in (0, 40)])
+    flow, _ = inputs(batch, epoch=0, progress=0.0, log_probs=model.log_probs)
+    assert torch.equal(scorer.asked, batch["user"])
+    expected = scorer.score_of_users(batch["user"], batch["histories"])
+    seen = torch.zeros(2, 200, dtype=torch.bool)
+    rows, places = (batch["histories"] >= 0).nonzero(as_tuple=True)
+    seen[rows, batch["histories"][rows, places]] = True
+    wanted = expected.masked_fill(seen, -torch.inf).log_softmax(1)
+    torch.testing.assert_close(flow["catalogue_log_reward"], wanted)
