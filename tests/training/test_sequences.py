@@ -49,8 +49,9 @@ def test_behaviours_are_those_of_the_targets() -> None:
         for example in (shop().train[i] for i in range(len(shop().train)))
     }
     example = examples[0]
-    pairs = list(itertools.pairwise(example["items"].tolist()))
-    assert example["behaviours"].tolist() == [of_prompts[(example["user"], *p)] for p in pairs]
+    pairs = itertools.pairwise(example["items"].tolist())
+    wanted = [of_prompts[example["user"], before, item] for before, item in pairs]
+    assert example["behaviours"].tolist() == wanted
 
 
 def test_rewards_of_positions_are_those_of_the_prompts_one_by_one(tmp_path: Path) -> None:
