@@ -20,6 +20,7 @@ THEIRS = {"torch", "transformers", "peft", "accelerate", "huggingface_hub"}
 # Where a private name of theirs may come from; any other is our own.
 HOLDERS = (torch._C, torch.Tensor, forward_ad, nn.Module, PreTrainedModel, Trainer, T5Attention)
 OF_CONFIGURATIONS = {"_attn_implementation", "_name_or_path", "_train_batch_size"}
+OF_WRAPPERS = {"_orig_mod", "_original_forward"}
 
 
 def is_private(name: str) -> bool:
@@ -27,7 +28,7 @@ def is_private(name: str) -> bool:
 
 
 def is_theirs(name: str) -> bool:
-    return name in OF_CONFIGURATIONS or any(name in dir(holder) for holder in HOLDERS)
+    return name in OF_CONFIGURATIONS | OF_WRAPPERS or any(name in dir(holder) for holder in HOLDERS)
 
 
 def names_in(source: str) -> set[str]:

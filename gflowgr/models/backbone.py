@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .wrapped import unwrapped
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -64,9 +66,10 @@ def output_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     """The output head's weight [V, d] and bias [V] or None.
 
     Raises:
-        TypeError: the head has an adapter of its own, so that its weight does not make the logits.
+        TypeError: the head has an adapter of its own, so that its weight does not make the logits;
+            or gradients are recorded and the model is wrapped in data parallelism.
     """
-    head: Any = without_peft(model).get_output_embeddings()
+    head: Any = without_peft(unwrapped(model)).get_output_embeddings()
     if hasattr(head, "base_layer"):
         raise TypeError(
             f"model's output head is a {type(head).__name__} with an adapter of its own: leave the "

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from .backbone import real_prompt, without_peft
 from .families import why_unsupported_causal
 from .packed_causal import causal_states
+from .wrapped import accelerate_autocast, unwrapped, warn_if_compiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,7 +135,10 @@ def trajectory_hidden_states(
     Args:
         model: an encoder-decoder of the T5 family, or a decoder-only Gemma (the first), GPT-2,
             GPT-NeoX, Llama, Mistral, OLMo 2, Qwen2, Qwen3 or SmolLM3 without a sliding window, with
-            its language modelling head; also in a ``peft.PeftModel``.
+            its language modelling head; also in a ``peft.PeftModel``, in what ``torch.compile``
+            returns (it then runs uncompiled, with a warning), and as ``accelerate`` prepared it
+            (its autocast holds here too). Within data parallelism, call this in the forward of the
+            module that is wrapped.
         input_ids: prompts [B, S]; padding may be on either side and hold any value.
         attention_mask: 1 for real tokens [B, S]; a decoder-only model needs one in each row. None:
             every token is real.
@@ -143,13 +147,31 @@ def trajectory_hidden_states(
             hold any value.
 
     Returns:
-        The states, aligned with ``tokens``.
+        The states, aligned with ``tokens``; in float32 where accelerate's autocast was entered, as
+        the model's own outputs are.
 
     Raises:
-        TypeError: the model is none of these, its attention takes no mask, or its ``peft`` adapters
-            add tokens to prompts.
+        TypeError: the model is none of these, its attention takes no mask, its ``peft`` adapters
+            add tokens to prompts, or gradients are recorded and it is wrapped in data parallelism.
     """
-    model = without_peft(model)
+    plain = unwrapped(model)
+    warn_if_compiled(model)
+    model = plain
+    autocast = accelerate_autocast(model, input_ids.device)
+    if autocast is None:
+        return _states(without_peft(model), input_ids, attention_mask, tokens, mask)
+    with autocast:
+        states = _states(without_peft(model), input_ids, attention_mask, tokens, mask)
+    return TrajectoryStates(states.hidden.float(), states.pooled.float())
+
+
+def _states(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    tokens: Tensor,
+    mask: Tensor | None,
+) -> TrajectoryStates:
     input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
     if mask is not None:
         tokens = tokens.masked_fill(~mask, 0)
