@@ -17,6 +17,8 @@ requests (--input) are JSON lines, or the rows of a .parquet file, with "user" o
   {"user": "new", "history": [3, 14, 15]}   the same; "user" is only handed through
 answers, in the order of the requests ("row" is the request's line or row, from 1):
   {"row": 1, "user": "17", "items": [9, 2, 6], "scores": [-1.7, -2.1, -2.2]}
+Users and items are named by their ids in the source of the data, such as "B00A"; in a dataset
+without ids (item_ids.json.gz) items are numbers.
 A bad request ends the run with exit code 2; those before it are answered on standard output.
 
 examples:
@@ -45,7 +47,7 @@ def add_recommend(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="ITEMS",
-        help="items, oldest first, such as 3,14,15 (may be repeated)",
+        help="ids of items, oldest first, such as 3,14,15 (may be repeated)",
     )
     asked.add_argument(
         "--input",
@@ -66,7 +68,7 @@ def add_recommend(commands: Commands) -> None:
     search.add_argument(
         "--available",
         metavar="FILE",
-        help="the items that may be recommended, one number a line (default: all)",
+        help="the items that may be recommended, one id a line (default: all)",
     )
     search.add_argument(
         "--temperature", type=float, default=1.0, help="divides the logits (default: 1)"

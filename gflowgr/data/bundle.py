@@ -5,6 +5,7 @@ file                      content
 ========================  ====================================================================
 ``inter.json.gz``         {"user": [item, ...]}, items from 0, oldest first; last = test
 ``item.json.gz``          {"item": {field: text}} for every item 0 .. n - 1 (optional)
+``item_ids.json.gz``      ["B00A", ...], the items' ids in the source, by number (optional)
 ``index.<name>.json.gz``  {"item": ["<a_3>", "<b_7>", ...]} (optional, several; read on demand)
 ``rating.json.gz``        {"user": [stars, ...]} parallel to inter (optional)
 ``time.json.gz``          {"user": [Unix seconds, ...]} parallel to inter (optional)
@@ -17,7 +18,7 @@ file                      content
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -29,9 +30,10 @@ from gflowgr.data.dataset import MAX_BEHAVIOURS, Dataset, check_items
 from gflowgr.data.ragged import Ragged
 from gflowgr.errors import DataError, OutputError, shown
 from gflowgr.files import ensure_writable, load_npy, read_json, save_npy, write_json_gz
+from gflowgr.item_ids import ITEM_IDS_FILE, ItemIds
 
 _PARALLEL = ("rating", "time", "behaviour")
-_RESERVED = ("inter", "item", *_PARALLEL)
+_RESERVED = ("inter", "item", ITEM_IDS_FILE.removesuffix(".json.gz"), *_PARALLEL)
 _MAX_NAME = 1000
 """Characters of a behaviour's name."""
 _FREE_IDS = 1_000_000
@@ -41,9 +43,10 @@ _IDS_PER_ITEM = 20
 def load_dataset(path: str | Path) -> Dataset:
     """Read a data set's folder.
 
-    The number of items is that of ``item.json.gz``; without it, that of the first index file;
-    without either, the largest item id + 1, which may then be no more than a million, or 20 times
-    the number of different items: models and tables have a row for every id. Side pairs whose item
+    The number of items is that of ``item.json.gz``; without it, that of ``item_ids.json.gz``; then
+    that of the first index file; without any, the largest item number + 1, which may then be no
+    more than a million, or 20 times the number of different items: models and tables have a row for
+    every number. Side pairs whose item
     is the user's validation or test item are dropped and counted (``Dataset.side_dropped``).
 
     Args:
@@ -71,7 +74,8 @@ def load_dataset(path: str | Path) -> Dataset:
             side[name] = _align(file, users, _read_lists(file, {int}, np.int64), complete=False)
 
     texts = _read_texts(folder / "item.json.gz") if _is_there(folder / "item.json.gz") else None
-    num_items = _count_items(folder, texts, [sequences, *side.values()])
+    item_ids = ItemIds.load(folder)
+    num_items = _count_items(folder, texts or item_ids, [sequences, *side.values()])
     check_items(sequences, num_items, users, str(inter))
     for name, rows in side.items():
         check_items(rows, num_items, users, str(folder / f"{name}.json.gz"))
@@ -92,6 +96,7 @@ def load_dataset(path: str | Path) -> Dataset:
         times=times,
         side=side,
         texts=texts,
+        item_ids=item_ids,
         truth=load_npy(truth, mmap=True) if _is_there(truth) else None,
     )
 
@@ -173,6 +178,8 @@ def save_dataset(dataset: Dataset, path: str | Path, *, overwrite: bool = False)
     if dataset.texts is not None:
         texts = {str(item): text for item, text in enumerate(dataset.texts)}
         write_json_gz(folder / "item.json.gz", texts)
+    if dataset.item_ids is not None:
+        dataset.item_ids.save(folder)
     for name, rows in dataset.side.items():
         write_json_gz(folder / f"{name}.json.gz", _to_lists(dataset.user_ids, rows))
     offsets = dataset.sequences.offsets
@@ -337,9 +344,9 @@ def _as_text(file: Path, item: int, key: str, value: object) -> str:
     raise DataError(f"{file}: item {item}, field {shown(key)}: {shown(value, 60)} is not text")
 
 
-def _count_items(folder: Path, texts: list[dict[str, str]] | None, rows: list[Ragged]) -> int:
-    if texts is not None:
-        return len(texts)
+def _count_items(folder: Path, listed: Sized | None, rows: list[Ragged]) -> int:
+    if listed is not None:
+        return len(listed)
     index = next(iter(sorted(folder.glob("index.*.json.gz"))), None)
     if index is not None:
         return len(read_json(index, expect=dict))

@@ -13,6 +13,7 @@ from gflowgr.data.ragged import Ragged
 from gflowgr.errors import DataError, shown
 from gflowgr.files import find_lone_surrogate
 from gflowgr.integers import MAX_ID, integer_array
+from gflowgr.item_ids import ItemIds
 
 if TYPE_CHECKING:
     from gflowgr.data.index import Identifiers
@@ -41,6 +42,7 @@ class Dataset:
             answer).
         side_dropped: how many pairs were removed from each side behaviour for that reason.
         texts: list [num_items] of {field: text}, or None.
+        item_ids: the items' ids in the source, by number; None: the numbers are the ids.
         indexes: identifiers held in memory, by name (those in ``path`` are found besides).
         truth: float16 [U, num_items] true expected reward of each item at evaluation time, or None.
 
@@ -61,6 +63,7 @@ class Dataset:
     side: dict[str, Ragged] = field(default_factory=dict)
     side_dropped: dict[str, int] = field(default_factory=dict)
     texts: list[dict[str, str]] | None = None
+    item_ids: ItemIds | None = None
     indexes: dict[str, Identifiers] = field(default_factory=dict)
     truth: np.ndarray | None = None
 
@@ -76,6 +79,11 @@ class Dataset:
         self._clean_side()
         if self.texts is not None and len(self.texts) != self.num_items:
             raise DataError(f"{self.name}: {len(self.texts)} texts for {self.num_items} items")
+        if self.item_ids is not None and len(self.item_ids) != self.num_items:
+            raise DataError(
+                f"{self.name}: item_ids must have one id for each of {self.num_items:,} items; got "
+                f"{len(self.item_ids):,}"
+            )
         if self.truth is not None and self.truth.shape != (self.num_users, self.num_items):
             raise DataError(
                 f"{self.name}: truth must be [users, items] = {(self.num_users, self.num_items)}; "
@@ -98,12 +106,29 @@ class Dataset:
         """Number of events M in the sequences (side behaviours not counted)."""
         return len(self.sequences.values)
 
+    def item_id(self, item: int) -> str | int:
+        """The id of ``item`` in the source; its number where the source has no ids of its own."""
+        return item if self.item_ids is None else self.item_ids[item]
+
     def title(self, item: int) -> str:
-        """A readable name of ``item``: its title, else any text it has, else "item 12"."""
+        """A readable name of ``item``: its title, else any text it has, else its id."""
+        text = self._text(item)
+        return text.get("title") or next((t for t in text.values() if t), self._plain_name(item))
+
+    def label(self, item: int) -> str:
+        """The id of ``item`` and its title, as reports have them; without ids the title alone."""
+        title = self.title(item)
+        if self.item_ids is None or title == self._plain_name(item):
+            return title
+        return f"{self.item_ids[item]}: {title}"
+
+    def _text(self, item: int) -> dict[str, str]:
         if not 0 <= item < self.num_items:
             raise IndexError(f"item {item} of {self.num_items}")
-        text = self.texts[item] if self.texts is not None else {}
-        return text.get("title") or next((t for t in text.values() if t), f"item {item}")
+        return self.texts[item] if self.texts is not None else {}
+
+    def _plain_name(self, item: int) -> str:
+        return f"item {item}" if self.item_ids is None else self.item_ids[item]
 
     def index_names(self) -> list[str]:
         """Names of the identifier sets at hand, e.g. ["letter_official", ...], sorted."""
@@ -182,6 +207,8 @@ class Dataset:
         for side, rows in self.side.items():
             result[f"side {side}"] = len(rows.values)
             result[f"side {side}, dropped as held out"] = self.side_dropped.get(side, 0)
+        if self.item_ids is not None:
+            result["item ids"] = ", ".join((*list(self.item_ids)[:3], "..."))
         result["ratings"] = self.ratings is not None
         result["times"] = self.times is not None
         result["identifiers"] = self.index_names()

@@ -24,6 +24,7 @@ from .. import files
 from ..distributed import load_whole_state
 from ..errors import DataError
 from ..folders import MANIFEST_NAME, find_damage, fresh_folder
+from ..item_ids import ITEM_IDS_FILE, ItemIds
 from ..tree import PrefixTree
 from .lora import has_lora, load_adapter, merged_copy, save_adapter
 from .prompts import PromptLayout
@@ -53,6 +54,7 @@ _OWN = (
     "pytorch_model*.bin",
     "training_args.bin",
     _DESCRIPTION,
+    ITEM_IDS_FILE,
     "config.json",
     "generation_config.json",
     "adapter_config.json",
@@ -131,6 +133,8 @@ def _write_rest(model: GFlowModel, folder: Path, state: Mapping[str, Tensor] | N
     heads = _head_state(model, state)
     if heads:
         save_file({n: value.contiguous() for n, value in heads.items()}, folder / _HEADS_FILE)
+    if model.item_ids is not None:
+        model.item_ids.save(folder)
     remove_places(folder)
     files.write_json(
         folder / _DESCRIPTION,
@@ -225,6 +229,7 @@ def read_parts(folder: Path) -> dict[str, Any]:
         auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         parts["backbone"] = auto.from_pretrained(folder, local_files_only=True)
         parts["tree"] = PrefixTree.load(folder / "tree.safetensors")
+        parts["item_ids"] = ItemIds.load(folder)
         if (folder / "tokenizer_config.json").is_file():
             parts["tokenizer"] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return parts

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from ..item_ids import ItemIds
 from ..ops import trajectory_logprobs
 from ..rewards.fusion import RewardFusion
 from ..tree import PrefixTree, item_flows
@@ -50,6 +51,10 @@ class GFlowModel(SavedModel):
         settings: objective and its constants.
         prompt: how histories become prompts.
         tokenizer: saved with the model; a T5 over identifier tokens alone has none.
+        item_ids: the items' ids in the data, saved with the model; None: their numbers are the ids.
+
+    Raises:
+        ValueError: ``item_ids`` are of another number of items than the tree's.
     """
 
     def __init__(
@@ -60,14 +65,21 @@ class GFlowModel(SavedModel):
         settings: FlowSettings,
         prompt: PromptLayout = TIGER_PROMPT,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        item_ids: ItemIds | None = None,
     ) -> None:
         super().__init__()
+        if item_ids is not None and len(item_ids) != tree.num_items:
+            raise ValueError(
+                f"item_ids must have one id for each of the tree's {tree.num_items:,} items; got "
+                f"{len(item_ids):,}"
+            )
         self.backbone = backbone
         self.tree = tree
         self.vocabulary = vocabulary
         self.settings = settings
         self.prompt = prompt
         self.tokenizer = tokenizer
+        self.item_ids = item_ids
         self.partition: PartitionHead | None = None
         self.state_flow: StateFlow | None = None
         self.fusion: RewardFusion | None = None
@@ -89,9 +101,8 @@ class GFlowModel(SavedModel):
         """
         settings = replace(self.settings, **changes)
         backbone = copy.deepcopy(self.backbone)
-        return GFlowModel(
-            backbone, self.tree, self.vocabulary, settings, self.prompt, self.tokenizer
-        )
+        parts = (self.tree, self.vocabulary, settings, self.prompt, self.tokenizer, self.item_ids)
+        return GFlowModel(backbone, *parts)
 
     @property
     def _no_split_modules(self) -> Any:

@@ -34,9 +34,9 @@ class SavedModel(nn.Module):
         self, folder: Path | str, state: Mapping[str, Tensor] | None = None
     ) -> None:
         """Save an ordinary ``transformers`` checkpoint (with the tokenizer, if there is one; LoRA
-        added into the weights), ``tree.safetensors``, the flow heads and the learned fusion
-        (``heads.safetensors``) and ``gflowgr.json``; of a model sharded by FSDP2 its gathered
-        ``state``.
+        added into the weights), ``tree.safetensors``, the items' ids (``item_ids.json.gz``), the
+        flow heads and the learned fusion (``heads.safetensors``) and ``gflowgr.json``; of a model
+        sharded by FSDP2 its gathered ``state``.
 
         A model that is in the folder is replaced, other files stay. What is written holds no
         pickle and no local path, and a manifest with which :meth:`from_pretrained` checks it.

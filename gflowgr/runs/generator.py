@@ -59,18 +59,20 @@ def make_generator(
     Args:
         config: which.
         catalogue: the items' identifiers.
-        dataset: its texts give a text model's new tokens their first embeddings.
+        dataset: its items' ids go with the model, its texts give a text model's new tokens their
+            first embeddings.
         settings: objective.
         seed: of everything random in it.
     """
     vocabulary, tokenizer = catalogue.vocabulary, catalogue.tokenizer
+    ids = dataset.item_ids
     if isinstance(config, TigerConfig):
         backbone: Any = build_tiger(vocabulary, config, seed=seed)
-        return GFlowModel(backbone, catalogue.tree, vocabulary, settings)
+        return GFlowModel(backbone, catalogue.tree, vocabulary, settings, item_ids=ids)
     if isinstance(config, DecoderConfig):
         backbone = build_decoder(vocabulary, config, max_history=settings.max_history, seed=seed)
         layout = decoder_prompt(vocabulary)
-        return GFlowModel(backbone, catalogue.tree, vocabulary, settings, layout)
+        return GFlowModel(backbone, catalogue.tree, vocabulary, settings, layout, item_ids=ids)
     assert tokenizer is not None
     backbone = load_causal_lm(config, tokenizer, seed=seed)
     positions = getattr(backbone.config, "max_position_embeddings", None)
@@ -80,7 +82,7 @@ def make_generator(
         texts = [fields.get("title") or " ".join(fields.values()) for fields in dataset.texts]
     tokens = torch.from_numpy(catalogue.tokens)
     initialise_identifier_rows(backbone, tokenizer, vocabulary, tokens, texts, seed=seed)
-    return GFlowModel(backbone, catalogue.tree, vocabulary, settings, layout, tokenizer)
+    return GFlowModel(backbone, catalogue.tree, vocabulary, settings, layout, tokenizer, ids)
 
 
 def add_adapters(config: GeneratorConfig, model: GFlowModel) -> GFlowModel:

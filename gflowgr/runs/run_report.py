@@ -38,7 +38,7 @@ __all__ = ["Example", "Report", "example_recommendations", "run_and_report", "wr
 
 @dataclass(frozen=True)
 class Example:
-    """One user's recommendations, as titles.
+    """One user's recommendations, as ids and titles.
 
     Attributes:
         user: the user's id in the data.
@@ -243,7 +243,7 @@ def example_recommendations(
     chosen = np.concatenate([hits[:wanted_hits], others])[:count]
     row_of = {int(user): row for row, user in enumerate(split.eval_users(first.which))}
     histories, targets = split.histories(first.which), split.targets(first.which)
-    title = split.dataset.title
+    title = split.dataset.label
     examples = []
     for place in chosen:
         user = int(first.users[place])

@@ -112,6 +112,8 @@ def digest_of(source: Dataset | Identifiers) -> str:
         for name, rows in source.side.items():
             parts |= {f"{name} offsets": rows.offsets, f"{name} items": rows.values}
         head = f"{source.num_items} {source.behaviour_names}"
+        if source.item_ids is not None:
+            head += f" {list(source.item_ids)}"
     else:
         parts, head = {"codes": source.codes}, ""
     digest = hashlib.sha256(head.encode())

@@ -45,7 +45,7 @@ class AnswerFields:
         record = {
             "row": answer.query.row,
             "user": answer.query.user,
-            "items": answer.items.tolist(),
+            "items": [dataset.item_id(item) for item in answer.items.tolist()],
         }
         if self.scores:
             record["scores"] = [round(score, 6) for score in answer.scores.tolist()]
@@ -118,13 +118,15 @@ class _Table:
         self.handle.flush()
 
     def _text(self, answer: Answer) -> str:
-        query, title = answer.query, self.dataset.title
-        history = ",".join(map(str, query.history))
+        query, title, id_of = answer.query, self.dataset.title, self.dataset.item_id
+        history = ",".join(str(id_of(item)) for item in query.history.tolist())
         lines = ["", f"history {history}" if query.user is None else f"user {query.user}"]
-        lines += [f"    had   {item:>6}  {title(item)}" for item in query.history[-5:].tolist()]
+        lines += [
+            f"    had   {id_of(item):>6}  {title(item)}" for item in query.history[-5:].tolist()
+        ]
         found = zip(answer.items.tolist(), answer.scores.tolist(), strict=True)
         lines += [
-            f"    {place:>3}.  {item:>6}  {title(item)}  (log P {score:.2f})"
+            f"    {place:>3}.  {id_of(item):>6}  {title(item)}  (log P {score:.2f})"
             for place, (item, score) in enumerate(found, start=1)
         ]
         return "\n".join(lines) + "\n"
@@ -135,10 +137,11 @@ class _Parquet:
         import pyarrow
         from pyarrow import parquet
 
+        items = pyarrow.int64() if dataset.item_ids is None else pyarrow.string()
         columns = [
             ("row", pyarrow.int64()),
             ("user", pyarrow.string()),
-            ("items", pyarrow.list_(pyarrow.int64())),
+            ("items", pyarrow.list_(items)),
         ]
         if fields.scores:
             columns.append(("scores", pyarrow.list_(pyarrow.float32())))

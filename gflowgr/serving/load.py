@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from ..data import Dataset, LeaveOneOut, load_dataset
-from ..errors import DataError
+from ..errors import DataError, shown
 from ..evaluation.generative import GenerativeRecommender
 from ..models.gflow_model import GFlowModel
 from ..runs.processes import device, quiet_transformers
@@ -15,10 +16,10 @@ __all__ = ["check_counts", "evaluate_checkpoint", "load_for"]
 
 
 def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
-    """A saved model and the dataset it is to be used on.
+    """A saved model and the dataset it is to be used on, which has the model's ids of items.
 
     Raises:
-        DataError: either is damaged, or they have different numbers of items.
+        DataError: either is damaged, or they have different numbers of items or other ids.
     """
     quiet_transformers()
     folder = Path(model_folder)
@@ -31,7 +32,14 @@ def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
             f"{folder} was trained on {model.tree.num_items} items, but {data_folder} has "
             f"{dataset.num_items}"
         )
-    return model.eval().to(device()), dataset
+    ids, known = model.item_ids, dataset.item_ids
+    item = None if ids is None or known is None else ids.first_difference(known)
+    if ids is not None and known is not None and item is not None:
+        raise DataError(
+            f"{data_folder} must have the items that {folder} was trained on; item {item} is "
+            f"{shown(ids[item])} there and {shown(known[item])} here"
+        )
+    return model.eval().to(device()), replace(dataset, item_ids=ids or known)
 
 
 def evaluate_checkpoint(

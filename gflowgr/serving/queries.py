@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import re
 import sys
@@ -30,7 +31,7 @@ class Query:
     Attributes:
         row: its number from 1: the line of a file of JSON lines, the row of a Parquet file.
         user: the user's id, or the name that the request gives; None without one.
-        history: items, oldest first.
+        history: numbers of items, oldest first.
     """
 
     row: int
@@ -49,10 +50,15 @@ class QueryReader:
         self._rows: dict[str, int] | None = None
 
     def from_arguments(self, users: Sequence[str], histories: Sequence[str]) -> list[Query]:
-        """Users of the dataset, then histories such as ``3,14,15``."""
+        """Users of the dataset, then histories such as ``3,14,15``, as a line of CSV has them."""
         found = [Query(row, user, self._of_user(user)) for row, user in enumerate(users, 1)]
         for row, text in enumerate(histories, len(found) + 1):
-            found.append(Query(row, None, self._items(text.split(","), f"--history {text[:80]}")))
+            where = f"--history {text[:80]}"
+            try:
+                (entries,) = csv.reader([text], skipinitialspace=True, strict=True)
+            except (csv.Error, ValueError) as error:
+                raise DataError(f"{where}: must be ids with commas between them: {error}") from None
+            found.append(Query(row, None, self._items(entries, where)))
         return found
 
     def from_file(self, source: str) -> Iterator[Query]:
@@ -120,17 +126,17 @@ class QueryReader:
         return self.dataset.sequences.row(row).astype(np.int64)
 
     def _items(self, entries: Iterable[Any], where: str) -> npt.NDArray[np.int64]:
-        items = [_item(entry, self.dataset.num_items, where) for entry in entries]
+        items = [_item(entry, self.dataset, where) for entry in entries]
         return np.array(items, dtype=np.int64)
 
 
-def read_available(path: str, num_items: int) -> npt.NDArray[np.bool_]:
-    """Items that may be recommended [items], from a text file with one item number a line.
+def read_available(path: str, dataset: Dataset) -> npt.NDArray[np.bool_]:
+    """Items that may be recommended [items], from a text file with the id of an item a line.
 
     Raises:
         DataError: a line is no item of the catalogue, or there is none at all.
     """
-    available = np.zeros(num_items, dtype=np.bool_)
+    available = np.zeros(dataset.num_items, dtype=np.bool_)
     with regular_file(path).open("rb") as handle:
         for number in itertools.count(1):
             where = f"{path}: line {number}"
@@ -139,7 +145,7 @@ def read_available(path: str, num_items: int) -> npt.NDArray[np.bool_]:
                 break
             if line.strip():
                 text = line.decode("utf-8", errors="replace").strip()
-                available[_item(text, num_items, where)] = True
+                available[_item(text, dataset, where)] = True
     if not available.any():
         raise DataError(f"{path}: no item in it")
     return available
@@ -172,7 +178,24 @@ def _parquet_file(source: str) -> Iterator[Any]:
         raise DataError(f"{source}: not a readable Parquet file: {error}") from None
 
 
-def _item(entry: Any, num_items: int, where: str) -> int:
+def _item(entry: Any, dataset: Dataset, where: str) -> int:
+    """The number of the item that a request names by its id."""
+    ids = dataset.item_ids
+    if ids is None:
+        return _item_number(entry, dataset.num_items, where)
+    # Ids that are whole numbers come as such from JSON and from tables.
+    if isinstance(entry, float) and entry.is_integer():
+        entry = int(entry)
+    name = str(entry).strip() if isinstance(entry, str | int) else ""
+    item = ids.item(name) if entry is not True and entry is not False else None
+    if item is None:
+        raise DataError(
+            f"{where}: {shown(entry)} is no item of the data; ids are such as {ids[0]!r}"
+        )
+    return item
+
+
+def _item_number(entry: Any, num_items: int, where: str) -> int:
     # int() would also accept 1_0, digits of other scripts, and a Decimal with a fraction.
     if isinstance(entry, str):
         text = entry.strip()

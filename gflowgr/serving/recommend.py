@@ -28,7 +28,7 @@ class RecommendOptions:
         top: items for each user.
         beams: beams of the search; at least ``top`` are used.
         mask_seen: whether a user's history is left out.
-        available: text file of the items that may be recommended; None for all.
+        available: text file with the ids of the items that may be recommended; None for all.
         temperature: divides the logits.
         normalize: over what token probabilities are normalised; None for the model's own setting.
         batch_size: users that are searched for together.
@@ -69,7 +69,7 @@ def recommend_from_checkpoint(
         data_folder: the dataset.
         options: how to recommend.
         users: users of the dataset.
-        histories: items, such as ``3,14,15``.
+        histories: ids of items, such as ``3,14,15``; one with a comma stands in double quotes.
         source: instead of both, a file of requests (:meth:`QueryReader.from_file`); one batch of it
             is held at a time.
         output: file for the answers, written whole or not at all; None for standard output.
@@ -95,7 +95,7 @@ def recommend_from_checkpoint(
     model, dataset = load_for(model_folder, data_folder)
     available = None
     if options.available is not None:
-        available = torch.from_numpy(read_available(options.available, dataset.num_items))
+        available = torch.from_numpy(read_available(options.available, dataset))
     recommender = GenerativeRecommender(
         model,
         num_beams=options.beams,

@@ -394,3 +394,50 @@ def test_lists_that_do_not_fit_are_refused() -> None:
         pad_histories([np.array([1.5])])
     with pytest.raises(ValueError, match=r"histories\[0\] must be in .*; got 9223372036854775808"):
         pad_histories([np.array([2**63], np.uint64)])
+
+
+# ---- ids of items ----
+
+
+def test_item_ids_are_a_part_of_the_folder_and_count_the_items(
+    write_bundle: WriteBundle, tmp_path: Path
+) -> None:
+    ids = ["B00A", "café, 1", "007", "never seen"]
+    data = load_dataset(write_bundle(inter={"ann": [0, 2, 1]}, item_ids=ids))
+    assert data.num_items == 4  # no texts, no index
+    assert data.item_ids is not None
+    again = load_dataset(save_dataset(data, tmp_path / "copy").path or "")
+    assert again.item_ids == data.item_ids
+    assert [again.item_id(item) for item in range(4)] == ids
+    assert data.item_ids.item("007") == 2
+    assert data.item_ids.item("7") is None
+    assert (data.title(1), data.label(1)) == ("café, 1", "café, 1")
+    titled = replace(data, texts=[{"title": f"T{item}"} for item in range(4)])
+    assert (titled.title(0), titled.label(0)) == ("T0", "B00A: T0")
+    save_dataset(replace(data, item_ids=None), tmp_path / "copy", overwrite=True)
+    assert not (tmp_path / "copy" / "item_ids.json.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["a", "b", "a"], "ids must differ; got 'a' for the items 0 and 2"),
+        (["a", "b", 3], "the id of item 2 must be a text of 1 to 1,000 characters"),
+        (["a", " b", "c"], "item 1 must be a text .* without white space at its ends; got ' b'"),
+        (["a", "", "c"], "item 1 must be a text"),
+        (["a", "b"], r"item 2 is unknown, items are 0 .. 1"),
+        ({"a": 0}, r"the top level must be an array"),
+        ('["a", "b", ', "not valid JSON"),
+    ],
+)
+def test_item_ids_that_cannot_name_the_items_are_refused(
+    ids: object, message: str, write_bundle: WriteBundle
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load_dataset(write_bundle(inter={"ann": [0, 2, 1]}, item_ids=ids))
+
+
+def test_item_ids_and_texts_must_have_the_same_items(write_bundle: WriteBundle) -> None:
+    folder = write_bundle(inter={"ann": [0, 1]}, item={"0": {}, "1": {}}, item_ids=["a"])
+    with pytest.raises(DataError, match="item_ids must have one id for each of 2 items; got 1"):
+        load_dataset(folder)

@@ -15,12 +15,10 @@ from gflowgr.data import Dataset, import_table
 from gflowgr.errors import DataError
 
 
-def named(data: Dataset, field: str) -> dict[str, list[str]]:
+def named(data: Dataset) -> dict[str, list[str | int]]:
     """{original user: [original items]}."""
-    assert data.texts is not None
-    texts = data.texts
     return {
-        user: [texts[i][field] for i in row]
+        user: [data.item_id(i) for i in row]
         for user, row in zip(data.user_ids, data.sequences, strict=True)
     }
 
@@ -48,7 +46,7 @@ def write_table(path: Path, rows: dict[str, list[Any]]) -> Path:
 def test_tables(tmp_path: Path, name: str) -> None:
     path = write_table(tmp_path / name, ROWS)
     data, report = import_table(path, **COLUMNS, behaviour="how", value="score", k_core=1)
-    assert named(data, "item_id") == {"A": ["q", "r", "s", "p"], "B": ["q", "p"]}
+    assert named(data) == {"A": ["q", "r", "s", "p"], "B": ["q", "p"]}
     assert data.behaviour_names == ("buy", "cart", "view")
     assert data.behaviours is not None
     assert data.behaviours.tolist() == [2, 1, 0, 0, 0, 2]
@@ -77,8 +75,7 @@ def test_side_behaviours_come_from_before_the_validation_event(tmp_path: Path) -
     path = tmp_path / "t.csv"
     path.write_text("user,item,time,kind\n" + "".join("{},{},{},{}\n".format(*r) for r in rows))
     data, _ = import_table(path, behaviour="kind", side_behaviours=("view",), k_core=1)
-    assert data.texts is not None
-    side = [[data.texts[i]["item_id"] for i in row] for row in data.side["view"]]
+    side = [[data.item_id(i) for i in row] for row in data.side["view"]]
     # Of A's views: f is too late, c is the validation item, zzz was never bought by anyone.
     assert side == [["e"], ["a"]]
     assert data.side_dropped == {"view": 1}
@@ -152,8 +149,8 @@ def test_a_table_of_items_gives_the_texts(tmp_path: Path) -> None:
     )
     data, report = import_table(path, items, **COLUMNS, k_core=1)
     assert data.texts is not None
-    assert data.texts[0] == {"title": "Quilt", "price": "2", "item_id": "q"}
-    assert {"title": "", "price": "3", "item_id": "r"} in data.texts
+    assert data.texts[0] == {"title": "Quilt", "price": "2"}
+    assert {"title": "", "price": "3"} in data.texts
     assert report.notes == {"items without metadata": 1}
 
 
@@ -232,7 +229,7 @@ def test_text_tables_of_many_forms(
     path = tmp_path / "t[1]*.csv"  # a name is no pattern
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     data, report = import_table(path, k_core=1, **options)
-    assert named(data, "item_id") == {"u1": ["007", "b"], "u2": ["007", "b"]}
+    assert named(data) == {"u1": ["007", "b"], "u2": ["007", "b"]}
     assert report.bad_lines == 0
 
 
@@ -277,8 +274,8 @@ def test_keys_of_events_and_of_metadata_meet(tmp_path: Path, events: Any, items:
         tmp_path / "e.parquet", tmp_path / "m.parquet", k_core=1, max_bad_fraction=0.5
     )
     assert data.texts == [
-        {"title": "Ten", "item_id": "10"},
-        {"title": "Eleven", "item_id": "11"},
+        {"title": "Ten"},
+        {"title": "Eleven"},
     ]
 
 
@@ -377,7 +374,7 @@ def test_a_folder_that_spark_wrote(tmp_path: Path) -> None:
         (part / ".part-00000.snappy.parquet.crc").write_bytes(b"crc")
     (folder / "_SUCCESS").touch()
     data, report = import_table(folder, time="day", k_core=1, max_bad_fraction=0.25)
-    assert named(data, "item_id") == {"A": ["1", "2", "3"]}
+    assert named(data) == {"A": ["1", "2", "3"]}
     assert data.times is not None
     assert data.times.tolist() == [1546387200, 1546387200, 1546473600]
     assert (data.name, report.lines, report.bad_lines) == ("events", 4, 1)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import pytest
 from pyarrow import parquet
 from support.command_line import Capture, call, without_bars
 
-from gflowgr.data import load_dataset
+from gflowgr.data import load_dataset, save_dataset
 from gflowgr.evaluation.generative import GenerativeRecommender
+from gflowgr.item_ids import ItemIds
 from gflowgr.models.gflow_model import GFlowModel
 
 
@@ -349,3 +351,68 @@ def test_arguments_that_are_no_text_are_refused(shop: Shop) -> None:
     code, out, error = shop("--user", "caf\udce9")
     assert (code, out) == (2, "")
     assert "arguments must be UTF-8 text; got 'caf\\udce9'" in error
+
+
+# ---- ids of the data's source ----
+
+
+@pytest.fixture(scope="module")
+def named(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same model and data, whose items have ids such as ``"B017, x"``."""
+    folder = tmp_path_factory.mktemp("named")
+    data = load_dataset(finished_run / "data")
+    ids = ItemIds(f"B{item:03}{', x' * (item % 2)}" for item in range(data.num_items))
+    save_dataset(replace(data, item_ids=ids), folder / "data")
+    model = GFlowModel.from_pretrained(finished_run / "gflowgr" / "model")
+    model.item_ids = ids
+    model.with_settings().save_pretrained(folder / "model")
+    return folder / "model", folder / "data"
+
+
+def test_ids_go_in_and_come_out(
+    shop: Shop, named: tuple[Path, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    """As arguments, JSON lines, a table for people, Parquet, and what is in stock."""
+    ours = Shop(*named, capsys)
+    ids = load_dataset(named[1]).item_ids
+    assert ids is not None
+    numbers = shop.records("--history", "4,16,2", "--json")[0]["items"]
+    (found,) = ours.records("--history", "B004, B016,B002", "--json")
+    assert found["items"] == [ids[item] for item in numbers]
+    code, table, _ = ours("--history", 'B004,"B003, x"', "-k", 1)
+    assert code == 0
+    assert "history B004,B003, x" in table
+    assert re.search(r"1\.  +B\d{3}(, x)?  ", table)
+    stock, source, target = tmp_path / "stock", tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    stock.write_text("B017, x\nB005, x\n")
+    write_lines(source, {"history": ["B004", "B003, x"]}, {"user": "17"})
+    assert ours("--input", source, "--output", target, "--available", stock)[0] == 0
+    rows = parquet.read_table(target)
+    assert str(rows.schema.field("items").type) == "list<element: string>"
+    assert sorted(rows.to_pylist()[0]["items"]) == ["B005, x", "B017, x"]
+
+
+def test_an_id_that_no_item_has_is_named(named: tuple[Path, Path], capsys: Capture) -> None:
+    for asked in ("4", "b004", '"B004'):
+        code, _, error = Shop(*named, capsys)("--history", asked)
+        assert code == 2
+        assert f"--history {asked}: " in error
+    assert "must be ids with commas between them" in error
+    assert (
+        "is no item of the data; ids are such as 'B000'" in Shop(*named, capsys)("--history", 4)[2]
+    )
+
+
+def test_a_model_answers_in_its_ids_and_refuses_data_of_others(
+    shop: Shop, named: tuple[Path, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    model, folder = named
+    assert Shop(model, shop.data, capsys).records("--history", "B004", "--json")
+    assert Shop(shop.model, folder, capsys).records("--history", "B004", "--json")
+    data = load_dataset(folder)
+    assert data.item_ids is not None
+    other = ItemIds([*list(data.item_ids)[:-1], "another"])
+    save_dataset(replace(data, item_ids=other), tmp_path / "other")
+    code, _, error = Shop(model, tmp_path / "other", capsys)("--user", 1)
+    assert code == 2
+    assert "item 199 is 'B199, x' there and 'another' here" in error

@@ -39,7 +39,7 @@ def import_amazon(
     Args:
         reviews: review file or files, plain or packed.
         metadata: metadata file or files: ``asin`` or ``parent_asin`` with title and categories.
-            Texts are {"title", "categories", "asin"}: a category path joined by " > ", several by "
+            Texts are {"title", "categories"}: a category path joined by " > ", several by "
             | ". Entities, tags and scripts are removed from texts.
         k_core: keep users and items with at least this many reviews, iterated; 1 keeps all.
         duplicates: "all", "first" or "last" review of a user for an item.
@@ -69,11 +69,10 @@ def import_amazon(
     notes: dict[str, int] = {}
 
     def describe(keys: list[str]) -> list[dict[str, str]]:
-        if meta_paths is None:
-            return [{"asin": key} for key in keys]
+        assert meta_paths is not None
         found = _read_metadata(meta_paths, set(keys), max_bad_fraction, progress, notes)
         check_found(meta_paths, keys, found, notes)
-        return [{**found.get(key, {}), "asin": key} for key in keys]
+        return [found.get(key, {}) for key in keys]
 
     return build(
         events,
@@ -83,7 +82,7 @@ def import_amazon(
         core=k_core,
         duplicates=duplicates,
         max_bad_fraction=max_bad_fraction,
-        describe=describe,
+        describe=None if meta_paths is None else describe,
         has_values=True,
         time_divisor=1000,
         notes=notes,

@@ -8,7 +8,7 @@ The same rules for every source, in this order:
 3. Iterated k-core: drop users and items with fewer than k events, until none is left to drop.
 4. Events are sorted by time within a user; ties keep the order of the file.
 5. Users are numbered by first appearance in the file, items by first appearance in the sequences,
-   user by user.
+   user by user. The keys of the source stay as ``user_ids`` and ``item_ids``.
 6. Side behaviours keep pairs of remaining users and items, from before the user's validation event.
 """
 
@@ -26,6 +26,7 @@ from gflowgr.data.dataset import Dataset
 from gflowgr.data.importers.lines import BadLines
 from gflowgr.data.ragged import Ragged
 from gflowgr.errors import DataError
+from gflowgr.item_ids import ItemIds
 
 if TYPE_CHECKING:
     import polars
@@ -211,7 +212,8 @@ def build(
     """Apply the rules of this module.
 
     Args:
-        describe: called once with the original keys of the remaining items, gives their texts.
+        describe: called once with the original keys of the remaining items, which become their ids;
+            gives their texts. None: there are no texts.
         side_behaviours: behaviours that become side behaviours instead of events of the sequence.
         time_divisor: stored times are raw times // this (the order is that of the raw times).
 
@@ -284,6 +286,7 @@ def build(
         times=time[rows] // time_divisor,
         side=side,
         texts=describe(item_names) if describe is not None else None,
+        item_ids=ItemIds(item_names, f"{source}: items"),
     )
     report = ImportReport(
         source=source,

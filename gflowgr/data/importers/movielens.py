@@ -46,7 +46,7 @@ def import_movielens(
     Args:
         ratings: the ratings file, or the unpacked folder (then movies are found there as well).
         metadata: the movies file (movieId, title, genres). Texts are {"title", "categories" (genres
-            separated by "|"), "movieId"}. Entities, tags and scripts are removed from texts.
+            separated by "|")}. Entities, tags and scripts are removed from texts.
         k_core: keep users and items with at least this many ratings, iterated; 1 keeps all.
         duplicates: "all", "first" or "last" rating of a user for a movie.
         max_bad_fraction: more bad lines than this share is an error.
@@ -80,11 +80,10 @@ def import_movielens(
     notes: dict[str, int] = {}
 
     def describe(keys: list[str]) -> list[dict[str, str]]:
-        if movies is None:
-            return [{"movieId": key} for key in keys]
+        assert movies is not None
         found = _read_movies(movies, max_bad_fraction, progress, notes)
         check_found([movies], keys, found, notes)
-        return [{**found.get(key, {}), "movieId": key} for key in keys]
+        return [found.get(key, {}) for key in keys]
 
     return build(
         events,
@@ -94,7 +93,7 @@ def import_movielens(
         core=k_core,
         duplicates=duplicates,
         max_bad_fraction=max_bad_fraction,
-        describe=describe,
+        describe=None if movies is None else describe,
         has_values=True,
         notes=notes,
     )

@@ -111,13 +111,12 @@ def import_table(
     notes: dict[str, int] = {}
 
     def describe(keys: list[str]) -> list[dict[str, str]]:
-        if meta_files is None:
-            return [{"item_id": key} for key in keys]
+        assert meta_files is not None
         texts_form = TextForm(separator, encoding)
         parts = read_parts(meta_files, [item], texts_form, others=True)
         found = _read_texts(parts, item, set(keys), max_bad_fraction, notes)
         check_found([path for path, _ in meta_files], keys, found, notes)
-        return [{**found.get(key, {}), "item_id": key} for key in keys]
+        return [found.get(key, {}) for key in keys]
 
     paths = [Path(table)] if isinstance(table, str | Path) else [Path(p) for p in table]
     return build(
@@ -128,7 +127,7 @@ def import_table(
         core=k_core,
         duplicates=duplicates,
         max_bad_fraction=max_bad_fraction,
-        describe=describe,
+        describe=None if meta_files is None else describe,
         side_behaviours=[read_key(kind) for kind in side_behaviours],
         has_behaviours=behaviour is not None,
         has_values=value is not None,

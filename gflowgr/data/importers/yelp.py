@@ -32,7 +32,7 @@ def import_yelp(
     Args:
         reviews: review file or files, plain or gzipped.
         metadata: business file or files (``business_id, name, categories, city``). Texts are
-            {"title", "description", "city", "business_id"}, description being the categories.
+            {"title", "description", "city"}, description being the categories.
         start, end: keep reviews of these days only, both included, as "2019-01-01". The
             literature's set takes 2019-01-01 to 2019-12-31.
         k_core: keep users and items with at least this many reviews, iterated; 1 keeps all.
@@ -75,11 +75,10 @@ def import_yelp(
         notes["reviews outside the time window"] = outside
 
     def describe(keys: list[str]) -> list[dict[str, str]]:
-        if meta_paths is None:
-            return [{"business_id": key} for key in keys]
+        assert meta_paths is not None
         found = _read_businesses(meta_paths, set(keys), max_bad_fraction, progress, notes)
         check_found(meta_paths, keys, found, notes)
-        return [{**found.get(key, {}), "business_id": key} for key in keys]
+        return [found.get(key, {}) for key in keys]
 
     return build(
         events,
@@ -89,7 +88,7 @@ def import_yelp(
         core=k_core,
         duplicates=duplicates,
         max_bad_fraction=max_bad_fraction,
-        describe=describe,
+        describe=None if meta_paths is None else describe,
         has_values=True,
         notes=notes,
     )
