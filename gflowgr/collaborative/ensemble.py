@@ -17,7 +17,7 @@ from gflowgr.collaborative.base import (
 )
 from gflowgr.collaborative.sasrec import SASRec
 
-__all__ = ["AverageModel", "CrossFitted", "fold_folder"]
+__all__ = ["AverageModel", "CrossFitted", "fold_folder", "member_folder"]
 
 
 class AverageModel:
@@ -33,12 +33,24 @@ class AverageModel:
         ValueError: no model, or catalogues of different sizes.
     """
 
+    KIND = "average"
+
     def __init__(self, models: Sequence[CollaborativeModel]) -> None:
         sizes = [model.num_items for model in models]
         if not sizes or len(set(sizes)) > 1:
             raise ValueError(f"models must be some of one catalogue; got sizes {sizes}")
         self.models = list(models)
         self.num_items = sizes[0]
+
+    @property
+    def item_embeddings(self) -> torch.Tensor:
+        """The models' tables side by side, float32 [items, sum of their widths].
+
+        Raises:
+            AttributeError: a model has none.
+        """
+        tables = [getattr(model, "item_embeddings").detach() for model in self.models]  # noqa: B009
+        return torch.cat(tables, dim=1)
 
     def score(self, histories: torch.Tensor, items: torch.Tensor | None = None) -> torch.Tensor:
         """See :meth:`gflowgr.collaborative.CollaborativeModel.score`."""
@@ -57,6 +69,17 @@ class AverageModel:
         for model in self.models[1:]:
             total += scores_of(model).log_softmax(-1)
         return total.div_(len(self.models))
+
+    def save(self, folder: str | Path) -> None:
+        """Write how many models there are; each is saved in :func:`member_folder` by its
+        training."""
+        save_model(folder, {"kind": self.KIND, "models": len(self.models)}, {})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> AverageModel:
+        """Read a folder of :func:`gflowgr.training.train_average`; DataError if it is none."""
+        config, _ = load_saved(folder, cls.KIND)
+        return cls([SASRec.load(member_folder(folder, n)) for n in range(config["models"])])
 
 
 class CrossFitted(AverageModel):
@@ -162,3 +185,8 @@ class CrossFitted(AverageModel):
 def fold_folder(folder: str | Path, fold: int) -> Path:
     """Where the model of a fold lies."""
     return Path(folder) / f"fold_{fold}"
+
+
+def member_folder(folder: str | Path, number: int) -> Path:
+    """Where a model of an average lies."""
+    return Path(folder) / f"model_{number}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from ..models.settings import FlowSettings
-from .config import RunConfig
+from .config import COLLABORATIVE_NAMES, RunConfig
 from .spec import ExperimentSpec, Method, Values, Variant
 
 __all__ = ["BUSY", "Cell", "alone", "cells_of", "cells_of_run", "folders_of", "locked"]
@@ -26,7 +26,6 @@ _READS = {
     "method": (*_OF_START, "flow", "finetune", "start"),
 }
 _PLACES = (("data", "path"), ("collaborative", "embeddings"), ("model", "path"))
-_COLLABORATIVE = {"sasrec": ["SASRec"], "embeddings": ["Item embeddings"], "none": []}
 _DATA_SEED = 42  # of an experiment's built-in dataset, which is the same for all its seeds
 
 
@@ -96,7 +95,7 @@ class Cell:
         if self.config.data.path is None:
             made = {name: config["data"][name] for name in ("users", "items")}
             folders[str(Path(self.data_folder) / "data")] = {"seed": self.data_seed, "data": made}
-        if self.config.collaborative.kind == "sasrec":
+        if self.config.collaborative.is_trained:
             folders[self.collaborative_folder] = reads["collaborative"]
         if self.stage != "collaborative":
             folders[self.id] = reads[self.stage]
@@ -205,7 +204,7 @@ def _cells_of_variant(spec: ExperimentSpec, variant: Variant) -> Iterator[Cell]:
 
 def _references(config: RunConfig) -> list[str]:
     """What the generators are compared with: the collaborative model, if any, and popularity."""
-    return [*_COLLABORATIVE[config.collaborative.kind], "Popularity"]
+    return [*COLLABORATIVE_NAMES[config.collaborative.kind], "Popularity"]
 
 
 def folders_of(cells: list[Cell]) -> dict[str, Values]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..training.config import GFlowGRConfig
 
 __all__ = [
+    "COLLABORATIVE_NAMES",
     "CollaborativeConfig",
     "ConfigError",
     "DataConfig",
@@ -67,10 +68,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CollaborativeConfig:
-    """The collaborative model (SASRec), trained first.
+    """The collaborative model, trained first.
 
     Attributes:
-        kind: ``"sasrec"``: train one; ``"embeddings"``: use a table of item vectors; ``"none"``.
+        kind: ``"sasrec"``: train one SASRec; ``"average"``: several that differ in their seeds,
+            their log-softmax scores averaged; ``"cross_fitted"``: one per fold of the users,
+            trained without them: no training prompt is scored by a model that has seen its user
+            (:class:`~gflowgr.collaborative.CrossFitted`); ``"embeddings"``: use a table of item
+            vectors; ``"none"``.
+        models: how many ``"average"`` has; None: 3.
+        folds: how many ``"cross_fitted"`` has, 2 to 4; None: 2.
         embeddings: file of the table (``.npy``, [items, d]), for ``"embeddings"``.
         epochs: upper bound on SASRec's epochs.
         batch_size: users per step.
@@ -79,7 +86,9 @@ class CollaborativeConfig:
         patience: evaluations without a better valid N@10 before stopping.
     """
 
-    kind: Literal["sasrec", "embeddings", "none"] = "sasrec"
+    kind: Literal["sasrec", "average", "cross_fitted", "embeddings", "none"] = "sasrec"
+    models: int | None = None
+    folds: int | None = None
     embeddings: str | None = None
     epochs: int = 40
     batch_size: int = 128
@@ -90,8 +99,32 @@ class CollaborativeConfig:
     def __post_init__(self) -> None:
         make_plain(self)
         _check_positive(self, "epochs", "batch_size", "learning_rate", "patience")
+        for name, kind in (("models", "average"), ("folds", "cross_fitted")):
+            if getattr(self, name) is not None and self.kind != kind:
+                raise ValueError(
+                    f"{name} is of kind {kind!r}; got {getattr(self, name)} with kind {self.kind!r}"
+                )
+        if self.models is not None and self.models < 2:
+            raise ValueError(f"models must be >= 2; got {self.models}")
+        if self.folds is not None and not 2 <= self.folds <= 4:
+            raise ValueError(f"folds must be in 2..4; got {self.folds}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is something to train."""
+        return self.kind in ("sasrec", "average", "cross_fitted")
+
+
+COLLABORATIVE_NAMES: dict[str, list[str]] = {
+    "sasrec": ["SASRec"],
+    "average": ["SASRec average"],
+    "cross_fitted": ["SASRec cross-fitted"],
+    "embeddings": ["Item embeddings"],
+    "none": [],
+}
+"""Kind of the collaborative model to its name in tables, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +214,7 @@ class RunConfig:
             raise ConfigError(f"finetune: {error}") from error
         if self.flow.has_exact_flows and self.collaborative.kind == "none":
             raise ConfigError(
-                f"collaborative.kind must be 'sasrec' or 'embeddings' for flow.objective "
+                f"collaborative.kind must be another than 'none' for flow.objective "
                 f"{self.flow.objective!r}, whose reward is its score; got 'none'"
             )
         if finetune.sampler_settings.needs_scores and self.collaborative.kind == "none":

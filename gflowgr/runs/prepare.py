@@ -15,7 +15,7 @@ from ..identifiers import METHODS, Identifiers, from_codes, read_index
 from ..models.causal import add_identifier_tokens
 from ..models.vocabulary import IdentifierVocabulary
 from ..tree import PrefixTree
-from .config import CollaborativeConfig, ConfigError, DataConfig
+from .config import COLLABORATIVE_NAMES, CollaborativeConfig, ConfigError, DataConfig
 from .processes import is_first_process
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def make_identifiers(
     vectors = None
     if item_vectors is not None:
         vectors = item_vectors.detach().cpu().numpy().astype(np.float32)
-        source = "SASRec items"
+        source = f"{COLLABORATIVE_NAMES[collaborative.kind][0]} items"
         if collaborative.embeddings is not None:
             source = Path(collaborative.embeddings).name
     if method is not None:

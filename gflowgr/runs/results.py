@@ -20,6 +20,7 @@ import numpy as np
 from .. import files
 from ..errors import DataError
 from ..evaluation.analysis import UserGroup
+from .config import COLLABORATIVE_NAMES
 from .statistics import METRICS, per_user
 
 __all__ = [
@@ -253,7 +254,7 @@ def _method(entry: Mapping[str, Any]) -> MethodFacts:
 def _references(base: Mapping[str, Any]) -> list[MethodFacts]:
     """The collaborative model, if there is one, and popularity."""
     kind = dict(base.get("collaborative") or {}).get("kind", "sasrec")
-    names = {"sasrec": ["SASRec"], "embeddings": ["Item embeddings"]}.get(kind, [])
+    names = COLLABORATIVE_NAMES.get(kind, [])
     return [
         MethodFacts(name, name.lower().replace(" ", "_"), REFERENCE)
         for name in (*names, "Popularity")

@@ -23,7 +23,13 @@ from ..errors import DataError
 from ..evaluation import Evaluation, Recommender, evaluate
 from ..folders import MANIFEST_NAME, find_damage, remove_leftovers, write_manifest
 from ..models.gflow_model import GFlowModel
-from .config import CollaborativeConfig, ConfigError, EvaluationConfig, training_arguments
+from .config import (
+    COLLABORATIVE_NAMES,
+    CollaborativeConfig,
+    ConfigError,
+    EvaluationConfig,
+    training_arguments,
+)
 from .processes import device, first_process_first, is_first_process
 
 __all__ = [
@@ -85,20 +91,23 @@ def collaborative_stage(
                 f"the data {split.num_items} items"
             )
         return scorer
-    from ..training.sasrec import train_sasrec
+    from ..training import train_average, train_cross_fitted, train_sasrec
 
-    console.say("Stage: SASRec (collaborative model)")
-    return train_sasrec(
-        split,
-        SASRecConfig(num_items=split.num_items, dropout=settings.dropout),
-        folder,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        lr=settings.learning_rate,
-        patience=settings.patience,
-        seed=seed,
-        progress=console.progress,
-    )
+    console.say(f"Stage: {COLLABORATIVE_NAMES[settings.kind][0]} (collaborative model)")
+    config = SASRecConfig(num_items=split.num_items, dropout=settings.dropout)
+    options: dict[str, Any] = {
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
+        "lr": settings.learning_rate,
+        "patience": settings.patience,
+        "seed": seed,
+        "progress": console.progress,
+    }
+    if settings.kind == "average":
+        return train_average(split, config, folder, models=settings.models or 3, **options)
+    if settings.kind == "cross_fitted":
+        return train_cross_fitted(split, config, folder, folds=settings.folds or 2, **options)
+    return train_sasrec(split, config, folder, **options)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .config import GFlowGRConfig as GFlowGRConfig
     from .cross_fitting import Calibration as Calibration
     from .cross_fitting import calibrate_temperature as calibrate_temperature
+    from .cross_fitting import train_average as train_average
     from .cross_fitting import train_cross_fitted as train_cross_fitted
     from .sasrec import train_sasrec as train_sasrec
     from .trainer import GFlowGRTrainer as GFlowGRTrainer
@@ -23,6 +24,7 @@ _MODULE_OF = {
     "GFlowGRTrainer": "trainer",
     "calibrate_temperature": "cross_fitting",
     "last_complete_checkpoint": "checkpoints",
+    "train_average": "cross_fitting",
     "train_cross_fitted": "cross_fitting",
     "train_sasrec": "sasrec",
 }

@@ -1,4 +1,4 @@
-"""Collaborative models for training prompts: cross-fitted by user, and calibrated."""
+"""Collaborative models made of several: averaged, or cross-fitted by user; and calibrated."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gflowgr.collaborative import CollaborativeModel, CrossFitted, SASRecConfig
-from gflowgr.collaborative.ensemble import fold_folder
+from gflowgr.collaborative import AverageModel, CollaborativeModel, CrossFitted, SASRecConfig
+from gflowgr.collaborative.ensemble import fold_folder, member_folder
 from gflowgr.data import LeaveOneOut, pad_histories
 from gflowgr.rewards import Seen
 from gflowgr.rewards.temperature import (
@@ -23,11 +23,55 @@ from gflowgr.rewards.temperature import (
 )
 from gflowgr.training.sasrec import train_sasrec
 
-__all__ = ["Calibration", "calibrate_temperature", "train_cross_fitted"]
+__all__ = ["Calibration", "calibrate_temperature", "train_average", "train_cross_fitted"]
 
 Temperature = str | float | Mapping[str, float]
 """``"auto"``, a number, or ``{"entropy": nats}``."""
 _SCORES = 25_000_000
+_SEEDS_APART = 1000  # so that runs of neighbouring seeds share no model
+
+
+def train_average(
+    split: LeaveOneOut,
+    config: SASRecConfig | None = None,
+    folder: str | Path = "average",
+    *,
+    models: int = 3,
+    seed: int = 42,
+    **options: Any,
+) -> AverageModel:
+    """Train several SASRecs that differ in their seeds alone; their scores are averaged.
+
+    Costs ``models`` times what one costs. Killed at any moment, the same call goes on where it was,
+    as :func:`~gflowgr.training.train_sasrec` does.
+
+    Args:
+        split: the data.
+        config: of every model.
+        folder: gets ``model_0``, ``model_1``, ...
+        models: how many, at least 2.
+        seed: of the first one, which is the one that a single SASRec would be.
+        options: of :func:`~gflowgr.training.train_sasrec`.
+
+    Raises:
+        ValueError: ``models`` out of range, or what :func:`~gflowgr.training.train_sasrec` refuses.
+    """
+    if models < 2:
+        raise ValueError(f"models must be >= 2; got {models}")
+    average = AverageModel(
+        [
+            train_sasrec(
+                split,
+                config,
+                member_folder(folder, number),
+                seed=(seed + _SEEDS_APART * number) % 2**32,
+                **options,
+            )
+            for number in range(models)
+        ]
+    )
+    average.save(folder)
+    return average
 
 
 def train_cross_fitted(

@@ -106,8 +106,9 @@ class GFlowGRTrainer(SavingTrainer):
                 )
         self.split = split
         self.collaborative = collaborative
-        if isinstance(collaborative, nn.Module):
-            collaborative.to(args.device).eval().requires_grad_(False)
+        for part in getattr(collaborative, "models", [collaborative]):
+            if isinstance(part, nn.Module):
+                part.to(args.device).eval().requires_grad_(False)
         self._flow_inputs, self._examples, collator = make_inputs(model, args, split, collaborative)
         # One order for all numbers of processes that share a step's prompts.
         prompts = args.train_batch_size * args.world_size * args.gradient_accumulation_steps

@@ -1,4 +1,4 @@
-"""A stage's result that was damaged after its end is made again, and that is said."""
+"""Stages: kinds of collaborative models; a result that was damaged is made again, which is said."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.tiny_shop import make_model, make_scorer, shop
 
 from gflowgr import files
+from gflowgr.collaborative import AverageModel, CrossFitted
 from gflowgr.evaluation import ScoringRecommender
 from gflowgr.folders import write_manifest
-from gflowgr.runs.config import EvaluationConfig
-from gflowgr.runs.stages import Console, evaluation_stage, is_done, mark_done
+from gflowgr.runs.cells import cells_of_run
+from gflowgr.runs.config import CollaborativeConfig, EvaluationConfig, RunConfig
+from gflowgr.runs.stages import (
+    Console,
+    collaborative_stage,
+    evaluation_stage,
+    is_done,
+    mark_done,
+)
 
 
 @pytest.mark.parametrize("name", ["ranks.npy", "items.npy", "done.json", "manifest.json"])
@@ -58,3 +67,39 @@ def test_a_training_whose_model_was_damaged_is_not_done(tmp_path: Path) -> None:
     (tmp_path / "model" / "heads.safetensors").write_bytes(b"")
     assert not is_done(tmp_path, console, "log_history.json", model=True)
     assert "in model heads.safetensors has 0 bytes" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "loader"),
+    [
+        ({"kind": "average", "models": 2}, AverageModel),
+        ({"kind": "cross_fitted", "folds": 2}, CrossFitted),
+    ],
+)
+def test_several_collaborative_models_are_trained_as_one_and_read_again(
+    settings: dict[str, object], loader: type[AverageModel], tmp_path: Path
+) -> None:
+    values = {"epochs": 1, "batch_size": 64, **settings}
+    config = RunConfig.from_dict({"output_dir": "x", "collaborative": values})
+    assert isinstance(config.collaborative, CollaborativeConfig)
+    references = [*cells_of_run(config)[0].evaluations]
+    assert references == [f"SASRec {settings['kind']}".replace("_", "-"), "Popularity"]
+    assert cells_of_run(config)[0].made_from()["sasrec"]["collaborative"]["kind"] == values["kind"]
+
+    def stage() -> AverageModel:
+        console = Console(lambda text: None, progress=False)
+        made = collaborative_stage(config.collaborative, shop(), tmp_path, 7, console)
+        assert isinstance(made, loader)
+        return made
+
+    trained = stage()
+    past = torch.tensor([[3, 1, 2], [5, -1, -1]])
+    one, two = (model.score(past) for model in trained.models)
+    assert not torch.allclose(one, two)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    for again in (stage(), loader.load(tmp_path)):
+        assert torch.equal(again.score(past), trained.score(past))
+    models = {path: time for path, time in written.items() if path.parent != tmp_path}
+    assert len(models) == 2
+    assert all(path.stat().st_mtime_ns == time for path, time in models.items())  # none anew
+    assert trained.item_embeddings.shape == (shop().num_items, 2 * 64)
