@@ -92,7 +92,9 @@ class PromptRewards:
         *,
         overwrite: bool = False,
     ) -> Tensor:
-        """log R [B, catalogue] of prompts, nats, on the device of their scores.
+        """log R [B, catalogue] of prompts, nats, up to a constant of each prompt.
+
+        On the device of their scores.
 
         Args:
             scores: collaborative scores [B, catalogue].
@@ -103,7 +105,7 @@ class PromptRewards:
         """
         values = self.reward.target_values(behaviours)
         others = (to_device(x, scores.device) for x in (histories, targets, values))
-        return self.reward(scores, *others, overwrite=overwrite)
+        return self.reward(scores, *others, overwrite=overwrite, normalized=False)
 
 
 def position_histories(items: Tensor, valid: Tensor) -> Tensor:

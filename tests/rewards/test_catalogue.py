@@ -74,6 +74,17 @@ def test_the_reward_is_its_formula(
     assert overwrite or torch.equal(scores, SCORES)
 
 
+def test_an_unnormalised_reward_differs_by_a_constant_of_each_prompt() -> None:
+    made = CatalogueReward(["r_cm", EVEN], temperature=1.3)
+    found = made(SCORES, HISTORIES, normalized=False)
+    torch.testing.assert_close(found.log_softmax(1), made(SCORES, HISTORIES))
+    assert not torch.allclose(found.logsumexp(1), torch.zeros(len(found)))
+    # What is added to p needs its normalisation.
+    mixed = CatalogueReward(alpha=0.3)
+    given = (SCORES, HISTORIES, TARGETS, VALUES)
+    assert torch.equal(mixed(*given, normalized=False), mixed(*given))
+
+
 def test_a_pool_of_every_item_has_the_catalogues_rewards_in_its_own_order() -> None:
     made = CatalogueReward(alpha=0.2, temperature=0.7)
     order = torch.rand(5, 40, generator=torch.Generator().manual_seed(2)).argsort(1)
