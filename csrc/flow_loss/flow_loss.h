@@ -27,6 +27,7 @@ struct FlowParams {
   double lam, beta, floor;
   bool has_floor;
   double flow_scale, nll_scale;
+  double clip;  // residual up to which the loss is quadratic, nats; INFINITY: everywhere. Not SubTB's.
 };
 
 template <typename T>
@@ -152,17 +153,32 @@ GFLOWGR_HD inline T flow_sum(const T* values, int64_t length, int64_t L) {
   return total;
 }
 
+// Huber's loss: r^2 up to the clip, and the tangent of that beyond. A NaN stays NaN.
+template <typename T>
+GFLOWGR_HD inline T flow_square(const FlowParams& params, T residual) {
+  const T clip = static_cast<T>(params.clip), size = residual < 0 ? -residual : residual;
+  return size <= clip ? residual * residual : clip * (2 * size - clip);
+}
+
+// Half of its derivative.
+template <typename T>
+GFLOWGR_HD inline T flow_clipped(const FlowParams& params, T residual) {
+  const T clip = static_cast<T>(params.clip);
+  const T below = residual > clip ? clip : residual;
+  return below < -clip ? -clip : below;
+}
+
 // `shift` is taken from the gradient of the residual: VarGrad's log_z depends on the residual too.
 template <typename T>
-GFLOWGR_HD inline FlowResult<T> tb_row(const FlowRow<T>& row, T log_z, T shift) {
+GFLOWGR_HD inline FlowResult<T> tb_row(const FlowParams& params, const FlowRow<T>& row, T log_z, T shift) {
   // In this order the residual of a VarGrad prompt's only trajectory is exactly 0.
   const T residual = log_z - (row.reward - flow_sum(row.log_pf, row.length, row.L));
-  const T slope = 2 * row.scale * residual;
+  const T slope = 2 * row.scale * flow_clipped(params, residual);
   if (row.grad_log_pf != nullptr) {
     const T gradient = (slope - shift) - row.nll;
     for (int64_t l = 0; l < row.L; ++l) row.grad_log_pf[l] = flow_keep(l < row.length, gradient);
   }
-  return {residual * residual, shift - slope, slope};
+  return {flow_square(params, residual), shift - slope, slope};
 }
 
 // What token l does to the flow: the residual of the step, also the unit that SubTB's are made of.
@@ -172,12 +188,12 @@ GFLOWGR_HD inline T flow_step(const FlowRow<T>& row, int64_t l) {
 }
 
 template <typename T>
-GFLOWGR_HD inline FlowResult<T> db_row(const FlowRow<T>& row) {
+GFLOWGR_HD inline FlowResult<T> db_row(const FlowParams& params, const FlowRow<T>& row) {
   T loss = 0, before = 0;
   for (int64_t l = 0; l < row.length; ++l) {
     const T residual = flow_step(row, l);
-    const T slope = 2 * row.scale * residual;
-    loss += residual * residual;
+    const T slope = 2 * row.scale * flow_clipped(params, residual);
+    loss += flow_square(params, residual);
     if (row.grad_log_pf != nullptr) row.grad_log_pf[l] = slope - row.nll;
     if (row.grad_flow != nullptr) row.grad_flow[l] = slope - before;
     before = slope;
@@ -278,13 +294,14 @@ GFLOWGR_HD inline VarGradPrompt<T> vargrad_prompt(const FlowParams& params, cons
   }
   if (count == 0) return {T(0), T(0)};
   const T log_z = total / static_cast<T>(count);
-  // Residuals sum to zero, and so do their gradients where all losses weigh the same.
-  if (arrays.upstream == nullptr) return {log_z, T(0)};
+  // Residuals sum to zero, and so do their gradients where all losses weigh the same and none is clipped.
+  if (arrays.upstream == nullptr && params.clip == static_cast<double>(INFINITY)) return {log_z, T(0)};
   for (int64_t n = 0; n < arrays.N; ++n) {
     const int64_t index = b * arrays.N + n;
     const FlowEnd<T> end = flow_end(params, arrays, index);
-    const T scale = arrays.upstream[index] * static_cast<T>(params.flow_scale);
-    const T slope = 2 * scale * (log_z - gap(index, end));
+    const T upstream = arrays.upstream != nullptr ? arrays.upstream[index] : T(1);
+    const T scale = upstream * static_cast<T>(params.flow_scale);
+    const T slope = 2 * scale * flow_clipped(params, log_z - gap(index, end));
     slopes += flow_keep(end.length > 0, slope);
   }
   return {log_z, slopes / static_cast<T>(count)};
@@ -311,13 +328,13 @@ GFLOWGR_HD inline void flow_prompt(const FlowParams& params, const FlowArrays<T>
       FlowResult<T> result;
       switch (params.kind) {
         case FlowKind::db:
-          result = db_row(row);
+          result = db_row(params, row);
           break;
         case FlowKind::subtb:
           result = subtb_row(row, params.lam);
           break;
         default:
-          result = tb_row(row, params.kind == FlowKind::tb ? arrays.target[b] : group.log_z, group.shift);
+          result = tb_row(params, row, params.kind == FlowKind::tb ? arrays.target[b] : group.log_z, group.shift);
       }
       loss = static_cast<T>(params.flow_scale) * result.loss;
       if (n == 0 && params.nll_scale != 0) {

@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -69,7 +70,8 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& like, int6
 
 Call read_call(const Tensor& log_pf, const Tensor& log_reward, const std::optional<Tensor>& target,
                const std::optional<Tensor>& mask, const std::string& kind, double lam, double beta,
-               std::optional<double> floor, const std::string& reduction, double sft_weight) {
+               std::optional<double> floor, const std::string& reduction, double sft_weight,
+               std::optional<double> clip) {
   Call call{};
   STD_TORCH_CHECK(log_pf.dim() == 3, "log_pf must be [B, N, L]; got ", log_pf.dim(), " dimensions");
   call.wide = log_pf.scalar_type() == ScalarType::Double;
@@ -77,7 +79,8 @@ Call read_call(const Tensor& log_pf, const Tensor& log_reward, const std::option
   call.B = log_pf.size(0);
   call.N = log_pf.size(1);
   call.L = log_pf.size(2);
-  call.params = {parse_kind(kind), lam, beta, floor.value_or(0.0), floor.has_value(), 1.0, 1.0};
+  call.params = {parse_kind(kind), lam, beta, floor.value_or(0.0), floor.has_value(),
+                 1.0, 1.0, clip.value_or(INFINITY)};
   call.reduction = parse_reduction(reduction);
   call.sums = call.reduction != FlowReduction::none;
   check_like("log_pf", log_pf, log_pf, log_pf.numel());
@@ -197,8 +200,9 @@ void forward(const Call& call, FlowArrays<T> arrays, T* losses, T* sum) {
 
 Tensor flow_loss(const Tensor& log_pf, const Tensor& log_reward, const std::optional<Tensor>& target,
                  const std::optional<Tensor>& mask, const std::string& kind, double lam, double beta,
-                 std::optional<double> floor, const std::string& reduction, double sft_weight) {
-  const Call call = read_call(log_pf, log_reward, target, mask, kind, lam, beta, floor, reduction, sft_weight);
+                 std::optional<double> floor, const std::string& reduction, double sft_weight,
+                 std::optional<double> clip) {
+  const Call call = read_call(log_pf, log_reward, target, mask, kind, lam, beta, floor, reduction, sft_weight, clip);
   Tensor losses = torch::stable::new_empty(log_pf, std::vector<int64_t>{call.B, call.N});
   Tensor sum = call.sums ? torch::stable::new_empty(log_pf, std::vector<int64_t>{}) : losses;
   const auto run = [&](auto zero) {
@@ -235,9 +239,9 @@ void backward(Call call, FlowArrays<T> arrays, const Tensor& grad, Tensor& grad_
 std::tuple<Tensor, Tensor, Tensor> flow_loss_backward(
     const Tensor& grad, const Tensor& log_pf, const Tensor& log_reward, const std::optional<Tensor>& target,
     const std::optional<Tensor>& mask, const std::string& kind, double lam, double beta,
-    std::optional<double> floor, const std::string& reduction, double sft_weight, bool need_log_pf,
-    bool need_log_reward, bool need_target) {
-  const Call call = read_call(log_pf, log_reward, target, mask, kind, lam, beta, floor, reduction, sft_weight);
+    std::optional<double> floor, const std::string& reduction, double sft_weight, std::optional<double> clip,
+    bool need_log_pf, bool need_log_reward, bool need_target) {
+  const Call call = read_call(log_pf, log_reward, target, mask, kind, lam, beta, floor, reduction, sft_weight, clip);
   check_like("grad", grad, log_pf, call.sums ? 1 : call.B * call.N);
   const auto result = [&](bool needed, const Tensor& like) {
     return needed ? torch::stable::new_empty(like, like.sizes())
@@ -258,11 +262,11 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cpp, m) {
   m.def(
       "flow_loss(Tensor log_pf, Tensor log_reward, Tensor? target, Tensor? mask, str kind, float lam, "
-      "float beta, float? floor, str reduction, float sft_weight) -> Tensor");
+      "float beta, float? floor, str reduction, float sft_weight, float? clip) -> Tensor");
   m.def(
       "flow_loss_backward(Tensor grad, Tensor log_pf, Tensor log_reward, Tensor? target, Tensor? mask, "
-      "str kind, float lam, float beta, float? floor, str reduction, float sft_weight, bool need_log_pf, "
-      "bool need_log_reward, bool need_target) -> (Tensor, Tensor, Tensor)");
+      "str kind, float lam, float beta, float? floor, str reduction, float sft_weight, float? clip, "
+      "bool need_log_pf, bool need_log_reward, bool need_target) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gflowgr_cpp, CPU, m) {

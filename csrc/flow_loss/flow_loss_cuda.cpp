@@ -2,6 +2,7 @@
 #include "flow_loss/flow_loss_cuda.h"
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -70,12 +71,14 @@ struct Inputs {
 
 Inputs read_inputs(const Tensor& log_pf, const Tensor& log_reward, const std::optional<Tensor>& target,
                    const std::optional<Tensor>& mask, const std::string& kind, double lam, double beta,
-                   std::optional<double> floor, const std::string& reduction, double sft_weight) {
+                   std::optional<double> floor, const std::string& reduction, double sft_weight,
+                   std::optional<double> clip) {
   STD_TORCH_CHECK(log_pf.dim() == 3, "log_pf must be [B, N, L]; got ", log_pf.dim(), " dimensions");
   STD_TORCH_CHECK(log_pf.scalar_type() == ScalarType::Double || log_pf.scalar_type() == ScalarType::Float,
                   "log_pf must be float32 or float64");
   FlowCall call{};
-  call.params = {parse_kind(kind), lam, beta, floor.value_or(0.0), floor.has_value(), 1.0, 1.0};
+  call.params = {parse_kind(kind), lam, beta, floor.value_or(0.0), floor.has_value(),
+                 1.0, 1.0, clip.value_or(INFINITY)};
   call.reduction = parse_reduction(reduction);
   call.sft_weight = sft_weight;
   call.B = log_pf.size(0);
@@ -120,9 +123,10 @@ Tensor forward(const Inputs& inputs) {
 
 Tensor flow_loss(const Tensor& log_pf, const Tensor& log_reward, const std::optional<Tensor>& target,
                  const std::optional<Tensor>& mask, const std::string& kind, double lam, double beta,
-                 std::optional<double> floor, const std::string& reduction, double sft_weight) {
+                 std::optional<double> floor, const std::string& reduction, double sft_weight,
+                 std::optional<double> clip) {
   const Inputs inputs =
-      read_inputs(log_pf, log_reward, target, mask, kind, lam, beta, floor, reduction, sft_weight);
+      read_inputs(log_pf, log_reward, target, mask, kind, lam, beta, floor, reduction, sft_weight, clip);
   return inputs.wide() ? forward<double>(inputs) : forward<float>(inputs);
 }
 
@@ -152,10 +156,10 @@ void backward(const Inputs& inputs, const Tensor& grad, Tensor& grad_log_pf, Ten
 std::tuple<Tensor, Tensor, Tensor> flow_loss_backward(
     const Tensor& grad, const Tensor& log_pf, const Tensor& log_reward, const std::optional<Tensor>& target,
     const std::optional<Tensor>& mask, const std::string& kind, double lam, double beta,
-    std::optional<double> floor, const std::string& reduction, double sft_weight, bool need_log_pf,
-    bool need_log_reward, bool need_target) {
+    std::optional<double> floor, const std::string& reduction, double sft_weight, std::optional<double> clip,
+    bool need_log_pf, bool need_log_reward, bool need_target) {
   const Inputs inputs =
-      read_inputs(log_pf, log_reward, target, mask, kind, lam, beta, floor, reduction, sft_weight);
+      read_inputs(log_pf, log_reward, target, mask, kind, lam, beta, floor, reduction, sft_weight, clip);
   check_like("grad", grad, log_pf, inputs.sums() ? 1 : inputs.B() * inputs.N());
   const auto result = [&](bool needed, const Tensor& like) {
     return needed ? torch::stable::new_empty(like, like.sizes())
@@ -176,11 +180,11 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cuda, m) {
   m.def(
       "flow_loss(Tensor log_pf, Tensor log_reward, Tensor? target, Tensor? mask, str kind, float lam, "
-      "float beta, float? floor, str reduction, float sft_weight) -> Tensor");
+      "float beta, float? floor, str reduction, float sft_weight, float? clip) -> Tensor");
   m.def(
       "flow_loss_backward(Tensor grad, Tensor log_pf, Tensor log_reward, Tensor? target, Tensor? mask, "
-      "str kind, float lam, float beta, float? floor, str reduction, float sft_weight, bool need_log_pf, "
-      "bool need_log_reward, bool need_target) -> (Tensor, Tensor, Tensor)");
+      "str kind, float lam, float beta, float? floor, str reduction, float sft_weight, float? clip, "
+      "bool need_log_pf, bool need_log_reward, bool need_target) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gflowgr_cuda, GFLOWGR_CUDA_KEY, m) {

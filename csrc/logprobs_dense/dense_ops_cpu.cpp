@@ -120,8 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> head_backward(const Tensor& grad, const Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_flow_loss(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets,
     double temperature, const Tensor& log_reward, const std::optional<Tensor>& flow, int64_t kind, double lam,
-    double beta, std::optional<double> floor, int64_t reduction, double sft_weight, bool need_hidden,
-    bool need_weight, bool need_bias, bool need_log_reward, bool need_flow) {
+    double beta, std::optional<double> floor, int64_t reduction, double sft_weight, std::optional<double> clip,
+    bool need_hidden, bool need_weight, bool need_bias, bool need_log_reward, bool need_flow) {
   gflowgr::DensePass pass = make_pass(hidden, weight, bias, targets, temperature);
   STD_TORCH_CHECK(targets.dim() == 3, "targets must be [B, N, L]");
   const int64_t prompts = targets.size(0), N = targets.size(1), L = targets.size(2);
@@ -142,6 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_flow_los
   params.beta = beta;
   params.has_floor = floor.has_value();
   params.floor = floor.value_or(0.0);
+  params.clip = clip.value_or(INFINITY);
   int64_t valid_prompts = 0, valid_trajectories = 0;
   for (int64_t b = 0; b < prompts; ++b) {
     const int64_t valid = gflowgr::flow_valid_trajectories(mask.get(), b, N, L);
@@ -201,7 +202,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cpp, m) {
   m.def(
       "head_flow_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
       "Tensor log_reward, Tensor? flow, int kind, float lam, float beta, float? floor, int reduction, "
-      "float sft_weight, bool need_hidden, bool need_weight, bool need_bias, bool need_log_reward, "
+      "float sft_weight, float? clip, bool need_hidden, bool need_weight, bool need_bias, bool need_log_reward, "
       "bool need_flow) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("head_available() -> bool");
   m.def("head_in_bfloat16() -> bool");  // whether bfloat16 factors are multiplied as such, not widened

@@ -33,6 +33,7 @@ def test_equals_float64(kind: str, reduction: str, masked: bool) -> None:
     lam=st.sampled_from([0.1, 0.9, 1.0, 3.0]),
     floor=st.sampled_from([None, -0.5]),
     nll_weight=st.sampled_from([0.0, 1.0]),
+    clip=st.sampled_from([None, 0.8]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_random_shapes(
@@ -43,9 +44,11 @@ def test_random_shapes(
     lam: float,
     floor: float | None,
     nll_weight: float,
+    clip: float | None,
     dtype: torch.dtype,
 ) -> None:
     options = {"lam": lam, "floor": floor, "nll_weight": nll_weight, "reduction": reduction}
+    options["clip"] = None if kind == "subtb" else clip
     check_raw_op(CUDA, FlowCase.make(kind, shape, masked=masked, dtype=dtype, **options))
 
 

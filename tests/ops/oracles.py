@@ -28,14 +28,20 @@ def shaped(log_reward: float, beta: float, floor: float | None) -> float:
     return max(beta * log_reward, floor)
 
 
-def tb(pf: list[float], reward: float, log_z: float) -> float:
-    residual = log_z + sum(pf) - reward
-    return residual**2
+def huber(residual: float, clip: float | None) -> float:
+    """The square up to the clip; beyond, the line that goes on from there with its slope."""
+    if clip is None or -clip <= residual <= clip:
+        return residual**2
+    return clip**2 + 2 * clip * (abs(residual) - clip)
 
 
-def db(pf: list[float], reward: float, flow: list[float]) -> float:
+def tb(pf: list[float], reward: float, log_z: float, clip: float | None) -> float:
+    return huber(log_z + sum(pf) - reward, clip)
+
+
+def db(pf: list[float], reward: float, flow: list[float], clip: float | None) -> float:
     flows = [*flow, reward]
-    return sum((flows[i] + pf[i] - flows[i + 1]) ** 2 for i in range(len(pf)))
+    return sum(huber(flows[i] + pf[i] - flows[i + 1], clip) for i in range(len(pf)))
 
 
 def subtb(pf: list[float], reward: float, flow: list[float], lam: float) -> float:
@@ -59,6 +65,7 @@ def losses(
     lam: float = 0.9,
     beta: float = 1.0,
     floor: float | None = None,
+    clip: float | None = None,
 ) -> list[list[float | None]]:
     """Loss of every trajectory; None where it is padding. `target` is log_z or log_flow."""
     prompts, branches, _ = log_pf.shape
@@ -78,14 +85,15 @@ def losses(
                 continue
             pf, reward = rows[n]
             if kind == "vargrad":
-                row.append(tb(pf, reward, sum(estimates) / len(estimates)))
+                row.append(tb(pf, reward, sum(estimates) / len(estimates), clip))
                 continue
             assert target is not None
             if kind == "tb":
-                row.append(tb(pf, reward, target[b].double().item()))
+                row.append(tb(pf, reward, target[b].double().item(), clip))
                 continue
             flow = [target[b, n, i].double().item() for i in range(len(pf))]
-            row.append(db(pf, reward, flow) if kind == "db" else subtb(pf, reward, flow, lam))
+            db_loss = kind == "db"
+            row.append(db(pf, reward, flow, clip) if db_loss else subtb(pf, reward, flow, lam))
         result.append(row)
     return result
 

@@ -254,6 +254,12 @@ HEAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mask": HOLED}, ValueError, "mask[0, 0] must be a prefix of its row"),
 ]
 
+CLIPS: list[tuple[Any, type[Exception], str]] = [
+    (0.0, ValueError, "residual_clip must be greater than 0; got 0"),
+    (math.inf, ValueError, "residual_clip must be finite; got inf"),
+    ("3", TypeError, "residual_clip must be a real number; got str"),
+]
+
 FUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"nll_weight": -1.0}, ValueError, "nll_weight must be at least 0; got -1"),
     ({"nll_weight": None}, TypeError, "nll_weight must be a real number; got NoneType"),
@@ -331,6 +337,15 @@ def test_arguments_of_the_fused_losses_only(
         with pytest.raises(error) as caught:
             call_fused(kind, **changes)
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("value", "error", "message"), CLIPS)
+def test_the_clip_of_a_residual(value: Any, error: type[Exception], message: str) -> None:
+    for kind in ("tb", "db", "vargrad"):
+        for call in (call_loss, call_fused):
+            with pytest.raises(error) as caught:
+                call(kind, residual_clip=value)
+            assert str(caught.value) == message
 
 
 def test_sound_arguments_pass() -> None:

@@ -30,6 +30,7 @@ OPTIONS: dict[str, Any] = {
     "floor": None,
     "reduction": "prompt",
     "nll_weight": 0.0,
+    "clip": None,
 }
 
 
@@ -91,6 +92,7 @@ def test_equals_the_reference(
         "floor": data.draw(st.sampled_from([None, -1.0, 2.0])),
         "reduction": data.draw(st.sampled_from(REDUCTIONS)),
         "nll_weight": data.draw(st.sampled_from([0.0, 0.7])),
+        "clip": None if kind == "subtb" else data.draw(st.sampled_from([None, 0.5, 3.0])),
     }
     rounded = [None if x is None else x.double() for x in arguments(kind, case, dtype=dtype)[:3]]
     oracle = [None if x is None else x.detach().requires_grad_() for x in rounded]
@@ -112,6 +114,7 @@ def test_gradcheck(device: str, kind: str, reduction: str) -> None:
     *inputs, mask = arguments(kind, case, device)
     floating = [x for x in inputs if x is not None]
     options = {"lam": 1.7, "beta": 0.7, "floor": -2.0, "nll_weight": 0.3, "reduction": reduction}
+    options["clip"] = None if kind == "subtb" else 1.5
 
     def loss(*x: Tensor) -> Tensor:
         return flow_loss(FlowOptions(kind, **options), *x, *[None] * (3 - len(x)), mask)
@@ -296,7 +299,7 @@ def test_the_number_of_threads_changes_no_bit(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(device: str, kind: str, reduction: str) -> None:
     inputs = arguments(kind, make_loss_case(2, 3, 4, seed=11), device)
-    options = [0.9, 0.5, -1.0, reduction, 0.3]
+    options = [0.9, 0.5, -1.0, reduction, 0.3, None if kind == "subtb" else 1.5]
     torch.library.opcheck(torch.ops.gflowgr.flow_loss.default, (*inputs, kind, *options))
     inputs = [None if x is None else x.detach() for x in inputs]
     grad = torch.rand((2, 3) if reduction == "none" else (), dtype=torch.float64, device=device)

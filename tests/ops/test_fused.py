@@ -226,6 +226,7 @@ def test_signatures_are_the_published_ones(kind: str) -> None:
     target = {"tb": ["log_z"], "vargrad": []}.get(kind, ["log_flow"])
     lam = {"lam": 0.9} if kind == "subtb" else {}
     reward = {"beta": 1.0, "log_reward_floor": None, "reduction": "prompt"}
+    reward |= {} if kind == "subtb" else {"residual_clip": None}
     expected = {
         fused: (
             ["hidden", "weight", "tokens", "log_reward", *target],
@@ -253,3 +254,6 @@ def test_a_kind_must_be_known_and_fit_its_balance() -> None:
         ops.fused_flow_loss("tb", *inputs, targets[0], None, **options)
     with pytest.raises(ValueError, match=r"log_flow must have shape \[B=4, N=3, L=5\]"):
         ops.fused_flow_loss("db", *inputs, *targets, **options)
+    flow = torch.zeros(case.tokens.shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match='residual_clip must be None for "subtb"; got 3'):
+        ops.fused_flow_loss("subtb", *inputs, targets[0], flow, residual_clip=3, **options)

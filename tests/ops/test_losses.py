@@ -41,10 +41,18 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
     reduction=st.sampled_from(REDUCTIONS),
     beta=st.sampled_from([1.0, 0.3, 2.5]),
     floor=st.sampled_from([None, -1.0, 2.0]),
+    clip=st.sampled_from([None, 0.5, 3.0]),
 )
 def test_equals_the_loops(
-    kind: str, case: LossCase, reduction: str, beta: float, floor: float | None
+    kind: str,
+    case: LossCase,
+    reduction: str,
+    beta: float,
+    floor: float | None,
+    clip: float | None,
 ) -> None:
+    clip = None if kind == "subtb" else clip
+    clipped = {} if kind == "subtb" else {"residual_clip": clip}
     actual = LOSSES[kind](
         case.log_pf,
         case.log_reward,
@@ -53,11 +61,11 @@ def test_equals_the_loops(
         beta=beta,
         log_reward_floor=floor,
         reduction=reduction,
+        **clipped,
     )
     target = next(iter(case.target(kind)), None)
-    rows = oracles.losses(
-        kind, case.log_pf, case.log_reward, target, case.mask, beta=beta, floor=floor
-    )
+    options = {"beta": beta, "floor": floor, "clip": clip}
+    rows = oracles.losses(kind, case.log_pf, case.log_reward, target, case.mask, **options)
     expected = oracles.reduce(rows, reduction).reshape(actual.shape)
     assert_close(actual, expected)
 
@@ -111,6 +119,22 @@ def test_perfect_flows_have_zero_loss() -> None:
     ):
         assert loss.item() == pytest.approx(0.0, abs=1e-12)
     assert vargrad_log_z(log_pf, log_reward).item() == pytest.approx(math.log(4.0))
+
+
+def test_a_clipped_residual_pulls_as_the_clip_does() -> None:
+    """Of 3 and of 300 nats: slope 2 * 3, and VarGrad's estimate is of the unclipped numbers."""
+    for size in (3.0, 300.0):
+        log_pf = torch.zeros(1, 1, 1, requires_grad=True)
+        loss = tb_loss(log_pf, torch.tensor([[-size]]), torch.zeros(1), residual_clip=3.0)
+        loss.backward()
+        assert loss.item() == 3 * (2 * size - 3)
+        assert log_pf.grad.item() == 6
+    log_pf = torch.zeros(1, 3, 1, requires_grad=True)
+    loss = vargrad_loss(log_pf, torch.tensor([[9.0, 0.0, 0.0]]), residual_clip=4.0)
+    loss.backward()
+    assert loss.item() == 4 * (2 * 6 - 4) + 3**2 + 3**2  # residuals -6, 3, 3
+    # Slopes -8, 6, 6 less their mean, since each token moves the estimate too.
+    torch.testing.assert_close(log_pf.grad.flatten(), torch.tensor([-8.0, 6, 6]) - 4 / 3)
 
 
 def test_the_residual_has_no_factor_one_half() -> None:

@@ -66,7 +66,7 @@ def test_dense_head(name: str, rows: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", usable("dense_flow_loss"))
 def test_joint_loss(name: str, kind: str, rows: dict[str, Tensor]) -> None:
     log_z = rows["log_z"] if kind == "tb" else None
-    options = (kind, 1.0, 1.0, None, "prompt", 0.5)
+    options = (kind, 1.0, 1.0, None, "prompt", 0.5, None)
     head = (rows["hidden"], rows["weight"], rows["bias"], rows["tokens"], 0.7)
     with gflowgr.backend(name):
         for need in needs(5 if kind == "tb" else 4):
@@ -78,7 +78,7 @@ def test_joint_loss(name: str, kind: str, rows: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("name", usable("flow_loss"))
 def test_flow_loss(name: str, rows: dict[str, Tensor]) -> None:
     inputs = (-rows["grad"].abs(), rows["log_reward"], rows["log_z"], rows["mask"])
-    options = ("tb", 1.0, 1.0, None, "prompt", 0.5)
+    options = ("tb", 1.0, 1.0, None, "prompt", 0.5, None)
     with gflowgr.backend(name):
         for need in needs(3):
             given = (torch.ones(()), *inputs, *options, *need)

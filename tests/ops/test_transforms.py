@@ -167,7 +167,7 @@ def test_the_registered_ops_refuse_a_forward_mode_derivative() -> None:
     given = arguments()
     hidden, tokens = given["hidden"].flatten(0, 2), given["tokens"].flatten()
     needs = (True, False, False, False, False)
-    options = ("tb", 1.0, 1.0, None, "prompt", 0.0)
+    options = ("tb", 1.0, 1.0, None, "prompt", 0.0, None)
     flow = (given["log_reward"], given["log_z"], given["mask"], *options)
     op = torch.ops.gflowgr
     calls = {

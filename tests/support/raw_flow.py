@@ -28,6 +28,7 @@ class FlowCase:
     floor: float | None = None
     reduction: str = "prompt"
     nll_weight: float = 0.7
+    clip: float | None = None
     grad: Tensor = field(default_factory=lambda: torch.tensor(1.3, dtype=torch.float64))
 
     @classmethod
@@ -71,13 +72,13 @@ class FlowCase:
             for name, value in vars(self).items()
             if isinstance(value, Tensor) or value is None
         }
-        return replace(self, **{k: v for k, v in moved.items() if k != "floor"})
+        return replace(self, **{k: v for k, v in moved.items() if k not in ("floor", "clip")})
 
     def arguments(self) -> tuple[Any, ...]:
         """Of the raw op."""
         return (
             *(self.log_pf, self.log_reward, self.target, self.mask, self.kind, self.lam),
-            *(self.beta, self.floor, self.reduction, self.nll_weight),
+            *(self.beta, self.floor, self.reduction, self.nll_weight, self.clip),
         )
 
     def expected(self) -> tuple[Tensor, tuple[Tensor, ...]]:

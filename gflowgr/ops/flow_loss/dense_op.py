@@ -128,6 +128,7 @@ def _loss_cpp(call: _Call, needs: _Needs) -> Outputs:
             flow.floor,
             _NUMBER_OF_REDUCTION[flow.reduction],
             flow.nll_weight,
+            flow.clip,
             *needs,
         )
     )
@@ -224,6 +225,7 @@ def _dense_flow_loss(
     floor: float | None,
     reduction: str,
     nll_weight: float,
+    clip: float | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -239,7 +241,7 @@ def _dense_flow_loss(
         temperature,
         log_reward.contiguous(),
         None if balance is None else balance.contiguous(),
-        FlowOptions(kind, lam, beta, floor, reduction, nll_weight),
+        FlowOptions(kind, lam, beta, floor, reduction, nll_weight, clip),
     )
     needs = _Needs(need_hidden, need_weight, need_bias, need_log_reward, need_balance)
     dtype = compute_dtype(hidden, weight, bias, log_reward)
@@ -267,6 +269,7 @@ def _dense_flow_loss_fake(
     floor: float | None,
     reduction: str,
     nll_weight: float,
+    clip: float | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,

@@ -89,6 +89,7 @@ def fused_flow_loss(
     normalize: str | None = None,
     beta: float = 1.0,
     log_reward_floor: float | None = None,
+    residual_clip: float | None = None,
     reduction: str = "prompt",
     nll_weight: float = 0.0,
     sparse_grad: bool = False,
@@ -98,11 +99,13 @@ def fused_flow_loss(
     Args:
         kind: "tb", "db", "subtb" or "vargrad".
         balance: log_z for "tb", log_flow for "db" and "subtb", None for "vargrad".
+        residual_clip: None for "subtb".
 
     The other arguments are those of :func:`fused_tb_loss` and :func:`fused_subtb_loss`.
 
     Raises:
-        ValueError: an unknown kind, or a balance for "vargrad"; besides, what the losses raise.
+        ValueError: an unknown kind, a balance for "vargrad", or a clip for "subtb"; besides, what
+            the losses raise.
     """
     kind = checks.check_choice("kind", kind, KINDS)
     flow = check_options(
@@ -112,6 +115,7 @@ def fused_flow_loss(
         reduction,
         lam=checks.check_number("lam", lam, above=0.0),
         nll_weight=checks.check_number("nll_weight", nll_weight, least=0.0),
+        residual_clip=residual_clip,
     )
     data = checks.DataChecks()
     inputs = check_head_inputs(
@@ -158,6 +162,7 @@ def fused_tb_loss(
     normalize: str | None = None,
     beta: float = 1.0,
     log_reward_floor: float | None = None,
+    residual_clip: float | None = None,
     reduction: str = "prompt",
     nll_weight: float = 0.0,
     sparse_grad: bool = False,
@@ -173,7 +178,7 @@ def fused_tb_loss(
             all.
         bias, tree, mask, temperature, normalize, sparse_grad: as in
             :func:`gflowgr.ops.trajectory_logprobs`.
-        beta, log_reward_floor, reduction: as in :func:`gflowgr.ops.tb_loss`.
+        beta, log_reward_floor, residual_clip, reduction: as in :func:`gflowgr.ops.tb_loss`.
         nll_weight: weight >= 0 of the supervised term; see the module's docstring.
 
     Returns:
@@ -196,6 +201,7 @@ def fused_tb_loss(
         normalize=normalize,
         beta=beta,
         log_reward_floor=log_reward_floor,
+        residual_clip=residual_clip,
         reduction=reduction,
         nll_weight=nll_weight,
         sparse_grad=sparse_grad,
@@ -216,6 +222,7 @@ def fused_db_loss(
     normalize: str | None = None,
     beta: float = 1.0,
     log_reward_floor: float | None = None,
+    residual_clip: float | None = None,
     reduction: str = "prompt",
     nll_weight: float = 0.0,
     sparse_grad: bool = False,
@@ -241,6 +248,7 @@ def fused_db_loss(
         normalize=normalize,
         beta=beta,
         log_reward_floor=log_reward_floor,
+        residual_clip=residual_clip,
         reduction=reduction,
         nll_weight=nll_weight,
         sparse_grad=sparse_grad,
@@ -305,6 +313,7 @@ def fused_vargrad_loss(
     normalize: str | None = None,
     beta: float = 1.0,
     log_reward_floor: float | None = None,
+    residual_clip: float | None = None,
     reduction: str = "prompt",
     nll_weight: float = 0.0,
     sparse_grad: bool = False,
@@ -328,6 +337,7 @@ def fused_vargrad_loss(
         normalize=normalize,
         beta=beta,
         log_reward_floor=log_reward_floor,
+        residual_clip=residual_clip,
         reduction=reduction,
         nll_weight=nll_weight,
         sparse_grad=sparse_grad,

@@ -12,6 +12,10 @@ Shared by all of them:
   floor, with zero gradient; +inf stays an error.
 - Residuals are model minus target in nats, squared, with no factor 1/2. The backward policy of a
   prefix tree is 1, so its log is absent.
+- ``residual_clip`` c bounds the pull of single outliers (TB, DB and VarGrad): a residual r counts
+  ``r^2`` up to c nats and ``c (2 |r| - c)`` beyond, the tangent (Huber 1964, times 2). VarGrad's
+  estimate is made first, of unclipped numbers. SubTB has no such form: its residuals overlap, and
+  the sums of squares over all of them are what makes it O(L).
 - ``reduction``: ``"none"`` -> [B, N], zero at padding trajectories; ``"sum"``; ``"mean"`` over
   valid trajectories; ``"prompt"`` (default) = mean over prompts of the sum over their trajectories,
   where only prompts with a valid trajectory count. Without any valid trajectory the loss is 0 with
@@ -57,8 +61,14 @@ def check_options(
     *,
     lam: float = 1.0,
     nll_weight: float = 0.0,
+    residual_clip: object = None,
 ) -> FlowOptions:
-    """Check the keyword arguments that every loss takes, and add those checked by the caller."""
+    """Check the keyword arguments that losses take, and add those checked by the caller."""
+    clip = None
+    if residual_clip is not None:
+        clip = checks.check_number("residual_clip", residual_clip, above=0.0)
+        if kind == "subtb":
+            raise ValueError(f'residual_clip must be None for "subtb"; got {clip:g}')
     return FlowOptions(
         kind,
         lam,
@@ -68,6 +78,7 @@ def check_options(
         else checks.check_number("log_reward_floor", log_reward_floor),
         checks.check_choice("reduction", reduction, checks.REDUCTIONS),
         nll_weight,
+        clip,
     )
 
 
@@ -79,6 +90,7 @@ def tb_loss(
     mask: Tensor | None = None,
     beta: float = 1.0,
     log_reward_floor: float | None = None,
+    residual_clip: float | None = None,
     reduction: str = "prompt",
 ) -> Tensor:
     """Trajectory balance: ``(log_z + sum_l log_pf - log_reward)^2`` per trajectory.
@@ -90,6 +102,7 @@ def tb_loss(
         mask: [B, N, L] bool, a prefix of each row; None = all true.
         beta: reward temper, > 0.
         log_reward_floor: least shaped log-reward, nats.
+        residual_clip: residual > 0 from which the loss is linear, nats; None: squared throughout.
         reduction: "none" ([B, N]), "sum", "mean" or "prompt"; see the module's docstring.
 
     Returns:
@@ -97,7 +110,7 @@ def tb_loss(
 
     Source: GFlowGR (arXiv 2506.16114), trajectory balance; Malkin et al. 2022 (arXiv 2201.13259).
     """
-    options = check_options("tb", beta, log_reward_floor, reduction)
+    options = check_options("tb", beta, log_reward_floor, reduction, residual_clip=residual_clip)
     _check_inputs(log_pf, log_reward, mask, options)
     log_z = checks.check_log_z(log_z, log_pf, "log_pf")
     return flow_loss(options, log_pf, log_reward, log_z, mask)
@@ -111,6 +124,7 @@ def db_loss(
     mask: Tensor | None = None,
     beta: float = 1.0,
     log_reward_floor: float | None = None,
+    residual_clip: float | None = None,
     reduction: str = "prompt",
 ) -> Tensor:
     """Detailed balance: ``sum_l (log_flow_l + log_pf_l - log_flow_{l+1})^2`` per trajectory.
@@ -121,7 +135,7 @@ def db_loss(
 
     Source: GFlowGR (arXiv 2506.16114), detailed balance; Bengio et al. 2023 (arXiv 2111.09266).
     """
-    options = check_options("db", beta, log_reward_floor, reduction)
+    options = check_options("db", beta, log_reward_floor, reduction, residual_clip=residual_clip)
     _check_inputs(log_pf, log_reward, mask, options)
     log_flow = checks.check_log_flow(log_flow, log_pf, "log_pf")
     return flow_loss(options, log_pf, log_reward, log_flow, mask)
@@ -164,6 +178,7 @@ def vargrad_loss(
     mask: Tensor | None = None,
     beta: float = 1.0,
     log_reward_floor: float | None = None,
+    residual_clip: float | None = None,
     reduction: str = "prompt",
 ) -> Tensor:
     """VarGrad trajectory balance: TB with each prompt's log Z estimated from its own trajectories.
@@ -178,7 +193,9 @@ def vargrad_loss(
 
     Source: Richter et al. 2020 (arXiv 2010.10436); Zhang et al. 2023 (arXiv 2302.05446).
     """
-    options = check_options("vargrad", beta, log_reward_floor, reduction)
+    options = check_options(
+        "vargrad", beta, log_reward_floor, reduction, residual_clip=residual_clip
+    )
     _check_inputs(log_pf, log_reward, mask, options)
     return flow_loss(options, log_pf, log_reward, None, mask)
 

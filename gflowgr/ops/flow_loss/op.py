@@ -67,8 +67,9 @@ def _flow_loss(
     floor: float | None,
     reduction: str,
     nll_weight: float,
+    clip: float | None,
 ) -> Tensor:
-    flow = FlowOptions(kind, lam, beta, floor, reduction, nll_weight)
+    flow = FlowOptions(kind, lam, beta, floor, reduction, nll_weight, clip)
     name = backends.resolve("flow_loss", log_pf.device, log_pf.dtype)
     if name == "torch":
         return loss_reference(log_pf, log_reward, balance, mask, flow)
@@ -90,11 +91,12 @@ def _flow_loss_backward(
     floor: float | None,
     reduction: str,
     nll_weight: float,
+    clip: float | None,
     need_log_pf: bool,
     need_log_reward: bool,
     need_balance: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    flow = FlowOptions(kind, lam, beta, floor, reduction, nll_weight)
+    flow = FlowOptions(kind, lam, beta, floor, reduction, nll_weight, clip)
     needs = (need_log_pf, need_log_reward, need_balance)
     name = backends.resolve("flow_loss", log_pf.device, log_pf.dtype)
     if name != "torch":
@@ -129,6 +131,7 @@ def _flow_loss_fake(
     floor: float | None,
     reduction: str,
     nll_weight: float,
+    clip: float | None,
 ) -> Tensor:
     return log_pf.new_empty(log_pf.shape[:2] if reduction == "none" else ())
 
@@ -145,6 +148,7 @@ def _flow_loss_backward_fake(
     floor: float | None,
     reduction: str,
     nll_weight: float,
+    clip: float | None,
     need_log_pf: bool,
     need_log_reward: bool,
     need_balance: bool,
@@ -228,9 +232,10 @@ def _flow_loss_autograd(
     floor: float | None,
     reduction: str,
     nll_weight: float,
+    clip: float | None,
 ) -> Tensor:
     transforms.refuse_forward_mode("flow_loss")
-    flow = FlowOptions(kind, lam, beta, floor, reduction, nll_weight)
+    flow = FlowOptions(kind, lam, beta, floor, reduction, nll_weight, clip)
     loss: Tensor
     if _tracked(log_pf, log_reward, balance):
         loss = _FlowLoss.apply(log_pf, log_reward, balance, mask, flow)

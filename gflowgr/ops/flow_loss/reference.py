@@ -26,6 +26,8 @@ class FlowOptions(NamedTuple):
         floor: least shaped log-reward, nats; None = none.
         reduction: "none", "sum", "mean" or "prompt".
         nll_weight: weight >= 0 of the NLL of trajectory 0, reduced over prompts; 0 = without.
+        clip: residual > 0 up to which the loss is quadratic, nats, linear beyond; None = no end.
+            Not of "subtb".
     """
 
     kind: str
@@ -34,6 +36,7 @@ class FlowOptions(NamedTuple):
     floor: float | None = None
     reduction: str = "prompt"
     nll_weight: float = 0.0
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,25 @@ def reduce_trajectories(losses: Tensor, valid: Tensor, reduction: str) -> Tensor
     return total / counted.sum().clamp(min=1)
 
 
-def tb_reference(t: Trajectories, log_z: Tensor) -> Tensor:
-    """Trajectory balance, squared residual of each trajectory [B, N]."""
-    return _tb_residual(t, log_z).square()
+def huber(residual: Tensor, clip: float | None) -> Tensor:
+    """``r^2`` up to the clip, and the tangent of that beyond: ``clip * (2 |r| - clip)``.
+
+    Twice the usual Huber loss (Huber 1964), since the losses' squares have no factor 1/2.
+    """
+    if clip is None:
+        return residual.square()
+    size = residual.abs()
+    return torch.where(size <= clip, residual.square(), clip * (2 * size - clip))
+
+
+def _clipped(residual: Tensor, clip: float | None) -> Tensor:
+    """Half of the derivative of :func:`huber`."""
+    return residual if clip is None else residual.clamp(-clip, clip)
+
+
+def tb_reference(t: Trajectories, log_z: Tensor, clip: float | None = None) -> Tensor:
+    """Trajectory balance, squared residual of each trajectory [B, N]; see :func:`huber`."""
+    return huber(_tb_residual(t, log_z), clip)
 
 
 def _tb_residual(t: Trajectories, log_z: Tensor) -> Tensor:
@@ -104,9 +123,9 @@ def _tb_residual(t: Trajectories, log_z: Tensor) -> Tensor:
     return log_z + t.log_pf.sum(-1) - t.log_reward
 
 
-def db_reference(t: Trajectories, log_flow: Tensor) -> Tensor:
+def db_reference(t: Trajectories, log_flow: Tensor, clip: float | None = None) -> Tensor:
     """Detailed balance, squared residuals summed over each trajectory's tokens [B, N]."""
-    return _db_residual(t, log_flow).square().sum(-1)
+    return huber(_db_residual(t, log_flow), clip).sum(-1)
 
 
 def _db_residual(t: Trajectories, log_flow: Tensor) -> Tensor:
@@ -169,9 +188,9 @@ def _subtb_log_normaliser(
     return torch.where(size > 0, torch.logsumexp(terms, -1), 0.0)
 
 
-def vargrad_reference(t: Trajectories) -> Tensor:
+def vargrad_reference(t: Trajectories, clip: float | None = None) -> Tensor:
     """VarGrad-TB, squared residual of each trajectory against its prompt's own estimate [B, N]."""
-    return _vargrad_residual(t).square()
+    return huber(_vargrad_residual(t), clip)
 
 
 def _vargrad_residual(t: Trajectories) -> Tensor:
@@ -223,13 +242,13 @@ def loss_reference(
     """
     t = prepare(log_pf, log_reward, mask, beta=flow.beta, floor=flow.floor, dtype=log_pf.dtype)
     if flow.kind == "vargrad":
-        losses = vargrad_reference(t)
+        losses = vargrad_reference(t, flow.clip)
     else:
         assert balance is not None
         if flow.kind == "tb":
-            losses = tb_reference(t, balance)
+            losses = tb_reference(t, balance, flow.clip)
         elif flow.kind == "db":
-            losses = db_reference(t, balance)
+            losses = db_reference(t, balance, flow.clip)
         else:
             losses = subtb_reference(t, balance, flow.lam)
     loss = reduce_trajectories(losses, t.valid, flow.reduction)
@@ -258,7 +277,7 @@ def gradient_reference(
     to_balance: Tensor | None
     if flow.kind == "db":
         assert balance is not None
-        to_pf = scale[..., None] * _db_residual(t, balance)
+        to_pf = scale[..., None] * _clipped(_db_residual(t, balance), flow.clip)
         to_balance = (to_pf - _shift_right(to_pf)).masked_fill(~t.mask, 0.0)
         to_reward = -to_pf.masked_fill(~_last(t.mask), 0.0).sum(-1)
     elif flow.kind == "subtb":
@@ -273,10 +292,10 @@ def gradient_reference(
     else:
         if flow.kind == "tb":
             assert balance is not None
-            slope = scale * _tb_residual(t, balance)
+            slope = scale * _clipped(_tb_residual(t, balance), flow.clip)
             to_balance = slope.sum(-1)
         else:
-            slope = scale * _vargrad_residual(t)
+            slope = scale * _clipped(_vargrad_residual(t), flow.clip)
             # The estimate is a mean over trajectories, so it passes a gradient to each of them.
             slope = slope - valid_mean(slope, t.valid)[:, None]
             to_balance = None
