@@ -214,7 +214,7 @@ def test_the_page_of_the_command_line_has_every_command(
     import command_help
 
     shown = dict(command_help.helps())
-    assert {"gflowgr", "gflowgr train", "gflowgr data import"} <= shown.keys()
+    assert {"gflowgr", "gflowgr train", "gflowgr data convert"} <= shown.keys()
     assert "--set KEY=VALUE" in shown["gflowgr train"]
     table = (ROOT / "docs" / "cli.md").read_text().partition("Exit codes")[0]
     for name in shown:

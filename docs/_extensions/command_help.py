@@ -18,7 +18,7 @@ WIDTH = 96
 
 
 def helps() -> Iterator[tuple[str, str]]:
-    """Each command, such as ``gflowgr data import``, and the text that ``--help`` prints."""
+    """Each command, such as ``gflowgr data convert``, and the text that ``--help`` prints."""
     with mock.patch.dict(os.environ, COLUMNS=str(WIDTH)):
         yield from _helps(make_parser())
 

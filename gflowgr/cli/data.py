@@ -1,18 +1,18 @@
-"""``gflowgr data``: datasets are made, imported and inspected."""
+"""``gflowgr data``: datasets are made, converted and inspected."""
 
 from __future__ import annotations
 
 import argparse
 
 from ._parsers import Commands, command, print_facts
-from .importing import add_import, add_overwrite
+from .converting import add_convert, add_overwrite
 
 __all__ = ["add_data"]
 
 
 def add_data(commands: Commands) -> None:
     """Declare ``gflowgr data``."""
-    parser = command(commands, "data", "make, import and inspect datasets")
+    parser = command(commands, "data", "make, convert and inspect datasets")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     builtin = command(actions, "builtin", "generate the built-in dataset (simulated, seeded)")
@@ -27,7 +27,7 @@ def add_data(commands: Commands) -> None:
     show.add_argument("folder", metavar="FOLDER")
     show.set_defaults(run=_data_inspect)
 
-    add_import(actions)
+    add_convert(actions)
 
 
 def _data_builtin(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from support.command_line import Capture, call, without_bars
 
 from gflowgr import __version__
 from gflowgr.cli import main
-from gflowgr.cli.importing import FORMATS, add_import, import_arguments
+from gflowgr.cli.converting import FORMATS, add_convert, import_arguments
 from gflowgr.data import importers, load_dataset
 
 
@@ -38,10 +38,10 @@ def data(finished_run: Path) -> Path:
         (("train",), "gflowgr train --config examples/beauty_tiger.yaml"),
         (("evaluate",), "rank the full catalogue"),
         (("recommend",), '{"history": [3, 14, 15]}'),
-        (("data",), "import"),
+        (("data",), "convert"),
         (("data", "builtin"), "simulated"),
         (("data", "inspect"), "check a dataset"),
-        (("data", "import"), "movielens  ratings.csv"),
+        (("data", "convert"), "movielens   ratings.csv"),
         (("identifiers", "make"), "nothing is downloaded unless"),
         (("info",), "backends"),
     ],
@@ -106,13 +106,13 @@ def test_builtin_data_are_made_and_inspected(tmp_path: Path, capsys: Capture) ->
     assert load_dataset(folder).num_users == 40
 
 
-def test_a_table_is_imported(tmp_path: Path, capsys: Capture) -> None:
+def test_a_table_is_converted(tmp_path: Path, capsys: Capture) -> None:
     rows = [f"{user},{item},{user + item}" for user in range(20) for item in range(6)]
     (tmp_path / "log.csv").write_text("\n".join(["who,what,time", *rows]) + "\n")
     code, out, error = call(
         capsys,
         "data",
-        "import",
+        "convert",
         "table",
         tmp_path / "log.csv",
         "--out",
@@ -129,41 +129,87 @@ def test_a_table_is_imported(tmp_path: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_an_import_offers_every_parameter_of_its_importer(kind: str) -> None:
+def test_a_conversion_offers_every_parameter_of_its_importer(kind: str) -> None:
     parser = argparse.ArgumentParser()
-    add_import(parser.add_subparsers())
-    args = parser.parse_args(["import", kind, "file", "--out", "folder"])
-    offered = import_arguments(args)
-    _, _, *others = inspect.signature(getattr(importers, f"import_{kind}")).parameters.values()
-    assert offered == {parameter.name: parameter.default for parameter in others}
+    add_convert(parser.add_subparsers())
+    args = parser.parse_args(["convert", kind, "file", "--out", "folder"])
+    importer = getattr(importers, f"import_{FORMATS[kind].importer}")
+    _, _, *others = inspect.signature(importer).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in others}
+    assert import_arguments(args) == defaults | FORMATS[kind].fixed
 
 
-def test_options_of_an_import_reach_its_importer(tmp_path: Path, capsys: Capture) -> None:
+def test_each_public_format_is_converted_by_one_command(tmp_path: Path, capsys: Capture) -> None:
+    """With the ids of its source, and a file of another release named as what it is."""
+    pairs = [(user, item) for user in "ABC" for item in ("x1", "x2", "x3")]
+    old = [
+        {"reviewerID": u, "asin": i, "overall": 5.0, "unixReviewTime": n}
+        for n, (u, i) in enumerate(pairs)
+    ]
+    new = [
+        {"user_id": u, "parent_asin": i, "rating": 5, "timestamp": n * 1000}
+        for n, (u, i) in enumerate(pairs)
+    ]
+    yelp = [
+        {"user_id": u, "business_id": i, "stars": 4, "date": f"2019-01-0{n + 1} 10:00:00"}
+        for n, (u, i) in enumerate(pairs)
+    ]
+    raw = {
+        "amazon2014": ("old.json", "\n".join(map(json.dumps, old))),
+        "amazon2018": ("old.json", "\n".join(map(json.dumps, old))),
+        "amazon2023": ("new.jsonl", "\n".join(map(json.dumps, new))),
+        "yelp": ("yelp.json", "\n".join(map(json.dumps, yelp))),
+        "movielens": ("ratings.dat", "\n".join(f"{u}::{i}::4::7" for u, i in pairs)),
+        "recbole": (
+            "shop.inter",
+            "user_id:token\titem_id:token\ttimestamp:float\n"
+            + "\n".join(f"{u}\t{i}\t7" for u, i in pairs),
+        ),
+        "table": ("log.csv", "user,item,time\n" + "\n".join(f"{u},{i},7" for u, i in pairs)),
+    }
+    assert set(raw) == set(FORMATS)
+    for kind, (name, text) in raw.items():
+        (tmp_path / name).write_text(text + "\n")
+        folder = tmp_path / kind
+        code, _, error = call(
+            capsys, "data", "convert", kind, tmp_path / name, "--out", folder, "--k-core", 1
+        )
+        assert code == 0, (kind, error)
+        data = load_dataset(folder)
+        assert (data.user_ids, data.num_interactions) == (["A", "B", "C"], 9)
+        assert [data.item_id(item) for item in range(3)] == ["x1", "x2", "x3"], kind
+    source = tmp_path / "new.jsonl"
+    code, _, error = call(capsys, "data", "convert", "amazon2018", source, "--out", tmp_path / "no")
+    assert code == 2
+    assert "new.jsonl:1: no reviewerID" in error
+
+
+def test_options_of_a_conversion_reach_the_importer(tmp_path: Path, capsys: Capture) -> None:
     log, folder = tmp_path / "log.txt", tmp_path / "imported"
     log.write_text("A;x;31.01.2019;buy\nA;y;01.02.2019;buy\nA;x;02.02.2019;buy\nA;y;1.1.2019;see\n")
     options = ["--separator", ";", "--columns", "user", "item", "time", "kind", "--k-core", 1]
     options += ["--time-format", "%d.%m.%Y", "--behaviour-column", "kind"]
     options += ["--side-behaviours", "see", "--duplicates", "last"]
-    code, _, error = call(capsys, "data", "import", "table", log, "--out", folder, *options)
+    code, _, error = call(capsys, "data", "convert", "table", log, "--out", folder, *options)
     assert (code, error) == (0, "")
     dataset = load_dataset(folder)
     assert dataset.sequences.row(0).tolist() == [0, 1]
     assert list(dataset.side) == ["see"]
     # What a format does not know is refused, not ignored.
     code, _, error = call(
-        capsys, "data", "import", "amazon", log, "--out", folder, "--separator", ";"
+        capsys, "data", "convert", "amazon2023", log, "--out", folder, "--separator", ";"
     )
     assert code == 2
     assert "unrecognized arguments: --separator" in error
 
 
-def test_an_import_replaces_a_dataset_only_when_asked(tmp_path: Path, capsys: Capture) -> None:
+def test_a_conversion_replaces_a_dataset_only_when_asked(tmp_path: Path, capsys: Capture) -> None:
     log, folder = tmp_path / "log.csv", tmp_path / "imported"
 
     def imported(users: int, *options: str) -> tuple[int, str, str]:
         rows = [f"{user},{item},{user + item}" for user in range(users) for item in range(6)]
         log.write_text("\n".join(["user,item,time", *rows]) + "\n")
-        return call(capsys, "data", "import", "table", log, "--out", folder, *options)
+        return call(capsys, "data", "convert", "table", log, "--out", folder, *options)
 
     assert imported(20)[0] == 0
     code, _, error = imported(12)

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gflowgr.data.dataset import Dataset
 from gflowgr.data.importers.build import Events, ImportReport, build, check_found, check_options
@@ -19,10 +19,24 @@ from gflowgr.errors import DataError
 _MAX_TIME = 1 << 53
 
 
+class _Layout(NamedTuple):
+    """The keys of a review."""
+
+    user: str
+    stars: str
+    time: str
+
+
+_OLD = _Layout("reviewerID", "overall", "unixReviewTime")
+_NEW = _Layout("user_id", "rating", "timestamp")
+_RELEASES = {2014: _OLD, 2018: _OLD, 2023: _NEW}
+
+
 def import_amazon(
     reviews: str | Path | Sequence[str | Path],
     metadata: str | Path | Sequence[str | Path] | None = None,
     *,
+    release: int | None = None,
     k_core: int = 5,
     duplicates: str = "first",
     max_bad_fraction: float = 0.01,
@@ -41,6 +55,7 @@ def import_amazon(
         metadata: metadata file or files: ``asin`` or ``parent_asin`` with title and categories.
             Texts are {"title", "categories"}: a category path joined by " > ", several by "
             | ". Entities, tags and scripts are removed from texts.
+        release: 2014, 2018 or 2023: lines of another layout are bad; None: all are read.
         k_core: keep users and items with at least this many reviews, iterated; 1 keeps all.
         duplicates: "all", "first" or "last" review of a user for an item.
         max_bad_fraction: more bad lines than this share is an error.
@@ -53,14 +68,19 @@ def import_amazon(
             none of the items.
     """
     check_options(k_core, duplicates, max_bad_fraction)
+    if release not in (None, *_RELEASES):
+        raise ValueError(
+            f"release must be one of {', '.join(map(str, _RELEASES))}; got {release!r}"
+        )
     paths = as_paths(reviews)
     meta_paths = None if metadata is None else as_paths(metadata)
+    layouts = tuple(_RELEASES.values()) if release is None else (_RELEASES[release],)
     events, bad = Events(), BadLines()
     for path in paths:
         for place, line, record in _read_reviews(path, bad, progress):
             try:
                 review = parse_object(line) if record is None else record
-                user, item, stars, time = _parse_review(review)
+                user, item, stars, time = _parse_review(review, layouts)
             except ValueError as error:
                 bad.add(place, str(error), line)
                 continue
@@ -191,12 +211,14 @@ def _read_reviews(
         yield place, line, record
 
 
-def _parse_review(record: Mapping[str, Any]) -> tuple[str, str, float, int]:
+def _parse_review(
+    record: Mapping[str, Any], layouts: Sequence[_Layout]
+) -> tuple[str, str, float, int]:
     """(user, item, stars, milliseconds)."""
-    user = key_field(record, "reviewerID", "user_id")
-    item = key_field(record, "parent_asin", "asin")
-    stars = number_field(record, "overall", "rating")
-    name, value = _first_field(record, ("timestamp", "unixReviewTime"))
+    user = key_field(record, *dict.fromkeys(layout.user for layout in layouts))
+    item = key_field(record, *(("parent_asin", "asin") if _NEW in layouts else ("asin",)))
+    stars = number_field(record, *dict.fromkeys(layout.stars for layout in layouts))
+    name, value = _first_field(record, tuple(dict.fromkeys(each.time for each in layouts)))
     if type(value) is not int and type(value) is not float:
         raise ValueError(f"{name} is {_short(value)}, not a number")
     try:

@@ -1,26 +1,54 @@
-"""``gflowgr data import``: one subcommand for each importer, with every parameter it has."""
+"""``gflowgr data convert``: raw public formats to a dataset, with every option of the importers."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from ._parsers import Commands, command, print_facts
 
-__all__ = ["FORMATS", "add_import", "add_overwrite", "import_arguments"]
+__all__ = ["FORMATS", "Format", "add_convert", "add_overwrite", "import_arguments"]
 
-# For each format its line of help, and whether it takes several files.
-FORMATS: dict[str, tuple[str, bool]] = {
-    "amazon": ("review JSON lines of 2014, 2018 or 2023; --meta: metadata", True),
-    "yelp": ("review JSON lines; --meta: the businesses", True),
-    "movielens": ("ratings.csv, ratings.dat, u.data or their folder; --meta: movies", False),
-    "recbole": ("NAME.inter or its folder; --meta: NAME.item", False),
-    "table": ("CSV, TSV, Parquet or a folder of parts, with user, item and time", True),
+
+class Format(NamedTuple):
+    """A format that is converted.
+
+    Attributes:
+        importer: ``gflowgr.data.import_<importer>``.
+        text: its line of help.
+        several: whether it takes several files.
+        fixed: arguments of the importer that go without saying.
+    """
+
+    importer: str
+    text: str
+    several: bool = False
+    fixed: Mapping[str, object] = MappingProxyType({})
+
+
+def _amazon(release: int, text: str) -> Format:
+    return Format("amazon", f"{text}; --meta: metadata", True, {"release": release})
+
+
+FORMATS = {
+    "amazon2023": _amazon(2023, "reviews, NAME.jsonl.gz or ratings as .csv with a header"),
+    "amazon2018": _amazon(2018, "reviews, NAME_5.json.gz"),
+    "amazon2014": _amazon(2014, "reviews, reviews_NAME_5.json.gz"),
+    "yelp": Format("yelp", "review JSON lines; --meta: the businesses", True),
+    "movielens": Format(
+        "movielens", "ratings.csv, ratings.dat, u.data or their folder; --meta: movies"
+    ),
+    "recbole": Format("recbole", "NAME.inter or its folder; --meta: NAME.item"),
+    "table": Format(
+        "table", "CSV, TSV, Parquet or a folder of parts, with user, item and time", True
+    ),
 }
 _COMMON = ("k_core", "duplicates", "max_bad_fraction", "name")
 _COLUMNS = ("user", "item", "time", "behaviour", "value")
-# The importers' parameters besides their files, in the order in which help shows them.
+# The importers' parameters besides their files and what a format fixes, in the order of the help.
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     "amazon": (*_COMMON, "progress"),
     "yelp": ("start", "end", *_COMMON, "progress"),
@@ -85,14 +113,17 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_import(actions: Commands) -> None:
-    """Declare ``gflowgr data import``."""
-    lines = "\n".join(f"  {kind:<10} {text}" for kind, (text, _) in FORMATS.items())
-    parser = command(actions, "import", "import raw public formats", f"formats:\n{lines}")
+def add_convert(actions: Commands) -> None:
+    """Declare ``gflowgr data convert``."""
+    lines = "\n".join(f"  {name:<11} {form.text}" for name, form in FORMATS.items())
+    parser = command(
+        actions, "convert", "make a dataset of a raw public format", f"formats:\n{lines}"
+    )
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
-    for kind, (text, several) in FORMATS.items():
-        importer = command(formats, kind, f"import {text}")
-        many: dict[str, Any] = {"nargs": "+"} if several else {}
+    for name, form in FORMATS.items():
+        kind = form.importer
+        importer = command(formats, name, f"convert {form.text}")
+        many: dict[str, Any] = {"nargs": "+"} if form.several else {}
         importer.add_argument("source", metavar="FILE", help="the interactions", **many)
         importer.add_argument("--meta", metavar="FILE", help="texts of the items", **many)
         importer.add_argument("--out", required=True, metavar="FOLDER", help="where it goes")
@@ -122,7 +153,9 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def import_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments for the importer of ``args.format``, besides its files."""
-    return {parameter: getattr(args, parameter) for parameter in _PARAMETERS[args.format]}
+    form = FORMATS[args.format]
+    given = {parameter: getattr(args, parameter) for parameter in _PARAMETERS[form.importer]}
+    return given | form.fixed
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -131,7 +164,7 @@ def _run(args: argparse.Namespace) -> int:
     check_target(args.out, overwrite=args.overwrite)  # before the hours that an import may take
     options = import_arguments(args)
     options["name"] = args.name or Path(args.out).name
-    load = getattr(importers, f"import_{args.format}")
+    load = getattr(importers, f"import_{FORMATS[args.format].importer}")
     dataset, report = load(args.source, args.meta, **options)
     save_dataset(dataset, args.out, overwrite=args.overwrite)
     print(report)
