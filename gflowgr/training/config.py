@@ -119,6 +119,13 @@ class GFlowGRConfig(TrainingArguments):
             "training, see gflowgr.models.t5_on_cpu; false: those of transformers and PyTorch."
         },
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep a moving average of the weights, which is evaluated and saved; a step "
+            "moves it by 1 - ema_decay. None: none."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations without a new best."},
@@ -159,6 +166,9 @@ class GFlowGRConfig(TrainingArguments):
         for name in ("partition_learning_rate", "fusion_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0; got {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in (0, 1); got {self.ema_decay}")
+        self._check_schedule()
         if self.eval_calibration_users < 0:
             raise ValueError(
                 f"eval_calibration_users must be >= 0; got {self.eval_calibration_users}"
@@ -211,6 +221,15 @@ class GFlowGRConfig(TrainingArguments):
             raise ValueError(
                 "objective 'ipa' needs trajectories of the present model: sampler 'on_policy' and "
                 f"nothing replayed; got {self.sampler!r} with {self.sampler_options}"
+            )
+
+    def _check_schedule(self) -> None:
+        options: Any = self.lr_scheduler_kwargs or {}
+        decays = self.lr_scheduler_type == "warmup_stable_decay"
+        if decays and int(options.get("num_decay_steps", 0)) < 1:
+            raise ValueError(
+                "lr_scheduler_kwargs must have num_decay_steps > 0 for lr_scheduler_type "
+                f"'warmup_stable_decay'; got {options}"
             )
 
     def _check_sampler(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from .checkpoints import (
 
 if TYPE_CHECKING:
     from ..models.gflow_model import GFlowModel
+    from .averaging import WeightAverage
     from .config import GFlowGRConfig
     from .flow_inputs import FlowInputs
     from .sequences import SequenceInputs
@@ -39,6 +41,7 @@ class SavingTrainer(CheckpointTrainer):
     args: GFlowGRConfig
     _flow_inputs: FlowInputs | SequenceInputs
     _step_log: StepLog
+    _average: WeightAverage | None = None
     _saves_checkpoint = False
 
     def train(
@@ -74,7 +77,17 @@ class SavingTrainer(CheckpointTrainer):
             self._flow_inputs.load_state(checkpoint)
         self._step_log.restart()
         place = None if checkpoint is None else str(checkpoint)
-        return super().train(place, trial, ignore_keys_for_eval)
+        if self._average is None:
+            return super().train(place, trial, ignore_keys_for_eval)
+        self._average.resume_from(checkpoint)
+        result = super().train(place, trial, ignore_keys_for_eval)
+        has_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
+        self._average.finish(keep=not has_best)
+        return result
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """In this block the model has the average of its weights, if there is one."""
+        return nullcontext() if self._average is None else self._average.in_place()
 
     def _checkpoint(self, asked: str | bool) -> Path:
         if asked is not True:
@@ -110,6 +123,8 @@ class SavingTrainer(CheckpointTrainer):
                 super().save_model(output_dir, _internal_call)
             if _internal_call and output_dir and self.args.should_save:  # of a checkpoint
                 self._flow_inputs.save_state(Path(output_dir))
+                if self._average is not None:
+                    self._average.save(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -117,10 +132,11 @@ class SavingTrainer(CheckpointTrainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir or ".")
-        if self._saves_checkpoint:  # into an empty folder of the checkpoint's
-            write_checkpoint(model, folder, state)
-        else:
-            model.save_pretrained(folder, state)
+        with self._averaged():
+            if self._saves_checkpoint:  # into an empty folder of the checkpoint's
+                write_checkpoint(model, folder, state)
+            else:
+                model.save_pretrained(folder, state)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

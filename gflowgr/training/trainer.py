@@ -31,6 +31,7 @@ from ..models.objective import flow_start
 from ..models.t5_on_cpu import rewired
 from ..ops import validation, validation_enabled
 from ..transfer import to_device
+from .averaging import WeightAverage
 from .batches import JointExamples, LengthBucketSampler, ProcessBatches
 from .callbacks import EpochOrder, LogBeforeSaving
 from .config import GFlowGRConfig
@@ -133,6 +134,9 @@ class GFlowGRTrainer(SavingTrainer):
         )
         if model.settings.in_rounds:
             self.add_callback(FreezeReference(Rounds.of(model.settings, args)))
+        if args.ema_decay is not None:
+            self._average = WeightAverage(model, args.ema_decay)
+            self.add_callback(self._average)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if self.is_fsdp_enabled:
@@ -144,6 +148,8 @@ class GFlowGRTrainer(SavingTrainer):
             raise ValueError(f"fsdp_config: version must be 2 (FSDP2); got {version}")
         if has_lora(model.backbone):
             raise ValueError("a model with LoRA is not sharded: use DDP, without fsdp")
+        if self.args.ema_decay is not None:
+            raise ValueError("ema_decay must be None with fsdp, which shards the weights: use DDP")
         if model.settings.has_reference:
             raise ValueError(
                 f"objective {model.settings.objective!r} keeps a frozen reference, which is not "
@@ -366,7 +372,7 @@ class GFlowGRTrainer(SavingTrainer):
         began = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         reward, calibration = self._flow_inputs.reward, {}
-        with self._whole(model):
+        with self._averaged(), self._whole(model):
             result = evaluate(
                 SharedRecommender(GenerativeRecommender(model, num_beams=self.args.eval_beams)),
                 split,
