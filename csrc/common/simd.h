@@ -236,9 +236,9 @@ struct Simd : SimdTypes<kBytes> {
     return p * bit_cast<Floats>((bit_cast<Words>(shifted) + 127u) << 23);
   }
 
-  // log(x) for 1 <= x < infinity to 2 units in the last place: x = 2^n m with m in [sqrt(1/2), sqrt(2)), and
+  // log(x) for a normal 0 < x < infinity to 2 units in the last place: x = 2^n m, m in [sqrt(1/2), sqrt(2)), and
   // the odd series of log m in s = (m - 1) / (m + 1).
-  static GFLOWGR_INLINE Floats log_at_least_one(const Floats& x) {
+  static GFLOWGR_INLINE Floats log_positive(const Floats& x) {
     const Words bits = bit_cast<Words>(x) - 0x3f3504f3u;  // of sqrt(1/2)
     const Floats m = bit_cast<Floats>((bits & 0x007fffffu) + 0x3f3504f3u);
     const Floats s = (m - 1.0f) / (m + 1.0f), z = s * s;

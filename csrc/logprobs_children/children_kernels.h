@@ -20,10 +20,11 @@ struct ChildrenKernels {
   // d log p / d x: minus the probability of each, and at `target` the sum of the other probabilities
   // (which is 1 - p without the cancellation). Returns log p; where it is -inf all slopes are 0.
   float (*softmax)(float* x, int64_t count, const float* bias, float temperature, int64_t target);
-  // As softmax, of mass * KL(p || P) - weight * log P(target) with p [count] of the sum `mass`, 1 or 0: the logits
-  // become the slopes (mass + weight) P - p - weight [target]. Returns the value, and writes log P(target).
+  // As softmax, of mass * KL(p || P) - weight * log P(target) with p [count] of the sum `mass`, 1 or 0, and p_log_p
+  // the sum of its p log p: the logits become the slopes (mass + weight) P - p - weight [target]. Returns the value,
+  // and writes log P(target).
   float (*divergence)(float* x, int64_t count, const float* bias, float temperature, int64_t target, const float* p,
-                      float mass, float weight, float* log_pf);
+                      float mass, double p_log_p, float weight, float* log_pf);
 };
 
 // Those for this machine: AVX-512, AVX2 with FMA, or whatever the compiler's baseline has.

@@ -245,18 +245,16 @@ GFLOWGR_INLINE float softmax(float* x, int64_t count, const float* bias, float t
 
 // ------------------------------------------------------------------ divergence
 
-// p (log p - logit) where p is not negligible, else 0; what is forbidden makes it infinite.
+// p * logit where p is not 0; a logit of -inf is what the bias forbids.
 template <typename S>
-GFLOWGR_INLINE typename S::Floats divergence_part(const typename S::Floats& p, const typename S::Floats& logit) {
+GFLOWGR_INLINE typename S::Floats weighted(const typename S::Floats& p, const typename S::Floats& logit) {
   typedef typename S::Floats Floats;
-  const Floats least = S::broadcast(1e-30f), ones = S::broadcast(1.0f);
-  const Floats safe = p > least ? p : ones;
-  return p > least ? p * (-S::log_at_least_one(ones / safe) - logit) : Floats{};
+  return p > Floats{} ? p * logit : Floats{};
 }
 
 template <typename S>
 GFLOWGR_INLINE float divergence(float* x, int64_t count, const float* bias, float temperature, int64_t target,
-                                const float* p, float mass, float weight, float* log_pf) {
+                                const float* p, float mass, double p_log_p, float weight, float* log_pf) {
   typedef typename S::Floats Floats;
   const float low = -std::numeric_limits<float>::infinity();
   const int64_t whole = count / S::kLanes * S::kLanes, some = count - whole;
@@ -271,13 +269,13 @@ GFLOWGR_INLINE float divergence(float* x, int64_t count, const float* bias, floa
   Floats sums = {}, parts = {};
   for (int64_t j = 0; j < whole; j += S::kLanes) {
     const Floats logit = S::load(x + j) - top, value = S::exp_not_positive(logit);
-    if (mass > 0.0f) parts += divergence_part<S>(S::load(p + j), logit);
+    parts += weighted<S>(S::load(p + j), logit);
     sums += value;
     S::store(x + j, value);
   }
   if (some > 0) {
     const Floats logit = last - top;
-    if (mass > 0.0f) parts += divergence_part<S>(S::load_some(p + whole, some, 0.0f), logit);
+    parts += weighted<S>(S::load_some(p + whole, some, 0.0f), logit);
     last = S::exp_not_positive(logit);
     sums += last;
   }
@@ -287,7 +285,8 @@ GFLOWGR_INLINE float divergence(float* x, int64_t count, const float* bias, floa
   if (some > 0) S::store_some(x + whole, last * factor - S::load_some(p + whole, some, 0.0f), some);
   x[target] -= weight;
   *log_pf = chosen - log_sum;
-  const float value = mass > 0.0f ? S::total_by_halves(parts) + log_sum : 0.0f;
+  const float value =
+      mass > 0.0f ? static_cast<float>((p_log_p - S::total_by_halves(parts)) + log_sum) : 0.0f;
   return weight == 0.0f ? value : value - weight * *log_pf;
 }
 
@@ -304,8 +303,8 @@ GFLOWGR_INLINE float divergence(float* x, int64_t count, const float* bias, floa
     return softmax<Simd<bytes>>(x, count, bias, temperature, target);                                             \
   }                                                                                                               \
   attribute float divergence_##name(float* x, int64_t count, const float* bias, float temperature, int64_t target,\
-                                    const float* p, float mass, float weight, float* log_pf) {                    \
-    return divergence<Simd<bytes>>(x, count, bias, temperature, target, p, mass, weight, log_pf);                 \
+                                    const float* p, float mass, double p_log_p, float weight, float* log_pf) {    \
+    return divergence<Simd<bytes>>(x, count, bias, temperature, target, p, mass, p_log_p, weight, log_pf);        \
   }                                                                                                               \
   constexpr ChildrenKernels name = {dots_##name, accumulate_##name, softmax_##name, divergence_##name};
 GFLOWGR_EACH_TARGET(GFLOWGR_DEFINE)

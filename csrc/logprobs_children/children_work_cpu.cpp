@@ -94,6 +94,8 @@ void ChildrenWork::run_forward(int64_t first_task, int64_t end_task, float* log_
   Rows weight(head_.weight, head_.weight_type, head_.width);
   Scratch logits, bias, policy;
   FlowScratch flows;
+  ChildPolicy target{false, 0.0};
+  std::pair<int64_t, int64_t> known{-1, -1};  // node and prompt that `policy` and `target` are of
   const int64_t block = child_block(head_, head_.width);
   for (int64_t t = first_task; t < end_task; ++t) {
     const ChildrenTask& task = tasks_[t];
@@ -124,13 +126,17 @@ void ChildrenWork::run_forward(int64_t first_task, int64_t end_task, float* log_
       float* const p = policy.get(c);
       for (int64_t i = 0; i < task.rows; ++i) {
         const int64_t trajectory = rows[i] / steps_;
-        const bool alive = child_policy(*divergence->rewards, flows, trajectory / divergence->per_prompt, node,
-                                        {range.begin, range.end}, p);
+        const std::pair<int64_t, int64_t> wanted{node, trajectory / divergence->per_prompt};
+        if (wanted != known) {  // rows of a prompt at a node follow each other
+          target = child_policy(*divergence->rewards, flows, wanted.second, node, {range.begin, range.end}, p);
+          known = wanted;
+        }
+        const bool alive = target.alive;
         const float weight = divergence->weights != nullptr ? divergence->weights[trajectory] : alive ? -1.0f : 0.0f;
         divergence->alive[rows[i]] = alive;
         divergence->value[rows[i]] =
             kernels_.divergence(out + i * c, c, own_bias, head_.temperature, plan_.targets[task.first + i], p,
-                                alive ? 1.0f : 0.0f, weight, log_pf + rows[i]);
+                                alive ? 1.0f : 0.0f, target.p_log_p, weight, log_pf + rows[i]);
       }
       continue;
     }

@@ -2,14 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
-#include "common/simd.h"
+#include "tree/tree_flow_kernels_cpu.h"
 #include "tree/tree_layout.h"
 
 namespace gflowgr {
 namespace {
-
-constexpr int64_t kChunk = 1024;  // numbers added in float32 before they are added in float64
 
 // The items of each leaf.
 struct ItemsMap {
@@ -41,92 +40,46 @@ void each_range(const TreeView& view, const ItemsMap& map, int64_t node, const V
   }
 }
 
-// ------------------------------------------------------------------ inner loops
-
-template <int kBytes>
-GFLOWGR_INLINE float largest(const float* x, int64_t count) {
-  typedef Simd<kBytes> S;
-  typename S::Floats top = S::broadcast(-INFINITY);
-  int64_t i = 0;
-  for (; i + S::kLanes <= count; i += S::kLanes) top = S::maximum(S::load(x + i), top);
-  if (i < count) top = S::maximum(S::load_some(x + i, count - i, -INFINITY), top);
-  return S::largest(top);
-}
-
-template <int kBytes>
-GFLOWGR_INLINE void exp_less(float* x, int64_t count, float top) {
-  typedef Simd<kBytes> S;
-  int64_t i = 0;
-  for (; i + S::kLanes <= count; i += S::kLanes) S::store(x + i, S::exp_not_positive(S::load(x + i) - top));
-  if (i < count) {
-    S::store_some(x + i, S::exp_not_positive(S::load_some(x + i, count - i, top) - top), count - i);
-  }
-}
-
-template <int kBytes>
-GFLOWGR_INLINE double total(const float* x, int64_t count) {
-  typedef Simd<kBytes> S;
-  double sum = 0;
-  while (count >= S::kLanes) {
-    typename S::Floats part{};
-    const int64_t end = std::min(count, kChunk) / S::kLanes * S::kLanes;
-    for (int64_t i = 0; i < end; i += S::kLanes) part += S::load(x + i);
-    sum += S::total_by_halves(part);
-    x += end;
-    count -= end;
-  }
-  for (int64_t i = 0; i < count; ++i) sum += x[i];
-  return sum;
-}
-
-struct Kernels {
-  void (*gather)(const float* from, const int32_t* ids, int64_t count, float* to);
-  float (*largest)(const float* x, int64_t count);               // NaN is passed over
-  void (*exp_less)(float* x, int64_t count, float top);          // x = exp(x - top), for x <= top
-  double (*total)(const float* x, int64_t count);
-};
-
-#define GFLOWGR_DEFINE(name, bytes, attribute)                                                            \
-  attribute void gather_##name(const float* __restrict from, const int32_t* __restrict ids, int64_t count, \
-                               float* __restrict to) {                                                    \
-    for (int64_t i = 0; i < count; ++i) to[i] = from[ids[i]];                                             \
-  }                                                                                                       \
-  attribute float largest_##name(const float* x, int64_t count) { return largest<bytes>(x, count); }      \
-  attribute void exp_less_##name(float* x, int64_t count, float top) { exp_less<bytes>(x, count, top); }  \
-  attribute double total_##name(const float* x, int64_t count) { return total<bytes>(x, count); }         \
-  constexpr Kernels name = {gather_##name, largest_##name, exp_less_##name, total_##name};
-GFLOWGR_EACH_TARGET(GFLOWGR_DEFINE)
-#undef GFLOWGR_DEFINE
-
-const Kernels& kernels() { return GFLOWGR_BEST(portable, avx2, avx512); }
-
-void gather(const float* from, const int32_t* ids, int64_t count, float* to) { kernels().gather(from, ids, count, to); }
-void gather(const double* from, const int32_t* ids, int64_t count, double* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[ids[i]];
-}
-float largest(const float* x, int64_t count) { return kernels().largest(x, count); }
-double largest(const double* x, int64_t count) {
-  double top = -INFINITY;
-  for (int64_t i = 0; i < count; ++i) top = x[i] > top ? x[i] : top;
-  return top;
-}
-void exp_less(float* x, int64_t count, float top) { kernels().exp_less(x, count, top); }
-void exp_less(double* x, int64_t count, double top) {
-  for (int64_t i = 0; i < count; ++i) x[i] = std::exp(x[i] - top);
-}
-double total(const float* x, int64_t count) {
-  if (count > 8) return kernels().total(x, count);
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += x[i];
-  return sum;
-}
-double total(const double* x, int64_t count) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += x[i];
-  return sum;
-}
-
 // ------------------------------------------------------------------ rewards of every item
+
+// Collects what lies under siblings, child after child, from identifiers of any lengths.
+template <typename Number>
+void gather_levels(const TreeView& view, const ItemsMap& map, const Number* from, NodeRange children,
+                   std::vector<Number>& memory, std::vector<int64_t>& stops) {
+  int64_t count = 0, waiting = 0, next = 0;  // entries collected, and those of a range not yet read
+  const auto read = [&] {
+    const int64_t needed = count + waiting + kFlowPadding;
+    if (memory.size() < static_cast<size_t>(needed)) memory.resize(2 * needed);
+    gather(from, map.ids + next - waiting, waiting, memory.data() + count);
+    count += waiting;
+    waiting = 0;
+  };
+  for (int64_t child = children.begin; child < children.end; ++child) {
+    each_range(view, map, child, [&](int64_t first, int64_t end) {
+      if (first != next) read();  // ranges that follow each other are read at once
+      waiting += end - first;
+      next = end;
+    });
+    stops[child - children.begin] = count + waiting;
+  }
+  read();
+}
+
+// The same where all identifiers are equally long: one range.
+template <typename Number>
+void gather_leaves(const TreeView& view, const ItemsMap& map, const Number* from, NodeRange children,
+                   std::vector<Number>& memory, std::vector<int64_t>& stops) {
+  int64_t first = children.begin;
+  for (int64_t c = 0; c < children.size(); ++c) stops[c] = children.begin + c + 1;
+  for (; first < view.inner(); first = view.first_child(first)) {
+    for (int64_t& stop : stops) stop = view.first_child(stop);
+  }
+  const int64_t begin = map.entry(first - view.inner());
+  for (int64_t& stop : stops) stop = map.entry(stop - view.inner()) - begin;
+  const int64_t count = stops.back();
+  if (memory.size() < static_cast<size_t>(count + kFlowPadding)) memory.resize(2 * (count + kFlowPadding));
+  gather(from, map.ids + begin, count, memory.data());
+}
 
 template <typename Number>
 double sums_of_all(const FlowRewards& rewards, FlowScratch& scratch, std::vector<Number>& memory, int64_t prompt,
@@ -134,37 +87,25 @@ double sums_of_all(const FlowRewards& rewards, FlowScratch& scratch, std::vector
   const TreeView view(rewards.tree);
   const ItemsMap map(rewards.tree);
   const auto* const from = static_cast<const Number*>(rewards.log_reward) + prompt * rewards.columns;
-  int64_t count = 0, waiting = 0, next = 0;  // entries collected, and those of a range not yet read
-  const auto read = [&] {
-    if (memory.size() < static_cast<size_t>(count + waiting)) memory.resize(2 * (count + waiting));
-    gather(from, map.ids + next - waiting, waiting, memory.data() + count);
-    count += waiting;
-    waiting = 0;
-  };
-  scratch.stops.clear();
-  for (int64_t child = children.begin; child < children.end; ++child) {
-    each_range(view, map, child, [&](int64_t first, int64_t end) {
-      if (first != next) read();  // ranges that follow each other are read at once
-      waiting += end - first;
-      next = end;
-    });
-    scratch.stops.push_back(count + waiting);
+  // Where every item is asked for, the rewards are read in their own order first, and then from the cache.
+  const bool all = children.begin == 1 && map.entry(view.leaves()) == rewards.columns;
+  Number top = all ? largest(from, rewards.columns) : Number{0};
+  scratch.stops.resize(children.size());
+  if (view.ragged()) {
+    gather_levels(view, map, from, children, memory, scratch.stops);
+  } else {
+    gather_leaves(view, map, from, children, memory, scratch.stops);
   }
-  read();
   Number* const values = memory.data();
-  const Number top = largest(values, count);
+  const int64_t count = scratch.stops.back();
+  if (!all) top = largest(values, count);
   if (top == -INFINITY) {
     double wrong = 0;  // a NaN is larger than nothing
     for (int64_t i = 0; i < count; ++i) wrong = values[i] == values[i] ? wrong : NAN;
     std::fill(sums, sums + children.size(), wrong);
     return top;
   }
-  exp_less(values, count, top);
-  int64_t begin = 0;
-  for (int64_t c = 0; c < children.size(); ++c) {
-    sums[c] = total(values + begin, scratch.stops[c] - begin);
-    begin = scratch.stops[c];
-  }
+  sum_exp(values, top, scratch.stops.data(), children.size(), sums);
   return top;
 }
 
@@ -207,7 +148,6 @@ int64_t parent(const TreeView& view, NodeRange range, int64_t node) {
   }
   return low;
 }
-
 
 // Ancestor at depth `to` of a node at depth `depth`.
 int64_t ancestor(const TreeView& view, int64_t node, int64_t depth, int64_t to) {
@@ -279,35 +219,32 @@ double sums_of_pool(const FlowRewards& rewards, FlowScratch& scratch, int64_t pr
 template <typename Number>
 void write_root(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, Number* out) {
   const NodeRange children = TreeView(rewards.tree).children(0);
-  std::vector<double> sums(children.size());
-  const double top = child_sums(rewards, scratch, prompt, children, sums.data());
-  const std::vector<int64_t> counts = scratch.stops;  // of a pool: candidates under each child
+  scratch.sums.resize(children.size());
+  double* const sums = scratch.sums.data();
+  const double top = child_sums(rewards, scratch, prompt, children, sums);
   const bool sparse = rewards.nodes != nullptr && rewards.floor == -INFINITY;
+  // Of a pool without a floor: candidates under each child.
+  if (sparse) scratch.counts.assign(scratch.stops.begin(), scratch.stops.end());
+  add_logs(sums, children.size(), top, out + 1);
   double whole = 0;
   for (int64_t c = 0; c < children.size(); ++c) {
     whole += sums[c];
-    double flow = -INFINITY;
-    if (sums[c] >= 1e-25 || sums[c] != sums[c]) {
-      flow = top + std::log(sums[c]);
-    } else if (!sparse || counts[c] > 0) {  // much smaller than the largest: takes out its own largest
-      flow = node_flow(rewards, scratch, prompt, children.begin + c);
-    }
-    out[1 + c] = static_cast<Number>(flow);
+    if (sums[c] >= 1e-25 || sums[c] != sums[c]) continue;
+    // Much smaller than the largest: takes out its own largest.
+    const bool any = !sparse || scratch.counts[c] > 0;
+    out[1 + c] = static_cast<Number>(any ? node_flow(rewards, scratch, prompt, children.begin + c) : -INFINITY);
   }
   out[0] = static_cast<Number>(top == -INFINITY && whole == 0 ? top : top + std::log(whole));
 }
 
 template <typename Number>
-bool root_policy(const FlowRewards& rewards, int64_t prompt, int64_t count, float* p) {
+ChildPolicy root_policy(const FlowRewards& rewards, int64_t prompt, int64_t count, float* p) {
   const auto* const flows = static_cast<const Number*>(rewards.root) + prompt * (count + 1);
-  if (!(flows[0] > -INFINITY)) return false;
+  if (!(flows[0] > -INFINITY)) return {false, 0.0};
   // The root's own flow may be rounded to less than a child's.
   const Number top = std::max(flows[0], largest(flows + 1, count));
   for (int64_t c = 0; c < count; ++c) p[c] = static_cast<float>(flows[1 + c] - top);
-  exp_less(p, count, 0.0f);
-  const float scale = 1.0f / static_cast<float>(total(p, count));
-  for (int64_t c = 0; c < count; ++c) p[c] *= scale;
-  return true;
+  return {true, policy_of_logs(p, count)};
 }
 
 }  // namespace
@@ -334,7 +271,7 @@ double node_flow(const FlowRewards& rewards, FlowScratch& scratch, int64_t promp
     const NodeRange children = TreeView(rewards.tree).children(0);
     std::vector<double> sums(children.size());
     const double top = child_sums(rewards, scratch, prompt, children, sums.data());
-    return top == -INFINITY ? top : top + std::log(total(sums.data(), children.size()));
+    return top == -INFINITY ? top : top + std::log(std::accumulate(sums.begin(), sums.end(), 0.0));
   }
   double sum = 0;
   const double top = child_sums(rewards, scratch, prompt, {node, node + 1}, &sum);
@@ -346,19 +283,19 @@ void root_flows(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt
   write_root(rewards, scratch, prompt, static_cast<float*>(out));
 }
 
-bool child_policy(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, int64_t node, NodeRange children,
-                  float* p) {
+ChildPolicy child_policy(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, int64_t node,
+                         NodeRange children, float* p) {
   const int64_t count = children.size();
-  std::fill(p, p + count, 0.0f);
+  ChildPolicy policy{false, 0.0};
   if (node == 0 && rewards.root != nullptr) {
-    return rewards.wide ? root_policy<double>(rewards, prompt, count, p) : root_policy<float>(rewards, prompt, count, p);
+    policy = rewards.wide ? root_policy<double>(rewards, prompt, count, p) : root_policy<float>(rewards, prompt, count, p);
+  } else {
+    scratch.sums.resize(count);
+    const double top = child_sums(rewards, scratch, prompt, children, scratch.sums.data());
+    if (top != -INFINITY) policy = {true, policy_of_sums(scratch.sums.data(), count, p)};
   }
-  scratch.sums.resize(count);
-  const double top = child_sums(rewards, scratch, prompt, children, scratch.sums.data());
-  if (top == -INFINITY) return false;
-  const double scale = 1.0 / total(scratch.sums.data(), count);
-  for (int64_t c = 0; c < count; ++c) p[c] = static_cast<float>(scratch.sums[c] * scale);
-  return true;
+  if (!policy.alive) std::fill(p, p + count, 0.0f);
+  return policy;
 }
 
 }  // namespace gflowgr

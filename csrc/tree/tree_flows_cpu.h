@@ -29,7 +29,7 @@ struct FlowRewards {
 struct FlowScratch {
   std::vector<float> values;
   std::vector<double> wide_values, sums;
-  std::vector<int64_t> stops, owners;
+  std::vector<int64_t> stops, owners, counts;
 };
 
 // Writes sums [children] with F(child) = exp(top) * sum, and returns top, the largest log-reward under these
@@ -42,9 +42,14 @@ double node_flow(const FlowRewards& rewards, FlowScratch& scratch, int64_t promp
 // log F of the root and of its children; `out` [1 + children] has the type of the rewards.
 void root_flows(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, void* out);
 
-// The flows' policy over the children of a node, p [children]; false, and p = 0, where no child has a flow.
-bool child_policy(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, int64_t node, NodeRange children,
-                  float* p);
+struct ChildPolicy {
+  bool alive;     // whether a child has a flow
+  double p_log_p; // sum of p log p over the children, nats: minus the policy's entropy
+};
+
+// The flows' policy over the children of a node, p [children]; 0 where no child has a flow.
+ChildPolicy child_policy(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt, int64_t node,
+                         NodeRange children, float* p);
 
 // Items whose identifier passes through or ends at a node.
 int64_t items_under(const uint8_t* tree, int64_t node);

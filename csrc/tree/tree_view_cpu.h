@@ -42,6 +42,12 @@ class TreeView {
     return {begin[node], begin[node + 1]};
   }
 
+  // Where the children of a node begin, or of what follows the inner nodes: 0 <= node <= inner().
+  int64_t first_child(int64_t node) const {
+    return wide_ ? reinterpret_cast<const int64_t*>(child_begin_)[node]
+                 : reinterpret_cast<const int32_t*>(child_begin_)[node];
+  }
+
   const void* child_begin(int64_t node) const { return child_begin_ + node * (wide_ ? 8 : 4); }
 
   // Tokens on the way to the node.
