@@ -9,6 +9,7 @@ prompt and trajectory alone, and the states are the same (up to rounding).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from .backbone import DENSE_ATTENTION
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["causal_states"]
+__all__ = ["attention_of", "causal_states"]
 
 
 def causal_states(
@@ -67,11 +68,9 @@ def causal_states(
 
 
 def _branch_mask(model: Any, real: Tensor, branches: int, steps: int) -> Any:
-    """The mask of which token sees which, in the form that the model's attention takes."""
-    kind = model.config._attn_implementation
+    """The mask of which token sees which, for :func:`causal_states`."""
     batch, size = real.shape
     total = size + branches * steps
-    device = real.device
 
     def visible(row: Tensor, head: Any, query: Tensor, key: Tensor) -> Tensor:
         of_prompt = (key < size) & real[row, key.clamp_max(size - 1)]
@@ -79,18 +78,37 @@ def _branch_mask(model: Any, real: Tensor, branches: int, steps: int) -> Any:
         # A token of padding sees itself only: a row without anything to see would be NaN.
         return ((key <= query) & (of_prompt | same)) | (key == query)
 
+    return attention_of(model, visible, batch, total, real.device)
+
+
+def attention_of(
+    model: Any, visible: Callable[..., Tensor], rows: int, total: int, device: torch.device
+) -> Any:
+    """The mask of which token sees which, in the form that the model's attention takes.
+
+    Args:
+        model: the decoder-only model.
+        visible: of (row, head, query, key), which broadcast: whether the query sees the key.
+        rows: how many sequences.
+        total: tokens of each.
+        device: of the mask.
+
+    Raises:
+        TypeError: the model's attention takes no mask of its caller.
+    """
+    kind = model.config._attn_implementation
     if kind == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 
-        return create_block_mask(visible, batch, None, total, total, device=str(device))
+        return create_block_mask(visible, rows, None, total, total, device=str(device))
     if kind not in ("sdpa", "eager", DENSE_ATTENTION):
         raise TypeError(
             f"model has attn_implementation {kind!r}, which takes no mask of its caller; "
             "load it with 'sdpa', 'eager' or 'flex_attention'"
         )
     place = torch.arange(total, device=device)
-    rows = torch.arange(batch, device=device).view(-1, 1, 1, 1)
-    mask = visible(rows, None, place.view(-1, 1), place)
+    row = torch.arange(rows, device=device).view(-1, 1, 1, 1)
+    mask = visible(row, None, place.view(-1, 1), place)
     if kind != "eager":
         return mask
     dtype = model.dtype
