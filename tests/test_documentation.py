@@ -1,4 +1,4 @@
-"""Every code block of README, CONTRIBUTING and docs does what it says, and the site builds.
+"""Every code block of README, CONTRIBUTING, docs and benchmarks does what it says.
 
 Python runs: the blocks of a page in order, in one namespace (tests/support/documentation.py). YAML
 is read by what would read it. Commands of the shell are checked against the parsers, scripts and
@@ -122,6 +122,14 @@ def parse_torchrun(words: list[str]) -> None:
 def parse_python(words: list[str]) -> None:
     if words[:2] == ["-m", "gflowgr"]:
         parse_gflowgr(words[2:])
+    elif words[:2] == ["-m", "benchmarks"]:
+        from benchmarks.__main__ import _parser
+        from benchmarks.harness.running import read_shape, read_tables
+
+        args = _parser().parse_args(words[2:])
+        tables = read_tables(args.ops)
+        for shape in map(read_shape, args.shapes):
+            assert any(table.fits(shape) for table in tables), shape.text
     elif words[:2] == ["-m", "pytest"]:
         for word in words[2:]:
             assert word.startswith("-") or (ROOT / word).exists(), word

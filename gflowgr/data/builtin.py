@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gflowgr.data.dataset import Dataset
+from gflowgr.data.index import from_codes
 from gflowgr.data.ragged import Ragged
 from gflowgr.data.shop_names import CATALOGUE, COLOURS, STYLES
 
@@ -214,8 +215,6 @@ def _simulate(rng: np.random.Generator, shop: _Shop) -> _Log:
 
 
 def _to_dataset(rng: np.random.Generator, shop: _Shop, log: _Log, name: str) -> Dataset:
-    from gflowgr.data.index import from_codes
-
     num_users, num_items = len(shop.leaf_taste), len(shop.items)
     # A visit about every three days from 1 January 2024, half a minute per item looked at.
     start = 1_704_067_200 + rng.integers(30 * 86_400, size=num_users)

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from gflowgr.data.dataset import MAX_BEHAVIOURS, Dataset, check_items
+from gflowgr.data.index import write_index
 from gflowgr.data.ragged import Ragged
 from gflowgr.errors import DataError, OutputError, shown
 from gflowgr.files import ensure_writable, load_npy, read_json, save_npy, write_json_gz
@@ -153,8 +154,6 @@ def save_dataset(dataset: Dataset, path: str | Path, *, overwrite: bool = False)
         ValueError: a side behaviour has a name that the format reserves, or that is no file's, or
             identifiers have one.
     """
-    from gflowgr.data.index import write_index
-
     folder = Path(path)
     for name in dataset.side:
         if name in _RESERVED or name.startswith("index.") or not _is_file_name(name):

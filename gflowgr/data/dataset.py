@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from gflowgr.data.index import Identifiers, read_index
 from gflowgr.data.ragged import Ragged
 from gflowgr.errors import DataError, shown
 from gflowgr.files import find_lone_surrogate
 from gflowgr.integers import MAX_ID, integer_array
 from gflowgr.item_ids import ItemIds
-
-if TYPE_CHECKING:
-    from gflowgr.data.index import Identifiers
 
 MAX_BEHAVIOURS = 127
 
@@ -157,8 +155,6 @@ class Dataset:
         Raises:
             DataError: there are none of that name, or the file is not an index of these items.
         """
-        from gflowgr.data.index import read_index
-
         if name in self.indexes:
             return self.indexes[name]
         return read_index(self.index_path(name), num_items=self.num_items)

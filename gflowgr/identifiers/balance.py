@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from gflowgr.identifiers.quantisation import squared_distances
+
 
 def sinkhorn_codes(
     distances: torch.Tensor, *, epsilon: float = 0.05, iterations: int = 50
@@ -62,8 +64,6 @@ def balanced_clusters(
     """
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import kmeans_plusplus
-
-    from gflowgr.identifiers.quantisation import squared_distances
 
     count = len(vectors)
     if not 1 <= clusters <= count:

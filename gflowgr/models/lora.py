@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .. import files
 from ..plain_settings import make_plain
 from .vocabulary import IdentifierVocabulary
 
@@ -133,8 +134,6 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Write the adapters, in ``peft``'s format, to ``folder``."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
-
-    from .. import files
 
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     config: Any = getattr(model, "peft_config")["default"]  # noqa: B009

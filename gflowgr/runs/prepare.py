@@ -10,8 +10,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..data import Dataset, LeaveOneOut, TrainingExamples, load_dataset, save_dataset
-from ..identifiers import METHODS, Identifiers, from_codes, read_index
+from ..data import (
+    Dataset,
+    LeaveOneOut,
+    TrainingExamples,
+    generate_builtin,
+    load_dataset,
+    save_dataset,
+)
+from ..identifiers import (
+    METHODS,
+    Identifiers,
+    from_codes,
+    learn_codes,
+    read_index,
+    residual_kmeans,
+    resolve_collisions,
+    text_embeddings,
+    write_index,
+)
 from ..models.causal import add_identifier_tokens
 from ..models.vocabulary import IdentifierVocabulary
 from ..tree import PrefixTree
@@ -62,8 +79,6 @@ def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
         return load_dataset(config.path)
     folder = output_dir / "data"
     if not (folder / "inter.json.gz").is_file():
-        from ..data import generate_builtin
-
         dataset = generate_builtin(seed=seed, num_users=config.users, num_items=config.items)
         save_dataset(dataset, folder)
     return replace(load_dataset(folder), name="built-in dataset")
@@ -135,8 +150,6 @@ def make_identifiers(
     Raises:
         ConfigError: there is nothing to make them from.
     """
-    from ..identifiers import residual_kmeans, text_embeddings
-
     texts = [" ".join(fields.values()) for fields in dataset.texts or []]
     has_texts = any(re.search(r"\w\w", text) for text in texts)  # what counts as a word there
     if item_vectors is None and not has_texts:
@@ -173,8 +186,6 @@ def _learned_identifiers(
     progress: bool,
 ) -> tuple[str, Identifiers]:
     """Those of a method, read from ``folder`` where they are kept."""
-    from ..identifiers import learn_codes, resolve_collisions, text_embeddings, write_index
-
     name = f"{method} of item {'vectors' if texts is None else 'texts'}"
     path = folder / f"index.{method}.json.gz" if folder is not None else None
     if path is not None and path.is_file():

@@ -19,6 +19,7 @@ import torch
 from .. import files
 from ..collaborative import CollaborativeModel, EmbeddingScorer, SASRecConfig
 from ..data import LeaveOneOut
+from ..distributed import first_process_finds
 from ..errors import DataError
 from ..evaluation import Evaluation, Recommender, evaluate
 from ..folders import MANIFEST_NAME, find_damage, remove_leftovers, write_manifest
@@ -152,7 +153,7 @@ def train_stage(
     if not is_done(folder, console, _LOG, model=True):
         from transformers import PrinterCallback, TrainerCallback
 
-        from ..distributed import first_process_finds
+        # Their import takes seconds, transformers being among them.
         from ..training import GFlowGRTrainer, last_complete_checkpoint
         from ..training.progress import ProgressBar
 

@@ -8,8 +8,10 @@ from typing import Literal
 
 from ..data import Dataset, LeaveOneOut, load_dataset
 from ..errors import DataError, shown
+from ..evaluation import evaluate
 from ..evaluation.generative import GenerativeRecommender
 from ..models.gflow_model import GFlowModel
+from ..report.tables import TableRow, format_table
 from ..runs.processes import device, quiet_transformers
 
 __all__ = ["check_counts", "evaluate_checkpoint", "load_for"]
@@ -54,9 +56,6 @@ def evaluate_checkpoint(
     progress: bool,
 ) -> None:
     """Evaluate a saved model and print its metrics with the rules they follow."""
-    from ..evaluation import evaluate
-    from ..report.tables import TableRow, format_table
-
     check_counts({"--beams": num_beams})
     model, dataset = load_for(model_folder, data_folder)
     recommender = GenerativeRecommender(model, num_beams=num_beams, name=Path(model_folder).name)

@@ -1,4 +1,4 @@
-"""The code blocks of README, CONTRIBUTING and docs, and the names that their Python uses."""
+"""The code blocks of README, CONTRIBUTING, docs and benchmarks; names that their Python uses."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "README.md",
 ]
 _MARKER = re.compile(r"<!-- (run|not run: .+) -->\s*")
 

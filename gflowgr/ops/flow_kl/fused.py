@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,9 +34,7 @@ from gflowgr.ops.flow_kl.reference import flow_kl_reference
 from gflowgr.ops.flow_loss.reference import reduce_trajectories
 from gflowgr.ops.inputs import HeadInputs, check_allowed, check_head_inputs
 from gflowgr.ops.logprobs.trajectory import check_trajectories, compute_logprobs
-
-if TYPE_CHECKING:
-    from gflowgr.tree import ItemFlows, PrefixTree
+from gflowgr.tree import ItemFlows, PrefixTree
 
 __all__ = ["FusedFlowKL", "fused_flow_kl", "fused_flow_kl_loss"]
 
@@ -218,8 +216,6 @@ def _reduced(
 
 
 def _check_flows(flows: object, tree: PrefixTree, inputs: HeadInputs) -> None:
-    from gflowgr.tree import ItemFlows
-
     if not isinstance(flows, ItemFlows):
         raise TypeError(f"flows must be gflowgr.ItemFlows; got {type(flows).__name__}")
     if len(flows) != inputs.tokens.shape[0]:

@@ -32,6 +32,7 @@ from gflowgr.ops.precision import compute_dtype, without_autocast
 from gflowgr.tree import PrefixTree
 from gflowgr.tree.facts import check_head
 from gflowgr.tree.flows import FlowRewards
+from gflowgr.tree.flows_reference import item_flows_reference
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """value, log_pf, alive [B, N, L], slopes, plan, invalid [1]."""
@@ -75,8 +76,6 @@ def flow_kl_rows(
 def _levels(
     inputs: HeadInputs, tree: PrefixTree, log_reward: Tensor, pool: Tensor | None, floor: float
 ) -> list[Level]:
-    from gflowgr.tree.flows_reference import item_flows_reference
-
     flows = item_flows_reference(log_reward, pool, floor, tree)
     return Level.of(
         inputs,

@@ -7,7 +7,7 @@ the row's node; a node with one child costs nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,8 @@ from gflowgr.ops import transforms
 from gflowgr.ops.inputs import HeadInputs
 from gflowgr.ops.logprobs import children_reference as children_torch
 from gflowgr.ops.precision import compute_dtype
+from gflowgr.tree import PrefixTree
 from gflowgr.tree.facts import check_head
-
-if TYPE_CHECKING:
-    from gflowgr.tree import PrefixTree
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -85,8 +83,6 @@ def reference_inputs(
     temperature: float,
 ) -> tuple[HeadInputs, PrefixTree]:
     """The arguments of an op as the reference takes them."""
-    from gflowgr.tree import PrefixTree
-
     found = PrefixTree(tree)
     inputs = HeadInputs(hidden, weight, tokens, bias, mask, found, temperature, "children")
     return inputs, found
