@@ -58,9 +58,10 @@ def check_same_inputs(out: Path, wanted: Mapping[str, Mapping[str, Any]]) -> Non
         path = out / folder / _RECORD
         if not path.is_file():
             continue
-        found = files.read_json(path, expect=dict)
-        if found != values:
-            changed |= _differences(found, values)
+        # A setting that was not there when the record was made is the same where it is not used.
+        differences = _differences(files.read_json(path, expect=dict), values)
+        if differences:
+            changed |= differences
             if not any(folder.startswith(f"{above}{os.sep}") for above in stale):
                 stale.append(folder)
     if stale:

@@ -69,6 +69,13 @@ def test_a_folder_within_a_stale_one_is_not_named_too(tmp_path: Path) -> None:
         check_same_inputs(tmp_path, {name: {"seed": 2} for name in made_from})
 
 
+def test_a_setting_that_came_later_and_is_not_used_changes_nothing(tmp_path: Path) -> None:
+    record_inputs(tmp_path / "sasrec", {"collaborative": {"epochs": 3}})
+    check_same_inputs(tmp_path, {"sasrec": {"collaborative": {"epochs": 3, "folds": None}}})
+    with pytest.raises(ConfigError, match=r"collaborative\.folds: None there, 2 here"):
+        check_same_inputs(tmp_path, {"sasrec": {"collaborative": {"epochs": 3, "folds": 2}}})
+
+
 def test_only_the_first_record_of_a_folder_counts(tmp_path: Path) -> None:
     record_inputs(tmp_path, {"seed": 1})
     record_inputs(tmp_path, {"seed": 2})
