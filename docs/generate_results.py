@@ -19,13 +19,16 @@ from typing import Any
 
 from gflowgr import files
 from gflowgr.report.tables import TableRow, format_table, markdown_table
-from gflowgr.runs.statistics import METRICS
+from gflowgr.runs.statistics import METRICS, holm
 from gflowgr.runs.summary import labelled, verdict
 from gflowgr.runs.tables import format_p
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/results.md")
 METHOD = "GFlowGR-TB"
+EXACT_METHODS = ("Flow KL joint",)
+EXACT_REFERENCES = ("SFT", "SASRec")
+_SHOWN = ("reference", "start", "main")
 
 # The README's table: label, then folder, op, shape, variant and the family compared with.
 CHOSEN = (
@@ -128,24 +131,25 @@ def _experiment(facts: dict[str, Any], folder: str) -> str:
     text = f"### {facts['title']}\n\n`{facts['command']}` on {where}; "
     text += f"`benchmarks/results/{folder}/report.md`. "
     text += f"Test users; {seeds}; p: paired bootstrap over "
-    text += f"users of the difference to {facts['baseline']}."
+    text += f"users of the difference to {facts['baseline']}, Holm-corrected."
     if facts["missing"]:
         text += f" {len(facts['missing'])} results are missing."
     return text + "\n\n" + "".join(_setting(each, facts["baseline"]) for each in facts["settings"])
 
 
 def _setting(setting: dict[str, Any], baseline: str) -> str:
-    rows, differences = [], {}
+    rows, differences, corrected = [], {}, _corrected(setting)
     for row in setting["rows"]:
-        if row["group"] not in ("reference", "start", "main"):
+        if row["group"] not in _SHOWN:
             continue
         spreads = {metric: row["metrics"][metric] for metric in METRICS}
         note = ""
         if row["to_baseline"] and row["method"] != baseline:
             found = row["to_baseline"]["metrics"]
-            note = "p " + ", ".join(format_p(found[metric]["p"]) for metric in METRICS)
+            ps = {metric: corrected[row["method"], metric] for metric in METRICS}
+            note = "p " + ", ".join(map(format_p, ps.values()))
             if row["group"] in ("start", "main"):
-                pairs = {metric: (found[metric]["mean"], found[metric]["p"]) for metric in METRICS}
+                pairs = {metric: (found[metric]["mean"], p) for metric, p in ps.items()}
                 differences[labelled(row["method"], row["group"])] = pairs
         means = {metric: spread["mean"] for metric, spread in spreads.items()}
         sds = {m: spread["sd"] for m, spread in spreads.items() if spread["sd"] is not None}
@@ -159,12 +163,58 @@ def _setting(setting: dict[str, Any], baseline: str) -> str:
     return f"{title}:\n\n{table}\n\n" + (f"{sentence}\n\n" if sentence else "")
 
 
+def _corrected(setting: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """Holm-corrected p of each method and metric against the baseline, over all of them."""
+    found = {
+        (row["method"], metric): difference["p"]
+        for row in setting["rows"]
+        if row["group"] in _SHOWN and row["to_baseline"]
+        for metric, difference in row["to_baseline"]["metrics"].items()
+    }
+    return dict(zip(found, holm(list(found.values())), strict=True))
+
+
+def exact_flows(root: Path) -> str:
+    """The README's table: the joint recipe beside its control and the collaborative model."""
+    found = dict(_recorded(root, "results.json")).get("exact_flows")
+    if found is None:
+        return "Results of `exact_flows` are not committed yet.\n"
+    head = ["", "", *METRICS, "CPU s", "p"]
+    lines, notes = [head], []
+    for setting in found["settings"]:
+        rows, corrected = {row["method"]: row for row in setting["rows"]}, _corrected(setting)
+        for name in (*EXACT_METHODS, found["baseline"], *EXACT_REFERENCES):
+            if name not in rows:
+                continue
+            row = rows[name]
+            cpu = row["training"].get("cpu_seconds_in_all")
+            ps = [corrected[name, metric] for metric in METRICS if (name, metric) in corrected]
+            cells = [f"{row['metrics'][metric]['mean']:.4f}" for metric in METRICS]
+            cells.append("" if cpu is None else f"{cpu['mean']:,.0f}")
+            cells.append(format_p(max(ps)) if ps else "")
+            seeds = len(row["seeds"])
+            lines.append([setting["dataset"], f"{name}, {seeds} seed{'s' * (seeds > 1)}", *cells])
+        notes.append(setting["rules"].get("Seen items", ""))
+    if len(lines) == 1:
+        return "Results of `exact_flows` are not complete yet.\n"
+    seen = "; ".join(dict.fromkeys(notes))
+    return (
+        markdown_table(lines, "llrrrrrr")
+        + f"\n\nTest users, full ranking; seen items {seen}. CPU s: of the training and those that "
+        f"it needs. p: the largest of the four metrics', against {found['baseline']}, paired "
+        "bootstrap over users, seeds pooled, Holm-corrected. "
+        f"{len(found['missing'])} results of the experiment are missing.\n"
+    )
+
+
 def against_baseline(root: Path) -> str:
     """A sentence for each data set of each experiment: GFlowGR-TB beside continued SFT."""
     lines = []
     for folder, facts in _recorded(root, "results.json"):
         for setting in facts.get("settings", ()):
             rows = {row["method"]: row for row in setting["rows"]}
+            if METHOD not in rows or not rows[METHOD]["to_baseline"]:
+                continue
             ours, base = rows[METHOD], rows[facts["baseline"]]
             parts = []
             for metric in ("R@10", "N@10"):
@@ -252,6 +302,7 @@ def _ms(value: float) -> str:
 PARTS: dict[str, Callable[[Path], str]] = {
     "methods": methods,
     "against_baseline": against_baseline,
+    "exact_flows": exact_flows,
     "runs": runs,
     "speed": speed,
     "microbenchmarks": microbenchmarks,

@@ -26,13 +26,14 @@ BY_HISTORY = "Length of the user's history (all events before the target)"
 
 _POPULARITY_GROUPS = ("new", "tail", "mid", "head")
 _HEAD, _HEAD_AND_MID = 0.2, 0.5
+_PLACES = 10  # of each list that diversity is measured of, however long the lists are
 _HISTORY_GROUPS = ("up to 4", "5 to 9", "10 to 19", "20 or more")
 _HISTORY_EDGES = (5, 10, 20)
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """How varied the recommended lists are; 0 where nothing was recommended.
+    """How varied the first 10 places of the recommended lists are; 0 where all are empty.
 
     Attributes:
         coverage: share of all items that occur in any list.
@@ -63,7 +64,7 @@ class UserGroup:
     Attributes:
         name: which.
         users: how many.
-        metrics: "R@k" and "N@k" for the length k of the lists.
+        metrics: "R@k" and "N@k" for every cut-off k of the evaluation.
     """
 
     name: str
@@ -134,7 +135,8 @@ def analyse(
         ),
         BY_HISTORY: _groups(evaluation, np.digitize(events, _HISTORY_EDGES), _HISTORY_GROUPS),
     }
-    return Analysis(_diversity(evaluation.items, split, item_tokens), breakdown, calibration)
+    first = evaluation.items[:, :_PLACES]
+    return Analysis(_diversity(first, split, item_tokens), breakdown, calibration)
 
 
 def _popularity_group(counts: np.ndarray) -> np.ndarray:
@@ -148,12 +150,13 @@ def _popularity_group(counts: np.ndarray) -> np.ndarray:
 
 def _groups(evaluation: Evaluation, group: np.ndarray, names: Sequence[str]) -> list[UserGroup]:
     """Groups of the evaluated users, whose places in ``names`` are ``group`` [n]; no empty one."""
-    k = evaluation.items.shape[1]
+    ks = [int(name[2:]) for name in evaluation.metrics if name.startswith("R@")]
     found = []
     for place, name in enumerate(names):
         ranks = evaluation.ranks[group == place]
         if len(ranks):
-            metrics = {f"R@{k}": m.recall(ranks, k), f"N@{k}": m.ndcg(ranks, k)}
+            metrics = {f"R@{k}": m.recall(ranks, k) for k in ks}
+            metrics |= {f"N@{k}": m.ndcg(ranks, k) for k in ks}
             found.append(UserGroup(name, len(ranks), metrics))
     return found
 

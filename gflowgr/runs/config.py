@@ -134,14 +134,17 @@ class EvaluationConfig:
     Attributes:
         num_beams: beams of the constrained beam search.
         collision: how items that share an identifier are scored: ``"item"`` or ``"string"``.
-        mask_seen: leave the user's history out of the recommendations.
+        mask_seen: leave the user's history out of the recommendations, which is the fair rule for
+            data in which nobody comes back to an item; ``"both"``: report both rules.
+        ks: lengths k of the lists that R@k and N@k are measured at; 10 is one of them.
         max_users: evaluate a fixed random subset of the test users only.
         examples: users whose recommendations the report shows.
     """
 
     num_beams: int = 20
     collision: Literal["item", "string"] = "item"
-    mask_seen: bool = False
+    mask_seen: bool | Literal["both"] = False
+    ks: list[int] = field(default_factory=lambda: [5, 10])
     max_users: int | None = None
     examples: int = 3
 
@@ -150,6 +153,9 @@ class EvaluationConfig:
         _check_positive(self, "num_beams", "max_users")
         if self.examples < 0:
             raise ValueError(f"examples must be >= 0; got {self.examples}")
+        if not all(type(k) is int and k >= 1 for k in self.ks) or 10 not in self.ks:
+            raise ValueError(f"ks must be integers >= 1, with 10 among them; got {self.ks}")
+        object.__setattr__(self, "ks", sorted(set(self.ks)))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ a PNG and returns False, leaving no file, if there is nothing to draw.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..report import plots
 from ..report.plots import GREY, Logs, Styles
+from .results import CellResult
 from .summary import MethodRow, Setting, UserGroup
 
 if TYPE_CHECKING:
@@ -26,8 +27,10 @@ __all__ = [
     "LOSSES",
     "VALIDATION",
     "Point",
+    "cpu_curve",
     "plot_breakdown",
     "plot_calibration",
+    "plot_cpu_curves",
     "plot_curves",
     "plot_difficulty",
     "plot_grid",
@@ -221,6 +224,56 @@ def plot_curves(
             plots.log_scale_if_wide(axes, [values for _, values in lines.values()])
         plots.frame(axes, title=keys[key], x="optimiser step")
     plots.legend_above(figure, all_axes)
+    return plots.save(figure, path)
+
+
+def cpu_curve(cells: Iterable[CellResult]) -> np.ndarray:
+    """CPU seconds and validation NDCG@10, float64 [n, 2], means over seeds (one cell each).
+
+    The seconds are those of training up to the evaluation and of the trainings before it. Of seeds
+    that stopped at different steps, the steps that all have; none where CPU time is not recorded.
+    """
+    by_step = [
+        validation_over_cpu(c.logs, c.training.get("cpu_seconds_before", 0.0)) for c in cells
+    ]
+    if not by_step:
+        return np.empty((0, 2))
+    common = [step for step in by_step[0] if all(step in other for other in by_step)]
+    found = [np.mean([points[step] for points in by_step], axis=0) for step in common]
+    return np.asarray(found, np.float64).reshape(-1, 2)
+
+
+def validation_over_cpu(logs: Logs, before: float) -> dict[float, tuple[float, float]]:
+    """Step of each validation to (CPU seconds, NDCG@10), ``before`` being spent at the start."""
+    (key,), spent, points = VALIDATION, before, {}
+    if not any("cpu_seconds" in entry for entry in logs):
+        return {}
+    for entry in logs:
+        spent += entry.get("cpu_seconds", 0.0)
+        if key in entry:
+            points[entry["step"]] = (spent, entry[key])
+    return points
+
+
+def plot_cpu_curves(curves: Mapping[str, np.ndarray], path: Path, styles: Styles) -> bool:
+    """Validation over CPU time: a curve and a colour per method; the best values circled.
+
+    Args:
+        curves: of each method, :func:`cpu_curve`.
+        path: of the PNG.
+        styles: of the methods.
+    """
+    curves = {name: points for name, points in curves.items() if len(points)}
+    if not curves:
+        return False
+    figure, (axes,) = plots.panels(1, 6.2, 4.0)
+    for name, points in curves.items():
+        seconds, values = points.T
+        axes.plot(seconds, values, linewidth=1.6, label=name, **styles[name])
+        _mark_values(axes, seconds, values, styles[name]["color"])
+    plots.frame(axes, x="CPU seconds of training", y=VALIDATION["eval_N@10"])
+    axes.set_xlim(left=0)
+    plots.legend_above(figure, [axes], 4)
     return plots.save(figure, path)
 
 

@@ -28,7 +28,7 @@ from . import figures
 from .cells import alone
 from .results import GRID, MAIN, REFERENCE, START, ExperimentResults, read_results
 from .setting_section import MAIN_GROUPS, picture, setting_section, short_rules
-from .statistics import METRICS, STATISTICS_RULES
+from .statistics import STATISTICS_RULES
 from .summary import Setting, labelled, summarise, to_json, verdict
 from .tables import grid_table
 
@@ -70,34 +70,46 @@ def _screen_text(results: ExperimentResults, settings: list[Setting]) -> str:
     parts = []
     for setting in settings:
         rows = [
-            TableRow(row.method, *_shown(row.metrics)) for row in setting.of_group(*MAIN_GROUPS)
+            TableRow(row.method, *_shown(row.metrics, setting.metrics))
+            for row in setting.of_group(*MAIN_GROUPS)
         ]
         if not rows:
             continue
-        text = f"{setting.title}\n\n{format_table(rows, columns=METRICS)}"
-        sentence = verdict(_differences(setting, results.baseline), results.baseline)
-        parts.append(text + (f"\n\n{sentence}" if sentence else ""))
+        text = f"{setting.title}\n\n{format_table(rows, columns=setting.metrics)}"
+        parts.append("\n\n".join([text, *_sentences(results, setting)]))
     total = len({*map(str, results.missing)}) + len(results.cells)
     if results.missing:
         parts.append(f"{len(results.missing)} of {total} results are missing.")
     return "\n\n".join(parts)
 
 
-def _shown(metrics: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    means = {key: metrics[key].mean for key in METRICS}
-    spread = {key: metrics[key].sd for key in METRICS if metrics[key].sd is not None}
+def _shown(
+    metrics: dict[str, Any], names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    means = {key: metrics[key].mean for key in names}
+    spread = {key: metrics[key].sd for key in names if metrics[key].sd is not None}
     return means, spread
 
 
-def _differences(setting: Setting, baseline: str) -> dict[str, dict[str, tuple[float, float]]]:
+def _sentences(results: ExperimentResults, setting: Setting) -> list[str]:
+    """What holds against the baseline, and against the collaborative model."""
+    found = [
+        verdict(_differences(setting, which), against)
+        for against, which in ((results.baseline, "to_baseline"), (results.teacher, "to_teacher"))
+        if against is not None
+    ]
+    return [sentence for sentence in found if sentence]
+
+
+def _differences(setting: Setting, which: str) -> dict[str, dict[str, tuple[float, float]]]:
     """What :func:`~gflowgr.runs.summary.verdict` takes: the main methods and their start."""
     return {
         labelled(row.method, row.group): {
-            metric: (difference.mean, difference.p)
-            for metric, difference in row.to_baseline.metrics.items()
+            metric: (difference.mean, difference.p_holm)
+            for metric, difference in found.metrics.items()
         }
         for row in setting.of_group(START, MAIN)
-        if row.to_baseline is not None and row.method != baseline
+        if (found := getattr(row, which)) is not None
     }
 
 
@@ -137,8 +149,9 @@ def _introduction(results: ExperimentResults, settings: Sequence[Setting]) -> li
         seeds = f"{', '.join(map(str, results.seeds_done))} (of {seeds})"
     blocks: list[Block] = [
         Paragraph(
-            f"Experiment {results.name}. Every method starts from the same supervised model (SFT) "
-            f"of its dataset, identifiers and seed; differences are taken to {results.baseline}. "
+            f"Experiment {results.name}. Methods of a dataset, identifiers and seed start from the "
+            f"same supervised model (SFT) or, with new weights, from the same seed; "
+            f"differences are taken to {results.baseline}. "
             f"{'Seeds' if several else 'One seed'}: {seeds}. Complete results: "
             f"{len([c for c in results.cells if not c.method.alias])}; missing: "
             f"{len(results.missing)}."
@@ -147,7 +160,7 @@ def _introduction(results: ExperimentResults, settings: Sequence[Setting]) -> li
     sentences = [
         (setting.title, sentence)
         for setting in settings
-        if (sentence := verdict(_differences(setting, results.baseline), results.baseline))
+        for sentence in _sentences(results, setting)
     ]
     if sentences:
         blocks.append(Bullets(sentences))
@@ -258,8 +271,10 @@ def _csv(results: ExperimentResults, settings: list[Setting]) -> str:
             cell.dataset, cell.identifiers or "", cell.seed, method.name, method.group,
             method.of or "", method.key or "", "" if method.value is None else method.value,
         ]  # fmt: skip
+        masked = {} if cell.masked is None else cell.masked.metrics
         for kind, numbers in (
             ("metric", cell.metrics),
+            ("metric, seen items masked", masked),
             ("training", cell.training),
             ("diversity", cell.analysis.diversity),
             ("calibration", {k: getattr(cell.analysis, k) for k in ("pearson", "spearman")}),
@@ -283,7 +298,7 @@ def _compared(settings: list[Setting]) -> Iterator[list[Any]]:
                 setting.dataset, setting.identifiers, "", row.method, row.group, row.of or "",
                 row.key or "", "" if row.value is None else row.value,
             ]  # fmt: skip
-            for found in (row.to_baseline, row.to_full):
+            for found in (row.to_baseline, row.to_full, row.to_teacher):
                 for metric, difference in found.metrics.items() if found else ():
                     for part, number in vars(difference).items():
                         assert found is not None

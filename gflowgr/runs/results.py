@@ -21,7 +21,8 @@ from .. import files
 from ..errors import DataError
 from ..evaluation.analysis import UserGroup
 from .config import COLLABORATIVE_NAMES
-from .statistics import METRICS, per_user
+from .stages import MASKED, collaborative_cpu_seconds
+from .statistics import per_user, ranking_metrics
 
 __all__ = [
     "Analysis",
@@ -109,13 +110,14 @@ class CellResult:
         method: the method.
         metrics: metric to mean over users.
         rules: what the metrics mean.
-        training: numbers of the training (steps, seconds, tokens, ...); empty for reference rows.
+        training: numbers of the training (steps, seconds, CPU seconds, tokens, ...); of reference
+            rows, the collaborative model's CPU seconds.
         memory_kind: "resident" or "accelerator": which memory ``peak_memory_bytes`` is of.
         logs: the Trainer's ``log_history``; empty for reference rows.
         users: int64 [n], the evaluated users.
         ranks: int64 [n], 0-based place of the target, -1 = not in the list.
-        items: int64 [n, K], the lists, -1 = nothing (mapped from the file, not loaded).
         analysis: diversity, breakdown and calibration.
+        masked: the same with seen items masked, where it was evaluated besides; without analysis.
     """
 
     dataset: str
@@ -129,8 +131,8 @@ class CellResult:
     logs: list[dict[str, Any]] = field(repr=False)
     users: np.ndarray = field(repr=False)
     ranks: np.ndarray = field(repr=False)
-    items: np.ndarray = field(repr=False)
     analysis: Analysis = field(repr=False)
+    masked: CellResult | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,12 @@ class ExperimentResults:
         for dataset, names in self.datasets.items():
             for identifiers in names:
                 yield dataset, identifiers
+
+    @property
+    def teacher(self) -> str | None:
+        """The collaborative model's row, which methods are compared with besides."""
+        names = [each.name for each in self.methods if each.group == REFERENCE]
+        return next((name for name in names if name != "Popularity"), None)
 
     def seeds_of(self, dataset: str, identifiers: str, method: str) -> dict[int, CellResult]:
         """The complete cells of a row by seed; reference rows belong to all identifiers."""
@@ -215,10 +223,14 @@ def read_results(out: Path | str) -> ExperimentResults:
     for dataset, names in datasets.items():
         for seed in seeds:
             top = out / dataset / f"seed_{seed}"
+            spent = collaborative_cpu_seconds(top / "collaborative")
             for method in references:
                 evaluation = top / "collaborative" / "evaluation" / method.slug
                 if _is_complete(evaluation):
-                    cells.append(_cell(dataset, None, seed, method, None, evaluation))
+                    cell = _cell(dataset, None, seed, method, None, evaluation)
+                    if spent is not None and method.name != "Popularity":
+                        cell.training["cpu_seconds"] = spent
+                    cells.append(cell)
                 else:
                     missing.append(MissingCell(dataset, None, seed, method.name))
             for identifiers in names:
@@ -278,10 +290,12 @@ def _cell(
     rules = done.get("rules")
     if not isinstance(rules, dict):
         raise DataError(f"{evaluation / _DONE}: rules must be an object; got {rules!r}")
-    users, ranks, items = _arrays(evaluation)
-    for place, metric in enumerate(METRICS):
-        counted = float(per_user(ranks)[:, place].mean())
-        if not math.isclose(metrics.get(metric, math.nan), counted, abs_tol=1e-6):
+    names = ranking_metrics(metrics)
+    if "R@10" not in names or "N@10" not in names:
+        raise DataError(f"{evaluation / _DONE}: metrics must have R@10 and N@10; got {metrics}")
+    users, ranks = _arrays(evaluation, max(int(name[2:]) for name in names))
+    for metric, counted in zip(names, per_user(ranks, names).mean(axis=0).tolist(), strict=True):
+        if not math.isclose(metrics[metric], counted, abs_tol=1e-6):
             raise DataError(
                 f"{evaluation / _DONE}: {metric} is {metrics.get(metric)}, but ranks.npy says "
                 f"{counted:.6f}"
@@ -294,6 +308,9 @@ def _cell(
         if not all(isinstance(entry, dict) for entry in logs):
             raise DataError(f"{folder / 'log_history.json'}: every entry must be an object")
     training = {key: value for key, value in facts.items() if _is_number(value)}
+    has_analysis, masked = _is_complete(evaluation), None
+    if (evaluation / MASKED / _DONE).is_file():
+        masked = _cell(dataset, identifiers, seed, method, folder, evaluation / MASKED)
     return CellResult(
         dataset,
         identifiers,
@@ -306,35 +323,32 @@ def _cell(
         logs,
         users,
         ranks,
-        items,
-        _analysis(evaluation / "analysis.json", metrics),
+        _analysis(evaluation / "analysis.json", metrics) if has_analysis else Analysis(),
+        masked,
     )
 
 
-def _arrays(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    users, ranks = (_load(folder / f"{name}.npy", 1) for name in ("users", "ranks"))
-    items = _load(folder / "items.npy", 2)
-    if not len(users) == len(ranks) == len(items) > 0:
+def _arrays(folder: Path, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Users and ranks, of lists of ``length``."""
+    users, ranks = (_load(folder / f"{name}.npy") for name in ("users", "ranks"))
+    if not len(users) == len(ranks) > 0:
         raise DataError(
-            f"{folder}: users.npy, ranks.npy and items.npy must have one entry per user; got "
-            f"{len(users)}, {len(ranks)} and {len(items)}"
+            f"{folder}: users.npy and ranks.npy must have one entry per user; got {len(users)} and "
+            f"{len(ranks)}"
         )
-    if ranks.min() < -1 or ranks.max() >= items.shape[1]:
+    if ranks.min() < -1 or ranks.max() >= length:
         wrong = ranks.min() if ranks.min() < -1 else ranks.max()
-        raise DataError(f"{folder / 'ranks.npy'}: {wrong} is no place of {items.shape[1]}, nor -1")
-    return np.array(users), np.array(ranks), items
+        raise DataError(f"{folder / 'ranks.npy'}: {wrong} is no place of {length}, nor -1")
+    return users, ranks
 
 
-def _load(path: Path, dimensions: int) -> np.ndarray:
+def _load(path: Path) -> np.ndarray:
     try:
-        array = files.load_npy(path, mmap=True)
+        array = files.load_npy(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing, though the cell is marked as complete") from error
-    if array.ndim != dimensions or array.dtype.kind != "i":
-        raise DataError(
-            f"{path}: must hold integers with {dimensions} dimension(s); got {array.dtype} "
-            f"{array.shape}"
-        )
+    if array.ndim != 1 or array.dtype.kind != "i":
+        raise DataError(f"{path}: must hold integers [n]; got {array.dtype} {array.shape}")
     return array
 
 

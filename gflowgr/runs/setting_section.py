@@ -13,7 +13,7 @@ from .figures import Point
 from .results import ABLATION, MAIN, REFERENCE, START, CellResult, ExperimentResults
 from .statistics import METRICS
 from .summary import Comparison, MethodRow, Setting, Spread, UserGroup
-from .tables import breakdown_table, cost_table, difference_table, diversity_table, score_table
+from .tables import breakdown_table, cost_table, difference_tables, diversity_table, score_table
 
 __all__ = ["MAIN_GROUPS", "picture", "setting_section", "short_rules"]
 
@@ -26,6 +26,7 @@ _DIVERSITY = {
     "mean_popularity": "mean popularity",
 }
 _COSTS = {
+    "cpu_seconds_in_all": "CPU time in all",
     "seconds_per_step": "time per step",
     "seconds": "time in all",
     "tokens": "tokens",
@@ -65,11 +66,16 @@ class _Setting:
         self.results, self.setting, self.out, self.styles = results, setting, out, styles
         self.main = setting.of_group(*MAIN_GROUPS)
         self.rules = short_rules(setting)
+        self.drawn = [metric for metric in METRICS if metric in setting.metrics]
 
     def section(self) -> Section:
+        baseline, teacher = self.results.baseline, self.results.teacher
         parts = {
+            "Validation over CPU time": self._cpu_curves(),
             "Results": self._scores(),
-            f"Differences to {self.results.baseline}": self._differences(),
+            f"Differences to {baseline}": self._differences(baseline, "to_baseline"),
+            f"Differences to {teacher}": self._differences(str(teacher), "to_teacher"),
+            "Seen items masked": self._masked(),
             "Ablations": self._ablations(),
             "Parts of the users": self._breakdown(),
             "Diversity": self._diversity(),
@@ -88,7 +94,7 @@ class _Setting:
         if not self.main:
             return []
         shown = [row for row in self.main if row.method != "Popularity"]
-        panels = {metric: _spread_points(shown, "metrics", metric) for metric in METRICS}
+        panels = {metric: _spread_points(shown, "metrics", metric) for metric in self.drawn}
         alt = "; ".join(
             f"{row.method} R@10 {row.metrics['R@10'].mean:.4f}, N@10 {row.metrics['N@10'].mean:.4f}"
             for row in shown
@@ -106,16 +112,50 @@ class _Setting:
             ),
         ]
 
-    def _differences(self) -> list[Block]:
-        rows = [row for row in self.main if row.to_baseline is not None]
-        pairs = [(row.method, row.to_baseline) for row in rows if row.to_baseline is not None]
+    def _cpu_curves(self) -> list[Block]:
+        cells = {
+            row.method: self.results.seeds_of(
+                self.setting.dataset, self.setting.identifiers, row.method
+            )
+            for row in self.setting.of_group(START, MAIN)
+        }
+        curves = {name: figures.cpu_curve(found.values()) for name, found in cells.items()}
+        ends = {name: curve for name, curve in curves.items() if len(curve)}
+        alt = "; ".join(
+            f"{name} {found[:, 1].max():.4f} within {found[-1, 0]:,.0f} CPU seconds"
+            for name, found in ends.items()
+        )
+        return self._figure(
+            "cpu",
+            "Validation NDCG@10 over CPU time, mean over seeds; a curve begins after the trainings "
+            "that its method needs (start, collaborative model)",
+            alt,
+            lambda path: figures.plot_cpu_curves(ends, path, self.styles),
+        )
+
+    def _differences(self, other: str, which: str) -> list[Block]:
+        found = [(row.method, getattr(row, which)) for row in self.main]
+        pairs = [(name, each) for name, each in found if each is not None]
         shown = [pair for pair in pairs if pair[0] != "Popularity"]
         if not pairs:
             return []
         return [
-            difference_table(f"Less {self.results.baseline}", pairs, self.rules),
-            *self._intervals("differences", shown),
+            *difference_tables(f"Less {other}", pairs, self.rules),
+            *self._intervals(f"differences-{other}", shown),
         ]
+
+    def _masked(self) -> list[Block]:
+        if self.setting.masked is None:
+            return []
+        rows = self.setting.masked.of_group(*MAIN_GROUPS)
+        rules = short_rules(self.setting.masked)
+        blocks: list[Block] = [score_table("Test users, seen items masked", rows, rules)]
+        for which in ("to_baseline", "to_teacher"):
+            found = [(row.method, getattr(row, which)) for row in rows]
+            pairs = [(name, each) for name, each in found if each is not None]
+            if pairs:
+                blocks += difference_tables(f"Less {pairs[0][1].against}", pairs, rules)
+        return blocks
 
     def _ablations(self) -> list[Block]:
         pairs = [
@@ -129,7 +169,7 @@ class _Setting:
         fulls = [row for row in self.main if row.method in {each.of for each in rows}]
         blocks: list[Block] = [score_table("Test users", [*fulls, *rows], self.rules)]
         if pairs:
-            blocks.append(difference_table("Less the full method", pairs, self.rules))
+            blocks += difference_tables("Less the full method", pairs, self.rules)
             blocks += self._intervals("ablations", pairs, bars=True)
         return blocks
 
@@ -142,7 +182,7 @@ class _Setting:
                 for name, found in pairs
                 for d in [found.metrics[metric]]
             }
-            for metric in METRICS
+            for metric in self.drawn
         }
         names = [name for name, _ in pairs]
         against = " or ".join(dict.fromkeys(found.against for _, found in pairs))
@@ -189,7 +229,7 @@ class _Setting:
         ]  # fmt: skip
 
     def _cost(self) -> list[Block]:
-        rows = [row for row in self.setting.rows if row.training and row.group in (START, MAIN)]
+        rows = [row for row in self.main if row.training]
         if not rows:
             return []
         compared = [row for row in rows if row.relative and row.group == MAIN]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,10 @@ from .config import (
 from .processes import device, first_process_first, is_first_process
 
 __all__ = [
+    "MASKED",
     "Console",
     "TrainedStage",
+    "collaborative_cpu_seconds",
     "collaborative_stage",
     "evaluation_stage",
     "is_done",
@@ -47,6 +49,8 @@ _ARRAYS = ("users", "ranks", "items")
 _FACTS = ("name", "which", "metrics", "rules")
 _LOG = "log_history.json"
 _DONE = "done.json"
+MASKED = "masked"
+"""Folder, inside an evaluation's, of the same one with seen items masked."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,17 @@ def collaborative_stage(
     return train_sasrec(split, config, folder, **options)
 
 
+def collaborative_cpu_seconds(folder: Path) -> float | None:
+    """CPU seconds of the training steps of all SASRec models under ``folder``; None if unknown."""
+    from ..training.sasrec import SETTINGS_NAME
+
+    found = [files.read_json(path, dict) for path in sorted(folder.rglob(SETTINGS_NAME))]
+    spent = [facts.get("cpu_seconds") for facts in found]
+    if not spent or None in spent:
+        return None
+    return float(sum(seconds for seconds in spent if seconds is not None))
+
+
 @dataclass(frozen=True)
 class TrainedStage:
     """A trained generator.
@@ -118,6 +133,8 @@ class TrainedStage:
     Attributes:
         model: it itself, on this process's device.
         training: ``steps``, ``seconds`` (of training and validation), ``train_seconds``,
+            ``cpu_seconds`` (of the training steps), ``validation_cpu_seconds``,
+            ``cpu_seconds_before`` (of its start and of the collaborative model that it read),
             ``tokens`` read and predicted, ``batch_size``, ``learning_rate``, ``best_valid_N@10``,
             ``peak_memory_bytes`` and its ``memory_kind``.
         history: the log, as the Trainer keeps it.
@@ -137,6 +154,7 @@ def train_stage(
     collaborative: CollaborativeModel | None,
     seed: int,
     console: Console,
+    cpu_seconds_before: float = 0.0,
 ) -> TrainedStage:
     """Train a generator in ``folder``, or go on with it, or read it.
 
@@ -149,6 +167,7 @@ def train_stage(
         collaborative: scores items, if the method needs it.
         seed: of data order, dropout and sampling.
         console: where to report.
+        cpu_seconds_before: of the trainings that this one needs, for the record.
     """
     if not is_done(folder, console, _LOG, model=True):
         from transformers import PrinterCallback, TrainerCallback
@@ -184,6 +203,7 @@ def train_stage(
                     {
                         "steps": outcome.global_step,
                         **_costs(trainer.state.log_history),
+                        "cpu_seconds_before": cpu_seconds_before,
                         "best_valid_N@10": trainer.state.best_metric,
                         "batch_size": prompts,
                         "learning_rate": args.learning_rate,
@@ -205,6 +225,10 @@ def _costs(log_history: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "seconds": float(train_seconds + validated),
         "train_seconds": float(train_seconds),
+        "cpu_seconds": float(sum(entry["cpu_seconds"] for entry in trained)),
+        "validation_cpu_seconds": float(
+            sum(entry.get("eval_cpu_seconds", 0.0) for entry in log_history)
+        ),
         "tokens": round(sum(entry["seconds"] * entry["tokens_per_second"] for entry in trained)),
         "peak_memory_bytes": memory,
         "memory_kind": kind,
@@ -228,6 +252,8 @@ def evaluation_stage(
 ) -> Evaluation:
     """Evaluate on the test users, or read the evaluation that is in ``folder``.
 
+    With ``mask_seen: both`` it is the one without masks; the other is in :data:`MASKED` below.
+
     Args:
         settings: the rules.
         split: the data.
@@ -236,17 +262,25 @@ def evaluation_stage(
         folder: of this evaluation.
         console: where to report.
     """
+    if settings.mask_seen == "both":
+        for rule, place in ((True, folder / MASKED), (False, folder)):
+            found = evaluation_stage(
+                replace(settings, mask_seen=rule), split, recommender, leaf_of, place, console
+            )
+        return found
     names = [f"{name}.npy" for name in _ARRAYS]
     if is_done(folder, console, *names):
         return _read_evaluation(folder)
-    console.say(f"Stage: evaluation of {recommender.name}")
+    masked = ", seen items masked" if settings.mask_seen else ""
+    console.say(f"Stage: evaluation of {recommender.name}{masked}")
     evaluation = evaluate(
         recommender,
         split,
         "test",
+        ks=settings.ks,
         collision=settings.collision,
         leaf_of=leaf_of,
-        mask_seen=settings.mask_seen,
+        mask_seen=bool(settings.mask_seen),
         max_users=settings.max_users,
         progress=console.progress,
         truth=split.dataset.truth,

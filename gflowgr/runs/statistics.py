@@ -1,4 +1,4 @@
-"""Means, spread over seeds, and paired differences with a bootstrap over users.
+"""Means, spread over seeds, and paired differences with a bootstrap over users, Holm-corrected.
 
 The unit of the bootstrap is the user: each draw takes n of the n users with replacement, the same
 ones for both methods, for all seeds and for all pairs of methods. What is averaged is the user's
@@ -9,8 +9,8 @@ the spread over seeds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,13 +21,17 @@ __all__ = [
     "METRICS",
     "STATISTICS_RULES",
     "Difference",
+    "compare",
+    "holm",
     "mean_and_spread",
     "paired_bootstrap",
     "per_user",
+    "ranking_metrics",
     "user_differences",
 ]
 
 METRICS = ("R@5", "R@10", "N@5", "N@10")
+"""What is measured unless other lengths of the lists are asked for."""
 DRAWS = 10_000
 """Draws of users per interval."""
 STATISTICS_SEED = 0
@@ -42,29 +46,46 @@ STATISTICS_RULES = {
     "Interval": f"{LEVEL:.0%} percentile interval of {DRAWS:,} bootstrap draws of users, drawn "
     f"together for both methods and all seeds (seed {STATISTICS_SEED})",
     "p": "two-sided, of no difference: twice the smaller of the shares of draws with a difference "
-    "<= 0 and >= 0, one added to both counts and to the draws, at most 1; not corrected for the "
-    "number of comparisons, and blind to how results vary with the training seed",
+    "<= 0 and >= 0, one added to both counts and to the draws, at most 1; blind to how results "
+    "vary with the training seed",
+    "Holm": "p-values shown are corrected for the number of comparisons by Holm's method: over all "
+    "methods and metrics of a table of differences together",
 }
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, its interval and its p-value; see :data:`STATISTICS_RULES`."""
+    """A mean difference, its interval and its p-values; see :data:`STATISTICS_RULES`.
+
+    Attributes:
+        mean: of the differences.
+        low, high: the interval's ends.
+        p: of this comparison alone.
+        p_holm: corrected for the comparisons beside it; ``p`` where there are none.
+    """
 
     mean: float
     low: float
     high: float
     p: float
+    p_holm: float
 
 
-def per_user(ranks: np.ndarray) -> np.ndarray:
-    """Each metric of :data:`METRICS` for each user, float64 [n, 4]; their means are the metrics.
+def ranking_metrics(names: Iterable[str]) -> tuple[str, ...]:
+    """Of an evaluation's metrics "R@k" and then "N@k", k ascending, without N@1, which is R@1."""
+    found = {name for name in names if name[:2] in ("R@", "N@")} - {"N@1"}
+    return tuple(sorted(found, key=lambda name: (name[0] != "R", int(name[2:]))))
+
+
+def per_user(ranks: np.ndarray, metrics: Sequence[str] = METRICS) -> np.ndarray:
+    """Each metric for each user, float64 [n, metrics]; their means are the metrics.
 
     Args:
         ranks: int [n], 0-based place of the user's one target, -1 = not in the list.
+        metrics: "R@k" and "N@k".
     """
     of = {"R": hits, "N": gains}
-    columns = [of[metric[0]](ranks, int(metric[2:])) for metric in METRICS]
+    columns = [of[metric[0]](ranks, int(metric[2:])) for metric in metrics]
     return np.stack(columns, axis=1).astype(np.float64)
 
 
@@ -74,12 +95,17 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None
 
 
-def user_differences(method: Sequence[np.ndarray], baseline: Sequence[np.ndarray]) -> np.ndarray:
-    """Per-user differences, mean over seeds, float64 [n, 4].
+def user_differences(
+    method: Sequence[np.ndarray],
+    baseline: Sequence[np.ndarray],
+    metrics: Sequence[str] = METRICS,
+) -> np.ndarray:
+    """Per-user differences, mean over seeds, float64 [n, metrics].
 
     Args:
         method: ranks [n] of the method, one array per seed, users in the same order in all.
         baseline: the same of the other method, for the same seeds.
+        metrics: "R@k" and "N@k".
 
     Raises:
         ValueError: no seed, or not the same numbers of seeds or users.
@@ -91,8 +117,62 @@ def user_differences(method: Sequence[np.ndarray], baseline: Sequence[np.ndarray
             f"{len(method)} and {len(baseline)} seeds with shapes {sorted(shapes)}"
         )
     pairs = zip(method, baseline, strict=True)
-    total = sum((per_user(ours) - per_user(other) for ours, other in pairs), np.zeros(()))
+    total = sum(
+        (per_user(ours, metrics) - per_user(other, metrics) for ours, other in pairs), np.zeros(())
+    )
     return np.asarray(total / len(method))
+
+
+def compare(
+    ranks: Mapping[str, Mapping[int, np.ndarray]],
+    pairs: Mapping[tuple[str, str], Hashable],
+    metrics: Sequence[str] = METRICS,
+) -> dict[tuple[str, str], tuple[list[int], dict[str, Difference]]]:
+    """Differences of pairs of methods over the seeds that both have, from one set of draws.
+
+    Args:
+        ranks: method to seed to ranks [n], users in the same order in all.
+        pairs: (method, other) to the family whose comparisons are corrected together.
+        metrics: "R@k" and "N@k".
+
+    Returns:
+        for each pair with a common seed: those seeds, and the difference of each metric.
+    """
+    common = {
+        (name, other): [seed for seed in ranks[name] if seed in ranks.get(other, {})]
+        for name, other in pairs
+        if name != other
+    }
+    common = {pair: seeds for pair, seeds in common.items() if seeds}
+    if not common:
+        return {}
+    columns = [
+        user_differences(*([ranks[each][seed] for seed in seeds] for each in pair), metrics)
+        for pair, seeds in common.items()
+    ]
+    drawn = iter(paired_bootstrap(np.concatenate(columns, axis=1)))
+    found = {pair: [next(drawn) for _ in metrics] for pair in common}
+    for family in dict.fromkeys(pairs[pair] for pair in common):
+        members = [pair for pair in common if pairs[pair] == family]
+        corrected = iter(holm([each.p for pair in members for each in found[pair]]))
+        for pair in members:
+            found[pair] = [replace(each, p_holm=next(corrected)) for each in found[pair]]
+    return {
+        pair: (seeds, dict(zip(metrics, found[pair], strict=True)))
+        for pair, seeds in common.items()
+    }
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values corrected for their number, in the same order (Holm, Scand. J. Statist. 6, 1979).
+
+    The i-th smallest of m is multiplied by m + 1 - i; none is below a smaller one's, or above 1.
+    """
+    corrected, least = [0.0] * len(p), 0.0
+    for place, at in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        least = max(least, min(1.0, (len(p) - place) * p[at]))
+        corrected[at] = least
+    return corrected
 
 
 def paired_bootstrap(
@@ -137,4 +217,5 @@ def paired_bootstrap(
     smaller = np.minimum((means <= 0).sum(0), (means >= 0).sum(0))
     p = np.minimum(1.0, 2.0 * (smaller + 1) / (draws + 1))
     observed = differences.mean(axis=0)
-    return [Difference(*map(float, values)) for values in zip(observed, low, high, p, strict=True)]
+    columns_of = zip(observed, low, high, p, p, strict=True)
+    return [Difference(*map(float, values)) for values in columns_of]

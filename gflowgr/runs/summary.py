@@ -10,8 +10,17 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from .results import ABLATION, REFERENCE, START, CellResult, ExperimentResults, MethodFacts
-from .statistics import METRICS, Difference, mean_and_spread, paired_bootstrap, user_differences
+from .results import (
+    ABLATION,
+    GRID,
+    MAIN,
+    REFERENCE,
+    START,
+    CellResult,
+    ExperimentResults,
+    MethodFacts,
+)
+from .statistics import Difference, compare, mean_and_spread, ranking_metrics
 
 __all__ = [
     "Comparison",
@@ -25,7 +34,7 @@ __all__ = [
     "verdict",
 ]
 
-COSTS = ("seconds", "seconds_per_step", "tokens", "peak_memory_bytes")
+COSTS = ("cpu_seconds_in_all", "seconds", "seconds_per_step", "tokens", "peak_memory_bytes")
 """What is compared with the baseline's cost."""
 
 
@@ -73,7 +82,9 @@ class MethodRow:
         metrics: metric to its values.
         to_baseline: differences to the experiment's baseline, None without a common seed.
         to_full: of an ablation, differences to the full method.
-        training: number to its values; ``seconds_per_step`` is training time over steps.
+        to_teacher: of the start and the main methods, differences to the collaborative model.
+        training: number to its values; ``seconds_per_step`` is training time over steps,
+            ``cpu_seconds_in_all`` the CPU time of this training and those that it needs.
         relative: cost to its mean ratio to the baseline's, over the seeds that both have.
         memory_kind: which memory the peak is of.
         diversity: measure to its values.
@@ -91,6 +102,7 @@ class MethodRow:
     metrics: dict[str, Spread]
     to_baseline: Comparison | None = None
     to_full: Comparison | None = None
+    to_teacher: Comparison | None = None
     training: dict[str, Spread] = field(default_factory=dict)
     relative: dict[str, float] = field(default_factory=dict)
     memory_kind: str = ""
@@ -101,12 +113,23 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class Setting:
-    """All rows of one dataset and set of identifiers; reference rows are in each of them."""
+    """All rows of one dataset and set of identifiers; reference rows are in each of them.
+
+    Attributes:
+        dataset: the dataset's name.
+        identifiers: the identifiers' name.
+        rules: what the metrics mean.
+        metrics: "R@k" and "N@k" that all rows have.
+        rows: one per method.
+        masked: the same with seen items masked, where some cells were evaluated so besides.
+    """
 
     dataset: str
     identifiers: str
     rules: dict[str, str]
+    metrics: list[str]
     rows: list[MethodRow]
+    masked: Setting | None = None
 
     @property
     def title(self) -> str:
@@ -131,8 +154,18 @@ def summarise(results: ExperimentResults) -> list[Setting]:
             for method in results.methods
             if (cells := results.seeds_of(dataset, identifiers, method.name))
         ]
-        if rows:
-            settings.append(_setting(results, dataset, identifiers, rows))
+        if not rows:
+            continue
+        setting = _setting(results, dataset, identifiers, rows)
+        masked = [
+            (method, {seed: cell.masked for seed, cell in cells.items() if cell.masked is not None})
+            for method, cells in rows
+        ]
+        if any(cells for _, cells in masked):
+            there = [(method, cells) for method, cells in masked if cells]
+            other = _setting(results, dataset, identifiers, there)
+            setting = dataclasses.replace(setting, masked=other)
+        settings.append(setting)
     return settings
 
 
@@ -146,16 +179,14 @@ def _setting(
     generators = [each for each in rows if each[0].group != REFERENCE]
     first = next(iter((generators or rows)[0][1].values()))
     by_name = {method.name: cells for method, cells in rows}
-    for cells in by_name.values():
-        for cell in cells.values():
-            _check_comparable(first, cell)
-    pairs = [(method.name, results.baseline) for method, _ in rows]
-    pairs += [(each.name, each.of) for each, _ in rows if each.group == ABLATION and each.of]
-    compared = _compare(by_name, pairs)
+    every = [cell for cells in by_name.values() for cell in cells.values()]
+    for cell in every:
+        _check_comparable(first, cell)
+    metrics = [m for m in ranking_metrics(first.metrics) if all(m in c.metrics for c in every)]
+    compared = _compare(results, rows, metrics)
     base = by_name.get(results.baseline, {})
-    return Setting(
-        dataset, identifiers, first.rules, [_row(*each, base, compared) for each in rows]
-    )
+    made = [_row(*each, base, compared, results.teacher) for each in rows]
+    return Setting(dataset, identifiers, first.rules, metrics, made)
 
 
 def _check_comparable(first: CellResult, cell: CellResult) -> None:
@@ -172,25 +203,25 @@ def _check_comparable(first: CellResult, cell: CellResult) -> None:
 
 
 def _compare(
-    by_name: Mapping[str, Mapping[int, CellResult]], pairs: Sequence[tuple[str, str]]
+    results: ExperimentResults,
+    rows: Sequence[tuple[MethodFacts, dict[int, CellResult]]],
+    metrics: Sequence[str],
 ) -> dict[tuple[str, str], Comparison]:
-    """All comparisons of a setting, from one set of draws."""
-    common = {
-        (name, other): [seed for seed in by_name[name] if seed in by_name.get(other, {})]
-        for name, other in pairs
-        if name != other
+    """All comparisons of a setting, from one set of draws; those of a table are a family."""
+    teacher, pairs = results.teacher, {}
+    for method, _ in rows:
+        varied = (method.group, method.of, method.key) if method.group in (GRID, ABLATION) else ()
+        pairs[method.name, results.baseline] = ("baseline", *varied)
+        if method.group == ABLATION and method.of and method.of != results.baseline:
+            pairs[method.name, method.of] = ("full", *varied)
+        if teacher is not None and method.group in (START, MAIN):
+            pairs[method.name, teacher] = ("teacher",)
+    ranks = {
+        method.name: {seed: cell.ranks for seed, cell in cells.items()} for method, cells in rows
     }
-    common = {pair: seeds for pair, seeds in common.items() if seeds}
-    if not common:
-        return {}
-    columns = [
-        user_differences(*([by_name[each][seed].ranks for seed in seeds] for each in pair))
-        for pair, seeds in common.items()
-    ]
-    found = iter(paired_bootstrap(np.concatenate(columns, axis=1)))
     return {
-        pair: Comparison(pair[1], seeds, {metric: next(found) for metric in METRICS})
-        for pair, seeds in common.items()
+        pair: Comparison(pair[1], seeds, differences)
+        for pair, (seeds, differences) in compare(ranks, pairs, metrics).items()
     }
 
 
@@ -199,6 +230,7 @@ def _row(
     cells: Mapping[int, CellResult],
     base: Mapping[int, CellResult],
     compared: Mapping[tuple[str, str], Comparison],
+    teacher: str | None,
 ) -> MethodRow:
     calibration = {
         name: {
@@ -210,6 +242,7 @@ def _row(
     }
     comparisons = {other: found for (name, other), found in compared.items() if name == method.name}
     full = comparisons.pop(method.of or "", None) if method.group == ABLATION else None
+    to_teacher = comparisons.pop(teacher or "", None)
     return MethodRow(
         method.name,
         method.group,
@@ -222,6 +255,7 @@ def _row(
         # An ablation of the baseline itself has one comparison that is both.
         next(iter(comparisons.values()), full),
         full,
+        to_teacher,
         _spreads({seed: _training(cell) for seed, cell in cells.items()}),
         _relative(cells, base),
         next(iter(cells.values())).memory_kind,
@@ -243,6 +277,8 @@ def _training(cell: CellResult) -> dict[str, float]:
     facts = dict(cell.training)
     if facts.get("steps") and "train_seconds" in facts:
         facts["seconds_per_step"] = facts["train_seconds"] / facts["steps"]
+    if "cpu_seconds" in facts:
+        facts["cpu_seconds_in_all"] = facts["cpu_seconds"] + facts.get("cpu_seconds_before", 0.0)
     return facts
 
 
@@ -287,7 +323,7 @@ def verdict(differences: Mapping[str, Mapping[str, tuple[float, float]]], baseli
     """One sentence that says what holds, by a fixed rule.
 
     Args:
-        differences: method to metric to (mean difference to the baseline, p).
+        differences: method to metric to (mean difference to the baseline, p, Holm-corrected).
         baseline: the baseline's name.
 
     A difference counts when its p is below 0.05. Methods are named under the first that applies:
@@ -320,7 +356,7 @@ def verdict(differences: Mapping[str, Mapping[str, tuple[float, float]]], baseli
         f"below {baseline} on all metrics",
     )
     text = "; ".join(f"{part}: {', '.join(groups[part])}" for part in order if part in groups)
-    return f"With p < 0.05, {text}." if text else ""
+    return f"With p < 0.05 by Holm's correction, {text}." if text else ""
 
 
 def to_json(settings: Sequence[Setting]) -> list[dict[str, Any]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..report.tables import Table, TableCell
-from .statistics import METRICS
+from .statistics import ranking_metrics
 from .summary import Comparison, MethodRow, Spread
 
 __all__ = [
     "breakdown_table",
     "cost_table",
-    "difference_table",
+    "difference_tables",
     "diversity_table",
     "format_p",
     "grid_table",
@@ -21,6 +21,7 @@ __all__ = [
 Notes = Sequence[tuple[str, str]]
 
 _NONE = TableCell("-")
+_MOST_COLUMNS = 4  # of differences with interval and p, side by side
 
 
 def _spread_text(spread: Spread, decimals: int) -> str:
@@ -66,10 +67,11 @@ def _names(rows: Sequence[MethodRow]) -> list[str]:
 
 def score_table(title: str, rows: Sequence[MethodRow], notes: Notes) -> Table:
     """Recall and NDCG, and whatever utility was measured; the best of a column is bold."""
-    extra = dict.fromkeys(key for row in rows for key in row.metrics if key.startswith("utility"))
+    every = dict.fromkeys(key for row in rows for key in row.metrics)
+    extra = [key for key in every if key.startswith("utility")]
     columns = {
         key: _column(rows, lambda row, key=key: row.metrics.get(key), best=True)  # type: ignore[misc]
-        for key in (*METRICS, *extra)
+        for key in (*ranking_metrics(every), *extra)
     }
     return _assemble(title, "method", _names(rows), columns, notes)
 
@@ -79,26 +81,40 @@ def format_p(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def difference_table(
+def difference_tables(
     title: str, comparisons: Sequence[tuple[str, Comparison]], notes: Notes
+) -> list[Table]:
+    """Differences with interval and corrected p; of recall and NDCG apart if they are many."""
+    metrics = list(comparisons[0][1].metrics)
+    parts = {title: metrics}
+    if len(metrics) > _MOST_COLUMNS:
+        kinds = (("Recall", "R"), ("NDCG", "N"))
+        parts = {f"{title}: {kind}": [m for m in metrics if m[0] == k] for kind, k in kinds}
+    return [_differences(*part, comparisons, notes) for part in parts.items()]
+
+
+def _differences(
+    title: str,
+    metrics: Sequence[str],
+    comparisons: Sequence[tuple[str, Comparison]],
+    notes: Notes,
 ) -> Table:
-    """Differences with interval and p; bold where p < 0.05."""
     rows = []
     most = max(len(found.seeds) for _, found in comparisons)
     for name, found in comparisons:
         few = len(found.seeds) < most
         cells = [TableCell(f"{name} ({len(found.seeds)} of {most} seeds)" if few else name)]
-        for metric in METRICS:
+        for metric in metrics:
             d = found.metrics[metric]
-            text = f"{d.mean:+.4f} ({d.low:+.4f}, {d.high:+.4f}), p {format_p(d.p)}"
-            cells.append(TableCell(text, d.p < 0.05))
+            text = f"{d.mean:+.4f} ({d.low:+.4f}, {d.high:+.4f}), p {format_p(d.p_holm)}"
+            cells.append(TableCell(text, d.p_holm < 0.05))
         rows.append(cells)
-    marked = ("Differences", "mean (95 % interval), p; bold where p < 0.05")
-    return Table(title, ["method", *METRICS], rows, [marked, *notes])
+    marked = ("Differences", "mean (95 % interval), Holm-corrected p; bold where p < 0.05")
+    return Table(title, ["method", *metrics], rows, [marked, *notes])
 
 
 def cost_table(title: str, rows: Sequence[MethodRow], baseline: str) -> Table:
-    """Steps, tokens, times and memory, and their ratios to the baseline's."""
+    """CPU time, steps, tokens, times and memory, and their ratios to the baseline's."""
 
     def of(key: str, decimals: int, scale: float = 1.0) -> list[TableCell]:
         cells = []
@@ -116,6 +132,9 @@ def cost_table(title: str, rows: Sequence[MethodRow], baseline: str) -> Table:
 
     kinds = {row.memory_kind for row in rows if row.memory_kind}
     columns = {
+        "CPU s": of("cpu_seconds", 0),
+        "CPU s in all": of("cpu_seconds_in_all", 0),
+        " ratio": ratio("cpu_seconds_in_all"),
         "steps": of("steps", 0),
         "batch": of("batch_size", 0),
         "tokens, million": of("tokens", 2, 1e-6),
@@ -129,6 +148,11 @@ def cost_table(title: str, rows: Sequence[MethodRow], baseline: str) -> Table:
     }
     notes = [
         ("Ratios", f"to {baseline}, mean over the seeds that both have"),
+        (
+            "CPU s",
+            "user and system time of the training steps, all threads, without validation; in all: "
+            "with that of the start and of the collaborative model, where a method needs them",
+        ),
         ("s", "training and validation, mean over seeds, with whatever else ran on the machine"),
         ("ms per step", "training alone"),
         ("Peak memory", " and ".join(sorted(kinds)) + " memory of the process" if kinds else "-"),
@@ -204,7 +228,7 @@ def grid_table(title: str, key: str, rows: Sequence[MethodRow], notes: Notes) ->
     rows = sorted(rows, key=lambda row: row.value or 0.0)
     columns = {
         metric: _column(rows, lambda row, metric=metric: row.metrics[metric], best=True)  # type: ignore[misc]
-        for metric in METRICS
+        for metric in ranking_metrics(rows[0].metrics)
     }
     for metric in ("R@10", "N@10"):
         cells = []
@@ -213,7 +237,7 @@ def grid_table(title: str, key: str, rows: Sequence[MethodRow], notes: Notes) ->
                 cells.append(_NONE)
                 continue
             d = row.to_baseline.metrics[metric]
-            cells.append(TableCell(f"{d.mean:+.4f}, p {format_p(d.p)}", d.p < 0.05))
+            cells.append(TableCell(f"{d.mean:+.4f}, p {format_p(d.p_holm)}", d.p_holm < 0.05))
         columns[f"{metric} less the baseline's"] = cells
     names = [f"{row.value:g}" + (" (own)" if row.alias else "") for row in rows]
     own = ("own", "the value of the method itself")

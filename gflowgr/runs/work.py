@@ -10,6 +10,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from .. import files
 from ..collaborative import CollaborativeModel, Popularity
 from ..data import LeaveOneOut
 from ..evaluation import Evaluation, Recommender, ScoringRecommender
@@ -29,7 +30,14 @@ from .prepare import (
 )
 from .processes import first_process_first, is_first_process
 from .same_inputs import check_same_data, digest_of, record_inputs
-from .stages import Console, TrainedStage, collaborative_stage, evaluation_stage, train_stage
+from .stages import (
+    Console,
+    TrainedStage,
+    collaborative_cpu_seconds,
+    collaborative_stage,
+    evaluation_stage,
+    train_stage,
+)
 
 __all__ = ["CellInputs", "CellWork", "prepare_inputs", "run_cell"]
 
@@ -182,6 +190,12 @@ def _train(cell: Cell, inputs: CellInputs, out: Path, console: Console) -> Train
         return add_adapters(config.model, start.with_settings(**asdict(config.flow)))
 
     needs_scores = not is_start and config.flow.objective != "sft"
+    before = 0.0
+    if not is_start and config.start == "sft":
+        facts = files.read_json(out / cell.needs[-1] / "done.json", dict)
+        before += facts.get("cpu_seconds", 0.0) + facts.get("cpu_seconds_before", 0.0)
+    if needs_scores:
+        before += collaborative_cpu_seconds(out / cell.collaborative_folder) or 0.0
     trained = train_stage(
         out / cell.id,
         cell.label,
@@ -191,6 +205,7 @@ def _train(cell: Cell, inputs: CellInputs, out: Path, console: Console) -> Train
         inputs.collaborative if needs_scores else None,
         config.seed,
         console,
+        before,
     )
     if is_first_process():
         # The model is saved apart.

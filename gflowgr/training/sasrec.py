@@ -28,8 +28,9 @@ from transformers import (
 from gflowgr import files
 from gflowgr.collaborative import SASRec, SASRecConfig
 from gflowgr.collaborative.base import CONFIG_NAME, WEIGHTS_NAME
+from gflowgr.cpu_time import cpu_seconds
 from gflowgr.data import LeaveOneOut, Ragged, pad_histories
-from gflowgr.distributed import first_process_finds
+from gflowgr.distributed import first_process_finds, gathered
 from gflowgr.evaluation.metrics import ndcg, ranks_of_targets, recall
 from gflowgr.folders import MANIFEST_NAME, find_damage, output_lock, write_manifest
 from gflowgr.training.checkpoints import CheckpointTrainer, last_complete_checkpoint
@@ -70,7 +71,7 @@ def train_sasrec(
         split: the data.
         config: the model; by default the settings of :class:`SASRecConfig`.
         output_dir: gets model.safetensors, config.json, sasrec_training.json (settings, metrics,
-            log history) and, while training, ``sasrec_checkpoints/``.
+            ``cpu_seconds`` of the steps, log history) and, while training, ``sasrec_checkpoints/``.
         epochs: most passes over the training part.
         batch_size: sequences (windows) per optimiser step and process.
         lr: AdamW learning rate, constant after a warm-up of 100 steps.
@@ -198,6 +199,7 @@ def _train(
                 "finished": True,
                 "best_valid_N@10": trainer.state.best_metric,
                 "best_step": trainer.state.best_global_step,
+                "cpu_seconds": sum(e.get("cpu_seconds", 0.0) for e in trainer.state.log_history),
                 "log_history": trainer.state.log_history,
             },
         )
@@ -234,6 +236,7 @@ class SASRecTrainer(CheckpointTrainer):
         chosen = chosen[np.argsort(lengths, kind="stable")]
         self._targets = targets[chosen]
         self._histories = [histories[user] for user in chosen]
+        self._cpu_since = cpu_seconds()
 
     def get_train_dataloader(self) -> PackedLoader:
         """Whole packed batches, a share of them for each process."""
@@ -257,6 +260,14 @@ class SASRecTrainer(CheckpointTrainer):
         output: Mapping[str, torch.Tensor] = model(**inputs)
         return (output["loss"], output) if return_outputs else output["loss"]
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add ``cpu_seconds`` of training since the last entry, over all processes."""
+        if "loss" in logs:
+            now = cpu_seconds()
+            logs["cpu_seconds"] = sum(gathered(now - self._cpu_since))
+            self._cpu_since = now
+        super().log(logs, start_time)
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -264,7 +275,7 @@ class SASRecTrainer(CheckpointTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Rank the full catalogue for the validation users."""
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), cpu_seconds()
         model = self.accelerator.unwrap_model(self.model)
         ranks = []
         for start in range(0, len(self._targets), _EVAL_ROWS):
@@ -281,6 +292,7 @@ class SASRecTrainer(CheckpointTrainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
+        self._cpu_since += cpu_seconds() - cpu_began  # it was not training
         return metrics
 
     def adopt_best(self, checkpoint: Path) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..cpu_time import cpu_seconds
 from ..distributed import gathered, sum_over_processes
 from ..models.gflow_model import GFlowModel
 
-__all__ = ["Logs", "Mean", "StepLog", "histogram", "of_model"]
+__all__ = ["Logs", "Mean", "StepLog", "check_finite", "histogram", "of_model"]
 
 _BINS = 1000  # of histograms: quantiles are right to half of a bin
 _QUANTILES = (10, 50, 90)
@@ -75,6 +76,22 @@ def of_model(
     return logs
 
 
+def check_finite(logs: Mapping[str, float], step: int, *, fp16: bool) -> None:
+    """Check a log entry's loss and gradient.
+
+    Raises:
+        FloatingPointError: one is NaN or infinite.
+    """
+    for name, label in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+        value = logs.get(name, 0.0)
+        # With fp16 an infinite gradient only makes the loss scaler skip a step.
+        if not math.isfinite(value) and not (name == "grad_norm" and fp16):
+            raise FloatingPointError(
+                f"the {label} is {value} at step {step}; lower learning_rate or gfn_weight, and "
+                "check the rewards"
+            )
+
+
 class StepLog:
     """Sums since the last log entry; reading them in each step would synchronise each step."""
 
@@ -82,15 +99,16 @@ class StepLog:
         self._means: dict[str, list[tuple[Tensor, Tensor | float]]] = {}
         self._histograms: dict[str, Tensor] = {}
         self._tokens: Tensor | int = 0
-        self._since = time.perf_counter()
+        self.restart()
 
     def restart(self) -> None:
         """Count seconds from now on."""
-        self._since = time.perf_counter()
+        self._since, self._cpu_since = time.perf_counter(), cpu_seconds()
 
-    def leave_out(self, seconds: float) -> None:
-        """Do not count these seconds: they were not training."""
+    def leave_out(self, seconds: float, cpu: float) -> None:
+        """Do not count these seconds, of the clock and of CPU time: they were not training."""
         self._since += seconds
+        self._cpu_since += cpu
 
     def add(self, values: Logs, per_prompt: float, tokens: Tensor) -> None:
         """Remember a micro-batch.
@@ -115,10 +133,12 @@ class StepLog:
 
     def entry(self) -> dict[str, float]:
         """Averages over all micro-batches of all processes, quantiles of the histograms,
-        ``seconds`` and ``tokens_per_second``; starts anew."""
+        ``seconds``, ``cpu_seconds`` and ``tokens_per_second``; starts anew."""
         sums = {name: _sum(pairs) for name, pairs in self._means.items()}
-        sums = sum_over_processes(sums | {"tokens": (float(self._tokens), 1.0)})
-        tokens, _ = sums.pop("tokens")
+        cpu = cpu_seconds()
+        totals = {"tokens": float(self._tokens), "cpu_seconds": cpu - self._cpu_since}
+        sums = sum_over_processes(sums | {name: (total, 1.0) for name, total in totals.items()})
+        (tokens, _), (spent, _) = (sums.pop(name) for name in totals)
         entry = {name: total / weight for name, (total, weight) in sums.items() if weight}
         entry |= {n: math.sqrt(max(v, 0.0)) for n, v in entry.items() if n.endswith("_rms")}
         counts: dict[str, np.ndarray] = {}
@@ -129,10 +149,11 @@ class StepLog:
             entry |= _quantiles(name, values)
         now = time.perf_counter()
         entry["seconds"] = max(now - self._since, 1e-9)
+        entry["cpu_seconds"] = max(spent, 0.0)
         entry["tokens_per_second"] = tokens / entry["seconds"]
         self._means.clear()
         self._histograms.clear()
-        self._tokens, self._since = 0, now
+        self._tokens, self._since, self._cpu_since = 0, now, cpu
         return entry
 
 

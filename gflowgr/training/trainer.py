@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,9 +13,11 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..collaborative import CollaborativeModel
+from ..cpu_time import cpu_seconds
 from ..data import LeaveOneOut
 from ..distributed import (
     announce_sharding,
+    gathered,
     is_sharded,
     load_whole_state,
     whole_parameters,
@@ -39,7 +40,7 @@ from .global_batch import Count, Part, parts_of
 from .inputs import make_inputs
 from .rounds import FreezeReference, Rounds
 from .saving import SavingTrainer
-from .step_log import Logs, StepLog, of_model
+from .step_log import Logs, StepLog, check_finite, of_model
 from .trainer_surface import refused_method
 
 __all__ = ["GFlowGRTrainer"]
@@ -58,10 +59,10 @@ class GFlowGRTrainer(SavingTrainer):
     ``nn.DataParallel``: one process has one device. Beside the loss it logs what the model returns
     (``loss_gr``, ``loss_gfn``; ``log_z``, its group estimate ``log_z_group`` and their distance
     ``log_z_gap_rms``), the mean of each reward signal (``reward/...``; ``reward_augmented/...``: of
-    augmented items), quantiles of the sampled items' difficulty, ``seconds`` of training (without
-    evaluation) since the last entry, and tokens per second. On a GPU the data checks run in the
-    first step only; a bad value in a later one ends the training at its next log, as a loss that is
-    NaN.
+    augmented items), quantiles of the sampled items' difficulty, ``seconds`` and
+    ``cpu_seconds`` (of all threads and processes) of training, without evaluation, since the last
+    entry, and tokens per second. On a GPU the data checks run in the first step only; a bad value
+    in a later one ends the training at its next log, as a loss that is NaN.
 
     Args:
         model: backbone, tree and settings.
@@ -332,19 +333,9 @@ class GFlowGRTrainer(SavingTrainer):
             FloatingPointError: the loss or the gradient is NaN or infinite.
         """
         if "loss" in logs:
-            self._check_finite(logs)
+            check_finite(logs, self.state.global_step, fp16=self.args.fp16)
             logs.update(self._step_log.entry())
         super().log(logs, start_time)
-
-    def _check_finite(self, logs: dict[str, float]) -> None:
-        for name, label in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
-            value = logs.get(name, 0.0)
-            # With fp16 an infinite gradient only makes the loss scaler skip a step.
-            if not math.isfinite(value) and not (name == "grad_norm" and self.args.fp16):
-                raise FloatingPointError(
-                    f"the {label} is {value} at step {self.state.global_step}; lower "
-                    "learning_rate or gfn_weight, and check the rewards"
-                )
 
     # ---- evaluation ----
 
@@ -369,7 +360,7 @@ class GFlowGRTrainer(SavingTrainer):
             ValueError: ``eval_dataset`` is anything else.
         """
         split = self._evaluated(eval_dataset)
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), cpu_seconds()
         model = self.accelerator.unwrap_model(self.model)
         reward, calibration = self._flow_inputs.reward, {}
         with self._averaged(), self._whole(model):
@@ -394,12 +385,13 @@ class GFlowGRTrainer(SavingTrainer):
         measured = result.metrics | calibration
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
+        metrics[f"{metric_key_prefix}_cpu_seconds"] = sum(gathered(cpu_seconds() - cpu_began))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         # What follows should count training time only.
-        self._step_log.leave_out(time.perf_counter() - began)
+        self._step_log.leave_out(time.perf_counter() - began, cpu_seconds() - cpu_began)
         return metrics
 
     def _evaluated(self, given: Any) -> LeaveOneOut:

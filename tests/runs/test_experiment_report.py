@@ -93,6 +93,13 @@ def test_tables_have_the_means_spread_and_differences(out: Path) -> None:
     assert rows[FULL]["relative"]["seconds_per_step"] == pytest.approx(1.5)
     assert f"{FULL} without r_a" in text
     assert "0.1 (own)" in text
+    assert rows[FULL]["to_teacher"]["against"] == "SASRec"
+    assert "Differences to SASRec" in text
+    assert "Test users, seen items masked" in text
+    # 12 CPU seconds of its own, 9 before; the report's first figure is over that time.
+    assert rows[FULL]["training"]["cpu_seconds_in_all"]["mean"] == pytest.approx(21)
+    assert re.search(rf"{FULL} 0\.204\d within 21 CPU seconds", text)
+    assert text.index("Validation over CPU time") < text.index("### Results")
     assert (
         text.count("**Seen items**: not masked") >= 6
     )  # the rules that matter most, under each table
@@ -113,7 +120,10 @@ def test_lines_hold_every_number_once(out: Path) -> None:
     assert float(line["number"]) == cell.metrics["N@10"]
     kinds = {each["kind"].split(",")[0] for each in lines}
     expected = {"metric", "training", "diversity", "calibration", "breakdown"}
-    assert kinds == expected | {f"difference to {BASELINE}", f"difference to {FULL}"}
+    against = {f"difference to {name}" for name in (BASELINE, FULL, "SASRec")}
+    assert kinds == expected | against | {"metric"}
+    masked = [each for each in lines if each["kind"] == "metric, seen items masked"]
+    assert len(masked) == 3 * 7 * (1 + len(METHODS))  # seeds, metrics, the start and the methods
 
 
 def test_the_page_is_sound_and_needs_nothing_else(out: Path) -> None:
@@ -209,7 +219,8 @@ def test_the_verdict_follows_its_rule() -> None:
         "E": {"R": down, "N": down},
     }
     assert verdict(differences, "X") == (
-        "With p < 0.05, above X on all metrics: A; above X on some metrics: B (R); "
+        "With p < 0.05 by Holm's correction, above X on all metrics: A; "
+        "above X on some metrics: B (R); "
         "mixed: C (above: R; below: N); no difference to X shown: D; below X on all metrics: E."
     )
     assert verdict({}, "X") == ""

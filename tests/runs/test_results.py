@@ -29,14 +29,16 @@ def test_every_cell_is_read(out: Path) -> None:
     assert len(results.cells) == 2 * (2 + 1 + len(METHODS))
     cell = results.seeds_of("Shop", "tiger", FULL)[43]
     assert (cell.identifiers, cell.method.group, cell.memory_kind) == ("tiger", "main", "resident")
-    assert cell.items.shape == (USERS, 10)
+    assert cell.users.shape == cell.ranks.shape == (USERS,)
+    assert cell.masked is not None
+    assert cell.masked.metrics["R@10"] > cell.metrics["R@10"]
     assert (cell.training["steps"], cell.logs[0]["step"]) == (200, 10)
     assert cell.analysis.diversity["code_entropy/2"] == 2.0
     assert [part.name for part in next(iter(cell.analysis.breakdown.values()))] == ["tail", "head"]
     assert len(cell.analysis.log_p) == 300
     reference = results.seeds_of("Shop", "tiger", "SASRec")[42]
     assert reference.identifiers is None
-    assert (reference.training, reference.analysis.pearson) == ({}, None)
+    assert (reference.training, reference.analysis.pearson) == ({"cpu_seconds": 9.0}, None)
 
 
 def test_what_is_not_complete_is_missing(out: Path) -> None:
@@ -67,7 +69,7 @@ def test_a_seed_that_one_method_lacks_is_left_out_of_both(out: Path) -> None:
         (CELL / "done.json", "{", "not valid JSON"),
         (CELL / "log_history.json", '{"a": 1}', "must be an array"),
         (CELL / "evaluation/ranks.npy", "no array", "damaged"),
-        (CELL / "evaluation/done.json", '{"metrics": {}, "rules": {}}', "R@5 is None"),
+        (CELL / "evaluation/done.json", '{"metrics": {}, "rules": {}}', "must have R@10 and N@10"),
         (CELL / "evaluation/analysis.json", '{"breakdown": {"x": [{}]}}', "not an analysis"),
         (Path("experiment.json"), '{"name": "x"}', "not an experiment"),
     ],
@@ -80,8 +82,8 @@ def test_damaged_files_are_named(out: Path, file: Path, content: str, message: s
 
 
 def test_a_complete_cell_without_its_arrays_is_damaged(out: Path) -> None:
-    (out / CELL / "evaluation" / "items.npy").unlink()
-    with pytest.raises(DataError, match=r"items\.npy: missing, though the cell is marked"):
+    (out / CELL / "evaluation" / "ranks.npy").unlink()
+    with pytest.raises(DataError, match=r"ranks\.npy: missing, though the cell is marked"):
         read_results(out)
 
 

@@ -16,7 +16,9 @@ from gflowgr.folders import write_manifest
 from gflowgr.runs.cells import cells_of_run
 from gflowgr.runs.config import CollaborativeConfig, EvaluationConfig, RunConfig
 from gflowgr.runs.stages import (
+    MASKED,
     Console,
+    collaborative_cpu_seconds,
     collaborative_stage,
     evaluation_stage,
     is_done,
@@ -54,6 +56,40 @@ def test_a_damaged_evaluation_is_done_again(name: str, how: str, tmp_path: Path)
     said.clear()
     assert np.array_equal(evaluate(), ranks)
     assert said == []
+
+
+def test_seen_items_are_masked_in_one_evaluation_and_not_in_the_other(tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = EvaluationConfig(num_beams=4, ks=[50, 10, 1], mask_seen="both")
+    split = shop()
+    found = evaluation_stage(
+        settings,
+        split,
+        ScoringRecommender("Random", make_scorer()),
+        None,
+        tmp_path,
+        Console(said.append, progress=False),
+    )
+    assert said == [
+        "Stage: evaluation of Random, seen items masked",
+        "Stage: evaluation of Random",
+    ]
+    assert found.rules["Seen items"].startswith("not masked")
+    assert {"R@1", "R@10", "R@50", "N@50"} <= set(found.metrics)
+    for folder, expected in ((tmp_path, True), (tmp_path / MASKED, False)):
+        items = np.load(folder / "items.npy")
+        past = [set(split.train_sequences.row(user)) for user in np.load(folder / "users.npy")]
+        seen = any(not past[row].isdisjoint(items[row]) for row in range(len(items)))
+        assert seen is expected
+
+
+def test_cpu_seconds_of_several_models_are_added(tmp_path: Path) -> None:
+    assert collaborative_cpu_seconds(tmp_path) is None
+    for fold, facts in enumerate(({"cpu_seconds": 2.5}, {"cpu_seconds": 4.0})):
+        files.write_json(tmp_path / f"fold_{fold}" / "sasrec_training.json", facts)
+    assert collaborative_cpu_seconds(tmp_path) == 6.5
+    files.write_json(tmp_path / "fold_2" / "sasrec_training.json", {})  # of an earlier version
+    assert collaborative_cpu_seconds(tmp_path) is None
 
 
 def test_a_training_whose_model_was_damaged_is_not_done(tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ import pytest
 from gflowgr.evaluation.metrics import ndcg, recall
 from gflowgr.runs.statistics import (
     METRICS,
+    compare,
+    holm,
     mean_and_spread,
     paired_bootstrap,
     per_user,
+    ranking_metrics,
     user_differences,
 )
 
@@ -76,6 +79,41 @@ def test_p_of_clear_and_of_no_differences() -> None:
     above, equal, below = paired_bootstrap(values, draws=999)
     assert above.p == below.p == pytest.approx(2 / 1000)
     assert (equal.p, equal.low, equal.high) == (1.0, 0.0, 0.0)
+
+
+def test_holms_correction_is_that_of_the_textbook() -> None:
+    # Smallest first: 4 x .01, 3 x .013, 2 x .014, 1 x .19, none below the one before.
+    assert holm([0.19, 0.01, 0.014, 0.013]) == pytest.approx([0.19, 0.04, 0.04, 0.04])
+    assert holm([0.4, 0.6]) == [0.8, 0.8]
+    assert holm([]) == []
+
+
+def test_comparisons_are_corrected_family_by_family() -> None:
+    rng = np.random.default_rng(4)
+    luck = rng.random(300)
+    ranks = {
+        name: {seed: np.where(luck < chance, rng.integers(0, 10, 300), -1) for seed in seeds}
+        for name, chance, seeds in (("a", 0.5, (1, 2)), ("b", 0.45, (2, 3)), ("c", 0.3, (1, 2)))
+    }
+    pairs = {("a", "c"): "x", ("b", "c"): "x", ("b", "a"): "y", ("c", "c"): "x"}
+    found = compare(ranks, pairs, ("R@10", "N@10"))
+    assert {pair: seeds for pair, (seeds, _) in found.items()} == {
+        ("a", "c"): [1, 2],
+        ("b", "c"): [2],
+        ("b", "a"): [2],
+    }
+    of_x = [d for pair in (("a", "c"), ("b", "c")) for d in found[pair][1].values()]
+    assert [d.p_holm for d in of_x] == holm([d.p for d in of_x])
+    of_y = list(found["b", "a"][1].values())
+    assert [d.p_holm for d in of_y] == holm([d.p for d in of_y])
+    assert found["a", "c"][1]["R@10"].mean == pytest.approx(0.2, abs=0.03)
+
+
+def test_metrics_of_any_length_stand_in_order() -> None:
+    names = ["N@50", "coverage", "R@50", "R@5", "N@1", "R@1", "utility@10", "N@5"]
+    assert ranking_metrics(names) == ("R@1", "R@5", "R@50", "N@5", "N@50")
+    ranks = np.array([0, 7, 30, -1])
+    assert per_user(ranks, ("R@1", "R@50"))[:, 1].tolist() == [1, 1, 1, 0]
 
 
 def test_draws_do_not_depend_on_what_else_is_compared() -> None:

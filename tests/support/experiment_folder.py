@@ -65,6 +65,8 @@ def write_experiment(
             for slug, (name, chance) in REFERENCES.items():
                 folder = top / "collaborative" / "evaluation" / slug
                 write_evaluation(folder, name, chance, (number, seed), coded=False)
+            facts = {"cpu_seconds": 9.0, "log_history": []}
+            write(top / "collaborative" / "sasrec" / "sasrec_training.json", facts)
             for identifiers in names:
                 slug, name, chance = START
                 write_trained(top / identifiers / slug, name, chance, (number, seed))
@@ -83,6 +85,8 @@ def write_trained(folder: Path, name: str, chance: float, stream: tuple[int, int
         "steps": steps,
         "seconds": steps * per_step + 2,
         "train_seconds": steps * per_step,
+        "cpu_seconds": steps * per_step * 2,
+        "cpu_seconds_before": 0.0 if name == "SFT" else 9.0,
         "tokens": steps * 4000 * (3 if flow else 1),
         "batch_size": 64,
         "learning_rate": 5e-4,
@@ -102,11 +106,14 @@ def write_trained(folder: Path, name: str, chance: float, stream: tuple[int, int
             entry |= {f"reward_augmented/{part}": 0.3 for part in ("r_a", "r_yhat", "r_sim")}
         if name == "S-DPO":
             entry["loss_preference"] = 0.7 - step / 800
-        logs.append(entry)
+        logs.append(entry | {"cpu_seconds": 10 * per_step * 2})
         if step % 50 == 0:
             logs.append({"step": step, "eval_N@10": chance / 2 * (1 - 5 / step)})
     write(folder / "log_history.json", logs)
     write_evaluation(folder / "evaluation", name, chance, stream)
+    masked = folder / "evaluation" / "masked"
+    write_evaluation(masked, name, min(1.0, chance * 1.2), stream)
+    (masked / "analysis.json").unlink()
 
 
 def write_evaluation(

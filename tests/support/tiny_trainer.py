@@ -57,6 +57,7 @@ def steps(trainer: GFlowGRTrainer) -> list[Entry]:
 def reproducible(trainer: GFlowGRTrainer) -> list[Entry]:
     """The log without times and speeds, which differ from run to run."""
     timed = ("seconds", "tokens_per_second", "eval_runtime", "total_flos")
+    timed += ("cpu_seconds", "eval_cpu_seconds")
     kept = [
         {k: v for k, v in entry.items() if k not in timed and not k.startswith("train_")}
         for entry in trainer.state.log_history
