@@ -85,7 +85,9 @@ def _build(
     case.variants.append(
         Variant(
             *("gflowgr", ""),
-            lambda inputs: item_logprobs(model, inputs["input_ids"], inputs["mask"], tree),
+            lambda inputs: item_logprobs(
+                model, inputs["input_ids"], inputs["mask"], tree, normalize="vocab"
+            ),
             *("pairs, float64", "prefixes"),
             trains=False,
         )

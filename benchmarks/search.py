@@ -71,7 +71,12 @@ def _build(
 
     def ours(inputs: Inputs) -> tuple[Tensor, Tensor]:
         found = constrained_beam_search(
-            model, inputs["input_ids"], inputs["mask"], items.tree, num_beams=shape.beams
+            model,
+            inputs["input_ids"],
+            inputs["mask"],
+            items.tree,
+            num_beams=shape.beams,
+            normalize="vocab",  # what generate ranks by
         )
         return found.tokens, found.scores
 

@@ -13,19 +13,18 @@ token as its only choice, so it never becomes an identifier that it should not b
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from ..models.settings import Normalize
 from ..tree import PrefixTree
 from ..tree.continuations import Continuations, PromptLength
 from .custom_generate import constrained_generate
 
 __all__ = ["PrefixTreeLogitsProcessor", "constrained_generate"]
-
-Normalize = Literal["vocab", "level", "children"]
 
 _EMPTY_BEAM = -1e6
 """``generate`` gives empty beams -1e9 over a power of the length; no log-probability is so low."""
@@ -56,10 +55,11 @@ class PrefixTreeLogitsProcessor(LogitsProcessor):
             by just as many tokens of an identifier as were generated.
         end_token: ends an identifier, usually the model's end of sequence.
         available: true for items that may be generated [items], or None for all.
-        normalize: what the kept scores are log-probabilities over: ``"vocab"`` leaves them as they
-            come (in beam search: over the vocabulary), ``"level"`` normalises over the codebook of
-            the position, ``"children"`` over the tokens that continue the row (available or not);
-            the end token counts among both where an identifier ends.
+        normalize: what the kept scores are log-probabilities over: ``"children"`` normalises over
+            the tokens that continue the row (available or not), ``"level"`` over the codebook of
+            the position; the end token counts among both where an identifier ends. ``"vocab"``
+            leaves scores as they come (in beam search: over the vocabulary), for a model that was
+            trained so.
         in_place: overwrite the scores instead of allocating [rows, V] at each step, which is most
             of the time where V is large. Not with sampling or greedy search and
             ``output_logits``, where ``generate`` still holds them.
@@ -77,7 +77,7 @@ class PrefixTreeLogitsProcessor(LogitsProcessor):
         prompt_length: int | None = None,
         end_token: int | None = None,
         available: Tensor | None = None,
-        normalize: Normalize = "vocab",
+        normalize: Normalize = "children",
         in_place: bool = False,
     ) -> None:
         if normalize not in get_args(Normalize):

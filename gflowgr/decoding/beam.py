@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
 from ..models.backbone import real_prompt
+from ..models.normalization import chosen_normalize
+from ..models.settings import Normalize
+from ..models.wrapped import unwrapped
 
 # Also registers torch.ops.gflowgr.beam_step and beam_step_hidden.
 from ..ops.beam_step.op import BeamStep
@@ -20,9 +23,7 @@ from .decoders import StepDecoder, decoder_for
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BeamSearchOutput", "Normalize", "constrained_beam_search"]
-
-Normalize = Literal["vocab", "level", "children"]
+__all__ = ["BeamSearchOutput", "constrained_beam_search"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def constrained_beam_search(
     *,
     num_beams: int = 20,
     num_return: int | None = None,
-    normalize: Normalize = "vocab",
+    normalize: Normalize | None = None,
     temperature: float = 1.0,
     available: Tensor | None = None,
     exclude: Tensor | None = None,
@@ -74,9 +75,11 @@ def constrained_beam_search(
         tree: prefix tree in the model's token ids, on the model's device.
         num_beams: beams K kept at each step.
         num_return: items returned per prompt (default ``num_beams``).
-        normalize: token log-probabilities under the softmax over ``"vocab"``: the vocabulary (what
-            ``generate`` does); ``"level"``: the codebook of the token's position
-            (:attr:`PrefixTree.codebooks`); ``"children"``: the children of the node.
+        normalize: token log-probabilities under the softmax over ``"children"``: the children of
+            the node; ``"vocab"``: the vocabulary (what ``generate`` does); ``"level"``: the
+            codebook of the token's position (:attr:`PrefixTree.codebooks`). None: what the model
+            says that it was trained with (a :class:`~gflowgr.GFlowModel` writes it into its
+            configuration), else ``"children"``, as in the losses with a tree.
         temperature: divides the logits.
         available: true for items that may be returned [items]; others are pruned up to the root.
         exclude: items [B, E] that a prompt may not get (its seen items), -1 for padding. Prefixes
@@ -93,6 +96,8 @@ def constrained_beam_search(
         ValueError: an argument is out of range or of a wrong shape.
         FloatingPointError: the model's scores are NaN.
     """
+    model = unwrapped(model)
+    normalize = chosen_normalize(model, normalize)
     input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
     _check(input_ids, tree, num_beams, num_return, normalize, temperature)
     count = num_beams if num_return is None else num_return

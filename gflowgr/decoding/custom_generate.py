@@ -15,8 +15,9 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from ..models.settings import Normalize
 from ..tree import PrefixTree
-from .beam import BeamSearchOutput, Normalize, constrained_beam_search
+from .beam import BeamSearchOutput, constrained_beam_search
 
 __all__ = ["constrained_generate"]
 
@@ -67,7 +68,7 @@ def constrained_generate(
     *,
     tree: PrefixTree,
     inputs_tensor: Tensor | None = None,
-    normalize: Normalize = "vocab",
+    normalize: Normalize | None = None,
     available: Tensor | None = None,
     exclude: Tensor | None = None,
     **model_kwargs: Any,

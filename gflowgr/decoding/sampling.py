@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from ..models.backbone import evaluating, real_prompt
+from ..models.normalization import chosen_normalize
+from ..models.settings import Normalize
+from ..models.wrapped import unwrapped
 from ..ops.precision import compute_dtype
 from ..tree import PrefixTree
 from ..tree.admissible import admissible_for
 from .decoders import decoder_for
 from .keyed_noise import prompt_keys
 from .random_walk import TreeWalk, log1mexp, nothing
-from .tree_head import EdgeNormalize, TreeHead, check_options
+from .tree_head import TreeHead, check_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +95,7 @@ def sample_items(
     replacement: bool = True,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    normalize: EdgeNormalize = "vocab",
+    normalize: Normalize | None = None,
     available: Tensor | None = None,
     exclude: Tensor | None = None,
     keys: Tensor | None = None,
@@ -119,8 +122,8 @@ def sample_items(
         temperature: divides the logits that are sampled from.
         top_p: at each node only the most probable admissible children that together reach this
             probability are kept (at least one; ties by ascending token).
-        normalize: the normaliser of ``model_log_probs``: ``"vocab"``, ``"level"`` or
-            ``"children"``; see :func:`item_logprobs`. The draws do not depend on it.
+        normalize: the normaliser of ``model_log_probs``, as in :func:`constrained_beam_search`. The
+            draws do not depend on it.
         available: true for items that may be drawn [items].
         exclude: items [B, E] that a prompt may not get, -1 for padding.
         keys: what makes prompts' draws differ [B] int64, such as example numbers; by default a hash
@@ -134,6 +137,8 @@ def sample_items(
             a prefix of another.
         FloatingPointError: the model's scores are NaN.
     """
+    model = unwrapped(model)
+    normalize = chosen_normalize(model, normalize)
     input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
     _check(input_ids, tree, num_samples, normalize, temperature, top_p, keys)
     batch, device = input_ids.shape[0], input_ids.device

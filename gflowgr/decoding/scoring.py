@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from ..models.backbone import evaluating, real_prompt
+from ..models.normalization import chosen_normalize
+from ..models.settings import Normalize
+from ..models.wrapped import unwrapped
 from ..ops.precision import compute_dtype
 from ..tree import PrefixTree
 from .decoders import GenericDecoder, StepDecoder, decoder_for, decoder_kind
 from .node_rows import distinct, parents_of
-from .tree_head import EdgeNormalize, TreeHead, check_options
+from .tree_head import TreeHead, check_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +40,7 @@ def item_logprobs(
     tree: PrefixTree,
     items: Tensor | None = None,
     *,
-    normalize: EdgeNormalize = "vocab",
+    normalize: Normalize | None = None,
     temperature: float = 1.0,
     batch_bytes: int | None = None,
 ) -> Tensor:
@@ -55,10 +58,9 @@ def item_logprobs(
         tree: prefix tree in the model's token ids, on the model's device.
         items: item ids [M], the same for all prompts, or [B, M], -1 for padding; None for the whole
             catalogue in the order of item ids.
-        normalize: over what each token's probability is normalised: ``"vocab"``: the vocabulary;
-            ``"level"``: the codebook of its position (``PrefixTree.codebooks``); ``"children"``:
-            the children of its prefix's node. With ``"children"`` the identifiers' probabilities
-            sum to 1 when none is a prefix of another.
+        normalize: over what each token's probability is normalised, as in
+            :func:`constrained_beam_search`. With ``"children"`` the identifiers' probabilities sum
+            to 1 when none is a prefix of another.
         temperature: divides the logits.
         batch_bytes: memory for a block of leaves, about: its activations and its nodes' keys and
             values, beside the result and the prompts' own keys and values, of at least 8 prompts
@@ -74,6 +76,8 @@ def item_logprobs(
         ValueError: an argument is out of range or of a wrong shape.
         FloatingPointError: a result is NaN, which the model's weights or states must be.
     """
+    model = unwrapped(model)
+    normalize = chosen_normalize(model, normalize)
     input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
     _check(input_ids, tree, items, normalize, temperature, batch_bytes)
     batch, device = input_ids.shape[0], input_ids.device

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..models.settings import Normalize
 from ..ops.precision import compute_dtype
 from ..tree import PrefixTree
 
-__all__ = ["EdgeNormalize", "TreeHead", "check_options"]
-
-EdgeNormalize = Literal["vocab", "level", "children"]
+__all__ = ["TreeHead", "check_options"]
 
 
 def check_options(normalize: str, temperature: float) -> None:
-    """Raise ValueError for a ``normalize`` that is no :data:`EdgeNormalize`, or a temperature that
+    """Raise ValueError for a ``normalize`` that is no :data:`Normalize`, or a temperature that
     is not finite and positive."""
-    if normalize not in get_args(EdgeNormalize):
+    if normalize not in get_args(Normalize):
         raise ValueError(f"normalize must be 'vocab', 'level' or 'children'; got {normalize!r}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be finite and > 0; got {temperature}")
@@ -47,7 +46,7 @@ class TreeHead:
         head: tuple[Tensor, Tensor | None] | None,
         tree: PrefixTree,
         *,
-        normalize: EdgeNormalize,
+        normalize: Normalize,
         temperature: float,
         block_bytes: int,
     ) -> None:

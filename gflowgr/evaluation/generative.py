@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..data import pad_histories
-from ..decoding.beam import Normalize, constrained_beam_search
+from ..decoding.beam import constrained_beam_search
 from ..models.backbone import evaluating
 from ..models.gflow_model import GFlowModel
 from ..models.prompts import prompt_tokens
+from ..models.settings import Normalize
 
 __all__ = ["GenerativeRecommender"]
 

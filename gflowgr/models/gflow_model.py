@@ -15,6 +15,7 @@ from ..rewards.fusion import RewardFusion
 from ..tree import PrefixTree, item_flows
 from .backbone import evaluating, output_head
 from .heads import PartitionHead, StateFlow, partial_log_reward
+from .normalization import record_normalize
 from .objective import (
     Head,
     flow_kl_loss,
@@ -74,6 +75,7 @@ class GFlowModel(SavedModel):
                 f"{len(item_ids):,}"
             )
         self.backbone = backbone
+        record_normalize(backbone, settings.normalize)  # for searches that get the backbone alone
         self.tree = tree
         self.vocabulary = vocabulary
         self.settings = settings

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..decoding.beam import Normalize
 from ..errors import DataError
 from ..evaluation.generative import GenerativeRecommender
 from ..files import regular_file
+from ..models.settings import Normalize
 from .answers import Answer, AnswerFields, check_output, open_answers
 from .load import check_counts, load_for
 from .queries import Query, QueryReader, parquet_rows, read_available

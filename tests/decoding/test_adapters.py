@@ -34,7 +34,7 @@ def generate(family: str, **options: object) -> tuple[Tensor, Tensor]:
 
 def processor(identifiers: list[Identifier], **options: object) -> PrefixTreeLogitsProcessor:
     tree = PrefixTree.from_identifiers(identifiers)
-    return PrefixTreeLogitsProcessor(tree, **{"end_token": EOS, **options})
+    return PrefixTreeLogitsProcessor(tree, **{"end_token": EOS, "normalize": "vocab", **options})
 
 
 def as_identifiers(tokens: Tensor) -> list[Identifier]:
@@ -217,7 +217,7 @@ class TestTraps:
     def test_duplicate_identifiers_are_one_sequence_and_the_lowest_available_item(self) -> None:
         identifiers = [(2, 5), (3, 6), (2, 5), (2, 5)]
         tree = PrefixTree.from_identifiers(identifiers)
-        constraint = PrefixTreeLogitsProcessor(tree, end_token=EOS)
+        constraint = PrefixTreeLogitsProcessor(tree, end_token=EOS, normalize="vocab")
         found, scores = generate("t5", logits_processor=[constraint])
         real = as_identifiers(found[scores > -1e6])
         assert sorted(real) == sorted([(2, 5), (3, 6)] * 3)  # once for each of three prompts

@@ -130,7 +130,7 @@ def test_as_many_beams_as_items_give_the_exact_ranking(normalize: str, ragged: b
 
 def test_few_beams_equal_a_plain_beam_search_over_prefixes() -> None:
     shop, beams = Shop(seed=3), 4
-    items, scores, _ = shop.search(num_beams=beams)
+    items, scores, _ = shop.search(num_beams=beams, normalize="vocab")
     for row in range(2):
         kept: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
         for _ in range(3):

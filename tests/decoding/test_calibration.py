@@ -79,7 +79,8 @@ def test_items_of_one_identifier_share_its_probability() -> None:
 def test_the_invalid_mass_of_a_model_is_what_leaves_the_tree(family: str) -> None:
     # Items 1 and 3 share an identifier; leaving happens at the first token or at the second.
     shop = IdentifierShop([(2, 3), (2, 4), (5, 6), (2, 4)], model=small_model(family))
-    log_probs = item_logprobs(shop.model, shop.ids, shop.mask, shop.tree)
+    prompts = (shop.ids, shop.mask)
+    log_probs = item_logprobs(shop.model, *prompts, shop.tree, normalize="vocab")
     first, after_2, after_5 = (shop.logits(p).softmax(-1) for p in [(), (2,), (5,)])
     valid = first[:, 2] * after_2[:, [3, 4]].sum(1) + first[:, 5] * after_5[:, 6]
     report = flow_calibration(log_probs, torch.zeros(4), leaf_of=shop.tree.leaf_of(torch.arange(4)))

@@ -33,7 +33,8 @@ def generate(family: str = "t5", **options: object) -> GenerateBeamEncoderDecode
 def ours(
     tree: PrefixTree = TREE, *, family: str = "t5", **options: object
 ) -> GenerateBeamEncoderDecoderOutput:
-    return generate(family, custom_generate=constrained_generate, tree=tree, **options)
+    way = {"custom_generate": constrained_generate, "tree": tree, "normalize": "vocab"}
+    return generate(family, **{**way, **options})
 
 
 def assert_same(
@@ -96,13 +97,15 @@ class TestUnchangedCalls:
         assert ours(output_scores=False).sequences_scores is None
 
     def test_tree_may_be_bound_beforehand(self) -> None:
-        bound = functools.partial(constrained_generate, tree=TREE)
+        bound = functools.partial(constrained_generate, tree=TREE, normalize="vocab")
         assert_same(generate(custom_generate=bound), ours())
 
     def test_prompts_without_attention_mask(self) -> None:
         ids = prompts("t5")["input_ids"][:1]
         model, options = make_model("t5"), dict(CALL)
-        found = model.generate(ids, custom_generate=constrained_generate, tree=TREE, **options)
+        found = model.generate(
+            ids, custom_generate=constrained_generate, tree=TREE, normalize="vocab", **options
+        )
         expected = model.generate(
             ids, prefix_allowed_tokens_fn=from_dictionary(FIXED, 1), **options
         )
@@ -110,7 +113,9 @@ class TestUnchangedCalls:
 
     def test_availability_and_exclusion_reach_the_search(self) -> None:
         available = torch.arange(len(FIXED)) % 2 == 0
-        constraint = PrefixTreeLogitsProcessor(TREE, end_token=EOS, available=available)
+        constraint = PrefixTreeLogitsProcessor(
+            TREE, end_token=EOS, available=available, normalize="vocab"
+        )
         assert_same(ours(available=available), generate(logits_processor=[constraint]))
         everything = torch.arange(len(FIXED)).expand(3, -1)
         assert (ours(exclude=everything[:, :-1]).sequences_scores[1:5] == -torch.inf).all()
@@ -133,7 +138,9 @@ class TestDecoderOnly:
     def test_prompts_without_padding(self, family: str) -> None:
         ids = prompts(family)["input_ids"][:1]
         model, options = make_model(family), dict(CALL)
-        found = model.generate(ids, custom_generate=constrained_generate, tree=TREE, **options)
+        found = model.generate(
+            ids, custom_generate=constrained_generate, tree=TREE, normalize="vocab", **options
+        )
         expected = model.generate(
             ids, prefix_allowed_tokens_fn=from_dictionary(FIXED, 4), **options
         )
@@ -146,8 +153,12 @@ class TestDecoderOnly:
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, pad)
         wanted = ours(family=family)
         ways = (
-            {"custom_generate": constrained_generate, "tree": TREE},
-            {"logits_processor": [PrefixTreeLogitsProcessor(TREE, end_token=EOS)]},
+            {"custom_generate": constrained_generate, "tree": TREE, "normalize": "vocab"},
+            {
+                "logits_processor": [
+                    PrefixTreeLogitsProcessor(TREE, end_token=EOS, normalize="vocab")
+                ]
+            },
             {"prefix_allowed_tokens_fn": TREE.as_prefix_allowed_tokens_fn(end_token=EOS)},
         )
         for way in ways:

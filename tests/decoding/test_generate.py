@@ -65,7 +65,7 @@ def test_items_order_and_scores_are_those_of_generate(name: str) -> None:
         # Left: what generate asks of decoder-only models.
         ids, mask = padded_prompts("left", seed=seed)
         tree = PrefixTree.from_identifiers(codes)
-        found = constrained_beam_search(model, ids, mask, tree, num_beams=beams)
+        found = constrained_beam_search(model, ids, mask, tree, num_beams=beams, normalize="vocab")
         tokens, scores = generate(model, ids, mask, codes, beams)
         assert found.tokens.tolist() == tokens.tolist()
         torch.testing.assert_close(found.scores, scores, rtol=1e-5, atol=1e-5)

@@ -162,9 +162,8 @@ def test_the_largest_perturbed_log_probability_is_a_standard_gumbel() -> None:
 def test_weighted_estimates_are_unbiased(replacement: bool, count: int, off_policy: bool) -> None:
     rows = 10_000
     shop = repeated(rows)
-    drawn = draw(
-        shop, count, replacement=replacement, keys=torch.arange(rows), temperature=1.5, seed=1
-    )
+    options = {"replacement": replacement, "temperature": 1.5, "normalize": "vocab"}
+    drawn = draw(shop, count, keys=torch.arange(rows), seed=1, **options)
     values = torch.randn(len(ITEMS), generator=torch.Generator().manual_seed(2)).double() + 1
     one = repeated(1)
     exact = one.sampling(0, temperature=1.5)

@@ -112,10 +112,11 @@ def test_every_inner_node_is_decoded_once_for_each_prompt(monkeypatch: pytest.Mo
     shop = IdentifierShop(MIXED)
     inner = {row[:depth] for row in MIXED for depth in range(len(row))}
     counter = Counter(monkeypatch)
-    score(shop)
+    score(shop, normalize="vocab")
     assert counter.nodes == 2 * len(inner)
     counter.nodes = 0
-    score(shop, torch.tensor([[1, 5], [3, 2]]))  # (), 2, 2 3 for both items; and (), 2
+    some = torch.tensor([[1, 5], [3, 2]])
+    score(shop, some, normalize="vocab")  # (), 2, 2 3 for both items; and (), 2
     assert counter.nodes == 2 * 3  # the second prompt's place is padding
 
 
@@ -249,7 +250,7 @@ def test_bad_arguments_are_named(
 def test_a_tree_in_other_tokens_is_refused() -> None:
     shop = IdentifierShop([(2, 40)])
     with pytest.raises(ValueError, match="the tree has token 40, the model's head only 12 tokens"):
-        score(shop)
+        score(shop, normalize="vocab")
 
 
 def test_the_catalogue_of_beauty(data_root) -> None:
@@ -261,7 +262,7 @@ def test_the_catalogue_of_beauty(data_root) -> None:
     ids = torch.randint(2, vocabulary.size, (2, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     tree = PrefixTree.from_identifiers(identifiers)
-    values = item_logprobs(model, ids, mask, tree)
+    values = item_logprobs(model, ids, mask, tree, normalize="vocab")
     assert values.shape == (2, 12_101)
     some = torch.arange(0, 12_101, 97)
     start = torch.zeros(len(some), 1, dtype=torch.long)

@@ -123,7 +123,8 @@ def test_many_children_and_dense_products(backend: str, normalize: str) -> None:
 def test_normaliser_of_a_large_vocabulary_loses_no_digits(backend: str) -> None:
     tree = PrefixTree.from_identifiers([[7], [33123]])
     logits = torch.randn(3, 1, 33124, generator=torch.Generator().manual_seed(0)) * 8
-    found = beam_step(logits, torch.zeros(3, 1), torch.zeros(3, 1).long(), tree, width=1)
+    beams = torch.zeros(3, 1), torch.zeros(3, 1).long()
+    found = beam_step(logits, *beams, tree, width=1, normalize="vocab")
     exact = logits.double().log_softmax(-1)[:, 0, [7, 33123]].max(-1).values
     torch.testing.assert_close(found.end_scores[:, 0].double(), exact, atol=4e-6, rtol=2e-7)
 

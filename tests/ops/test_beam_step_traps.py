@@ -153,7 +153,8 @@ def test_nan_logits_sort_first_and_are_not_hidden(normalize: str) -> None:
 def test_nan_of_a_token_outside_the_normaliser_does_no_harm() -> None:
     tree = PrefixTree.from_identifiers([[1], [2]])
     logits = row(math.nan, 0.0, 1.0, math.nan)
-    assert bool(beam_step(logits, SURE, ROOT, tree, width=1).end_scores.isnan().all())
+    whole = beam_step(logits, SURE, ROOT, tree, width=1, normalize="vocab")
+    assert bool(whole.end_scores.isnan().all())
     for normalize in ("level", "children"):
         step = beam_step(logits, SURE, ROOT, tree, width=1, normalize=normalize)
         assert float(step.end_scores) == pytest.approx(-math.log1p(math.exp(-1)))
@@ -161,9 +162,9 @@ def test_nan_of_a_token_outside_the_normaliser_does_no_harm() -> None:
 
 def test_infinite_logit_is_as_in_log_softmax() -> None:
     tree = PrefixTree.from_identifiers([[1], [2]])
-    step = beam_step(row(math.inf, 0.0, 1.0), SURE, ROOT, tree, width=2)
+    step = beam_step(row(math.inf, 0.0, 1.0), SURE, ROOT, tree, width=2, normalize="vocab")
     assert real(step.end_nodes) == []  # probability 0
-    step = beam_step(row(0.0, math.inf, 1.0), SURE, ROOT, tree, width=2)
+    step = beam_step(row(0.0, math.inf, 1.0), SURE, ROOT, tree, width=2, normalize="vocab")
     assert bool(step.end_scores[0, 0].isnan())
     assert real(step.end_nodes) == [1]
 

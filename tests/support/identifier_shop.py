@@ -85,7 +85,7 @@ class IdentifierShop:
             return list(range(min(here), max(here) + 1))
         return sorted({row[depth] for row in longer if row[:depth] == prefix})
 
-    def exact(self, normalize: str = "vocab", temperature: float = 1.0) -> Tensor:
+    def exact(self, normalize: str = "children", temperature: float = 1.0) -> Tensor:
         """log P of every item's identifier [B, items], each by forwards of its own."""
         out = torch.zeros(len(self.ids), len(self.identifiers), dtype=torch.float64)
         for item, identifier in enumerate(self.identifiers):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ...models.backbone import real_prompt
-from ...models.wrapped import unwrapped
 from .base import IdentifierCache, StepDecoder
 from .causal import CausalDecoder, why_unsupported_causal
 from .generic import GenericDecoder
@@ -49,8 +48,7 @@ def decoder_for(
     """Process prompts, and return what continues them step by step.
 
     Args:
-        model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode; what
-            ``torch.compile`` or data parallelism wrapped around it is taken off.
+        model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode.
             T5 and the families of :mod:`gflowgr.models.families` run fast, any other by whole
             sequences. T5 in float32 on a CPU runs in C++ where no gradients are recorded.
         input_ids: prompts [B, S], at least one; padding may be on either side and hold any value.
@@ -60,7 +58,6 @@ def decoder_for(
     Raises:
         ValueError: an argument is of a wrong shape, or the model has no encoder.
     """
-    model = unwrapped(model)
     given: tuple[Tensor, ...] = real_prompt(model, input_ids, attention_mask)
     if encoded is not None:
         if not getattr(model.config, "is_encoder_decoder", False):

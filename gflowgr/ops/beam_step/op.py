@@ -57,7 +57,7 @@ def beam_step(
     tree: PrefixTree,
     *,
     width: int,
-    normalize: str = "vocab",
+    normalize: str = "children",
     temperature: float = 1.0,
     live: Tensor | None = None,
     barred: Tensor | None = None,
@@ -77,8 +77,8 @@ def beam_step(
         nodes: nodes of the beams [B, K], int64, of any depth; -1 = empty beam.
         tree: the prefix tree, on the device of ``logits``.
         width: how many to keep of each kind, at least 1.
-        normalize: softmax over "vocab" (all V), "level" (the codebook of the token's position, see
-            :attr:`PrefixTree.codebooks`) or "children" (the node's, admissible or not).
+        normalize: softmax over "children" (the node's, admissible or not), "vocab" (all V) or
+            "level" (the codebook of the token's position, see :attr:`PrefixTree.codebooks`).
         temperature: divides the logits, > 0.
         live: nodes with an available item at or below them, bool [num_nodes]
             (:meth:`PrefixTree.available_nodes`); None = all.
@@ -123,7 +123,7 @@ def beam_step_hidden(
     tree: PrefixTree,
     *,
     width: int,
-    normalize: str = "vocab",
+    normalize: str = "children",
     temperature: float = 1.0,
     live: Tensor | None = None,
     barred: Tensor | None = None,
