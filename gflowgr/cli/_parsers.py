@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TypeAlias
 
-__all__ = ["Commands", "add_model_and_data", "add_overrides", "command"]
+__all__ = ["Commands", "add_model_and_data", "add_overrides", "add_split", "command"]
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -43,6 +43,20 @@ def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a saved model, such as RUN/gflowgr/model")
     parser.add_argument("--data", required=True, metavar="FOLDER", help="the dataset")
     parser.add_argument("--beams", type=int, default=20, help="beams (default: %(default)s)")
+
+
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--split`` and ``--target-behaviour``; both are None where they are not given."""
+    parser.add_argument(
+        "--split",
+        choices=("leave_one_out", "temporal"),
+        help="leave_one_out: each user's last item is held out; temporal: the last period of time",
+    )
+    parser.add_argument(
+        "--target-behaviour",
+        metavar="NAME",
+        help="held-out events are of this behaviour, such as purchase; all are learned from",
+    )
 
 
 def print_facts(facts: dict[str, object]) -> None:

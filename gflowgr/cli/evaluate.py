@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ._parsers import Commands, add_model_and_data, command
+from ._parsers import Commands, add_model_and_data, add_split, command
 
 __all__ = ["add_evaluate"]
 
@@ -17,6 +17,13 @@ def add_evaluate(commands: Commands) -> None:
     add_model_and_data(parser)
     parser.add_argument(
         "--part", choices=("valid", "test"), default="test", help="held-out part (default: test)"
+    )
+    add_split(parser)
+    parser.add_argument(
+        "--held-out-share",
+        type=float,
+        default=0.1,
+        help="temporal: share of the events in each of the last two periods (default: %(default)s)",
     )
     parser.add_argument(
         "--collision",
@@ -37,6 +44,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.model,
         args.data,
         part=args.part,
+        split=args.split or "leave_one_out",
+        held_out_share=args.held_out_share,
+        target_behaviour=args.target_behaviour,
         num_beams=args.beams,
         collision=args.collision,
         mask_seen=args.mask_seen,

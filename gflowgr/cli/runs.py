@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+from typing import TYPE_CHECKING
 
-from ._parsers import Commands, add_overrides, command
+from ._parsers import Commands, add_overrides, add_split, command
+
+if TYPE_CHECKING:
+    from ..runs import RunConfig
 
 __all__ = ["add_quickstart", "add_train"]
 
@@ -29,6 +34,7 @@ def add_quickstart(commands: Commands) -> None:
         metavar="FOLDER",
         help="where everything goes (default: %(default)s)",
     )
+    _add_events(parser)
     parser.add_argument("--seed", type=int, default=42, help="seed (default: %(default)s)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     parser.set_defaults(run=_quickstart)
@@ -40,7 +46,7 @@ def _quickstart(args: argparse.Namespace) -> int:
     config = quickstart_config(
         args.output_dir, data=args.data, identifiers=args.identifiers, seed=args.seed
     )
-    run_and_report(config, progress=not args.no_progress)
+    run_and_report(_with_events(config, args), progress=not args.no_progress)
     return 0
 
 
@@ -57,6 +63,7 @@ def add_train(commands: Commands) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run (YAML)")
     parser.add_argument("--output-dir", metavar="FOLDER", help="instead of the file's output_dir")
+    _add_events(parser)
     add_overrides(parser, "sft.max_steps=200")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     parser.set_defaults(run=_train)
@@ -68,5 +75,43 @@ def _train(args: argparse.Namespace) -> int:
     overrides = list(args.overrides)
     if args.output_dir:
         overrides.append(f"output_dir={json.dumps(args.output_dir)}")  # quoted: never a number
-    run_and_report(RunConfig.load(args.config, overrides), progress=not args.no_progress)
+    config = _with_events(RunConfig.load(args.config, overrides), args)
+    run_and_report(config, progress=not args.no_progress)
     return 0
+
+
+def _add_events(parser: argparse.ArgumentParser) -> None:
+    """Declare what says how the events of the data are held out and rewarded."""
+    add_split(parser)
+    parser.add_argument(
+        "--behaviour-values",
+        nargs="+",
+        default=[],
+        type=_named_number,
+        metavar="NAME=NUMBER",
+        help="reward of events of a behaviour, such as view=1 purchase=10 (known names have a "
+        "default)",
+    )
+
+
+def _named_number(text: str) -> tuple[str, float]:
+    name, equals, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        equals = ""
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"must be NAME=NUMBER, such as view=1; got {text!r}")
+    return name, value
+
+
+def _with_events(config: RunConfig, args: argparse.Namespace) -> RunConfig:
+    """The configuration with what :func:`_add_events` declares in place of its own values."""
+    chosen = {"split": args.split, "target_behaviour": args.target_behaviour}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    data = dataclasses.replace(config.data, **given)
+    finetune = config.finetune
+    if args.behaviour_values:
+        values = {**(finetune.get("behaviour_values") or {}), **dict(args.behaviour_values)}
+        finetune = {**finetune, "behaviour_values": values}
+    return dataclasses.replace(config, data=data, finetune=finetune)

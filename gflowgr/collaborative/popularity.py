@@ -15,7 +15,7 @@ class Popularity:
 
     Args:
         counts: [num_items], how often each item occurs (for the published protocol: in the
-            training part only, ``LeaveOneOut.item_counts``).
+            training part only, ``Split.item_counts``).
 
     Raises:
         ValueError: counts is not one-dimensional, or holds a negative or non-finite value.

@@ -14,13 +14,16 @@ from gflowgr.data.importers import (
 )
 from gflowgr.data.padding import pad_histories
 from gflowgr.data.ragged import Ragged
-from gflowgr.data.split import LeaveOneOut
+from gflowgr.data.split import LeaveOneOut, Split
+from gflowgr.data.temporal import TemporalSplit, make_split
 
 __all__ = [
     "Dataset",
     "ImportReport",
     "LeaveOneOut",
     "Ragged",
+    "Split",
+    "TemporalSplit",
     "TrainingExamples",
     "check_target",
     "generate_builtin",
@@ -30,6 +33,7 @@ __all__ = [
     "import_table",
     "import_yelp",
     "load_dataset",
+    "make_split",
     "pad_histories",
     "save_dataset",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gflowgr.data import LeaveOneOut
+from gflowgr.data import Split
 from gflowgr.evaluation import metrics as m
 from gflowgr.evaluation.calibration import Calibration
 from gflowgr.evaluation.evaluate import Evaluation
@@ -93,7 +93,7 @@ class Analysis:
 
 def analyse(
     evaluation: Evaluation,
-    split: LeaveOneOut,
+    split: Split,
     item_tokens: np.ndarray | None,
     calibration: Calibration | None = None,
 ) -> Analysis:
@@ -126,9 +126,9 @@ def analyse(
             f"evaluation.items holds {evaluation.items.max()}; {split.dataset.name} has "
             f"{split.num_items} items"
         )
-    targets = split.targets(evaluation.which)[np.searchsorted(everyone, evaluation.users)]
-    held_out = 2 if evaluation.which == "valid" else 1
-    events = split.dataset.sequences.lengths[evaluation.users] - held_out
+    rows = np.searchsorted(everyone, evaluation.users)
+    targets = split.targets(evaluation.which)[rows]
+    events = split.past_lengths(evaluation.which)[rows]
     breakdown = {
         BY_POPULARITY: _groups(
             evaluation, _popularity_group(split.item_counts)[targets], _POPULARITY_GROUPS
@@ -161,7 +161,7 @@ def _groups(evaluation: Evaluation, group: np.ndarray, names: Sequence[str]) -> 
     return found
 
 
-def _diversity(lists: np.ndarray, split: LeaveOneOut, item_tokens: np.ndarray | None) -> Diversity:
+def _diversity(lists: np.ndarray, split: Split, item_tokens: np.ndarray | None) -> Diversity:
     recommended = lists[lists >= 0]
     code_entropy = distance = None
     if item_tokens is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..collaborative import CollaborativeModel
-from ..data import LeaveOneOut
+from ..data import Split
 from ..decoding import flow_calibration
 from ..distributed import gathered, process
 from ..models.gflow_model import GFlowModel
@@ -20,7 +20,7 @@ __all__ = ["catalogue_calibration"]
 def catalogue_calibration(
     model: GFlowModel,
     reward: BehaviourAwareReward,
-    split: LeaveOneOut,
+    split: Split,
     collaborative: CollaborativeModel | None,
     *,
     users: int,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gflowgr.collaborative.base import CollaborativeModel
-from gflowgr.data import LeaveOneOut, pad_histories
+from gflowgr.data import Split, pad_histories
 from gflowgr.decoding import flow_calibration, item_logprobs
 from gflowgr.decoding.calibration import log_group_size
 from gflowgr.models.gflow_model import GFlowModel
@@ -52,7 +52,7 @@ class Calibration:
 
 def measure_calibration(
     model: GFlowModel,
-    split: LeaveOneOut,
+    split: Split,
     reward: BehaviourAwareReward,
     collaborative: CollaborativeModel | None,
     *,
@@ -143,7 +143,7 @@ def _centred(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
 def catalogue_flow(
     model: GFlowModel,
     reward: BehaviourAwareReward,
-    split: LeaveOneOut,
+    split: Split,
     which: str,
     rows: np.ndarray,
     collaborative: CollaborativeModel | None,
@@ -223,10 +223,9 @@ def catalogue_log_reward(
     return log_reward[:, 1:].scatter(1, targets[:, None], log_reward[:, :1])
 
 
-def _behaviours(split: LeaveOneOut, which: str) -> np.ndarray:
+def _behaviours(split: Split, which: str) -> np.ndarray:
     """Behaviour code of each held-out item [n], -1 where none is recorded."""
     users = split.eval_users(which)
     if split.dataset.behaviours is None:
         return np.full(len(users), -1)
-    at = split.dataset.sequences.offsets[users + 1] - (2 if which == "valid" else 1)
-    return split.dataset.behaviours[at].astype(np.int64)
+    return split.dataset.behaviours[split.target_events(which)].astype(np.int64)

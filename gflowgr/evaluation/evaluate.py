@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gflowgr.data import LeaveOneOut
+from gflowgr.data import Split
 from gflowgr.evaluation import metrics as m
 from gflowgr.evaluation.recommender import Recommender
 from gflowgr.integers import integer_array
@@ -39,7 +39,7 @@ class Evaluation:
 
 def evaluate(
     recommender: Recommender,
-    split: LeaveOneOut,
+    split: Split,
     which: str,
     *,
     ks: Sequence[int] = (5, 10),
@@ -63,8 +63,7 @@ def evaluate(
             places, in ascending order of their ids); "string" compares identifiers, as LETTER
             does: a repeated identifier is dropped before ranks are taken.
         leaf_of: int64 [num_items], the identifier of each item; needed for "string".
-        mask_seen: exclude the items of the user's past (training part, and for "test" the
-            validation item) from the lists.
+        mask_seen: exclude the items of all the user's events before the target from the lists.
         batch_size: users per call of the recommender.
         max_users: evaluate a random subset of this size, the same for the same seed.
         seed: of that subset; left alone, all evaluations are of the same users.
@@ -84,7 +83,7 @@ def evaluate(
     length, lists = ks[-1], []
     for rows in _batches(chosen, batch_size, progress, f"{recommender.name}, {which}"):
         past = [histories[row] for row in rows.tolist()]
-        exclude = _seen(split, users[rows], past) if mask_seen else None
+        exclude = _seen(split, which, rows) if mask_seen else None
         if collision == "string":
             assert leaf_of is not None
             lists.append(_distinct_identifiers(recommender, past, length, exclude, leaf_of))
@@ -115,7 +114,7 @@ def evaluate(
 
 
 def _check_arguments(
-    split: LeaveOneOut,
+    split: Split,
     ks: Sequence[int],
     collision: str,
     leaf_of: np.ndarray | None,
@@ -153,14 +152,11 @@ def _batches(
     return bar
 
 
-def _seen(
-    split: LeaveOneOut, users: np.ndarray, histories: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    # A history may be cut to its last items; the training part is whole. Their union is the past.
-    return [
-        np.union1d(split.train_sequences.row(int(user)), history)
-        for user, history in zip(users, histories, strict=True)
-    ]
+def _seen(split: Split, which: str, rows: np.ndarray) -> list[np.ndarray]:
+    """All items before the target, of which a history may be only the last ones."""
+    end = split.target_events(which)[rows]
+    past = split.dataset.sequences.slices(end - split.past_lengths(which)[rows], end)
+    return [np.unique(items).astype(np.int64) for items in past]
 
 
 def _checked(items: np.ndarray, name: str, rows: int, length: int, num_items: int) -> np.ndarray:
@@ -220,7 +216,7 @@ def _utility(items: np.ndarray, users: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _rules(
-    split: LeaveOneOut,
+    split: Split,
     which: str,
     collision: str,
     mask_seen: bool,
@@ -229,11 +225,9 @@ def _rules(
     has_truth: bool,
 ) -> dict[str, str]:
     total = len(split.eval_users(which))
-    held_out = "last" if which == "test" else "second-last"
     unit = "identifiers" if collision == "string" else "items"
     rules = {
-        "Split": f"leave-one-out; the target is each user's {held_out} item; "
-        f"histories hold at most {split.max_history} items",
+        "Split": f"{split.target_rule(which)}; histories hold at most {split.max_history} items",
         "Users": f"{num_users:,}" + (f" of {total:,}" if num_users < total else ", all of them"),
         "Candidates": f"the full catalogue of {split.num_items:,} items, no sampled negatives",
         "Collisions": {

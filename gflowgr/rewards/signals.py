@@ -38,7 +38,13 @@ __all__ = [
 SIGNALS = ("r_a", "r_yhat", "r_generation", "r_sim")
 _TINY = 1e-6
 _LIKED = 10.0
-_PAPER = {"purchase": _LIKED, "buy": _LIKED, "like": _LIKED, "cart": 3.0, "click": 1.0}
+_KNOWN = {
+    **dict.fromkeys(("purchase", "buy", "bought", "order", "transaction", "like"), _LIKED),
+    **dict.fromkeys(("cart", "addtocart", "basket", "addtobasket"), 3.0),
+    **dict.fromkeys(("favourite", "favorite", "fav", "wishlist", "addtowishlist"), 3.0),
+    **dict.fromkeys(("click", "view", "pageview", "itemview", "productview", "pv"), 1.0),
+}
+"""r_a by the name of a behaviour, which is written in many ways: see :func:`_known_value`."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,9 @@ class RewardSignal(Protocol):
 def default_behaviour_values(names: Sequence[str]) -> dict[str, float]:
     """Default r_a of behaviours.
 
-    Liked or bought 10 and clicked 1 are the paper's example; cart 3 is ours, between the two. Names
-    that are numbers (stars) are scaled so that the highest counts 10.
+    Liked or bought 10 and clicked (viewed) 1 are the paper's example; cart 3 is ours, between the
+    two, as is wish list. Names are compared without case and punctuation: ``add_to_cart`` is
+    ``AddToCart``. Names that are numbers (stars) are scaled so that the highest counts 10.
 
     Raises:
         ValueError: a name is neither known nor a number >= 0; the message says what to give.
@@ -89,29 +96,34 @@ def default_behaviour_values(names: Sequence[str]) -> dict[str, float]:
     stars = {name: float(name) for name in names if name.replace(".", "", 1).isdigit()}
     highest = max(stars.values(), default=0.0)
     values = {name: _LIKED * star / highest if highest else 0.0 for name, star in stars.items()}
-    values.update({name: _PAPER[name] for name in names if name in _PAPER})
+    known = {name: _known_value(name) for name in names}
+    values.update({name: value for name, value in known.items() if value is not None})
     unknown = [name for name in names if name not in values]
     if unknown:
         raise ValueError(
             f"no reward is known for the behaviours {unknown}; give behaviour_values, such as "
-            f"{{{unknown[0]!r}: 5.0}}"
+            f"{{{unknown[0]!r}: 5.0}} (--behaviour-values {unknown[0]}=5 on the command line)"
         )
     return values
+
+
+def _known_value(name: str) -> float | None:
+    return _KNOWN.get("".join(letter for letter in name.casefold() if letter.isalnum()))
 
 
 class InteractionLevel:
     """``r_a``: the value of a trajectory's behaviour; 0 for augmented items.
 
     Args:
-        behaviour_values: behaviour name -> value, such as ``{"purchase": 10, "click": 1}``; None:
-            :func:`default_behaviour_values`.
+        behaviour_values: behaviour name -> value, such as ``{"purchase": 10, "click": 1}``; those
+            that are not in it have :func:`default_behaviour_values`.
         behaviour_names: names by behaviour code, as the dataset has them.
         default_value: value of an observed item whose behaviour is not recorded.
         side: which side behaviour the sampler ``"impressions"`` takes; its value is that of
             ``behaviour_values``, else 3 for a cart and 0 for an impression.
 
     Raises:
-        ValueError: a value is negative or not finite, or a behaviour has none.
+        ValueError: a value is negative or not finite, or a behaviour has none and no default.
     """
 
     name = "r_a"
@@ -124,21 +136,17 @@ class InteractionLevel:
         default_value: float = _LIKED,
         side: str = "impression",
     ) -> None:
-        if behaviour_values is None:
-            behaviour_values = default_behaviour_values(behaviour_names)
+        given = dict(behaviour_values or {})
+        rest = default_behaviour_values([name for name in behaviour_names if name not in given])
+        behaviour_values = {**rest, **given}
         values = {**behaviour_values, "default_value": default_value}
         for name, value in values.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"behaviour_values[{name!r}] must be finite and >= 0; got {value}")
-        missing = [name for name in behaviour_names if name not in behaviour_values]
-        if missing:
-            raise ValueError(
-                f"behaviour_values has no value for {missing}; the data has {list(behaviour_names)}"
-            )
         table = [behaviour_values[name] for name in behaviour_names]
         # Shown (-3), augmented (-2) and not recorded (-1) come last, where negative indices find
         # them.
-        shown = behaviour_values.get(side, 0.0 if side == "impression" else _PAPER.get(side))
+        shown = behaviour_values.get(side, 0.0 if side == "impression" else _known_value(side))
         if shown is None:
             raise ValueError(f"behaviour_values has no value for the side behaviour {side!r}")
         self._table = torch.tensor([*table, shown, 0.0, default_value], dtype=torch.float32)

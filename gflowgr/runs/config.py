@@ -51,6 +51,12 @@ class DataConfig:
             none: the only ones there are, or, without any, residual k-means over the collaborative
             model's items.
         max_history: items of a history that prompts keep.
+        split: ``"leave_one_out"``: each user's last item is the test target, the second-last that
+            of validation; ``"temporal"``: training, validation and test are periods, the same for
+            all users (:class:`~gflowgr.data.TemporalSplit`).
+        held_out_share: temporal: share of the events in each of the last two periods.
+        target_behaviour: behaviour of the targets, such as ``purchase``; all behaviours are learned
+            from. None: any.
         users: users of the built-in dataset.
         items: items of the built-in dataset.
     """
@@ -58,12 +64,17 @@ class DataConfig:
     path: str | None = None
     identifiers: str | None = None
     max_history: int = 20
+    split: Literal["leave_one_out", "temporal"] = "leave_one_out"
+    held_out_share: float = 0.1
+    target_behaviour: str | None = None
     users: int = 3000
     items: int = 1200
 
     def __post_init__(self) -> None:
         make_plain(self)
         _check_positive(self, "max_history", "users", "items")
+        if not 0 < self.held_out_share < 0.5:
+            raise ValueError(f"held_out_share must be in (0, 0.5); got {self.held_out_share}")
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ import torch
 
 from ..data import (
     Dataset,
-    LeaveOneOut,
+    Split,
     TrainingExamples,
     generate_builtin,
     load_dataset,
+    make_split,
     save_dataset,
 )
+from ..errors import DataError
 from ..identifiers import (
     METHODS,
     Identifiers,
@@ -84,9 +86,25 @@ def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
     return replace(load_dataset(folder), name="built-in dataset")
 
 
-def split_data(dataset: Dataset, max_history: int, output_dir: Path) -> LeaveOneOut:
-    """The leave-one-out split; its training examples are memory-mapped from ``output_dir``."""
-    split = LeaveOneOut(dataset, max_history=max_history)
+def split_data(dataset: Dataset, config: DataConfig, output_dir: Path) -> Split:
+    """The split of ``config``; its training examples are memory-mapped from ``output_dir``.
+
+    Raises:
+        ConfigError: the data do not have its ``target_behaviour``.
+        DataError: the data have no times for it, or side behaviours that it cannot place in time.
+    """
+    try:
+        split = make_split(
+            dataset,
+            config.split,
+            max_history=config.max_history,
+            held_out_share=config.held_out_share,
+            target_behaviour=config.target_behaviour,
+        )
+    except DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
     folder = output_dir / "examples"
     if is_first_process():
         split.train.save(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..data import LeaveOneOut
+from ..data import Split
 from ..evaluation import Evaluation
 from .cells import cells_of_run, folders_of
 from .config import ConfigError, RunConfig
@@ -52,7 +52,7 @@ class RunResult:
     """
 
     config: RunConfig
-    split: LeaveOneOut
+    split: Split
     identifiers_name: str
     rows: list[TableEntry]
     histories: dict[str, list[dict[str, Any]]]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, files
-from ..data import LeaveOneOut
+from ..data import Split
 from ..evaluation.evaluate import Evaluation
 from ..models.settings import FlowSettings
 from ..report.document import (
@@ -206,7 +206,7 @@ def _flow_heads(flow: FlowSettings) -> str:
 
 
 def example_recommendations(
-    split: LeaveOneOut,
+    split: Split,
     evaluations: Mapping[str, Evaluation],
     *,
     count: int = 5,

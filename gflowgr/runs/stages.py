@@ -18,7 +18,7 @@ import torch
 
 from .. import files
 from ..collaborative import CollaborativeModel, EmbeddingScorer, SASRecConfig
-from ..data import LeaveOneOut
+from ..data import Split
 from ..distributed import first_process_finds
 from ..errors import DataError
 from ..evaluation import Evaluation, Recommender, evaluate
@@ -68,7 +68,7 @@ class Console:
 
 def collaborative_stage(
     settings: CollaborativeConfig,
-    split: LeaveOneOut,
+    split: Split,
     folder: Path,
     seed: int,
     console: Console,
@@ -150,7 +150,7 @@ def train_stage(
     label: str,
     make: Callable[[], GFlowModel],
     arguments: dict[str, Any],
-    split: LeaveOneOut,
+    split: Split,
     collaborative: CollaborativeModel | None,
     seed: int,
     console: Console,
@@ -244,7 +244,7 @@ def _peak_memory() -> tuple[int, str]:
 
 def evaluation_stage(
     settings: EvaluationConfig,
-    split: LeaveOneOut,
+    split: Split,
     recommender: Recommender,
     leaf_of: np.ndarray | None,
     folder: Path,

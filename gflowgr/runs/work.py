@@ -12,11 +12,11 @@ from pathlib import Path
 
 from .. import files
 from ..collaborative import CollaborativeModel, Popularity
-from ..data import LeaveOneOut
+from ..data import Split
 from ..evaluation import Evaluation, Recommender, ScoringRecommender
 from ..evaluation.generative import GenerativeRecommender
 from ..models.gflow_model import FlowSettings, GFlowModel
-from ..rewards import make_signals
+from ..rewards import default_behaviour_values, make_signals
 from .cells import Cell, alone
 from .config import ConfigError, RunConfig
 from .generator import add_adapters, check_generator, make_generator
@@ -52,7 +52,7 @@ class CellInputs:
         catalogue: identifiers and tree; None for a cell that belongs to several sets of them.
     """
 
-    split: LeaveOneOut
+    split: Split
     collaborative: CollaborativeModel | None
     catalogue: Catalogue | None
 
@@ -90,14 +90,16 @@ def prepare_inputs(cell: Cell, out: Path, console: Console) -> CellInputs:
     with first_process_first(), alone(built_in, out):
         _record(cell, built_in, out)
         dataset = load_data(config.data, data_folder, cell.data_seed)
-        split = split_data(dataset, config.data.max_history, data_folder)
+        split = split_data(dataset, config.data, data_folder)
         check_same_data(data_folder, {"data": digest_of(split.dataset)})
-    _check_reward(config, split)
+    values = _check_reward(config, split)
     tokenizer = check_generator(config.model)
     console.say(
         f"Data: {dataset.name}, {dataset.num_users:,} users, {dataset.num_items:,} items, "
         f"{len(split.train):,} training examples"
     )
+    if values:
+        console.say(f"Behaviours: {values}")
     published = None
     if cell.identifiers_folder is not None:
         published = published_identifiers(dataset, config.data.identifiers)
@@ -225,18 +227,33 @@ def _recommender(
     return ScoringRecommender(name, inputs.collaborative)
 
 
-def _check_reward(config: RunConfig, split: LeaveOneOut) -> None:
-    """Raise for a missing reward before any training.
+def _check_reward(config: RunConfig, split: Split) -> str:
+    """Raise for a missing reward before any training; say which value each behaviour has.
 
     Raises:
-        ConfigError: the data have a behaviour without a value.
+        ConfigError: the data have a behaviour without a value, or a value is for another one.
     """
+    names = split.dataset.behaviour_names
+    given = config.method_arguments.get("behaviour_values") or {}
+    foreign = [name for name in given if name not in names and name not in split.dataset.side]
+    if foreign and names:
+        raise ConfigError(
+            f"finetune.behaviour_values must be for behaviours of the data, which are "
+            f"{', '.join(map(repr, names))}; got {foreign[0]!r}"
+        )
     try:
         make_signals(
             config.flow.signals,
-            behaviour_values=config.method_arguments.get("behaviour_values"),
-            behaviour_names=split.dataset.behaviour_names,
+            behaviour_values=given,
+            behaviour_names=names,
             side=(config.method_arguments.get("sampler_options") or {}).get("side", "impression"),
         )
     except ValueError as error:
         raise ConfigError(f"flow.signals, finetune.behaviour_values: {error}") from error
+    if "r_a" not in config.flow.signals or not names:
+        return ""
+    values = default_behaviour_values([name for name in names if name not in given]) | given
+    text = ", ".join(f"{name} {values[name]:g}" for name in names)
+    if all(name in given for name in names):
+        return f"{text} (r_a)"
+    return f"{text} (r_a, by default; --behaviour-values and finetune.behaviour_values change it)"

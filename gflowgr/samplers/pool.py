@@ -36,7 +36,7 @@ from .base import (
 from .keyed_random import keyed_integers, keyed_uniform
 
 if TYPE_CHECKING:
-    from ..data import LeaveOneOut
+    from ..data import Split
 
 __all__ = ["CandidatePool", "Draw", "Exclude"]
 
@@ -91,28 +91,24 @@ class CandidatePool:
     @classmethod
     def from_split(
         cls,
-        split: LeaveOneOut,
+        split: Split,
         leaf_of: npt.NDArray[np.integer],
         seed: int,
         exclude: Exclude = "known",
     ) -> CandidatePool:
-        """The pool of a leave-one-out split, see the module's docstring.
+        """The pool of a split, see the module's docstring.
 
         Raises:
             ValueError: an unknown ``exclude``.
         """
         if exclude not in get_args(Exclude):
             raise ValueError(f"exclude must be one of {get_args(Exclude)}; got {exclude!r}")
-        users, valid, test = split.dataset.held_out()
-        counts = np.zeros(split.num_users, np.int64)
-        counts[users] = 2
-        future = Ragged.from_lengths(counts, np.stack([valid, test], axis=1).ravel())
         past = None
         if exclude == "past":
             bounds = np.asarray(split.train.bounds, dtype=np.int64)
             begin = split.train_sequences.offsets[bounds[:, 2]]
             past = (split.train_sequences, begin, bounds[:, 1])
-        return cls(split.known, leaf_of, seed, future=future, past=past)
+        return cls(split.known, leaf_of, seed, future=split.held_out, past=past)
 
     def _keys(self, rows: Ragged) -> Ints:
         """Sorted (row, identifier) pairs as one number each.

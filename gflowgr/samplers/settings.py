@@ -25,7 +25,7 @@ from .strategies import (
 from .teacher import TeacherSampler
 
 if TYPE_CHECKING:
-    from ..data import LeaveOneOut
+    from ..data import Split
     from ..models.gflow_model import GFlowModel
 
 __all__ = ["KINDS", "SamplerSettings", "make_sampler"]
@@ -162,7 +162,7 @@ def make_sampler(
     pool: CandidatePool,
     num_trajectories: int,
     *,
-    split: LeaveOneOut,
+    split: Split,
     model: GFlowModel | None = None,
     has_scores: bool = False,
 ) -> TrajectorySampler:

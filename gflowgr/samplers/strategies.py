@@ -18,7 +18,7 @@ from .pool import CandidatePool
 from .schedules import Schedule
 
 if TYPE_CHECKING:
-    from ..data import LeaveOneOut
+    from ..data import Split
 
 __all__ = [
     "CurriculumSampler",
@@ -200,7 +200,7 @@ class LogSampler(TrajectorySampler):
         self,
         pool: CandidatePool,
         num_trajectories: int,
-        split: LeaveOneOut,
+        split: Split,
         *,
         window: int = 10,
         session_gap: float | None = None,
@@ -267,7 +267,7 @@ class ImpressionSampler(TrajectorySampler):
         self,
         pool: CandidatePool,
         num_trajectories: int,
-        split: LeaveOneOut,
+        split: Split,
         side: str = "impression",
     ) -> None:
         super().__init__(pool, num_trajectories)

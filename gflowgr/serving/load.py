@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ..data import Dataset, LeaveOneOut, load_dataset
+from ..data import Dataset, load_dataset, make_split
 from ..errors import DataError, shown
 from ..evaluation import evaluate
 from ..evaluation.generative import GenerativeRecommender
@@ -49,6 +49,9 @@ def evaluate_checkpoint(
     data_folder: str,
     *,
     part: Literal["valid", "test"],
+    split: str,
+    held_out_share: float,
+    target_behaviour: str | None,
     num_beams: int,
     collision: Literal["item", "string"],
     mask_seen: bool,
@@ -61,7 +64,13 @@ def evaluate_checkpoint(
     recommender = GenerativeRecommender(model, num_beams=num_beams, name=Path(model_folder).name)
     result = evaluate(
         recommender,
-        LeaveOneOut(dataset, max_history=model.settings.max_history),
+        make_split(
+            dataset,
+            split,
+            max_history=model.settings.max_history,
+            held_out_share=held_out_share,
+            target_behaviour=target_behaviour,
+        ),
         part,
         collision=collision,
         leaf_of=recommender.leaf_of(),

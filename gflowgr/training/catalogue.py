@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..collaborative import CollaborativeModel, score_positions
-from ..data import LeaveOneOut
+from ..data import Split
 from ..models.settings import FlowSettings
 from ..rewards import CatalogueReward
 from ..transfer import to_device
@@ -36,7 +36,7 @@ class PromptRewards:
         self,
         settings: FlowSettings,
         args: GFlowGRConfig,
-        split: LeaveOneOut,
+        split: Split,
         collaborative: CollaborativeModel | None,
     ) -> None:
         if collaborative is None:

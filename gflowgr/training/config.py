@@ -94,7 +94,8 @@ class GFlowGRConfig(TrainingArguments):
     behaviour_values: dict[str, float] | None = field(
         default=None,
         metadata={
-            "help": "r_a of each behaviour; default: purchase 10, cart 3, click 1, stars up to 10."
+            "help": "r_a of behaviours; of those not in it: purchase 10, cart 3, click and view 1, "
+            "stars up to 10."
         },
     )
     default_behaviour_value: float = field(

@@ -13,7 +13,7 @@ import torch
 
 from gflowgr.collaborative import AverageModel, CollaborativeModel, CrossFitted, SASRecConfig
 from gflowgr.collaborative.ensemble import fold_folder, member_folder
-from gflowgr.data import LeaveOneOut, pad_histories
+from gflowgr.data import Split, pad_histories
 from gflowgr.rewards import Seen
 from gflowgr.rewards.temperature import (
     mean_entropy,
@@ -32,7 +32,7 @@ _SEEDS_APART = 1000  # so that runs of neighbouring seeds share no model
 
 
 def train_average(
-    split: LeaveOneOut,
+    split: Split,
     config: SASRecConfig | None = None,
     folder: str | Path = "average",
     *,
@@ -75,7 +75,7 @@ def train_average(
 
 
 def train_cross_fitted(
-    split: LeaveOneOut,
+    split: Split,
     config: SASRecConfig | None = None,
     folder: str | Path = "cross_fitted",
     *,
@@ -139,7 +139,7 @@ class Calibration:
 
 def calibrate_temperature(
     model: CollaborativeModel,
-    split: LeaveOneOut,
+    split: Split,
     temperature: Temperature = "auto",
     *,
     seen: Seen = "zero",

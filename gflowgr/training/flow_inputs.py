@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import files
 from ..collaborative import CollaborativeModel, score_training_prompts
-from ..data import LeaveOneOut
+from ..data import Split
 from ..errors import DataError
 from ..models.gflow_model import GFlowModel
 from ..rewards import BehaviourAwareReward, SignalContext, make_signals
@@ -58,7 +58,7 @@ class FlowInputs:
         self,
         model: GFlowModel,
         args: GFlowGRConfig,
-        split: LeaveOneOut,
+        split: Split,
         collaborative: CollaborativeModel | None,
     ) -> None:
         self.item_tokens = model.item_tokens().to(args.device)
@@ -214,7 +214,7 @@ class FlowInputs:
         return {"tokens": tokens.masked_fill(~mask, 0), "mask": mask}
 
 
-def make_reward(model: GFlowModel, args: GFlowGRConfig, split: LeaveOneOut) -> BehaviourAwareReward:
+def make_reward(model: GFlowModel, args: GFlowGRConfig, split: Split) -> BehaviourAwareReward:
     """The reward of the model's signals and fusion, with the configuration's behaviour values.
 
     Raises:

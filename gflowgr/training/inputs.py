@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..collaborative import CollaborativeModel
-from ..data import LeaveOneOut
+from ..data import Split
 from ..models.gflow_model import GFlowModel
 from .batches import PromptCollator
 from .config import GFlowGRConfig
@@ -18,7 +18,7 @@ __all__ = ["make_inputs"]
 def make_inputs(
     model: GFlowModel,
     args: GFlowGRConfig,
-    split: LeaveOneOut,
+    split: Split,
     collaborative: CollaborativeModel | None,
 ) -> tuple[FlowInputs | SequenceInputs, Any, PromptCollator | SequenceCollator]:
     """Whole sequences if the configuration asks for them, else prompts.

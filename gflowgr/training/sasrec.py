@@ -29,7 +29,7 @@ from gflowgr import files
 from gflowgr.collaborative import SASRec, SASRecConfig
 from gflowgr.collaborative.base import CONFIG_NAME, WEIGHTS_NAME
 from gflowgr.cpu_time import cpu_seconds
-from gflowgr.data import LeaveOneOut, Ragged, pad_histories
+from gflowgr.data import Ragged, Split, pad_histories
 from gflowgr.distributed import first_process_finds, gathered
 from gflowgr.evaluation.metrics import ndcg, ranks_of_targets, recall
 from gflowgr.folders import MANIFEST_NAME, find_damage, output_lock, write_manifest
@@ -44,7 +44,7 @@ _EVAL_ROWS = 512
 
 
 def train_sasrec(
-    split: LeaveOneOut,
+    split: Split,
     config: SASRecConfig | None = None,
     output_dir: str | Path = "sasrec",
     *,
@@ -163,7 +163,7 @@ def train_sasrec(
 
 def _train(
     arguments: TrainingArguments,
-    split: LeaveOneOut,
+    split: Split,
     sequences: Ragged,
     config: SASRecConfig,
     settings: dict[str, Any],
@@ -217,7 +217,7 @@ class SASRecTrainer(CheckpointTrainer):
         self,
         model: SASRec,
         args: TrainingArguments,
-        split: LeaveOneOut,
+        split: Split,
         train_sequences: Ragged,
         *,
         eval_users: int | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..collaborative import CollaborativeModel
-from ..data import LeaveOneOut, pad_histories
+from ..data import Split, pad_histories
 from ..models.gflow_model import GFlowModel
 from ..models.prompts import PromptLayout
 from ..models.sequences import check_sequences, sequence_prompts
@@ -38,7 +38,7 @@ class SequenceExamples(Dataset[dict[str, Any]]):
         lengths: targets of each window [E].
     """
 
-    def __init__(self, split: LeaveOneOut, max_history: int) -> None:
+    def __init__(self, split: Split, max_history: int) -> None:
         self._items = split.train_sequences.values
         self._behaviours = split.train.behaviours
         self._begin, self.lengths, self._user = cut_windows(split.train_sequences, max_history)
@@ -112,7 +112,7 @@ class SequenceInputs:
         self,
         model: GFlowModel,
         args: GFlowGRConfig,
-        split: LeaveOneOut,
+        split: Split,
         collaborative: CollaborativeModel | None,
     ) -> None:
         settings = model.settings

@@ -14,7 +14,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..collaborative import CollaborativeModel
 from ..cpu_time import cpu_seconds
-from ..data import LeaveOneOut
+from ..data import Split
 from ..distributed import (
     announce_sharding,
     gathered,
@@ -67,7 +67,7 @@ class GFlowGRTrainer(SavingTrainer):
     Args:
         model: backbone, tree and settings.
         args: configuration.
-        split: the data, split leave-one-out.
+        split: the data, and what of them is held out.
         collaborative: scores items for the curriculum and for r_yhat; optional.
         callbacks: further callbacks.
 
@@ -84,7 +84,7 @@ class GFlowGRTrainer(SavingTrainer):
         self,
         model: GFlowModel,
         args: GFlowGRConfig,
-        split: LeaveOneOut,
+        split: Split,
         *,
         collaborative: CollaborativeModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -394,13 +394,13 @@ class GFlowGRTrainer(SavingTrainer):
         self._step_log.leave_out(time.perf_counter() - began, cpu_seconds() - cpu_began)
         return metrics
 
-    def _evaluated(self, given: Any) -> LeaveOneOut:
+    def _evaluated(self, given: Any) -> Split:
         # The base class hands over its own eval_dataset, which stands for the trainer's split.
         if given is None or given is self.eval_dataset:
             return self.split
-        if not isinstance(given, LeaveOneOut):
+        if not isinstance(given, Split):
             raise ValueError(
-                "eval_dataset must be None or a LeaveOneOut over the trainer's items; got "
+                "eval_dataset must be None or a Split over the trainer's items; got "
                 f"{type(given).__name__}"
             )
         if given.dataset.num_items != self.split.dataset.num_items:

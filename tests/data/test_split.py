@@ -1,4 +1,4 @@
-"""Leave-one-out against a naive loop, and leaks that must be found."""
+"""Splits against naive loops, and leaks that must be found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gflowgr.data import Dataset, LeaveOneOut, Ragged, TrainingExamples
+from gflowgr.data import (
+    Dataset,
+    LeaveOneOut,
+    Ragged,
+    Split,
+    TemporalSplit,
+    TrainingExamples,
+    make_split,
+)
 from gflowgr.errors import DataError
 from gflowgr.files import read_json, write_json
 
@@ -70,6 +78,118 @@ def test_split_equals_the_definition(
         cart = [i for i in carts[user] if i not in held]
         assert data.side["cart"].row(user).tolist() == cart
         assert split.known.row(user).tolist() == sorted({*sequence, *cart})
+
+
+# ---- targets of one behaviour, and targets of a period ----
+
+
+def check_by_hand(
+    split: Split, sequences: list[list[int]], train_end: list[int], at: dict[str, dict[int, int]]
+) -> None:
+    """``at``: by part, user to the place of the target in the sequence."""
+    assert [row.tolist() for row in split.train_sequences] == [
+        s[:end] for s, end in zip(sequences, train_end, strict=True)
+    ]
+    assert [row.tolist() for row in split.held_out] == [
+        s[end:] for s, end in zip(sequences, train_end, strict=True)
+    ]
+    for which, places in at.items():
+        assert split.eval_users(which).tolist() == sorted(places)
+        assert split.targets(which).tolist() == [sequences[u][places[u]] for u in sorted(places)]
+        histories = [sequences[u][: places[u]][-2:] for u in sorted(places)]
+        assert [h.tolist() for h in split.histories(which)] == histories
+        assert split.past_lengths(which).tolist() == [places[u] for u in sorted(places)]
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """Items, behaviour codes and times of some users."""
+    sequences = draw(many_sequences)
+    kinds = [draw(st.lists(st.integers(0, 1), min_size=len(s), max_size=len(s))) for s in sequences]
+    times = [
+        sorted(draw(st.lists(st.integers(0, 9), min_size=len(s), max_size=len(s))))
+        for s in sequences
+    ]
+    return sequences, kinds, times
+
+
+def make_log(sequences: list[list[int]], kinds: list[list[int]], times: list[list[int]]) -> Dataset:
+    return make(
+        sequences,
+        behaviours=np.concatenate(kinds).astype(np.int8),
+        behaviour_names=("buy", "view"),
+        times=np.concatenate(times),
+    )
+
+
+@given(logs())
+def test_targets_of_one_behaviour_equal_the_definition(
+    log: tuple[list[list[int]], list[list[int]], list[list[int]]],
+) -> None:
+    sequences, kinds, _ = log
+    at: dict[str, dict[int, int]] = {"valid": {}, "test": {}}
+    for user, kind in enumerate(kinds):
+        bought = [n for n, code in enumerate(kind) if code == 0]
+        if len(bought) >= 2 and bought[-2] > 0:
+            at["valid"][user], at["test"][user] = bought[-2:]
+    ends = [at["valid"].get(user, len(s)) for user, s in enumerate(sequences)]
+    split = LeaveOneOut(make_log(*log), max_history=2, target_behaviour="buy")
+    check_by_hand(split, sequences, ends, at)
+    assert "last item of behaviour 'buy'" in split.target_rule("test")
+
+
+@given(logs(), st.sampled_from([None, "buy"]), st.sampled_from([0.1, 0.3]))
+def test_a_temporal_split_equals_the_definition(
+    log: tuple[list[list[int]], list[list[int]], list[list[int]]],
+    behaviour: str | None,
+    share: float,
+) -> None:
+    sequences, kinds, times = log
+    ordered = sorted(t for row in times for t in row)
+    first, second = (ordered[int((1 - parts * share) * len(ordered))] for parts in (2, 1))
+    if not ordered[0] < first < second:
+        with pytest.raises(DataError, match="needs events at three different times"):
+            TemporalSplit(make_log(*log), held_out_share=share)
+        return
+    at: dict[str, dict[int, int]] = {"valid": {}, "test": {}}
+    for user, row in enumerate(times):
+        for place in range(len(row) - 1, 0, -1):  # the first one is written last
+            if behaviour is None or kinds[user][place] == 0:
+                if row[place] >= second:
+                    at["test"][user] = place
+                elif row[place] >= first:
+                    at["valid"][user] = place
+    split = TemporalSplit(
+        make_log(*log), max_history=2, held_out_share=share, target_behaviour=behaviour
+    )
+    check_by_hand(split, sequences, [sum(t < first for t in row) for row in times], at)
+    assert split.report()["users evaluated"] == len(at["test"])
+    assert split.target_rule("test").endswith(f"from {second}")
+
+
+def test_splits_that_the_data_do_not_allow_are_refused() -> None:
+    events = {"behaviours": np.zeros(4, np.int8), "behaviour_names": ("view",)}
+    with pytest.raises(ValueError, match=r"target_behaviour must be .* has 'view'; got 'buy'"):
+        LeaveOneOut(make([[0, 1, 2, 3]], **events), target_behaviour="buy")
+    with pytest.raises(ValueError, match=r"target_behaviour must be .* has none; got 'buy'"):
+        LeaveOneOut(make([[0, 1, 2, 3]]), target_behaviour="buy")
+    with pytest.raises(DataError, match="needs times; the data have none"):
+        TemporalSplit(make([[0, 1, 2, 3]]))
+    side = {"side": {"cart": Ragged.from_lists([[5]])}}
+    with pytest.raises(DataError, match="side behaviours have no times"):
+        TemporalSplit(make([[0, 1, 2, 3]], times=np.arange(4), **side))
+    with pytest.raises(DataError, match="side behaviours have no times"):
+        LeaveOneOut(make([[0, 1, 2, 3]], **events, **side), target_behaviour="view")
+    with pytest.raises(ValueError, match=r"held_out_share must be in \(0, 0.5\); got 0.5"):
+        TemporalSplit(make([[0, 1, 2, 3]], times=np.arange(4)), held_out_share=0.5)
+    with pytest.raises(ValueError, match="split must be 'leave_one_out' or 'temporal'; got 'x'"):
+        make_split(make([[0, 1, 2, 3]]), "x")
+
+
+def test_unix_times_are_shown_as_dates() -> None:
+    times = np.array([1_400_000_000, 1_400_000_001, 1_400_000_002, 1_400_086_400])
+    split = TemporalSplit(make([[0, 1, 2, 3]], times=times), held_out_share=0.3)
+    assert "2014-05-13 16:53:22 UTC" in split.target_rule("test")
 
 
 def test_the_behaviour_of_an_example_is_that_of_its_target() -> None:

@@ -208,17 +208,28 @@ def test_a_bad_value_that_is_not_checked_becomes_nan(mode: FusionMode) -> None:
 def test_bad_values_are_named() -> None:
     with pytest.raises(ValueError, match=r"behaviour_values\['click'\].*got -1"):
         make_signals(["r_a"], behaviour_values={"click": -1.0})
-    with pytest.raises(ValueError, match=r"no value for \['cart'\]"):
-        make_signals(["r_a"], behaviour_values={"click": 1.0}, behaviour_names=("click", "cart"))
+    with pytest.raises(ValueError, match=r"no reward is known for the behaviours \['wink'\]"):
+        make_signals(["r_a"], behaviour_values={"click": 1.0}, behaviour_names=("click", "wink"))
     with pytest.raises(ValueError, match=r"'r_yhat' is nan at \[0, 0\]"):
         reward(scores=torch.tensor([[1.0, torch.nan, 0.0, 0.0]]))
     with pytest.raises(ValueError, match="signals must be a list of names"):
         make_signals([])
 
 
+def test_values_that_are_not_given_are_the_defaults() -> None:
+    names = ("click", "purchase", "wink")
+    (level,) = make_signals(["r_a"], behaviour_values={"wink": 2.0}, behaviour_names=names)
+    codes = torch.tensor([[0, 1, 2]])
+    empty = torch.zeros(1, 3, 1)
+    context = SignalContext(empty.long(), empty.bool(), codes, codes)
+    assert level(context).tolist() == [[1.0, 10.0, 2.0]]
+
+
 def test_default_values_of_behaviours_and_stars() -> None:
     assert default_behaviour_values(("click", "purchase")) == {"click": 1.0, "purchase": 10.0}
     assert default_behaviour_values(("0.5", "2.5", "5")) == {"0.5": 1.0, "2.5": 5.0, "5": 10.0}
     assert default_behaviour_values(()) == {}
+    logged = ("view", "Add_To-Cart", "addtocart", "transaction", "PageView", "wish list")
+    assert list(default_behaviour_values(logged).values()) == [1.0, 3.0, 3.0, 10.0, 1.0, 3.0]
     with pytest.raises(ValueError, match=r"\['wink'\]; give behaviour_values"):
         default_behaviour_values(("click", "wink"))

@@ -119,7 +119,7 @@ def test_the_stored_examples_have_the_stars_as_behaviours(tmp_path: Path) -> Non
     save_dataset(make(ratings=stars), tmp_path / "shop")
     data = load_data(DataConfig(path=str(tmp_path / "shop")), tmp_path, 0)
     assert data.behaviours is None  # reading adds nothing
-    split = split_data(data, 5, tmp_path)
+    split = split_data(data, DataConfig(max_history=5), tmp_path)
     assert split.dataset.behaviour_names == ("1", "2", "3", "4", "5")
     assert [split.train[i]["behaviour"] for i in range(len(split.train))] == [1]  # two stars
 

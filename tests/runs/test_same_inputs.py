@@ -187,9 +187,9 @@ def test_a_beta_that_no_loss_takes_is_found_at_once(tmp_path: Path) -> None:
 
 def test_a_behaviour_without_a_reward_is_found_before_any_training(tmp_path: Path) -> None:
     values = tiny_run(tmp_path / "run")
-    values["finetune"]["behaviour_values"] = {"click": 1.0}
+    values["finetune"]["behaviour_values"] = {"wink": 1.0}
     said: list[str] = []
-    with pytest.raises(ConfigError, match=r"finetune\.behaviour_values: .*purchase"):
+    with pytest.raises(ConfigError, match=r"finetune\.behaviour_values must be .*purchase"):
         run(RunConfig.from_dict(values), say=said.append, progress=False)
     assert not [line for line in said if line.startswith("Stage")]
 

@@ -41,9 +41,9 @@ def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         make_trainer(make_args(tmp_path))
 
 
-def test_a_behaviour_without_a_value_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no value for"):
-        make_trainer(make_args(tmp_path, behaviour_values={"purchase": 10.0}))
+def test_a_behaviour_with_a_value_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"behaviour_values\['purchase'\] must be .* got -1"):
+        make_trainer(make_args(tmp_path, behaviour_values={"purchase": -1.0}))
 
 
 @pytest.mark.parametrize(
