@@ -16,11 +16,12 @@ from torch import Tensor
 from .backbone import without_peft
 from .packed import TrajectoryStates
 from .packed_causal import attention_of
+from .sequences import sequence_hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["sequence_branch_states"]
+__all__ = ["sequence_branch_states", "sequence_trajectories"]
 
 
 def sequence_branch_states(
@@ -101,3 +102,35 @@ def sequence_branch_states(
     sums = sequence.to(dtype).cumsum(1)[row, end]
     pooled = sums / (end + 1).unsqueeze(1)
     return TrajectoryStates(torch.cat([own_states.unsqueeze(1), further], dim=1), pooled)
+
+
+def sequence_trajectories(
+    model: PreTrainedModel | Any,
+    input_ids: Tensor,
+    states: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    branches: Tensor | None = None,
+    branch_mask: Tensor | None = None,
+    observed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole sequences as their T prompts: states [T, N, L, d], tokens and mask [T, N, L].
+
+    Args:
+        model: the decoder-only backbone.
+        input_ids, tokens, mask, states: of :class:`~gflowgr.models.sequences.SequencePrompts`.
+        branches: further trajectories [T, N - 1, L]; None: N is 1.
+        branch_mask: true for their real tokens; None: all are.
+        observed: false for prompts whose own item is no trajectory [T]; None: all are.
+    """
+    valid = mask.any(-1)
+    tokens, mask = tokens[valid].unsqueeze(1), mask[valid].unsqueeze(1)
+    if observed is not None:
+        mask = mask & observed[:, None, None]
+    if branches is None:
+        return sequence_hidden_states(model, input_ids, states, valid), tokens, mask
+    if branch_mask is None:
+        branch_mask = torch.ones_like(branches, dtype=torch.bool)
+    found = sequence_branch_states(model, input_ids, states, valid, branches, branch_mask)
+    branches = branches.masked_fill(~branch_mask, 0)
+    return found.hidden, torch.cat([tokens, branches], 1), torch.cat([mask, branch_mask], 1)

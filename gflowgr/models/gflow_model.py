@@ -14,6 +14,7 @@ from ..ops import trajectory_logprobs
 from ..rewards.fusion import RewardFusion
 from ..tree import PrefixTree, item_flows
 from .backbone import evaluating, output_head
+from .branches import sequence_trajectories
 from .heads import PartitionHead, StateFlow, partial_log_reward
 from .normalization import record_normalize
 from .objective import (
@@ -31,7 +32,6 @@ from .preference_objective import best_and_worst, preference_loss
 from .prompts import TIGER_PROMPT, PromptLayout
 from .reference import Reference
 from .saved_model import SavedModel
-from .sequences import sequence_hidden_states
 from .settings import FlowSettings
 from .vocabulary import IdentifierVocabulary
 
@@ -132,6 +132,9 @@ class GFlowModel(SavedModel):
         signals: Tensor | None = None,
         log_proposal: Tensor | None = None,
         states: Tensor | None = None,
+        branches: Tensor | None = None,
+        branch_mask: Tensor | None = None,
+        observed: Tensor | None = None,
         catalogue_log_reward: Tensor | None = None,
         flow_share: float = 1.0,
     ) -> dict[str, Tensor]:
@@ -155,6 +158,10 @@ class GFlowModel(SavedModel):
                 sequences, and each of a row's N items with a real token is the one trajectory of
                 its own prompt, of which there are T in all, row by row. Objectives ``"sft"`` and
                 ``"flow_kl"``.
+            branches: of whole sequences: further trajectories of the T prompts [T, M, L].
+            branch_mask: true for their real tokens [T, M, L].
+            observed: of whole sequences: false for prompts whose item is no target [T]; None: all
+                are. A prompt without one has the flow's term alone.
             catalogue_log_reward: log R of every item [B, items] ([T, items] with ``states``), -inf
                 for none; ``"flow_kl"`` needs it.
             flow_share: multiplies the flow's, or the preference's, part of the loss. For a part of
@@ -178,7 +185,14 @@ class GFlowModel(SavedModel):
         settings = self.settings
         if states is not None or settings.has_exact_flows:
             return self._exact(
-                input_ids, attention_mask, tokens, mask, states, catalogue_log_reward, flow_share
+                input_ids,
+                attention_mask,
+                tokens,
+                mask,
+                states,
+                (branches, branch_mask, observed),
+                catalogue_log_reward,
+                flow_share,
             )
         alone = settings.in_rounds and tokens.shape[1] == 1
         if settings.objective == "sft" or alone:
@@ -247,6 +261,7 @@ class GFlowModel(SavedModel):
         tokens: Tensor,
         mask: Tensor | None,
         states: Tensor | None,
+        further: tuple[Tensor | None, Tensor | None, Tensor | None],
         catalogue_log_reward: Tensor | None,
         flow_share: float,
     ) -> dict[str, Tensor]:
@@ -256,9 +271,9 @@ class GFlowModel(SavedModel):
         if states is None:
             hidden, _ = self._states(input_ids, attention_mask, tokens, mask)
         else:
-            valid = mask.any(-1)
-            hidden = sequence_hidden_states(self.backbone, input_ids, states, valid)
-            tokens, mask = tokens[valid].unsqueeze(1), mask[valid].unsqueeze(1)
+            hidden, tokens, mask = sequence_trajectories(
+                self.backbone, input_ids, states, tokens, mask, *further
+            )
         if not self.settings.has_exact_flows:
             loss = supervised_loss(self.settings, self._head(), hidden, tokens, mask)
             return {"loss": loss, "loss_gr": loss.detach()}
@@ -272,6 +287,8 @@ class GFlowModel(SavedModel):
         loss, logs = flow_kl_loss(
             self.settings, self._head(), hidden, tokens, mask, flows, flow_share=flow_share
         )
+        if (observed := further[2]) is not None:
+            logs["loss_gr"] = logs["loss_gr"] * (len(observed) / observed.sum().clamp(min=1))
         return {"loss": loss, **logs}
 
     def _preference(

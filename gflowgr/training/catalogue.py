@@ -60,27 +60,42 @@ class PromptRewards:
         )
 
     @torch.no_grad()
-    def of_sequences(
-        self, items: Tensor, behaviours: Tensor, users: Tensor, device: torch.device
-    ) -> Tensor:
-        """log R [T, catalogue] of the prompts of whole sequences, row by row.
+    def sequence_scores(self, items: Tensor, users: Tensor, device: torch.device) -> Tensor:
+        """Collaborative scores [T, catalogue] of the prompts of whole sequences, row by row.
 
         Args:
             items: [W, P + 1], left-aligned, -1 for padding.
-            behaviours: of the targets [W, P].
             users: of the sequences [W].
             device: of the result.
         """
-        past, targets = items[:, :-1], items[:, 1:]
-        valid = targets >= 0
-        scores = score_positions(self.collaborative, past, valid, users=users)
-        return self.of_prompts(
-            to_device(scores, device),
-            position_histories(past, valid),
-            targets[valid],
-            behaviours[valid],
-            overwrite=True,
-        )
+        scores = score_positions(self.collaborative, items[:, :-1], items[:, 1:] >= 0, users=users)
+        return to_device(scores, device)
+
+    @torch.no_grad()
+    def of_sequences(
+        self,
+        scores: Tensor,
+        items: Tensor,
+        behaviours: Tensor,
+        observed: Tensor | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """log R [T, catalogue] of the prompts of whole sequences, on the device of their scores.
+
+        Args:
+            scores: of :meth:`sequence_scores`.
+            items: [W, P + 1], left-aligned, -1 for padding.
+            behaviours: of the targets [W, P].
+            observed: false for prompts without an observed item [T]; None: all have one.
+            overwrite: let ``scores`` be used as working memory.
+        """
+        valid = items[:, 1:] >= 0
+        targets = items[:, 1:][valid]
+        if observed is not None:
+            targets = targets.masked_fill(~observed, -1)
+        histories = position_histories(items[:, :-1], valid)
+        return self.of_prompts(scores, histories, targets, behaviours[valid], overwrite=overwrite)
 
     @torch.no_grad()
     def of_prompts(

@@ -73,6 +73,22 @@ class GFlowGRConfig(TrainingArguments):
             "flow_kl, decoder-only models."
         },
     )
+    positions_per_sequence: int | None = field(
+        default=None,
+        metadata={
+            "help": "With sequences: so many random positions of a window, other ones each epoch, "
+            "have num_trajectories - 1 sampled trajectories beside the positive, which branch off "
+            "the sequence; max_history: all. None: the positives alone."
+        },
+    )
+    augment_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "With sequences and objective flow_kl: for this share of a batch's windows "
+            "also a random part of the window's items, whose prompts have the collaborative reward "
+            "and no observed target."
+        },
+    )
     num_trajectories: int = field(
         default=3, metadata={"help": "N: trajectories per prompt, the observed positive included."}
     )
@@ -158,6 +174,7 @@ class GFlowGRConfig(TrainingArguments):
             "pool_size",
             "eval_max_users",
             "early_stopping_patience",
+            "positions_per_sequence",
             "round_steps",
         ):
             value = getattr(self, name)
@@ -170,6 +187,7 @@ class GFlowGRConfig(TrainingArguments):
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1); got {self.ema_decay}")
         self._check_schedule()
+        self._check_sequences()
         if self.eval_calibration_users < 0:
             raise ValueError(
                 f"eval_calibration_users must be >= 0; got {self.eval_calibration_users}"
@@ -222,6 +240,21 @@ class GFlowGRConfig(TrainingArguments):
             raise ValueError(
                 "objective 'ipa' needs trajectories of the present model: sampler 'on_policy' and "
                 f"nothing replayed; got {self.sampler!r} with {self.sampler_options}"
+            )
+
+    def _check_sequences(self) -> None:
+        if not 0 <= self.augment_share <= 1:
+            raise ValueError(f"augment_share must be in [0, 1]; got {self.augment_share}")
+        for name in ("positions_per_sequence", "augment_share"):
+            if getattr(self, name) and not self.sequences:
+                raise ValueError(
+                    f"{name} is of training on whole sequences; got {getattr(self, name)} with "
+                    "sequences false"
+                )
+        if self.positions_per_sequence is not None and self.num_trajectories < 2:
+            raise ValueError(
+                "num_trajectories must be >= 2 for positions_per_sequence, at which the others "
+                f"branch; got {self.num_trajectories}"
             )
 
     def _check_schedule(self) -> None:

@@ -32,7 +32,7 @@ from .config import GFlowGRConfig
 from .rounds import Rounds
 from .step_log import Logs, Mean, histogram
 
-__all__ = ["FlowInputs", "make_reward", "sample_request"]
+__all__ = ["FlowInputs", "difficulty_of", "make_reward", "sample_request"]
 
 _STATE = "sampler.npz"
 _ASKS_BACKBONE = {"on_policy", "confidence"}
@@ -63,6 +63,7 @@ class FlowInputs:
     ) -> None:
         self.item_tokens = model.item_tokens().to(args.device)
         self.collaborative = collaborative
+        self.num_trajectories = args.num_trajectories
         self.sampler: TrajectorySampler | None = None
         self.reward: BehaviourAwareReward | None = None
         self.rewards: PromptRewards | None = None  # of every item, for exact flows
@@ -128,16 +129,26 @@ class FlowInputs:
             targets = to_device(inputs["target"], flow["input_ids"].device)
             return flow | self._trajectories(targets[:, None]), {}
         request = sample_request(inputs, epoch, step, progress, self.scores(inputs))
-        chosen = self.sampler.sample(request)
+        chosen = self.sample(request)
         if self.rewards is not None:
             assert request.scores is not None
-            device = flow["input_ids"].device
-            flow |= self._trajectories(to_device(chosen.items, device))
-            flow["catalogue_log_reward"] = self.rewards.of_prompts(
+            log_reward = self.rewards.of_prompts(
                 request.scores, inputs["histories"], inputs["target"], inputs["behaviour"]
             )
-            return flow, _difficulty(chosen)
+            return flow | self.of_catalogue(request, chosen, log_reward), difficulty_of(chosen)
         return self.rewarded(flow, request, chosen, log_probs)
+
+    def sample(self, request: SampleRequest) -> TrajectorySet:
+        """The sampler's answer."""
+        assert self.sampler is not None
+        return self.sampler.sample(request)
+
+    def of_catalogue(
+        self, request: SampleRequest, chosen: TrajectorySet, log_reward: Tensor
+    ) -> dict[str, Tensor]:
+        """Trajectories beside the rewards of every item, [B, items]."""
+        items = to_device(chosen.items, log_reward.device)
+        return self._trajectories(items) | {"catalogue_log_reward": log_reward}
 
     def rewarded(
         self,
@@ -158,7 +169,7 @@ class FlowInputs:
         assert self.reward is not None
         device = prompts["input_ids"].device
         items = to_device(chosen.items, device)
-        logs = _difficulty(chosen)
+        logs = difficulty_of(chosen)
         flow = prompts | self._trajectories(items)
         context = SignalContext(
             flow["tokens"],
@@ -253,7 +264,8 @@ def sample_request(
     )
 
 
-def _difficulty(chosen: TrajectorySet) -> Logs:
+def difficulty_of(chosen: TrajectorySet) -> Logs:
+    """The histogram ``difficulty`` of sampled items, where there are scores."""
     # Asked of the items, which the host has: the difficulty may be on the device.
     if chosen.difficulty is None or not (chosen.items[:, 1:] >= 0).any():
         return {}

@@ -15,10 +15,17 @@ __all__ = ["Count", "Part", "parts_of"]
 
 @dataclass(frozen=True)
 class Count:
-    """A micro-batch's number of prompts, and of the things that the second loss term averages."""
+    """A micro-batch's number of prompts, and of the things that the second loss term averages.
+
+    Attributes:
+        prompts: those with an observed target, over which the supervised term is a mean.
+        terms: see above.
+        read: prompts that the micro-batch's own losses are means over; None: ``prompts``.
+    """
 
     prompts: float
     terms: float
+    read: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,5 +63,9 @@ def parts_of(counts: list[Count], total: Count, *, processes: int, is_sum: bool)
         share = 1.0
         if mine.terms and mine.prompts:  # else there is nothing to share
             share = mine.terms / total.terms / prompts
-        parts.append(Part(prompts * number, share, prompts))
+        among = 1.0 if mine.read is None else mine.prompts / mine.read
+        if not among:  # another process's prompts, which do not count
+            parts.append(Part(0.0, 1.0, 0.0))
+            continue
+        parts.append(Part(prompts * number / among, share * among, prompts))
     return parts

@@ -63,6 +63,8 @@ def of_model(
         "importance": mask.any(-1).sum(),
         "reference_divergence": mask.sum(),
     }
+    if "observed" in flow:  # the flow's term has prompts without a target, too
+        counts["loss_gfn"] = float(len(flow["observed"]))
     if model.settings.counts_apart:
         terms = model.term_counts(**flow)[1]
         compared = ("loss_preference", "preference_margin", "preference_accuracy")

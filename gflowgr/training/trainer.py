@@ -40,6 +40,7 @@ from .global_batch import Count, Part, parts_of
 from .inputs import make_inputs
 from .rounds import FreezeReference, Rounds
 from .saving import SavingTrainer
+from .sequences import SequenceInputs
 from .step_log import Logs, StepLog, check_finite, of_model
 from .trainer_surface import refused_method
 
@@ -212,21 +213,30 @@ class GFlowGRTrainer(SavingTrainer):
         self._flow_started = True
         counts_terms = divided and model.settings.counts_apart
         counts, joint = [], 0
+        epoch = int(self.state.epoch or 0)
         for batch in batches:
+            if isinstance(self._flow_inputs, SequenceInputs):
+                batch.update(self._flow_inputs.augmented(batch, epoch))
             size = len(batch["example"])
             together = int(batch["joint"][0]) if "joint" in batch else size * processes
             # With fewer prompts than processes, the last of these have none of their own.
             own = size if self.args.process_index < together else 0
             if "targets" in batch:  # of whole sequences, each of which has many prompts
                 own = int(batch["targets"]) if own else 0
-            counts.append(Count(own, own))
+            if "prompts" in batch:  # with some that have no target
+                read = int(batch["prompts"])
+                counts.append(Count(own, read if own else 0, read))
+            else:
+                counts.append(Count(own, own))
             joint += together
         if self.args.sequences:
-            joint = int(sum(count.prompts for count in counts))
+            sums = [sum(c.prompts for c in counts), sum(c.terms for c in counts)]
             if processes > 1:
-                targets = torch.tensor(joint, device=self.args.device)
-                joint = int(self.accelerator.reduce(targets, reduction="sum"))
-        total = Count(joint, joint)
+                everyones_sums = torch.tensor(sums, dtype=torch.float64, device=self.args.device)
+                sums = self.accelerator.reduce(everyones_sums, reduction="sum").tolist()
+            total = Count(*sums)
+        else:
+            total = Count(joint, joint)
         if starts or counts_terms:
             for batch in batches:
                 batch[_FLOW] = self._flow_of(self._prepare_inputs(batch))
@@ -236,7 +246,7 @@ class GFlowGRTrainer(SavingTrainer):
             everyone = self.accelerator.reduce(terms.sum(), reduction="sum")
             *mine, everyones = torch.cat([terms, everyone.reshape(1)]).tolist()
             counts = [Count(c.prompts, t) for c, t in zip(counts, mine, strict=True)]
-            total = Count(joint, everyones)
+            total = Count(total.prompts, everyones)
         if starts:
             own_flows = [b[_FLOW][0] for b, c in zip(batches, counts, strict=True) if c.prompts]
             self._start_flow(model, own_flows)
@@ -267,7 +277,10 @@ class GFlowGRTrainer(SavingTrainer):
         prompts = int(inputs["targets"]) if "targets" in inputs else len(flow["mask"])
         logs = logs | of_model(plain, output, flow, prompts, part.prompts)
         per_prompt = part.prompts / prompts
-        self._step_log.add(logs, per_prompt, flow["attention_mask"].sum() + flow["mask"].sum())
+        tokens = flow["attention_mask"].sum() + flow["mask"].sum()
+        if "branch_mask" in flow:
+            tokens = tokens + flow["branch_mask"].sum()
+        self._step_log.add(logs, per_prompt, tokens)
         return output
 
     def _whole(self, model: GFlowModel) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ def test_rewards_of_positions_are_those_of_the_prompts_one_by_one(tmp_path: Path
     examples = SequenceExamples(shop(), MAX_HISTORY)
     batch = SequenceCollator(model.item_tokens(), model.prompt)([examples[i] for i in (0, 5, 9)])
     cpu = torch.device("cpu")
-    found = rewards.of_sequences(batch["items"], batch["behaviours"], batch["user"], cpu)
+    scores = rewards.sequence_scores(batch["items"], batch["user"], cpu)
+    found = rewards.of_sequences(scores, batch["items"], batch["behaviours"])
     valid = batch["items"][:, 1:] >= 0
     histories = position_histories(batch["items"][:, :-1], valid)
     targets, behaviours = batch["items"][:, 1:][valid], batch["behaviours"][valid]
@@ -90,9 +92,23 @@ def test_the_temperature_is_chosen_by_validation(tmp_path: Path) -> None:
     assert nll(chosen.temperature) < nll(1.0) < nll(0.5)
 
 
-@pytest.mark.parametrize("objective", ["sft", "flow_kl"])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, objective: str) -> None:
+BRANCHED: dict[str, Any] = {
+    "augment_share": 0.5,
+    "positions_per_sequence": 2,
+    "sampler": "teacher",
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [("sft", {}), ("flow_kl", {}), ("flow_kl", BRANCHED)],
+    ids=["sft", "flow_kl", "branched"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, objective: str, more: dict[str, Any]
+) -> None:
     options = {
+        **more,
         "sequences": True,
         "per_device_train_batch_size": 64,
         "max_steps": 6,
@@ -105,7 +121,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, objective: st
     whole.train()
     first = steps(whole)[0]
     assert first["loss_gr"] > steps(whole)[-1]["loss_gr"]
-    if objective == "flow_kl":
+    if objective == "flow_kl" and not more:
         assert first["loss"] == pytest.approx(first["loss_gr"] + first["loss_gfn"], rel=1e-4)
     args = make_args(tmp_path / "parts", **options)
     killed = make_trainer(args, make_decoder(objective=objective, dropout=0.1), StopAt(4))
@@ -116,13 +132,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, objective: st
     assert_equal_weights(weights(whole), weights(resumed))
 
 
-def test_accumulated_steps_equal_one_large_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, BRANCHED], ids=["positives", "branched"])
+def test_accumulated_steps_equal_one_large_batch(tmp_path: Path, more: dict[str, Any]) -> None:
     """Micro-batches have different numbers of targets; each target weighs the same."""
     found = []
     for size, parts in ((64, 1), (16, 4)):
         args = make_args(
             tmp_path / str(size),
             sequences=True,
+            **more,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=parts,
             max_steps=2,
