@@ -113,12 +113,13 @@ def test_sub_histories_are_parts_of_training_sequences() -> None:
     windows = [examples[i] for i in range(len(examples))]
     items = pad_histories([window["items"] for window in windows])
     numbers = torch.arange(len(windows))
+    sequences = [row.tolist() for row in shop().train_sequences]
     kept = total = 0
     for epoch in range(2):
         chosen, parts = sub_histories(items, numbers, 0.3, seed=4, epoch=epoch)
         assert 0.2 < len(chosen) / len(windows) < 0.4
         for window, part in zip(chosen.tolist(), parts, strict=True):
-            whole = iter(shop().train_sequences[windows[window]["user"]].tolist())
+            whole = iter(sequences[windows[window]["user"]])
             assert all(item in whole for item in part.tolist())  # in their order
             assert 1 <= len(part) < len(windows[window]["items"])
             kept, total = kept + len(part), total + len(windows[window]["items"])
