@@ -8,9 +8,11 @@ scaled here such that what comes out is the mean over the global batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Count", "Part", "parts_of"]
+__all__ = ["Count", "Part", "count_of", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,26 @@ class Part:
     loss_scale: float
     flow_share: float
     prompts: float
+
+
+def count_of(batch: Mapping[str, Any], *, rank: int, processes: int) -> tuple[Count, int]:
+    """A micro-batch's count, and how many examples all processes take together beside it.
+
+    Args:
+        batch: as it was collated.
+        rank: of this process.
+        processes: how many there are.
+    """
+    size = len(batch["example"])
+    together = int(batch["joint"][0]) if "joint" in batch else size * processes
+    # With fewer prompts than processes, the last of these have none of their own.
+    own = size if rank < together else 0
+    if "targets" in batch:  # of whole sequences, each of which has many prompts
+        own = int(batch["targets"]) if own else 0
+    if "prompts" not in batch:
+        return Count(own, own), together
+    read = int(batch["prompts"])  # with some that have no target
+    return Count(own, read if own else 0, read), together
 
 
 def parts_of(counts: list[Count], total: Count, *, processes: int, is_sum: bool) -> list[Part]:

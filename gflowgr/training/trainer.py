@@ -36,7 +36,7 @@ from .averaging import WeightAverage
 from .batches import JointExamples, LengthBucketSampler, ProcessBatches
 from .callbacks import EpochOrder, LogBeforeSaving
 from .config import GFlowGRConfig
-from .global_batch import Count, Part, parts_of
+from .global_batch import Count, Part, count_of, parts_of
 from .inputs import make_inputs
 from .rounds import FreezeReference, Rounds
 from .saving import SavingTrainer
@@ -217,17 +217,8 @@ class GFlowGRTrainer(SavingTrainer):
         for batch in batches:
             if isinstance(self._flow_inputs, SequenceInputs):
                 batch.update(self._flow_inputs.augmented(batch, epoch))
-            size = len(batch["example"])
-            together = int(batch["joint"][0]) if "joint" in batch else size * processes
-            # With fewer prompts than processes, the last of these have none of their own.
-            own = size if self.args.process_index < together else 0
-            if "targets" in batch:  # of whole sequences, each of which has many prompts
-                own = int(batch["targets"]) if own else 0
-            if "prompts" in batch:  # with some that have no target
-                read = int(batch["prompts"])
-                counts.append(Count(own, read if own else 0, read))
-            else:
-                counts.append(Count(own, own))
+            count, together = count_of(batch, rank=self.args.process_index, processes=processes)
+            counts.append(count)
             joint += together
         if self.args.sequences:
             sums = [sum(c.prompts for c in counts), sum(c.terms for c in counts)]
