@@ -15,9 +15,11 @@ from ..models.wrapped import unwrapped
 
 # Also registers torch.ops.gflowgr.beam_step and beam_step_hidden.
 from ..ops.beam_step.op import BeamStep
+from ..ops.checks import validation_enabled
 from ..ops.topk import stable_topk
 from ..tree import PrefixTree
 from ..tree.admissible import Admissible, admissible_for
+from ..tree.facts import tree_facts
 from .decoders import StepDecoder, decoder_for
 
 if TYPE_CHECKING:
@@ -94,7 +96,8 @@ def constrained_beam_search(
     Raises:
         TypeError: ``available`` is not bool, or ``exclude`` not of integers.
         ValueError: an argument is out of range or of a wrong shape.
-        FloatingPointError: the model's scores are NaN.
+        FloatingPointError: the model's scores are NaN, with data checks on (see
+            :func:`gflowgr.ops.set_validation`). Without them nothing is read back from a GPU.
     """
     model = unwrapped(model)
     normalize = chosen_normalize(model, normalize)
@@ -113,7 +116,9 @@ def constrained_beam_search(
     search = _Search(decoder, tree, admissible, num_beams, normalize, temperature)
     nodes, scores = search.run(wanted=min(count, num_beams))
     nan = scores.isnan().any(1)
-    if bool(nan.any()):  # NaN sorts before every number, so checking the kept scores is enough
+    if validation_enabled() and bool(
+        nan.any()
+    ):  # NaN sorts before every number, so checking the kept scores is enough
         row = int(nan.nonzero()[0])
         raise FloatingPointError(f"the model's scores are NaN (first in prompt {row})")
     return _to_items(nodes, scores, tree, count, admissible)
@@ -176,10 +181,10 @@ class _Search:
     def _settled(self, ends: tuple[Tensor, Tensor] | None, scores: Tensor, wanted: int) -> bool:
         """Whether no live prefix can come among the ``wanted`` best any more: scores only fall.
 
-        Tested only where identifiers differ in length, since it synchronises with the device. A
+        Tested on the CPU only: reading the answer from a GPU would wait for the steps so far. A
         prefix as good as the last wanted identifier is ranked behind it, since it is longer.
         """
-        if ends is None or ends[1].shape[1] < wanted:
+        if scores.device.type != "cpu" or ends is None or ends[1].shape[1] < wanted:
             return False
         return bool((scores[:, 0] <= ends[1][:, wanted - 1]).all())
 
@@ -203,25 +208,27 @@ def _to_items(
     leaves = tree.terminal(nodes)
     begin, end = tree.leaf_items(leaves)
     if tree.layout.item_begin:  # some identifiers are shared
-        group = max(1, int((end - begin).max()))
+        group = tree_facts(tree.buffer).most_items
         slot = begin.unsqueeze(-1) + torch.arange(group, device=leaves.device)
         found = slot < end.unsqueeze(-1)
         items = tree.item_ids[slot.clamp_max(tree.item_ids.numel() - 1)].long()
         found &= admissible.filter("items", items)
         items = items.masked_fill(~found, -1).flatten(1)
         scores = scores.unsqueeze(-1).expand_as(slot).flatten(1)
+        nodes = nodes.unsqueeze(-1).expand_as(slot).flatten(1)
         # Real items first, in their order.
         order = (items < 0).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
-        items, scores = items.gather(1, order), scores.gather(1, order)
+        items, scores, nodes = (x.gather(1, order) for x in (items, scores, nodes))
     else:
         items = tree.item_ids[begin].long().masked_fill(leaves < 0, -1)[:, :count]
-        scores = scores[:, :count]
+        scores, nodes = scores[:, :count], nodes[:, :count]
     missing = count - items.shape[1]
     if missing > 0:
         items = torch.nn.functional.pad(items, (0, missing), value=-1)
         scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
+        nodes = torch.nn.functional.pad(nodes, (0, missing), value=-1)
     empty = items < 0
-    tokens = tree.identifiers(items.clamp_min(0)).masked_fill(empty.unsqueeze(-1), -1)
+    tokens = tree.identifiers_of_nodes(nodes.masked_fill(empty, -1))
     return BeamSearchOutput(items, scores.masked_fill(empty, -torch.inf), tokens)
 
 

@@ -12,25 +12,28 @@ from torch import Tensor
 __all__ = ["keyed_gumbel", "keyed_uniform", "prompt_keys"]
 
 _WORD = 2**64
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
-def keyed_uniform(seed: int, *keys: Tensor) -> Tensor:
+def keyed_uniform(seed: int, first: Tensor, *keys: Tensor | int) -> Tensor:
     """Uniform numbers strictly between 0 and 1, float64, of the keys' broadcast shape.
 
     Args:
         seed: any integer; only its lowest 64 bits count.
-        *keys: int64 tensors that say what each number is for.
+        first, *keys: say what each number is for; int64 tensors, or integers after the first.
     """
-    bits = _mix(torch.tensor(_signed(seed), device=keys[0].device))
+    # Integers stay on the host: a tensor made of one would wait for a copy to the device.
+    bits = _mix(first * _signed(_GOLDEN) + _mix_integer(seed))
     for key in keys:
-        bits = _mix(bits + key * _signed(0x9E3779B97F4A7C15))
+        step = key * _signed(_GOLDEN)
+        bits = _mix(bits + (_signed(step) if isinstance(step, int) else step))
     # 52 bits and a half: with one bit more the largest number would round to 1.
     return (_shift(bits, 12).double() + 0.5) * 2.0**-52
 
 
-def keyed_gumbel(seed: int, *keys: Tensor) -> Tensor:
+def keyed_gumbel(seed: int, first: Tensor, *keys: Tensor | int) -> Tensor:
     """Standard Gumbel noise, float64; see :func:`keyed_uniform`."""
-    return -(-keyed_uniform(seed, *keys).log()).log()
+    return -(-keyed_uniform(seed, first, *keys).log()).log()
 
 
 def prompt_keys(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -46,6 +49,14 @@ def _mix(bits: Tensor) -> Tensor:
     bits = (bits ^ _shift(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
     bits = (bits ^ _shift(bits, 27)) * _signed(0x94D049BB133111EB)
     return bits ^ _shift(bits, 31)
+
+
+def _mix_integer(bits: int) -> int:
+    """:func:`_mix` of one number."""
+    bits %= _WORD
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % _WORD
+    return _signed(bits ^ (bits >> 31))
 
 
 def _shift(bits: Tensor, count: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tree.admissible import Admissible
+from ..tree.facts import tree_facts
 from .decoders import StepDecoder
 from .keyed_noise import keyed_gumbel, keyed_uniform
 from .node_rows import distinct, parents_of
@@ -101,7 +102,7 @@ class TreeWalk:
                 hidden = decoder.advance(tokens, parents)
             above = place
             below = self._children(hidden, depth, nodes)
-            number = keyed_uniform(self.seed, self.keys, sample, torch.tensor(depth, device=device))
+            number = keyed_uniform(self.seed, self.keys, sample, depth)
             index = _pick(below.log_q, place.clamp_min(0), number)
             chosen = Draws(*(p.flatten(1) for p in (below.ids, below.log_q, below.log_model)))
             chosen = chosen.take(index)
@@ -112,8 +113,7 @@ class TreeWalk:
             )
             drawn = drawn.cleared(drawn.log_q == -torch.inf)
         items, allowed, share = self._items(drawn.ids)
-        end = torch.tensor(tree.max_length, device=device)
-        number = keyed_uniform(self.seed, self.keys, sample, end)
+        number = keyed_uniform(self.seed, self.keys, sample, tree.max_length)
         rank = (number * allowed.sum(-1)).long()
         index = (allowed.cumsum(-1) > rank.unsqueeze(-1)).long().argmax(-1, keepdim=True)
         ids = items.gather(-1, index).squeeze(-1)
@@ -211,7 +211,7 @@ class TreeWalk:
         """Items of leaf nodes [B, S, G], which are admissible, and the log share of each [B, S]."""
         tree = self.tree
         begin, end = tree.leaf_items(tree.terminal(nodes))
-        group = max(1, int((end - begin).max()))
+        group = tree_facts(tree.buffer).most_items
         slot = begin.unsqueeze(-1) + torch.arange(group, device=nodes.device)
         items = tree.item_ids[slot.clamp_max(tree.item_ids.numel() - 1)].long()
         allowed = (slot < end.unsqueeze(-1)) & self.admissible.filter("items", items)

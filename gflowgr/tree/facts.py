@@ -26,12 +26,14 @@ class TreeFacts:
         codebook_ends_here: the same on the device of the tree.
         vocab_size: the largest of them: what an output head has to cover, whatever the header says.
         most: most tokens that a beam may need logits of, per normaliser other than "vocab".
+        most_items: most items that share an identifier.
     """
 
     codebook_ends: Tensor
     codebook_ends_here: Tensor
     vocab_size: int
     most: dict[str, int]
+    most_items: int
 
 
 @dataclass
@@ -130,4 +132,9 @@ def _facts(buffer: Tensor, layout: TreeLayout, ends: list[int]) -> TreeFacts:
     codebooks = torch.tensor(ends)
     sizes = [end - base for base, end in zip(layout.token_base, ends, strict=True)]
     most = {"level": max(sizes), "children": max(layout.max_children)}
-    return TreeFacts(codebooks, codebooks.to(buffer.device), max(ends), most)
+    most_items = 1
+    if layout.item_begin:
+        size = 4 * (layout.num_leaves + 1)
+        begin = buffer[layout.item_begin : layout.item_begin + size].view(torch.int32)
+        most_items = int(begin.diff().max())
+    return TreeFacts(codebooks, codebooks.to(buffer.device), max(ends), most, most_items)

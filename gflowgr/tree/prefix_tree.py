@@ -365,7 +365,10 @@ class PrefixTree:
 
     def identifiers(self, items: Any) -> Tensor:
         """Identifier of each item, int64 [..., max_length], padded with -1; see :meth:`leaf_of`."""
-        node = self.leaf_nodes(self.leaf_of(items))
+        return self.identifiers_of_nodes(self.leaf_nodes(self.leaf_of(items)))
+
+    def identifiers_of_nodes(self, node: Tensor) -> Tensor:
+        """Tokens from the root to each node [...], int64 [..., max_length], padded with -1."""
         out = torch.full((*node.shape, self.max_length), -1, dtype=torch.int64, device=self.device)
         for depth in range(self.max_length, 0, -1):
             here = self._at_depth(node, depth)

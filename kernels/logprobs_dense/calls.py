@@ -36,38 +36,18 @@ multiplied in float32, or in TF32 where torch's own products may. Mixed dtypes b
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from gflowgr.kernels.launching import on_device
 from gflowgr.kernels.logprobs_dense import launch
 
 Upstream = Callable[[int, Tensor], Tensor]
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
-def _guarded(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Run on the device of the first argument, without autograd, and with autocast off.
-
-    Autocast would turn the float32 products in here into 16-bit ones.
-    """
-
-    @functools.wraps(function)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        device = next(a.device for a in args if isinstance(a, Tensor))
-        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with on_device, torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
-@_guarded
+@on_device
 def dense_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -111,7 +91,7 @@ def dense_logprobs(
     return log_pf, lse, derivative
 
 
-@_guarded
+@on_device
 def dense_backward(
     grad: Tensor,
     hidden: Tensor,
@@ -181,7 +161,7 @@ def dense_backward(
     return d_hidden, d_weight, d_bias
 
 
-@_guarded
+@on_device
 def dense_fused(
     hidden: Tensor,
     weight: Tensor,

@@ -30,6 +30,8 @@ BLOCK_BYTES = 2**28
 STATISTICS_BYTES = 2**26
 MIN_ROWS = 256
 MIN_COLUMNS = 1024
+# Older versions of torch refuse to add a 16-bit product to a float32 sum.
+ADDS_WIDE = torch.__version__ >= (2, 10)
 
 
 class Statistics(NamedTuple):
@@ -341,8 +343,12 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     elif out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif out.dtype == torch.float32:
-        wide = {"out_dtype": torch.float32, "out": out}
-        torch.addmm(out, a, b, **wide) if add else torch.mm(a, b, **wide)
+        if add and ADDS_WIDE:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        elif add:
+            out.add_(torch.mm(a, b, out_dtype=torch.float32))
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         value = torch.mm(a, b, out_dtype=torch.float32)
         out.add_(value) if add else out.copy_(value)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gflowgr.kernels.launching import on_device
+
 # Words of the header and of each level, as in csrc/tree/tree_layout.h.
 _MAX_LENGTH = tl.constexpr(2)
 _INDEX_BYTES = tl.constexpr(8)
@@ -95,6 +97,7 @@ def tree_walk_kernel(
         level += 1
 
 
+@on_device
 def tree_walk(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> Tensor:
     """Launch the kernel: tokens [..., L] int32 or int64, mask bool like them or None; contiguous.
 

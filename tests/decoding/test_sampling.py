@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -359,8 +360,9 @@ def test_the_hash_of_the_noise_is_split_mix() -> None:
         bits = split_mix(seed % 2**64)
         for key in keys:
             bits = split_mix((bits + key * golden) % 2**64)
-        found = keyed_uniform(seed, *(torch.tensor([key]) for key in keys))
-        assert found.tolist() == [((bits >> 12) + 0.5) / 2**52]
+        tensors = [torch.tensor([key]) for key in keys]
+        for given in (tensors, tensors[:1] + keys[1:]):
+            assert keyed_uniform(seed, *given).tolist() == [((bits >> 12) + 0.5) / 2**52]
 
 
 def test_the_trajectory_samplers_hash_is_split_mix_too() -> None:
@@ -378,7 +380,8 @@ def test_no_noise_is_used_twice(replacement: bool, monkeypatch: pytest.MonkeyPat
     name = "keyed_uniform" if replacement else "keyed_gumbel"
     used: list[tuple[int, ...]] = []
 
-    def recorded(seed: int, *keys: Tensor) -> Tensor:
+    def recorded(seed: int, *keys: Any) -> Tensor:
+        keys = tuple(map(torch.as_tensor, keys))
         used.extend(torch.stack(torch.broadcast_tensors(*keys), -1).flatten(0, -2).tolist())
         return (keyed_uniform if replacement else keyed_gumbel)(seed, *keys)
 

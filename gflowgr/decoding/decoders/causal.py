@@ -8,7 +8,9 @@ prompt's keys, shared by all beams of a prompt, and at the beam's own few, under
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ class CausalDecoder(StepDecoder):
         self._pads = self._pads.masked_fill_(mask == 0, -torch.inf)[:, None, None, :]
         self._next = mask.sum(1, keepdim=True)  # position of the next token [B, 1]
         self._cache = IdentifierCache(len(self._prompt))
-        self._view = _view(model.base_model)
+        self._view = _view_of(model.base_model)
         self._width = 1
 
     def fork(self) -> CausalDecoder:
@@ -135,6 +137,28 @@ def _attention(
     return gflowgr_decoder.attend(layer, query, key, value, scale), None
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A view, and what it was made of: modules may be put into a model, or set to train."""
+
+    parts: list[nn.Module]  # without the model itself, which would then never be freed
+    training: list[bool]
+    view: Any
+
+
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def _view_of(model: nn.Module) -> Any:
+    """:func:`_view` of a model, made once: at 28 layers it takes as long as a step of a GPU."""
+    parts = list(model.modules())[1:]
+    training = [part.training for part in parts]
+    known = _known.get(model)
+    if known is None or known.parts != parts or known.training != training:
+        known = _known[model] = _Known(parts, training, _view(model))
+    return known.view
+
+
 def _view(model: Any) -> Any:
     """``model`` with the attention above: other module objects, the same parameters.
 
@@ -145,6 +169,7 @@ def _view(model: Any) -> Any:
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
     config = copy.copy(model.config)
     config._attn_implementation = _ATTENTION
+    config.pad_token_id = None  # else every step looks for it among the tokens, to warn of it
 
     def share(module: nn.Module) -> nn.Module:
         # Not copy.copy: a module sharded by FSDP2 would be constructed anew.

@@ -123,6 +123,17 @@ def test_half_precision_rounds_no_worse_than_whole_sequences(name: str, dtype: t
         assert float(error) <= 1.5 * float(bound) + 1e-4
 
 
+def test_a_changed_model_is_not_taken_for_the_one_before() -> None:
+    model = small_model("qwen3")
+    prompts = padded_prompts("left")
+    before = walk(decoder_for(model, *prompts))
+    model.model.layers[0].mlp = copy.deepcopy(model.model.layers[1].mlp)  # as an adapter would
+    after = walk(decoder_for(model, *prompts))
+    assert not torch.allclose(before[1], after[1])
+    for fast, slow in zip(after, walk(GenericDecoder(model, *prompts)), strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_the_model_is_left_as_it_was(name: str) -> None:
     model = small_model(name)
