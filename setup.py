@@ -203,8 +203,10 @@ def torch_extensions(torch: ModuleType | None) -> list[Extension]:
                 if wanted != "0":
                     warn(f"{why_no_cuda}: gflowgr._C_cuda is not built.")
             elif wanted != "0":
-                cuda_version = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
-                archs = cuda_archs(torch, (cuda_version[0], cuda_version[1]))
+                # An nvcc older than torch's CUDA does not know the newest architectures.
+                versions = (torch.version.cuda, toolkit)
+                parts = [tuple(int(part) for part in v.split(".")[:2]) for v in versions]
+                archs = cuda_archs(torch, min(parts))
                 if archs is not None:
                     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
                 common["define_macros"] = [STABLE_ABI_DEFINE, ("USE_CUDA", "1")]

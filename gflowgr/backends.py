@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -30,6 +31,7 @@ Probe = Callable[[torch.device, torch.dtype], "str | None"]
 _LIBRARY = torch.library.Library("gflowgr", "FRAGMENT")
 
 _registry: dict[str, dict[str, Probe]] = {}
+_warned: set[str] = set()
 _forced: ContextVar[str | None] = ContextVar("gflowgr_backend", default=None)
 
 
@@ -135,8 +137,25 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype) -> str:
         if candidate == "triton" and device.type == "cpu":
             continue
         if candidate in probes and probes[candidate](device, dtype) is None:
+            if candidate == "torch" and device.type == "cuda":
+                _warn_of_definition(op, device, dtype)
             return candidate
     raise BackendError(f"gflowgr::{op}: no backend for device {device} and dtype {dtype}")
+
+
+def _warn_of_definition(op: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Say once per op why a GPU's tensors are left to the slow PyTorch definition."""
+    probes = _registry[op]
+    reasons = {n: probes[n](device, dtype) for n in ("cuda", "triton") if n in probes}
+    if op in _warned or not reasons:  # an op without a kernel is as fast as it gets
+        return
+    _warned.add(op)
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    warnings.warn(
+        f"gflowgr::{op} runs as its PyTorch definition on {device} and {dtype} ({why})",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def available_backends(

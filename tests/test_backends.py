@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 import threading
 
 import numpy as np
@@ -178,6 +179,20 @@ class TestChoice:
         assert backends.resolve("tree_walk", CPU, torch.int64) == "torch"
         with gflowgr.backend("cpp"), pytest.raises(backends.BackendError, match="not built"):
             backends.resolve("tree_walk", CPU, torch.int64)
+
+    def test_a_gpus_tensors_that_no_kernel_takes_are_told_of_once(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+        monkeypatch.setattr(backends, "_warned", set())
+        monkeypatch.setattr(backends, "cuda_missing", lambda: "built for sm_80")
+        monkeypatch.setattr(backends, "triton_missing", lambda: "triton is not installed")
+        gpu = torch.device("cuda", 0)
+        with pytest.warns(RuntimeWarning, match="gflowgr::tree_walk runs as its .*built for sm_80"):
+            assert backends.resolve("tree_walk", gpu, torch.int64) == "torch"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            backends.resolve("tree_walk", gpu, torch.int64)
 
 
 class TestInfo:
