@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 import threading
+import warnings
 
 import numpy as np
 import pytest
