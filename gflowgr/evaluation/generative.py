@@ -15,6 +15,7 @@ from ..models.backbone import evaluating
 from ..models.gflow_model import GFlowModel
 from ..models.prompts import prompt_tokens
 from ..models.settings import Normalize
+from ..tree import PrefixTree
 
 __all__ = ["GenerativeRecommender"]
 
@@ -29,6 +30,9 @@ class GenerativeRecommender:
         normalize: see :func:`constrained_beam_search`; by default the model's own setting.
         temperature: divides the logits.
         available: true for items that may be recommended [items]; by default all may.
+        tree: the catalogue, where it is no longer that of the model (items added or removed since).
+        item_tokens: identifiers [items, L] of all items that histories may hold, also of those that
+            are no longer in ``tree``; by default the model's.
     """
 
     def __init__(
@@ -40,13 +44,16 @@ class GenerativeRecommender:
         normalize: Normalize | None = None,
         temperature: float = 1.0,
         available: Tensor | None = None,
+        tree: PrefixTree | None = None,
+        item_tokens: Tensor | None = None,
     ) -> None:
         self.model = model
         self.num_beams = num_beams
         self.name = name
         self.normalize: Normalize = model.settings.normalize if normalize is None else normalize
         self.temperature, self.available = temperature, available
-        self._item_tokens = model.item_tokens()
+        self._item_tokens = model.item_tokens() if item_tokens is None else item_tokens
+        self._tree = tree
 
     def recommend(
         self,
@@ -75,7 +82,7 @@ class GenerativeRecommender:
                 model.backbone,
                 input_ids,
                 attention_mask,
-                model.tree,
+                model.tree if self._tree is None else self._tree,
                 num_beams=max(self.num_beams, k),
                 num_return=k,
                 normalize=self.normalize,

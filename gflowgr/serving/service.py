@@ -1,0 +1,188 @@
+"""A served model without the server: requests in, answers out, changes of the catalogue."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import shown
+from ..models.gflow_model import GFlowModel
+from .catalogue import Catalogue
+from .journal import Journal
+from .load import load_for
+from .requests import Change, Recommend, RequestError, SwapModel
+
+__all__ = ["Service"]
+
+Search = tuple[int, tuple[int, ...] | None]
+"""What the requests of one search share: beams, and the only items that may come back."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request whose ids have been found."""
+
+    place: int
+    request: Recommend
+    history: npt.NDArray[np.int64]
+    excluded: npt.NDArray[np.int64]
+    search: Search
+
+
+class Service:
+    """A model and its live catalogue; several, over one state folder, are replicas of each other.
+
+    Whatever one replica has answered for a change, every request that begins afterwards is
+    answered from a catalogue with it, on every replica: they all read the journal before they
+    search. A request sees one catalogue, whole.
+
+    Args:
+        model: the folder of a saved model.
+        data: the folder of its dataset.
+        state: the folder of the journal; what is in it is done again, so a restart comes back with
+            the same catalogue.
+        num_beams: beams of the search; at least as many as items are wanted are used.
+
+    Raises:
+        DataError: the model, the dataset or the journal is damaged, or they do not belong together.
+    """
+
+    def __init__(self, model: str, data: str, state: str, *, num_beams: int = 20) -> None:
+        loaded, self.dataset = load_for(model, data)
+        self._load: Callable[[str], GFlowModel] = partial(_model_of, data=data)
+        self._lock = threading.RLock()
+        self._catalogue = Catalogue.of(loaded, self.dataset, num_beams)
+        self._journal = Journal(state)
+        self.catalogue()  # catches up
+
+    def catalogue(self) -> Catalogue:
+        """The catalogue with every change that any replica has answered for.
+
+        Raises:
+            DataError: the journal has a line that cannot be done again; it names the line.
+        """
+        with self._lock:
+            for change in self._journal.unread():
+                self._catalogue = self._catalogue.after(change, self._load)
+            return self._catalogue
+
+    def change(self, change: Change, by: str) -> str:
+        """Make a change: for every replica, and for good.
+
+        Args:
+            change: what to do.
+            by: who asks, for the journal.
+
+        Returns:
+            The line of the journal, which is the line for an audit.
+
+        Raises:
+            RequestError: it cannot be done, and nothing has changed.
+        """
+        if isinstance(change, SwapModel):
+            change = SwapModel(str(Path(change.model).resolve()))
+        with self._lock, self._journal.writing():
+            changed = self.catalogue().after(change, self._load)
+            line = self._journal.append(change, by)
+            self._catalogue = changed
+        return line
+
+    def answer(self, requests: Sequence[Recommend]) -> list[dict[str, Any] | RequestError]:
+        """Answers to a batch of requests, in its order, all from one catalogue.
+
+        Requests of equal beams and equal ``available`` are searched for together, as
+        ``gflowgr recommend`` does for a batch of users; each gets what it would get alone.
+
+        Returns:
+            For each request a record of ``items``, best first, ``version`` of the catalogue, and
+            ``scores`` and ``titles`` where wanted; or the error of that request.
+        """
+        catalogue = self.catalogue()
+        answers: dict[int, dict[str, Any] | RequestError] = {}
+        groups: dict[Search, list[_Asked]] = {}
+        for place, request in enumerate(requests):
+            try:
+                asked = self._find(catalogue, place, request)
+            except RequestError as error:
+                answers[place] = error
+            else:
+                groups.setdefault(asked.search, []).append(asked)
+        for (_, only), group in groups.items():
+            items, scores = catalogue.recommender(only).recommend(
+                [asked.history for asked in group],
+                max(asked.request.k for asked in group),
+                [asked.excluded for asked in group],
+            )
+            for asked, found, log_p in zip(group, items, scores, strict=True):
+                answers[asked.place] = _record(catalogue, asked.request, found, log_p)
+        return [answers[place] for place in range(len(requests))]
+
+    def history(self, user: str) -> npt.NDArray[np.int64]:
+        """The items of a user of the dataset, oldest first.
+
+        Raises:
+            RequestError: there is no such user.
+        """
+        row = self._rows.get(user)
+        if row is None:
+            raise RequestError("user", f"user must be one of the dataset; got {shown(user)}")
+        return self.dataset.sequences.row(row).astype(np.int64)
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.dataset.user_ids)}
+
+    def _find(self, catalogue: Catalogue, place: int, request: Recommend) -> _Asked:
+        def numbers(items: tuple[Any, ...], field: str) -> npt.NDArray[np.int64]:
+            return np.array([catalogue.number(item, field) for item in items], dtype=np.int64)
+
+        if request.history is not None:
+            history = numbers(request.history, "history")
+        elif request.user is not None:
+            history = self.history(request.user)
+        else:
+            raise RequestError("history", "history or user must be given; got neither")
+        excluded = numbers(request.exclude, "exclude")
+        if request.mask_seen:
+            excluded = np.concatenate([history, excluded])
+        # Past the end of the tree there is nothing to leave out.
+        excluded = np.unique(excluded[excluded < catalogue.tree.num_items])
+        only = None
+        if request.available is not None:
+            only = tuple(np.unique(numbers(request.available, "available")).tolist())
+        beams = max(request.k, catalogue.num_beams)
+        return _Asked(place, request, history, excluded, (beams, only))
+
+
+def _record(
+    catalogue: Catalogue,
+    request: Recommend,
+    items: npt.NDArray[np.int64],
+    scores: npt.NDArray[np.float32],
+) -> dict[str, Any]:
+    found = [
+        (item, score)
+        for item, score in zip(items[: request.k].tolist(), scores.tolist(), strict=False)
+        if item >= 0 and math.isfinite(score)
+    ]
+    record: dict[str, Any] = {
+        "items": [catalogue.ids[item] for item, _ in found],
+        "version": catalogue.version,
+    }
+    if request.with_scores:
+        record["scores"] = [round(score, 6) for _, score in found]
+    if request.with_titles:
+        record["titles"] = [catalogue.titles[item] for item, _ in found]
+    return record
+
+
+def _model_of(folder: str, *, data: str) -> GFlowModel:
+    return load_for(folder, data)[0]

@@ -1,0 +1,260 @@
+"""The served catalogue without a server: batches, changes, the journal, replicas, restarts."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_shop import make_model, shop
+
+from gflowgr.data import save_dataset
+from gflowgr.errors import DataError
+from gflowgr.evaluation.generative import GenerativeRecommender
+from gflowgr.serving.requests import (
+    Add,
+    Change,
+    Recommend,
+    Remove,
+    RequestError,
+    SetAvailability,
+    SwapModel,
+)
+from gflowgr.serving.service import Service
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The dataset, and two models of it, of other weights."""
+    root = tmp_path_factory.mktemp("served")
+    save_dataset(replace(shop().dataset, indexes={}), root / "data")
+    for seed in (0, 1):
+        make_model(objective="sft", seed=seed).save_pretrained(root / f"model{seed}")
+    return {name: str(root / name) for name in ("data", "model0", "model1")}
+
+
+def serve(folders: dict[str, str], state: Path) -> Service:
+    return Service(folders["model0"], folders["data"], str(state), num_beams=8)
+
+
+@pytest.fixture
+def service(folders: dict[str, str], tmp_path: Path) -> Service:
+    return serve(folders, tmp_path / "state")
+
+
+def free_identifiers(count: int) -> list[tuple[int, ...]]:
+    """Identifiers that no item has: other last codes under prefixes that there are."""
+    model = make_model(objective="sft")
+    vocabulary, tokens = model.vocabulary, model.item_tokens().numpy()
+    codes = tokens - np.array(vocabulary.level_offsets)
+    taken = set(map(tuple, codes.tolist()))
+    found = [
+        (*row[:-1], last)
+        for row in sorted({tuple(row) for row in codes.tolist()})
+        for last in range(vocabulary.codebook_sizes[-1])
+        if (*row[:-1], last) not in taken
+    ]
+    return list(dict.fromkeys(found))[:count]
+
+
+def answer(service: Service, **request: Any) -> dict[str, Any]:
+    (found,) = service.answer([Recommend(**request)])
+    assert isinstance(found, dict), found
+    return found
+
+
+def everything(service: Service) -> set[Any]:
+    return set(answer(service, history=(), k=300)["items"])
+
+
+# ---- answers ----
+
+
+def test_a_batch_gives_each_request_what_the_offline_search_gives(service: Service) -> None:
+    """With other k, exclusions, availability and a bad request among them."""
+    requests = [
+        Recommend(history=(3, 14, 15), k=5, with_scores=True, with_titles=True),
+        Recommend(history=(3, 900)),
+        Recommend(user="17", k=3),
+        Recommend(history=(7,), k=20, exclude=(9, "10")),
+        Recommend(history=(7,), k=4, available=(5, 6, 7), mask_seen=False),
+        Recommend(),
+    ]
+    found = service.answer(requests)
+    model = make_model(objective="sft").eval()
+    offline = GenerativeRecommender(model, num_beams=8)
+    history = [np.array([3, 14, 15])]
+    items, scores = offline.recommend(history, 5, history)
+    first = found[0]
+    assert isinstance(first, dict)
+    assert first["items"] == items[0].tolist()
+    np.testing.assert_allclose(first["scores"], scores[0], atol=1e-5)
+    assert first["titles"] == [shop().dataset.title(item) for item in items[0]]
+    past = [shop().dataset.sequences.row(17).astype(np.int64)]
+    assert found[2] == {"items": offline.recommend(past, 3, past)[0][0].tolist(), "version": 0}
+    wide = offline.recommend([np.array([7])], 20, [np.array([7, 9, 10])])[0][0]
+    assert isinstance(found[3], dict)
+    assert found[3]["items"] == wide.tolist()
+    assert isinstance(found[4], dict)
+    assert sorted(found[4]["items"]) == [5, 6, 7]
+    errors = [each for each in found if isinstance(each, RequestError)]
+    assert [(error.field, str(error)) for error in errors] == [
+        ("history", "history must name items of the catalogue, such as 0; got 900"),
+        ("history", "history or user must be given; got neither"),
+    ]
+
+
+# ---- changes ----
+
+
+def test_an_added_item_is_recommended_removed_and_added_again(service: Service) -> None:
+    one, other = free_identifiers(2)
+    service.change(Add("new", one, "A new thing"), "me")
+    assert everything(service) == {*range(200), "new"}
+    assert answer(service, history=("new", 3))["items"]
+    assert answer(service, history=(), available=("new",), with_titles=True) == {
+        "items": ["new"],
+        "version": 1,
+        "titles": ["A new thing"],
+    }
+    service.change(Remove("new"), "me")
+    service.change(Remove("5"), "me")
+    assert everything(service) == set(range(200)) - {5}
+    assert answer(service, history=("new", 5, 3))["items"]  # histories may still hold them
+    service.change(Add("5", other), "me")
+    service.change(Add("new", one), "me")
+    assert everything(service) == {*range(200), "new"}
+    catalogue = service.catalogue()
+    tokens = torch.from_numpy(catalogue.model.vocabulary.encode(np.array([one, other])))
+    assert catalogue.tree.identifiers(torch.tensor([200, 5])).tolist() == tokens.tolist()
+    assert catalogue.titles[200] == "A new thing"
+    assert catalogue.titles[5] == shop().dataset.title(5)
+
+
+def test_an_item_that_is_not_available_is_there_but_not_recommended(service: Service) -> None:
+    service.change(SetAvailability("7", False), "me")
+    assert everything(service) == set(range(200)) - {7}
+    assert answer(service, history=(3,), available=(7,), mask_seen=False)["items"] == []
+    service.change(SetAvailability("7", True), "me")
+    assert everything(service) == set(range(200))
+
+
+def test_another_model_answers_with_the_changed_catalogue(
+    service: Service, folders: dict[str, str]
+) -> None:
+    before = answer(service, history=(3, 4), k=8)["items"]
+    service.change(Add("new", free_identifiers(1)[0]), "me")
+    service.change(Remove("5"), "me")
+    service.change(SwapModel(folders["model1"]), "me")
+    offline = GenerativeRecommender(make_model(objective="sft", seed=1).eval(), num_beams=8)
+    wanted = offline.recommend([np.array([3, 4])], 8, [np.array([3, 4, 5])])[0][0].tolist()
+    assert answer(service, history=(3, 4), k=8, exclude=("new",))["items"] == wanted
+    assert wanted != before
+    assert everything(service) == {*range(200), "new"} - {5}
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "message"),
+    [
+        (Add("5", (0, 0, 0)), "id", "id must be new; item '5' is there already"),
+        (Add(" x", (0, 0, 0)), "id", "without white space at its ends"),
+        (Add("x", (0, 0)), "identifier", "identifier must have 4 codes, below"),
+        (Add("x", (0, 0, 0, 10**6)), "identifier", "identifier must have 4 codes, below"),
+        (Add("x", (0, 0, 0, -1)), "identifier", "identifier must have 4 codes, below"),
+        (Remove("x"), "id", "id must name items of the catalogue, such as 0; got 'x'"),
+        (SetAvailability("x", True), "id", "id must name items of the catalogue"),
+        (SwapModel("nowhere"), "model", "nowhere"),
+    ],
+)
+def test_a_change_that_cannot_be_made_changes_nothing(
+    change: Change, field: str, message: str, service: Service
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        service.change(change, "me")
+    assert caught.value.field == field
+    assert message in str(caught.value)
+    assert service.catalogue().version == 0
+    assert everything(service) == set(range(200))
+
+
+def test_a_taken_identifier_is_shared_only_when_asked_for(service: Service) -> None:
+    model = make_model(objective="sft")
+    tokens = model.item_tokens()[9].numpy()
+    codes = tuple((tokens - np.array(model.vocabulary.level_offsets)).tolist())
+    with pytest.raises(RequestError, match="identifier must be free, or share be true; item 9 has"):
+        service.change(Add("twin", codes), "me")
+    service.change(Add("twin", codes, share=True), "me")
+    found = answer(service, history=(), available=(9, "twin"), with_scores=True)
+    assert found["items"] == [9, "twin"]
+    assert found["scores"][0] == found["scores"][1]
+
+
+# ---- the journal ----
+
+
+def test_replicas_and_a_restart_have_every_change(folders: dict[str, str], tmp_path: Path) -> None:
+    one, other = serve(folders, tmp_path), serve(folders, tmp_path)
+    first, second = free_identifiers(2)
+    line = one.change(Add("new", first, "A new thing"), "10.0.0.1")
+    assert everything(other) == {*range(200), "new"}
+    other.change(Add("newer", second), "10.0.0.2")
+    assert everything(one) == {*range(200), "new", "newer"}
+    one.change(SwapModel(folders["model1"]), "10.0.0.1")
+    again = serve(folders, tmp_path)
+    for service in (other, again):
+        assert answer(service, history=(3, 4)) == answer(one, history=(3, 4))
+    record = json.loads(line)
+    assert (record["version"], record["by"]) == (1, "10.0.0.1")
+    assert record["change"]["identifier"] == list(first)
+    assert (tmp_path / "changes.jsonl").read_text().splitlines()[0] == line
+
+
+def test_a_line_cut_short_is_no_change_and_a_damaged_one_is_named(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    service = serve(folders, tmp_path)
+    first, second = free_identifiers(2)
+    service.change(Add("new", first), "me")
+    path = tmp_path / "changes.jsonl"
+    with path.open("ab") as handle:
+        handle.write(b'{"version": 2, "chan')
+    again = serve(folders, tmp_path)
+    assert everything(again) == {*range(200), "new"}
+    again.change(Add("newer", second), "me")
+    assert everything(service) == {*range(200), "new", "newer"}
+    lines = path.read_text().splitlines()
+    path.write_text(lines[1] + "\n")
+    with pytest.raises(DataError, match=r"line 1: the version must follow on the line before"):
+        serve(folders, tmp_path)
+    path.write_text(lines[0].replace('"add"', '"burn"') + "\n")
+    with pytest.raises(DataError, match=r"line 1: kind must be one of add, remove"):
+        serve(folders, tmp_path)
+
+
+def test_changes_and_requests_at_once_lose_nothing(folders: dict[str, str], tmp_path: Path) -> None:
+    """Two replicas, each with a writer, while a reader never sees half a change."""
+    services = [serve(folders, tmp_path), serve(folders, tmp_path)]
+    codes = free_identifiers(8)
+    seen: list[int] = []
+
+    def write(which: int) -> None:
+        for number in range(which, len(codes), 2):
+            services[which].change(Add(f"n{number}", codes[number]), f"writer {which}")
+
+    writers = [threading.Thread(target=write, args=(which,)) for which in (0, 1)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        found = answer(services[0], history=(), k=300)
+        assert len(found["items"]) == 200 + found["version"]
+        seen.append(found["version"])
+    for writer in writers:
+        writer.join()
+    assert seen == sorted(seen)
+    for service in services:
+        assert everything(service) == {*range(200), *(f"n{number}" for number in range(8))}
