@@ -34,6 +34,7 @@ struct ChildrenCall {
   int64_t trajectories, L, d, V;
   float* log_pf;    // [trajectories, L]
   float* slopes;    // d log_pf / d logit of every child, row after row; null: not kept
+  bool keeps_logits;  // the forward pass leaves the logits where the slopes would be
   int64_t* plan;    // [4 * rows + 8]
   int64_t* invalid;  // [1], zero; becomes 1 if a trajectory is no identifier of the tree
 };

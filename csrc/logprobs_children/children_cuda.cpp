@@ -1,5 +1,6 @@
-// gflowgr_cuda::children_logprobs and children_backward, for PyTorch; same arguments as in gflowgr_cpp.
+// gflowgr_cuda::children_logprobs, children_flow_kl and their backward pass, for PyTorch; same arguments as in gflowgr_cpp.
 #include "logprobs_children/children.h"
+#include "logprobs_children/children_flow_kl.h"
 
 #include <optional>
 #include <tuple>
@@ -88,6 +89,59 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> children_logprobs(const Tensor& hidde
   return {log_pf, slopes, plan, invalid};
 }
 
+// `saved` is what the rows could need at most: the logits are kept there until they are slopes.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> children_flow_kl(
+    const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& tokens,
+    const std::optional<Tensor>& mask, const Tensor& tree, double temperature, int64_t saved,
+    const std::optional<Tensor>& nll_weights, const Tensor& log_reward, const std::optional<Tensor>& pool, double floor,
+    const Tensor& root) {
+  ChildrenCall call = read_call(hidden, weight, bias, tokens, mask, tree, temperature);
+  const int64_t rows = call.trajectories * call.L;
+  STD_TORCH_CHECK(saved > 0 || rows == 0, "saved must be above 0; got ", saved);
+  const auto like_rewards = [&](const Tensor& tensor) {
+    return tensor.dim() == 2 && tensor.is_contiguous() && on_device_of(tensor, hidden) &&
+           tensor.size(0) == tokens.size(0);
+  };
+  const bool wide = log_reward.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(like_rewards(log_reward) && (wide || log_reward.scalar_type() == ScalarType::Float),
+                  "log_reward must be [B, items] or [B, M], float32 or float64, contiguous, on the device of hidden");
+  STD_TORCH_CHECK(like_rewards(root) && root.scalar_type() == log_reward.scalar_type(),
+                  "root must be [B, 1 + children of the root] like log_reward");
+  gflowgr::DivergenceCall flow{};
+  flow.rewards = {log_reward.data_ptr(), wide, log_reward.size(1), nullptr, static_cast<float>(floor), root.data_ptr()};
+  if (pool.has_value()) {
+    STD_TORCH_CHECK(like_rewards(*pool) && pool->scalar_type() == ScalarType::Long &&
+                        pool->size(1) == log_reward.size(1),
+                    "pool must be int64 [B, M] like log_reward");
+    flow.rewards.nodes = static_cast<const int64_t*>(pool->data_ptr());
+  }
+  if (nll_weights.has_value()) {
+    STD_TORCH_CHECK(nll_weights->scalar_type() == ScalarType::Float && nll_weights->is_contiguous() &&
+                        nll_weights->numel() == call.trajectories && on_device_of(*nll_weights, hidden),
+                    "nll_weights must be float32 [B, N], contiguous, on the device of hidden");
+    flow.weights = pointer<float>(*nll_weights);
+  }
+  flow.per_prompt = tokens.size(1);
+  const gflowgr::binding::Launch launch(hidden);
+  Tensor value = torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Float);
+  Tensor log_pf = torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Float);
+  Tensor alive = torch::stable::new_empty(tokens, tokens.sizes(), ScalarType::Bool);
+  Tensor slopes = torch::stable::new_empty(tokens, Shape{saved}, ScalarType::Float);
+  Tensor policy = torch::stable::new_empty(tokens, Shape{saved}, ScalarType::Float);
+  Tensor plan = torch::stable::new_empty(tokens, Shape{gflowgr::kPlanWords * rows + gflowgr::kPlanSpare});
+  Tensor invalid = torch::stable::new_zeros(tokens, Shape{1});
+  call.log_pf = pointer<float>(log_pf);
+  call.slopes = pointer<float>(slopes);
+  call.keeps_logits = true;
+  call.plan = pointer<int64_t>(plan);
+  call.invalid = pointer<int64_t>(invalid);
+  flow.policy = pointer<float>(policy);
+  flow.value = pointer<float>(value);
+  flow.alive = pointer<bool>(alive);
+  gflowgr::binding::check_launch("children_flow_kl", gflowgr::children_flow_kl_cuda(call, flow, launch.stream()));
+  return {value, log_pf, alive, slopes, plan, invalid};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> children_backward(
     const Tensor& grad, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
     const Tensor& tokens, const std::optional<Tensor>& mask, const Tensor& tree, double temperature,
@@ -165,6 +219,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cuda, m) {
       "children_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? mask, Tensor tree, "
       "float temperature, int saved) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "children_flow_kl(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? mask, Tensor tree, "
+      "float temperature, int saved, Tensor? nll_weights, Tensor log_reward, Tensor? pool, float floor, Tensor root) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "children_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? mask, "
       "Tensor tree, float temperature, Tensor log_pf, Tensor slopes, Tensor plan, bool need_hidden, "
       "Tensor(a!)? d_weight, bool need_bias, bool sparse) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -172,5 +230,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gflowgr_cuda, GFLOWGR_CUDA_KEY, m) {
   m.impl("children_logprobs", TORCH_BOX(&children_logprobs));
+  m.impl("children_flow_kl", TORCH_BOX(&children_flow_kl));
   m.impl("children_backward", TORCH_BOX(&children_backward));
 }

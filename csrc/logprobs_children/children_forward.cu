@@ -5,7 +5,7 @@
 //              trajectories choose there: the head's rows are read once per 64 rows;
 //   deeper     a warp per row: its hidden state stays in the first cache while it meets four children at a
 //              time, 16 bytes a lane. Rows at a node with one child have log-probability 0 and return at once.
-// Slopes d log_pf / d logit are left for the backward pass where wanted.
+// Slopes d log_pf / d logit are left for the backward pass where wanted, or the logits for children_flow_kl.cu.
 //
 // Speed of light, for T rows of d numbers of s bytes, T/L of them at the root with C0 children, and E products
 // (row, child) deeper: memory T d s for the rows that choose; the head's rows come from the second cache:
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) root_kernel(ChildrenCall call, Rows 
     const Finished done = finish(running[i]);
     __syncwarp();  // all have read the row
     if (lane == 0) write_row(call, row, done);
-    if (call.slopes == nullptr || done.log_pf == -INFINITY) continue;
+    if (call.slopes == nullptr || call.keeps_logits || done.log_pf == -INFINITY) continue;
     // Each lane wrote the very logits that it now replaces.
     float* const out = call.slopes + row.slopes;
     for (int64_t child = lane; child < count; child += 32) out[child] = slope(done, out[child], child == row.target);
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 3) deeper_kernel(ChildrenCall call, 
   const Finished done = finish(running);
   __syncwarp();
   if (lane == 0) write_row(call, row, done);
-  if (call.slopes == nullptr || done.log_pf == -INFINITY) return;
+  if (call.slopes == nullptr || call.keeps_logits || done.log_pf == -INFINITY) return;
   float* const out = call.slopes + row.slopes;
   for (int64_t child = lane; child < row.children; child += 32) {
     out[child] = slope(done, out[child], child == row.target);

@@ -34,9 +34,9 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <typename T>
-class Head {
+class DenseRun {
  public:
-  explicit Head(const DensePass& pass)
+  explicit DenseRun(const DensePass& pass)
       : p_(pass),
         plan_(pass, sizeof(T)),
         kernels_(tile_kernels()),
@@ -342,9 +342,9 @@ void run_dense(const DensePass& pass) {
   const bool pairs = pass.hidden_type == Dtype::bfloat16 && pass.weight_type == Dtype::bfloat16 &&
                      pass.width % 2 == 0 && gemm_bfloat16_available();
   if (pairs) {
-    Head<uint16_t>(pass).run();
+    DenseRun<uint16_t>(pass).run();
   } else {
-    Head<float>(pass).run();
+    DenseRun<float>(pass).run();
   }
 }
 

@@ -1,4 +1,4 @@
-// gflowgr_cpp::head_*: the dense output head, bound to torch. gflowgr/ops/logprobs/dense.py says what they compute.
+// gflowgr_cpp::dense_*: the dense output head, bound to torch. gflowgr/ops/logprobs/dense.py says what they compute.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -88,7 +88,7 @@ Gradients want_gradients(gflowgr::DensePass& pass, const Tensor& hidden, const T
   return g;
 }
 
-std::tuple<Tensor, Tensor, Tensor> head_logprobs(const Tensor& hidden, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> dense_logprobs(const Tensor& hidden, const Tensor& weight,
                                                  const std::optional<Tensor>& bias, const Tensor& targets,
                                                  double temperature, bool jacobian) {
   gflowgr::DensePass pass = make_pass(hidden, weight, bias, targets, temperature);
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> head_logprobs(const Tensor& hidden, const Ten
   return {log_pf, lse, slopes};
 }
 
-std::tuple<Tensor, Tensor, Tensor> head_backward(const Tensor& grad, const Tensor& hidden, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> dense_backward(const Tensor& grad, const Tensor& hidden, const Tensor& weight,
                                                  const std::optional<Tensor>& bias, const Tensor& targets,
                                                  const Tensor& log_pf, const Tensor& lse, double temperature,
                                                  bool need_hidden, bool need_weight, bool need_bias) {
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> head_backward(const Tensor& grad, const Tenso
 }
 
 // hidden [B, N, L, d], targets [B, N, L]; kind and reduction are numbers of FlowKind and FlowReduction.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_flow_loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dense_flow_loss(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets,
     double temperature, const Tensor& log_reward, const std::optional<Tensor>& flow, int64_t kind, double lam,
     double beta, std::optional<double> floor, int64_t reduction, double sft_weight, std::optional<double> clip,
@@ -185,36 +185,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_flow_los
   return {loss, log_pf, g.hidden, g.weight, g.bias, grad_reward, grad_flow};
 }
 
-bool head_available() { return gflowgr::gemm_float_available(); }
+bool dense_available() { return gflowgr::gemm_float_available(); }
 
-bool head_in_bfloat16() { return gflowgr::gemm_bfloat16_available(); }
+bool dense_in_bfloat16() { return gflowgr::gemm_bfloat16_available(); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gflowgr_cpp, m) {
   m.def(
-      "head_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
+      "dense_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
       "bool jacobian) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "head_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor log_pf, "
+      "dense_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor log_pf, "
       "Tensor lse, float temperature, bool need_hidden, bool need_weight, bool need_bias) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "head_flow_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
+      "dense_flow_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
       "Tensor log_reward, Tensor? flow, int kind, float lam, float beta, float? floor, int reduction, "
       "float sft_weight, float? clip, bool need_hidden, bool need_weight, bool need_bias, bool need_log_reward, "
       "bool need_flow) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("head_available() -> bool");
-  m.def("head_in_bfloat16() -> bool");  // whether bfloat16 factors are multiplied as such, not widened
+  m.def("dense_available() -> bool");
+  m.def("dense_in_bfloat16() -> bool");  // whether bfloat16 factors are multiplied as such, not widened
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gflowgr_cpp, CPU, m) {
-  m.impl("head_logprobs", TORCH_BOX(&head_logprobs));
-  m.impl("head_backward", TORCH_BOX(&head_backward));
-  m.impl("head_flow_loss", TORCH_BOX(&head_flow_loss));
+  m.impl("dense_logprobs", TORCH_BOX(&dense_logprobs));
+  m.impl("dense_backward", TORCH_BOX(&dense_backward));
+  m.impl("dense_flow_loss", TORCH_BOX(&dense_flow_loss));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gflowgr_cpp, CompositeExplicitAutograd, m) {
-  m.impl("head_available", TORCH_BOX(&head_available));
-  m.impl("head_in_bfloat16", TORCH_BOX(&head_in_bfloat16));
+  m.impl("dense_available", TORCH_BOX(&dense_available));
+  m.impl("dense_in_bfloat16", TORCH_BOX(&dense_in_bfloat16));
 }

@@ -12,6 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import emulation
 from support.raw_children import ChildrenCase, check_raw_op
+from torch import Tensor
+
+import gflowgr
+from gflowgr.ops.flow_kl import op as flow_kl_op
 
 CUDA = torch.ops.gflowgr_cuda
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,6 +36,58 @@ def test_equals_float64(sparse: bool, recompute: bool) -> None:
     items[::7, 3] = -1
     case = ChildrenCase.make(items, (23, 3), 40, bias=True, padded=True, temperature=0.7)
     check_raw_op(CUDA, case, sparse=sparse, recompute=recompute)
+
+
+@pytest.mark.parametrize("kind", ["all", "all, float64", "pool", "pool, floor"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_flow_kl_equals_float64(
+    kind: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared, ragged and repeated identifiers; prompts without a flow; weights given or not."""
+    items = shop(150, (70, 9, 4, 2))
+    items[::7, 3] = -1
+    items[::9, 2:] = -1
+    case = ChildrenCase.make(items, (5, 3), 12, bias=True, padded=True, temperature=0.7)
+    g = torch.Generator().manual_seed(1)
+    reward = 3 * torch.randn(5, len(items), generator=g, dtype=torch.float64)
+    reward[1, ::2] = -torch.inf
+    reward[3] = -torch.inf
+    given: dict[str, Any] = {}
+    if kind.startswith("pool"):
+        pool = torch.stack([torch.randperm(len(items), generator=g)[:40] for _ in range(5)])
+        pool[2, 30:] = -1
+        reward, given = reward.gather(1, pool.clamp(min=0)), {"items": pool}
+        given["log_reward_floor"] = -2.0 if "floor" in kind else None
+    if "float64" not in kind:
+        reward = reward.float()
+    rewards = gflowgr.item_flows(case.tree, reward, **given).rewards
+    assert case.bias is not None
+    monkeypatch.setattr(flow_kl_op, "RECOMPUTED_AT_ONCE", 500)  # some prompts
+
+    def results(wide: bool, weights: Tensor | None, saved: int) -> list[Tensor]:
+        kinds = [x.double() if wide else x for x in (case.hidden, case.weight, case.bias)]
+        if wide and weights is not None:
+            weights = weights.double()
+        head = (*kinds, case.tokens, case.mask, case.tree.buffer, case.temperature)
+        flows = (rewards.log_reward, rewards.pool, rewards.floor, rewards.root)
+        value, log_pf, alive, slopes, plan, invalid = torch.ops.gflowgr.flow_kl(
+            *head, saved, weights, *flows
+        )
+        grad = case.grad.to(value.dtype)
+        found = torch.ops.gflowgr.flow_kl_backward(
+            grad, *head, weights, *flows, log_pf, slopes, plan, True, True, True
+        )
+        return [value, log_pf, alive, invalid, *found]
+
+    for weights in (None, torch.tensor([0.5, 0.0, 0.0]).expand(5, 3)):
+        with gflowgr.backend("torch"):
+            wanted = results(True, weights, 0)
+        with gflowgr.backend("cuda"):
+            found = results(False, weights, 0 if recompute else case.saved())
+        for got, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(
+                got.double(), want.double(), rtol=2e-5, atol=2e-5, equal_nan=True
+            )
 
 
 @pytest.mark.parametrize("weight", FLOAT_DTYPES)

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from gflowgr import ops
-from gflowgr.tree import PrefixTree
+from gflowgr.tree import PrefixTree, item_flows
 
 from .cases import IDENTIFIERS, VOCABULARY
 
 B, N, L, WIDTH = 3, 2, 4, 5
 TREE = PrefixTree.from_identifiers(IDENTIFIERS)
+
+_GENERATOR = torch.Generator().manual_seed(1)
+FLOWS = item_flows(TREE, torch.randn(B, TREE.num_items, generator=_GENERATOR))
 
 Arguments = dict[str, Tensor]
 Op = Callable[[Arguments], Tensor]
@@ -57,6 +60,16 @@ def _on_head(name: str, *balance: str, **options: Any) -> Op:
     )
 
 
+def _on_flows(**options: Any) -> Op:
+    return lambda a: ops.fused_flow_kl_loss(
+        *(a[key] for key in ("hidden", "weight", "tokens")),
+        FLOWS,
+        tree=TREE,
+        **{key: a[key] for key in ("bias", "mask")},
+        **options,
+    )
+
+
 def _on_two_heads(name: str, *balance: str) -> Op:
     function = getattr(ops, name)
     return lambda a: function(
@@ -84,6 +97,8 @@ OPS: dict[str, Op] = {
     "fused db": _on_head("fused_db_loss", "log_reward", "log_flow"),
     "fused subtb": _on_head("fused_subtb_loss", "log_reward", "log_flow", lam=0.5),
     "fused vargrad": _on_head("fused_vargrad_loss", "log_reward", reduction="mean"),
+    "fused flow kl level, children": _on_flows(normalize="level"),
+    "fused flow kl children": _on_flows(nll_weight=0.5),
     "fused dpo": _on_two_heads("fused_dpo_loss"),
     "fused grpo": _on_two_heads("fused_grpo_loss", "reward"),
     "logprobs from logits": lambda a: ops.logprobs_from_logits(

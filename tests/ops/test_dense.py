@@ -15,14 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.head_case import GRADIENT_TOLERANCE, Case, assert_close, check, exact, make_case
+from support.dense_case import GRADIENT_TOLERANCE, Case, assert_close, check, exact, make_case
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import gflowgr
 from gflowgr import backends
 from gflowgr.ops import fused_flow_loss
-from gflowgr.ops.logprobs import dense as head_ops
+from gflowgr.ops.logprobs import dense as dense_ops
 
 KINDS = ["tb", "db", "subtb", "vargrad"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,7 +31,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def usable_backends() -> list[str]:
     """Backends that run the dense head on the CPU here; the GPU's are tested under `-m gpu`."""
     cpu = torch.device("cpu")
-    return [n for n in ("torch", "cpp") if head_ops.PROBES[n](cpu, torch.float32) is None]
+    return [n for n in ("torch", "cpp") if dense_ops.PROBES[n](cpu, torch.float32) is None]
 
 
 BACKENDS = usable_backends()
@@ -307,7 +307,7 @@ def test_a_second_backward_pass_adds_the_same(backend: str) -> None:
 
 def test_results_do_not_depend_on_the_number_of_threads_beyond_rounding() -> None:
     if "cpp" not in BACKENDS:
-        pytest.skip(f"cpp: {head_ops.probe_cpp(torch.device('cpu'), torch.float32)}")
+        pytest.skip(f"cpp: {dense_ops.probe_cpp(torch.device('cpu'), torch.float32)}")
     case = make_case(700, 16, 500)
     results = []
     before = torch.get_num_threads()
@@ -413,7 +413,7 @@ def test_under_activation_checkpointing() -> None:
 def test_more_than_two_to_the_31_logits() -> None:
     """The last rows and the last tokens come out as if they were alone."""
     if "cpp" not in BACKENDS:
-        pytest.skip(f"cpp: {head_ops.probe_cpp(torch.device('cpu'), torch.float32)}")
+        pytest.skip(f"cpp: {dense_ops.probe_cpp(torch.device('cpu'), torch.float32)}")
     rows, size = 66_000, 33_000
     assert rows * size > 2**31
     g = torch.Generator().manual_seed(0)

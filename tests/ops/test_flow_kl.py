@@ -11,6 +11,8 @@ from torch import Tensor
 
 import gflowgr
 from gflowgr.ops import fused_flow_kl
+from gflowgr.ops.flow_kl import op
+from gflowgr.ops.logprobs import children
 from gflowgr.tree import PrefixTree
 
 FIXED = [[0, 3, 6], [0, 3, 7], [0, 4, 6], [1, 3, 6], [2, 5, 8], [2, 5, 9]]
@@ -221,19 +223,43 @@ def test_the_number_of_threads_changes_nothing() -> None:
 @pytest.mark.parametrize("normalize", NORMALIZERS)
 def test_float32_agrees_with_float64(backend: str, normalize: str) -> None:
     exact, case = Case(SHARED), Case(SHARED, torch.float32)
-    for name in ("hidden", "weight", "bias"):
-        setattr(case, name, getattr(exact, name).detach().float().requires_grad_())
-    case.flows = gflowgr.item_flows(case.tree, exact.log_reward.float())
+    for name in ("hidden", "weight", "bias", "log_reward"):
+        value = getattr(exact, name).detach().float()
+        for each in (exact, case):
+            setattr(each, name, value.to(each.hidden.dtype).requires_grad_(name != "log_reward"))
+    for each in (exact, case):
+        each.flows = gflowgr.item_flows(each.tree, each.log_reward)
     with gflowgr.backend("torch"):
         wanted = exact.run(normalize=normalize, nll_weight=0.5)
         wanted.loss.backward()
     found = case.run(normalize=normalize, nll_weight=0.5)
     found.loss.backward()
     for got, want in zip(found, wanted, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
     for name in ("hidden", "weight", "bias"):
         got, want = getattr(case, name).grad.double(), getattr(exact, name).grad
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", ["children", "vocab"])
+def test_slopes_beyond_the_limit_are_computed_again(
+    monkeypatch: pytest.MonkeyPatch, normalize: str
+) -> None:
+    def gradients() -> tuple[Tensor, ...]:
+        case = Case(SHARED, torch.float32)
+        loss = case.run(normalize=normalize, nll_weight=0.5).loss
+        return torch.autograd.grad(loss, (case.hidden, case.weight, case.bias))
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("slopes were computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "_backward_recomputed", refuse)
+        wanted = gradients()
+    monkeypatch.setattr(children, "SAVED_LIMIT", 0)
+    for at_once in (0, 2**24):  # a prompt at a time, and all of them
+        monkeypatch.setattr(op, "RECOMPUTED_AT_ONCE", at_once)
+        torch.testing.assert_close(gradients(), wanted)
 
 
 def test_reductions_are_those_of_the_other_fused_losses() -> None:

@@ -131,7 +131,7 @@ def test_peak_of_the_joint_loss(rows: int, width: int, size: int, frozen: bool, 
     reason = probe_cpp(torch.device("cpu"), dtype)
     if reason is not None:
         pytest.skip(f"cpp: {reason}")
-    if kind == "bfloat16" and not torch.ops.gflowgr_cpp.head_in_bfloat16():
+    if kind == "bfloat16" and not torch.ops.gflowgr_cpp.dense_in_bfloat16():
         pytest.skip("this CPU has no bfloat16 products: the formula is that of float32 then")
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("no /proc/self/clear_refs: the peak of a process cannot be reset")

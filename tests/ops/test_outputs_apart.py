@@ -97,3 +97,23 @@ def test_children(name: str, rows: dict[str, Tensor]) -> None:
             for need in needs(3):
                 given = (rows["grad"], *head, *kept, *need, sparse)
                 assert_apart(torch.ops.gflowgr.children_backward, given)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("name", usable("flow_kl"))
+def test_flow_kl(name: str, pooled: bool, rows: dict[str, Tensor]) -> None:
+    tree = PrefixTree.from_identifiers(torch.cartesian_prod(*[torch.arange(3)] * STEPS))
+    items = torch.arange(8).expand(PROMPTS, 8) if pooled else None
+    flows = gflowgr.item_flows(tree, torch.randn(PROMPTS, 8 if pooled else 27), items=items)
+    r = flows.rewards
+    head = (rows["hidden"], rows["weight"], rows["bias"], rows["tokens"], rows["mask"])
+    head += (tree.buffer, 0.7)
+    with gflowgr.backend(name):
+        for saved, weights in itertools.product((0, 3 * rows["tokens"].numel()), (True, False)):
+            nll = torch.rand(PROMPTS, BRANCHES) if weights else None
+            given = (*head, saved, nll, r.log_reward, r.pool, r.floor, r.root)
+            assert_apart(torch.ops.gflowgr.flow_kl, given)
+            _, log_pf, _, slopes, plan, _ = torch.ops.gflowgr.flow_kl(*given)
+            for need in needs(3):
+                again = (rows["grad"], *head, *given[8:], log_pf, slopes, plan, *need)
+                assert_apart(torch.ops.gflowgr.flow_kl_backward, again)

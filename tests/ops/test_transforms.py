@@ -13,7 +13,7 @@ from gflowgr import backends
 from gflowgr.ops.beam_step.op import beam_step, beam_step_hidden
 from gflowgr.ops.logprobs import vocab_parallel as parallel
 
-from .public_ops import DIFFERENTIABLE, OPS, TREE, arguments, read_by
+from .public_ops import DIFFERENTIABLE, FLOWS, OPS, TREE, arguments, read_by
 
 DIFFERENTIABLE_READS = [
     (name, key) for name in OPS for key in read_by(name) if key in DIFFERENTIABLE
@@ -51,7 +51,10 @@ def test_derivatives_of_every_mode_are_those_of_the_backward_pass(
         torch.testing.assert_close(derivative(function)(x), expected, **tolerance)
 
 
-@pytest.mark.parametrize("name", ["fused tb", "fused tb children", "logprobs from logits", "subtb"])
+@pytest.mark.parametrize(
+    "name",
+    ["fused tb", "fused tb children", "fused flow kl children", "logprobs from logits", "subtb"],
+)
 def test_second_derivatives_by_composition(name: str) -> None:
     key = next(key for key in read_by(name) if key in ("hidden", "logits", "log_pf"))
     given = arguments(torch.float64)
@@ -105,7 +108,10 @@ def test_under_vmap_bad_values_are_not_named_but_not_finite() -> None:
     assert not found.isfinite().any()
 
 
-@pytest.mark.parametrize("name", ["fused tb", "logprobs children", "logprobs from logits", "tb"])
+@pytest.mark.parametrize(
+    "name",
+    ["fused tb", "fused flow kl children", "logprobs children", "logprobs from logits", "tb"],
+)
 def test_a_forced_backend_refuses_by_name(name: str) -> None:
     if missing := backends.cpp_missing():
         pytest.skip(missing)
@@ -169,7 +175,7 @@ def test_the_registered_ops_refuse_a_forward_mode_derivative() -> None:
     needs = (True, False, False, False, False)
     options = ("tb", 1.0, 1.0, None, "prompt", 0.0, None)
     flow = (given["log_reward"], given["log_z"], given["mask"], *options)
-    op = torch.ops.gflowgr
+    op, rewards = torch.ops.gflowgr, FLOWS.rewards
     calls = {
         "dense_logprobs": (
             lambda x: op.dense_logprobs(x, given["weight"], None, tokens, 1.0, False)[0],
@@ -191,6 +197,13 @@ def test_the_registered_ops_refuse_a_forward_mode_derivative() -> None:
             lambda x: op.children_logprobs(
                 *(x, given["weight"], None, given["tokens"], given["mask"], TREE.buffer),
                 *(1.0, 0, False),
+            )[0],
+            given["hidden"],
+        ),
+        "flow_kl": (
+            lambda x: op.flow_kl(
+                *(x, given["weight"], None, given["tokens"], given["mask"], TREE.buffer),
+                *(1.0, 0, None, rewards.log_reward, None, rewards.floor, rewards.root),
             )[0],
             given["hidden"],
         ),

@@ -8,15 +8,18 @@ token's log-probability over a larger set makes it the divergence there.
 The slopes ``(1 + w) P_F - P*_F - w [token]`` are formed where the logits are and kept for the
 backward pass, which is that of ``gflowgr::children_logprobs``. P*_F is summed from the rewards of
 the items under the prefix, row by row. The reference is
-:mod:`gflowgr.ops.flow_kl.reference`; the C++ is in ``csrc/logprobs_children``.
+:mod:`gflowgr.ops.flow_kl.reference`; C++ and CUDA are in ``csrc/logprobs_children``.
 
-Memory besides inputs, outputs and gradients: 4 bytes for every child of every row's node, and 32
+Memory besides inputs, outputs and gradients: 4 bytes for every child of every row's node, kept for
+the backward pass as long as they can be no more than
+``gflowgr.ops.logprobs.children.SAVED_LIMIT``, else computed again there, 2**24 at a time; and 32
 bytes a row.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,7 +29,13 @@ from gflowgr import backends
 from gflowgr.ops import checks, transforms
 from gflowgr.ops.flow_kl.reference import Level
 from gflowgr.ops.inputs import HeadInputs
-from gflowgr.ops.logprobs.children import backward_compiled, empty_gradients, reference_inputs
+from gflowgr.ops.logprobs.children import (
+    backward_compiled,
+    compiled,
+    empty_gradients,
+    products_kept,
+    reference_inputs,
+)
 from gflowgr.ops.logprobs.reference import logprobs_reference
 from gflowgr.ops.precision import compute_dtype, without_autocast
 from gflowgr.tree import PrefixTree
@@ -37,6 +46,11 @@ from gflowgr.tree.flows_reference import item_flows_reference
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """value, log_pf, alive [B, N, L], slopes, plan, invalid [1]."""
 Gradients = tuple[Tensor, Tensor, Tensor]
+Head = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor, float]
+"""hidden, weight, bias, tokens, mask, the tree's buffer, temperature."""
+
+RECOMPUTED_AT_ONCE = 2**24
+"""Slopes that the backward pass computes at a time where they were not kept (64 MiB)."""
 
 
 def flow_kl_rows(
@@ -49,11 +63,6 @@ def flow_kl_rows(
         [B, N, L] bool: whether the prefix has a child with a flow, and invalid [1] as of
         :func:`gflowgr.ops.logprobs.children.children_logprobs`.
     """
-    learning = (inputs.hidden, inputs.weight, inputs.bias)
-    saved = 0
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learning):
-        batch, branches, steps = inputs.tokens.shape
-        saved = batch * branches * sum(tree.layout.max_children[:steps])
     outputs: Outputs = torch.ops.gflowgr.flow_kl(
         inputs.hidden,
         inputs.weight,
@@ -62,7 +71,7 @@ def flow_kl_rows(
         inputs.mask,
         tree.buffer,
         inputs.temperature,
-        saved,
+        products_kept(inputs, tree),
         None if nll_weights is None else nll_weights.to(inputs.dtype),
         rewards.log_reward,
         rewards.pool,
@@ -108,15 +117,14 @@ def _forward(
 ) -> Outputs:
     transforms.refuse_forward_mode("flow_kl")
     check_head(tree, weight.shape[0], "the rows of weight")
-    if backends.resolve("flow_kl", hidden.device, compute_dtype(hidden, weight, bias)) == "cpp":
-        call = backends.contiguous(hidden, weight, bias, tokens, mask, tree)
-        flows = (*backends.contiguous(log_reward, pool), floor, root.contiguous())
-        weights = None if nll_weights is None else nll_weights.contiguous()
-        out: Outputs = torch.ops.gflowgr_cpp.children_flow_kl(
-            *call, temperature, saved, weights, *flows
-        )
-        return out
-    inputs, found = reference_inputs(hidden, weight, bias, tokens, mask, tree, temperature)
+    head = (hidden, weight, bias, tokens, mask, tree, temperature)
+    name = backends.resolve("flow_kl", hidden.device, compute_dtype(hidden, weight, bias))
+    if name != "torch":
+        rewards = FlowRewards(log_reward, pool, floor, root)
+        if name == "cuda" and saved == 0:  # its logits need the room of the slopes
+            return _forward_in_parts(head, nll_weights, rewards)
+        return _forward_compiled(compiled(name), head, saved, nll_weights, rewards)
+    inputs, found = reference_inputs(*head)
     value, log_pf, alive, slopes, plan, invalid = _empty_outputs(
         hidden, weight, bias, tokens, saved
     )
@@ -134,6 +142,52 @@ def _forward(
         except ValueError:
             wrong = True
     return value, log_pf, alive, slopes.zero_(), plan.zero_(), invalid.fill_(wrong)
+
+
+def _forward_compiled(
+    namespace: Any,
+    head: Head,
+    saved: int,
+    nll_weights: Tensor | None,
+    rewards: FlowRewards,
+) -> Outputs:
+    *tensors, temperature = head
+    out: Outputs = namespace.children_flow_kl(
+        *backends.contiguous(*tensors),
+        temperature,
+        saved,
+        *backends.contiguous(nll_weights, rewards.log_reward, rewards.pool),
+        rewards.floor,
+        rewards.root.contiguous(),
+    )
+    return out
+
+
+def _parts(
+    namespace: Any, head: Head, nll_weights: Tensor | None, rewards: FlowRewards
+) -> Iterator[tuple[slice, Head, Outputs]]:
+    """Forward passes with slopes, of as many prompts at a time as RECOMPUTED_AT_ONCE allows."""
+    hidden, weight, bias, tokens, mask, tree, temperature = head
+    _, branches, steps = tokens.shape
+    each = branches * sum(PrefixTree(tree).layout.max_children[:steps])
+    prompts = max(RECOMPUTED_AT_ONCE // max(each, 1), 1)
+    for begin in range(0, len(tokens), prompts):
+        part = slice(begin, begin + prompts)
+        m, w, pool = (None if x is None else x[part] for x in (mask, nll_weights, rewards.pool))
+        own = (hidden[part], weight, bias, tokens[part], m, tree, temperature)
+        flows = FlowRewards(rewards.log_reward[part], pool, rewards.floor, rewards.root[part])
+        saved = len(own[0]) * each
+        yield part, own, _forward_compiled(namespace, own, saved, w, flows)
+
+
+def _forward_in_parts(head: Head, nll_weights: Tensor | None, rewards: FlowRewards) -> Outputs:
+    hidden, weight, bias, tokens, *_ = head
+    value, log_pf, alive, slopes, plan, invalid = _empty_outputs(hidden, weight, bias, tokens, 0)
+    invalid.zero_()
+    for part, _, found in _parts(compiled("cuda"), head, nll_weights, rewards):
+        value[part], log_pf[part], alive[part] = found[:3]
+        invalid |= found[5]
+    return value, log_pf, alive, slopes, plan.zero_(), invalid
 
 
 def _empty_outputs(
@@ -181,6 +235,7 @@ def _backward(
     log_reward: Tensor,
     pool: Tensor | None,
     floor: float,
+    root: Tensor,
     log_pf: Tensor,
     slopes: Tensor,
     plan: Tensor,
@@ -192,8 +247,12 @@ def _backward(
     head = (hidden, weight, bias, tokens, mask, tree, temperature)
     needs = (need_hidden, need_weight, need_bias)
     dtype = compute_dtype(hidden, weight, bias)
-    if backends.resolve("flow_kl", hidden.device, dtype) == "cpp":
-        namespace = torch.ops.gflowgr_cpp
+    name = backends.resolve("flow_kl", hidden.device, dtype)
+    if name != "torch":
+        namespace = compiled(name)
+        if slopes.numel() == 0:
+            rewards = FlowRewards(log_reward, pool, floor, root)
+            return _backward_recomputed(namespace, grad, head, nll_weights, rewards, needs)
         return backward_compiled(namespace, grad, *head, log_pf, slopes, plan, *needs, False)[:3]
     inputs, found = reference_inputs(*head)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype)
@@ -223,6 +282,32 @@ def _backward(
     )
 
 
+def _backward_recomputed(
+    namespace: Any,
+    grad: Tensor,
+    head: Head,
+    nll_weights: Tensor | None,
+    rewards: FlowRewards,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """Gradients where the slopes were not kept: some prompts at a time, forward and backward."""
+    hidden, weight, bias, *_ = head
+    d_hidden = torch.empty_like(hidden) if needs[0] else hidden.new_empty(0)
+    sums = [
+        x.new_zeros(x.shape, dtype=torch.float32) if x is not None and need else weight.new_empty(0)
+        for x, need in zip((weight, bias), needs[1:], strict=True)
+    ]
+    for part, own, (_, log_pf, _, *kept, _) in _parts(namespace, head, nll_weights, rewards):
+        found = backward_compiled(namespace, grad[part], *own, log_pf, *kept, *needs, False)
+        if needs[0]:
+            d_hidden[part] = found[0]
+        for total, one, need in zip(sums, found[1:3], needs[1:], strict=True):
+            if need:
+                total += one
+    d_weight, d_bias = sums
+    return d_hidden, d_weight.to(weight.dtype), d_bias if bias is None else d_bias.to(bias.dtype)
+
+
 def _backward_fake(
     grad: Tensor,
     hidden: Tensor,
@@ -236,6 +321,7 @@ def _backward_fake(
     log_reward: Tensor,
     pool: Tensor | None,
     floor: float,
+    root: Tensor,
     log_pf: Tensor,
     slopes: Tensor,
     plan: Tensor,
@@ -251,7 +337,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     _, log_pf, alive, slopes, plan, invalid = output
     ctx.mark_non_differentiable(log_pf, alive, slopes, plan, invalid)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], *inputs[8:11], log_pf, slopes, plan)
+    ctx.save_for_backward(*inputs[:6], *inputs[8:11], inputs[12], log_pf, slopes, plan)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -259,8 +345,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if grad is None:
         return None, None, None, *others
     need = ctx.needs_input_grad[:3]
-    *head, nll_weights, log_reward, pool, log_pf, slopes, plan = ctx.saved_tensors
-    flows = (nll_weights, log_reward, pool, ctx.floor)
+    *head, nll_weights, log_reward, pool, root, log_pf, slopes, plan = ctx.saved_tensors
+    flows = (nll_weights, log_reward, pool, ctx.floor, root)
     gradients = torch.ops.gflowgr.flow_kl_backward(
         grad, *head, ctx.temperature, *flows, log_pf, slopes, plan, *need
     )
@@ -274,6 +360,7 @@ backends.define_op(
     probes={
         "torch": backends.probe_torch,
         "cpp": backends.float32_only(backends.probe_cpp),
+        "cuda": backends.float32_only(backends.probe_cuda),
     },
     setup_context=_setup_context,
     backward=_differentiate,

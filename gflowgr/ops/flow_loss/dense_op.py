@@ -114,7 +114,7 @@ def _loss_torch(call: _Call, needs: _Needs) -> Outputs:
 def _loss_cpp(call: _Call, needs: _Needs) -> Outputs:
     flow, hidden, balance = call.flow, call.hidden, call.balance
     loss, log_pf, d_hidden, d_weight, d_bias, d_log_reward, d_balance = (
-        torch.ops.gflowgr_cpp.head_flow_loss(
+        torch.ops.gflowgr_cpp.dense_flow_loss(
             hidden,
             call.weight,
             None if call.bias is None else call.bias.float(),

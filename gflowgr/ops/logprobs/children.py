@@ -48,14 +48,6 @@ def children_logprobs(
         (log_pf, invalid): invalid [1] int64 is 0 if every trajectory is an identifier of the tree
         or masked as a whole (always 0 from the reference while data checks are off).
     """
-    batch, branches, steps = inputs.tokens.shape
-    saved = 0
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (inputs.hidden, inputs.weight, inputs.bias)
-    ):
-        saved = batch * branches * sum(tree.layout.max_children[:steps])
-        if saved > SAVED_LIMIT:
-            saved = 0
     log_pf, _, _, invalid = torch.ops.gflowgr.children_logprobs(
         inputs.hidden,
         inputs.weight,
@@ -64,10 +56,23 @@ def children_logprobs(
         inputs.mask,
         tree.buffer,
         inputs.temperature,
-        saved,
+        products_kept(inputs, tree),
         sparse_grad,
     )
     return log_pf, invalid
+
+
+def products_kept(inputs: HeadInputs, tree: PrefixTree) -> int:
+    """Numbers to keep for the backward pass, for what the rows could need at most.
+
+    0 where nothing asks for a gradient, or where they could be more than ``SAVED_LIMIT``.
+    """
+    leaves = (inputs.hidden, inputs.weight, inputs.bias)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in leaves):
+        return 0
+    batch, branches, steps = inputs.tokens.shape
+    products = batch * branches * sum(tree.layout.max_children[:steps])
+    return products if products <= SAVED_LIMIT else 0
 
 
 # ------------------------------------------------------------------ the reference as a backend
@@ -198,7 +203,8 @@ def _zeros_like(weight: Tensor) -> Tensor:
     return torch.from_numpy(np.zeros(weight.nbytes, np.uint8)).view(dtype).view(shape)
 
 
-def _namespace(name: str) -> Any:
+def compiled(name: str) -> Any:
+    """The ops of a compiled backend."""
     return torch.ops.gflowgr_cpp if name == "cpp" else torch.ops.gflowgr_cuda
 
 
@@ -222,7 +228,7 @@ def _forward(
     name = backends.resolve("children_logprobs", hidden.device, compute_dtype(hidden, weight, bias))
     if name == "torch":
         return _forward_torch(*inputs)
-    return _forward_compiled(_namespace(name), *inputs)
+    return _forward_compiled(compiled(name), *inputs)
 
 
 def _forward_fake(
@@ -274,7 +280,7 @@ def _backward(
     name = backends.resolve("children_backward", hidden.device, compute_dtype(hidden, weight, bias))
     if name == "torch":
         return _backward_torch(*inputs, *saved, *needs, sparse)
-    return backward_compiled(_namespace(name), *inputs, *saved, *needs, sparse)
+    return backward_compiled(compiled(name), *inputs, *saved, *needs, sparse)
 
 
 def _backward_fake(

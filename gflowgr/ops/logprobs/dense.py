@@ -103,7 +103,7 @@ def backward_reference(
 
 def _probe_products(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = backends.probe_cpp(device, dtype)
-    if reason is None and not torch.ops.gflowgr_cpp.head_available():
+    if reason is None and not torch.ops.gflowgr_cpp.dense_available():
         return "this torch or CPU has no small matrix products (oneDNN's)"
     return reason
 
@@ -119,7 +119,7 @@ def _logprobs_cpp(
     temperature: float,
     jacobian: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.gflowgr_cpp.head_logprobs(
+    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.gflowgr_cpp.dense_logprobs(
         hidden, weight, None if bias is None else bias.float(), tokens, temperature, jacobian
     )
     return outputs
@@ -138,7 +138,7 @@ def _backward_cpp(
     need_weight: bool,
     need_bias: bool,
 ) -> Gradients:
-    d_hidden, d_weight, d_bias = torch.ops.gflowgr_cpp.head_backward(
+    d_hidden, d_weight, d_bias = torch.ops.gflowgr_cpp.dense_backward(
         grad,
         hidden,
         weight,
