@@ -22,7 +22,7 @@ from benchmarks.harness.registry import Table, register
 from benchmarks.harness.shapes import CODES, LossShape, named
 from gflowgr.tree import PrefixTree
 
-__all__ = ["PlainRestriction"]
+__all__ = ["PlainRestriction", "children_floor", "refuse_codebooks"]
 
 _ZEROS = "zero-fill of the gradient"
 
@@ -58,7 +58,7 @@ def _build(
     plain_variants = []
     for sparse in (False, True) if trained else (False,):
         floor, suffix = ("sparse", ", sparse") if sparse else ("dense", "")
-        case.floors[floor] = _floor(shape, dtype, children, trained=trained, sparse=sparse)
+        case.floors[floor] = children_floor(shape, dtype, children, trained=trained, sparse=sparse)
         forward = partial(ours.fused_loss, tree=tree, sparse=sparse)
         case.add_ours("children_", forward, "children", floor=floor, suffix=suffix)
         name = f"the same restriction, plain torch{suffix}"
@@ -89,6 +89,9 @@ class PlainRestriction:
         for level in range(shape.L):
             table[nodes[level], codes[:, level]] = nodes[level + 1]
         self.table = torch.from_numpy(table).to(device)
+        self.paths = torch.from_numpy(np.stack(nodes[1:], 1)).to(
+            device
+        )  # nodes of items [items, L]
         self.counts = (table >= 0).sum(1)
         self.first = shape.first_code
         self.codebooks = torch.arange(shape.first_code, shape.V, device=device)
@@ -130,9 +133,10 @@ class PlainRestriction:
         return total
 
 
-def _floor(
+def children_floor(
     shape: LossShape, dtype: torch.dtype, children: int, *, trained: bool, sparse: bool
 ) -> Floor:
+    """The least work of a loss over the children: rows of states and of the codebooks."""
     codebooks = (shape.V - shape.first_code) * shape.d
     numbers = 2 * shape.rows * shape.d + codebooks
     if trained:
@@ -141,7 +145,8 @@ def _floor(
     return Floor(flops, float(numbers * dtype.itemsize), _ZEROS if trained and not sparse else None)
 
 
-def _refuse(shape: LossShape) -> str | None:
+def refuse_codebooks(shape: LossShape) -> str | None:
+    """Why no codebooks fit into the vocabulary, or None."""
     if shape.first_code < 0:
         return f"V must be at least L * {CODES} = {shape.L * CODES}; got {shape.V}"
     return None
@@ -156,6 +161,6 @@ for _part in ("fused", "fused_frozen"):
             on_cpu=named("letter", "llm"),
             on_gpu=named("letter-gpu", "llm-gpu"),
             float32_only=False,
-            refuse=_refuse,
+            refuse=refuse_codebooks,
         )
     )

@@ -16,7 +16,7 @@ cd "$copy"
 GFLOWGR_SANITIZE=1 GFLOWGR_CUDA=0 python setup.py -q build_ext --inplace
 [ $# -gt 0 ] || set -- tests/tree/test_prefix_tree.py tests/tree/test_check.py tests/tree/test_fuzz.py tests/tree/test_update.py \
   tests/ops/test_children.py tests/ops/test_children_op.py tests/ops/test_beam_step.py \
-  tests/ops/test_beam_step_traps.py tests/ops/test_head.py tests/ops/test_flow.py tests/ops/test_fused.py \
+  tests/ops/test_beam_step_traps.py tests/ops/test_dense.py tests/ops/test_flow.py tests/ops/test_fused.py \
   tests/ops/test_logits.py
 # The interpreter is not built with the sanitizers: their library comes first, and what Python itself leaks is its own.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"

@@ -61,9 +61,9 @@ def test_nvcc_compiles_without_torch(
 
 
 # Per kernel: the signatures that its launcher makes, with the constants that go with them.
-# head_tiles_kernel has a test of its own below.
+# dense_tiles_kernel has a test of its own below.
 TRITON_SIGNATURES: dict[str, list[tuple[dict[str, str], dict[str, object]]]] = {
-    "logprobs_dense.rows.head_combine_kernel": [
+    "logprobs_dense.rows.dense_combine_kernel": [
         (
             {
                 **dict.fromkeys(("maxima", "sums", "picked"), "*fp32"),
@@ -83,7 +83,7 @@ TRITON_SIGNATURES: dict[str, list[tuple[dict[str, str], dict[str, object]]]] = {
         )
         for scores in ("*fp32", "constexpr")
     ],
-    "logprobs_dense.rows.head_factors_kernel": [
+    "logprobs_dense.rows.dense_factors_kernel": [
         (
             {
                 "scores": f"*{'bf16' if state == 'fp16' else state}",
@@ -134,7 +134,7 @@ def test_every_triton_kernel_is_compiled_below() -> None:
         place = f"{file.parent.name}.{file.stem}"
         module = importlib.import_module(f"gflowgr.kernels.{place}")
         names |= {f"{place}.{name}" for name in vars(module) if name.endswith("_kernel")}
-    assert names == {*TRITON_SIGNATURES, "logprobs_dense.tiles.head_tiles_kernel"}
+    assert names == {*TRITON_SIGNATURES, "logprobs_dense.tiles.dense_tiles_kernel"}
 
 
 @pytest.mark.parametrize("capabilities", ARCHITECTURES)
@@ -161,7 +161,7 @@ def test_triton_compiles_without_a_gpu(kernel: str, capabilities: tuple[int, ...
 SHARED_KIB = {80: 163, 90: 227, 100: 227, 120: 99}
 
 
-def head_tiles_calls(capability: int, dtype: str) -> list[tuple[str, int, str]]:
+def dense_tiles_calls(capability: int, dtype: str) -> list[tuple[str, int, str]]:
     """(epilogue, rows, what else) of launches in logprobs_dense/launch.py; odd ones once only."""
     calls = [(epilogue, 4096, "") for epilogue in ("STATS", "SCORES", "GRAD")]
     if dtype in ("fp32", "bf16"):
@@ -184,7 +184,7 @@ EVERY_RUN = {("fp32", 80), ("bf16", 90), ("fp16", 100), ("tf32", 120)}
         for pair in product(("fp32", "tf32", "bf16", "fp16"), SHARED_KIB)
     ],
 )
-def test_head_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
+def test_dense_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
     """In the configuration that such a GPU takes first, aligned as a launch would be."""
     if backends.triton_missing() is not None:
         pytest.skip(f"triton: {backends.triton_missing()}")
@@ -209,7 +209,7 @@ def test_head_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
         "SCORES": ("log_pf", "grad"),
         "GRAD": ("maxima", "sums", "picked"),
     }
-    for epilogue, rows, other in head_tiles_calls(capability, dtype):
+    for epilogue, rows, other in dense_tiles_calls(capability, dtype):
         name = configs.candidates(capability, 4 if operand == "fp32" else 2, rows)[0]
         config = configs.CONFIGURATIONS[name]
         even = other != "odd width"
@@ -225,14 +225,14 @@ def test_head_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
             argument: "constexpr"
             if argument in constants
             else pointers.get(argument, "fp32" if argument == "scale" else "i32")
-            for argument in tiles.head_tiles_kernel.arg_names
+            for argument in tiles.dense_tiles_kernel.arg_names
         }
         aligned = {"hidden", "weight", "bias", "out", "out_stride"}
         if even:
             aligned |= {"columns", "width", "hidden_stride", "weight_stride"}
         compiled = triton.compile(
             ASTSource(
-                fn=tiles.head_tiles_kernel,
+                fn=tiles.dense_tiles_kernel,
                 signature=signature,
                 constexprs=constants,
                 attrs={

@@ -57,6 +57,10 @@ BARS = tuple(Wanted(*row) for row in (
     ("tree.files", "tree:*??m", "float32", "ms", "<=", 10.0, "load, memory-mapped"),
     ("train_step", "train_step-t5:128x80x4x12101", "float32", "time, sft", "<=", 1.15),
     ("train_step", "train_step-qwen3:32x256x4x12101", "float32", "time, sft", "<=", 1.15),
+    ("flow_kl", "letter", "float32", "time, tb", "<=", 1.15, "gflowgr/cpp"),
+    ("item_flows.pooled", "item_flows:128x100m", "float32", "ms", "<=", 128.0),
+    ("sequences", "sequences:64x20x12101", "float32", "time, sft", "<=", 1.25),
+    ("sequences", "sequences:64x20x12101", "float32", "faster, prompts", ">=", 6.4),
     ("training", "training-small:128x16x12101", "float32", "faster, transformers", ">=", 3.0),
 ))
 # fmt: on

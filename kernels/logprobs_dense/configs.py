@@ -1,4 +1,4 @@
-"""Tile sizes of ``head_tiles_kernel``: the named set, the default of a device, and the tuner.
+"""Tile sizes of ``dense_tiles_kernel``: the named set, the default of a device, and the tuner.
 
 A choice is made once per (device, epilogue, dtype, d, size of V, size of T) by timing the
 candidates on the call at hand, kept in memory, and kept on disk in ``$GFLOWGR_TUNE_CACHE`` (a
@@ -195,7 +195,7 @@ def _file() -> Path | None:
         folder = str(
             Path(triton_cache) / "gflowgr" if triton_cache else Path.home() / ".cache" / "gflowgr"
         )
-    return Path(folder) / f"head-{_version()}.json" if folder else None
+    return Path(folder) / f"dense-{_version()}.json" if folder else None
 
 
 def _read(file: Path | None) -> dict[str, str]:

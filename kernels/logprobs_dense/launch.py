@@ -1,6 +1,6 @@
 """Parts of the dense head's calls: blocks, kernel launches and matrix products.
 
-See ``head.py`` for the whole and ``head_tiles.py`` for the notation.
+See ``__init__.py`` for the whole and ``tiles.py`` for the notation.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import triton
 from torch import Tensor
 
 from gflowgr.kernels.logprobs_dense import (
-    configs as head_configs,
+    configs as dense_configs,
 )
 from gflowgr.kernels.logprobs_dense import (
-    rows as head_rows,
+    rows as dense_rows,
 )
 from gflowgr.kernels.logprobs_dense import (
-    tiles as head_tiles,
+    tiles as dense_tiles,
 )
 from gflowgr.kernels.logprobs_dense.configs import CONFIGURATIONS, Configuration
 
@@ -35,7 +35,7 @@ ADDS_WIDE = torch.__version__ >= (2, 10)
 
 
 class Statistics(NamedTuple):
-    """Of the tiles of R rows; see ``head_tiles_kernel``."""
+    """Of the tiles of R rows; see ``dense_tiles_kernel``."""
 
     maxima: Tensor  # [column tiles, R]
     sums: Tensor
@@ -43,7 +43,7 @@ class Statistics(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Head:
+class DenseCall:
     """The inputs of a call, or a block of their rows or columns, in one dtype."""
 
     hidden: Tensor  # [R, d]
@@ -58,10 +58,10 @@ class Head:
         dtype = self.hidden.dtype
         return torch.bfloat16 if dtype == torch.float16 else dtype
 
-    def rows(self, first: int, last: int) -> Head:
+    def rows(self, first: int, last: int) -> DenseCall:
         return replace(self, hidden=self.hidden[first:last], targets=self.targets[first:last])
 
-    def columns(self, first: int, last: int) -> Head:
+    def columns(self, first: int, last: int) -> DenseCall:
         bias = None if self.bias is None else self.bias[first:last]
         return replace(self, weight=self.weight[first:last], bias=bias, first_column=first)
 
@@ -78,7 +78,7 @@ class Head:
 
 def prepare(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
-) -> Head:
+) -> DenseCall:
     """Bring the inputs into the form that the kernels take; mixed dtypes become float32."""
     same = hidden.dtype == weight.dtype
     dtype = hidden.dtype if same else torch.float32
@@ -87,7 +87,7 @@ def prepare(
     hidden, weight = (
         t.to(dtype) if t.stride(1) == 1 else t.to(dtype).contiguous() for t in (hidden, weight)
     )
-    return Head(hidden, weight, bias, targets.contiguous(), 1.0 / temperature)
+    return DenseCall(hidden, weight, bias, targets.contiguous(), 1.0 / temperature)
 
 
 class Blocks:
@@ -106,27 +106,27 @@ class Blocks:
             yield first, min(first + self.size, self.total)
 
 
-def _budget(head: Head, sums_weight: bool) -> int:
+def _budget(head: DenseCall, sums_weight: bool) -> int:
     # Each block of rows reads and writes the whole sum of the weight gradient. A block of its size
     # in 16 bits has 2 d rows, enough products to outweigh that.
     size = max(BLOCK_BYTES, 4 * head.weight.numel() if sums_weight else 0)
     return size // head.block_dtype.itemsize
 
 
-def row_blocks(head: Head, unit: int, sums_weight: bool) -> Blocks:
+def row_blocks(head: DenseCall, unit: int, sums_weight: bool) -> Blocks:
     """Blocks of rows, ``unit`` of them kept together, over all columns."""
     largest = _budget(head, sums_weight) // head.weight.shape[0]
     return Blocks(head.hidden.shape[0], max(MIN_ROWS, largest), unit)
 
 
-def column_blocks(head: Head, sums_weight: bool) -> Blocks | None:
+def column_blocks(head: DenseCall, sums_weight: bool) -> Blocks | None:
     """Blocks of columns over all rows, or None if they would be too narrow."""
     largest = _budget(head, sums_weight) // head.hidden.shape[0]
     return Blocks(head.weight.shape[0], largest, 128) if largest >= MIN_COLUMNS else None
 
 
 def _launch_tiles(
-    head: Head,
+    head: DenseCall,
     config: Configuration,
     epilogue: int,
     *,
@@ -142,7 +142,7 @@ def _launch_tiles(
     if redo is not None:
         tiles = min(tiles, 2 * _processors(head.hidden.device))
     maxima, sums, picked = statistics or (None, None, None)
-    head_tiles.head_tiles_kernel[(tiles,)](
+    dense_tiles.dense_tiles_kernel[(tiles,)](
         head.hidden,
         head.weight,
         head.bias,
@@ -165,7 +165,7 @@ def _launch_tiles(
         head.first_column,
         head.scale,
         **tile_constants(config, epilogue, width),
-        PRECISION=head_configs.matmul_precision(head.hidden.dtype),
+        PRECISION=dense_configs.matmul_precision(head.hidden.dtype),
         UPCAST=head.hidden.device.type == "cpu",
         num_warps=config.warps,
         num_stages=config.stages,
@@ -173,7 +173,7 @@ def _launch_tiles(
 
 
 def tile_constants(config: Configuration, epilogue: int, width: int) -> dict[str, Any]:
-    """Compile-time arguments of ``head_tiles_kernel`` that follow from the configuration."""
+    """Compile-time arguments of ``dense_tiles_kernel`` that follow from the configuration."""
     return {
         "EPILOGUE": epilogue,
         "ROWS": config.rows,
@@ -190,19 +190,19 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _choose(head: Head, epilogue: int, run: Any) -> Configuration:
+def _choose(head: DenseCall, epilogue: int, run: Any) -> Configuration:
     shape = (head.hidden.shape[0], head.weight.shape[0], head.hidden.shape[1])
-    return head_configs.choose(epilogue, head.hidden.dtype, head.hidden.device, shape, run)
+    return dense_configs.choose(epilogue, head.hidden.dtype, head.hidden.device, shape, run)
 
 
-def _new_statistics(head: Head, config: Configuration) -> Statistics:
+def _new_statistics(head: DenseCall, config: Configuration) -> Statistics:
     rows, tiles = head.hidden.shape[0], triton.cdiv(head.weight.shape[0], config.columns)
     maxima, sums = torch.empty((2, tiles, rows), device=head.hidden.device)
     return Statistics(maxima, sums, torch.empty(rows, device=head.hidden.device))
 
 
 def _combine(
-    head: Head,
+    head: DenseCall,
     statistics: Statistics,
     lse: Tensor,
     log_pf: Tensor,
@@ -211,7 +211,7 @@ def _combine(
     missed: Tensor | None = None,
 ) -> None:
     rows, columns = head.hidden.shape[0], head.weight.shape[0]
-    head_rows.head_combine_kernel[(triton.cdiv(rows, COMBINE["ROWS"]),)](
+    dense_rows.dense_combine_kernel[(triton.cdiv(rows, COMBINE["ROWS"]),)](
         *statistics,
         *(head.targets, reference, lse, log_pf, totals, missed),
         *(rows, statistics.maxima.shape[0], columns, head.first_column),
@@ -224,7 +224,7 @@ COMBINE = {"ROWS": 32, "TILES": 32}
 FACTORS = {"ROWS": 16, "DEPTH": 128}
 
 
-def log_sums(head: Head, lse: Tensor, log_pf: Tensor) -> None:
+def log_sums(head: DenseCall, lse: Tensor, log_pf: Tensor) -> None:
     """Fill lse and log_pf [T], nothing else being wanted: STATS in blocks of rows, and combine."""
     per_row = 8 * triton.cdiv(head.weight.shape[0], 64)
     count = head.hidden.shape[0]
@@ -233,16 +233,16 @@ def log_sums(head: Head, lse: Tensor, log_pf: Tensor) -> None:
     ):
         part = head.rows(first, last)
 
-        def run(config: Configuration, part: Head = part) -> Statistics:
+        def run(config: Configuration, part: DenseCall = part) -> Statistics:
             statistics = _new_statistics(part, config)
-            _launch_tiles(part, config, head_tiles.STATS, statistics=statistics)
+            _launch_tiles(part, config, dense_tiles.STATS, statistics=statistics)
             return statistics
 
-        config = _choose(part, head_tiles.STATS, run)
+        config = _choose(part, dense_tiles.STATS, run)
         _combine(part, run(config), lse[first:last], log_pf[first:last])
 
 
-def score(head: Head, scores: Tensor, lse: Tensor, log_pf: Tensor) -> Tensor:
+def score(head: DenseCall, scores: Tensor, lse: Tensor, log_pf: Tensor) -> Tensor:
     """Fill scores [R, V] = exp(x - reference), lse and log_pf [R]; return the scores' sums [R]."""
     rows, device = head.hidden.shape[0], head.hidden.device
     reference = _reference(head)
@@ -256,14 +256,14 @@ def score(head: Head, scores: Tensor, lse: Tensor, log_pf: Tensor) -> Tensor:
         _launch_tiles(
             head,
             config,
-            head_tiles.SCORES,
+            dense_tiles.SCORES,
             statistics=statistics,
             reference=reference,
             out=scores,
             redo=redo,
         )
 
-    config = _choose(head, head_tiles.SCORES, run)
+    config = _choose(head, dense_tiles.SCORES, run)
     statistics = run(config)
     totals = torch.empty(rows, device=device)
     missed = torch.empty(rows, dtype=torch.int32, device=device)
@@ -273,7 +273,7 @@ def score(head: Head, scores: Tensor, lse: Tensor, log_pf: Tensor) -> Tensor:
     return totals
 
 
-def _reference(head: Head) -> Tensor:
+def _reference(head: DenseCall) -> Tensor:
     """Where scores are measured from, [R]: the maximum of one tile of columns from all over V."""
     if head.hidden.device.type == "cpu":
         config = CONFIGURATIONS["interpreted"]
@@ -286,12 +286,12 @@ def _reference(head: Head) -> Tensor:
     # What this writes to `picked` is wrong, and overwritten by the scores' own launch.
     sample = replace(head, weight=head.weight[every], bias=bias)
     statistics = _new_statistics(sample, config)
-    _launch_tiles(sample, config, head_tiles.STATS, statistics=statistics)
-    return statistics.maxima[0].add_(head_rows.HEADROOM)
+    _launch_tiles(sample, config, dense_tiles.STATS, statistics=statistics)
+    return statistics.maxima[0].add_(dense_rows.HEADROOM)
 
 
 def factors(
-    head: Head,
+    head: DenseCall,
     scores: Tensor,
     totals: Tensor,
     log_pf: Tensor,
@@ -309,7 +309,7 @@ def factors(
         if scale_hidden
         else None
     )
-    head_rows.head_factors_kernel[(triton.cdiv(rows, FACTORS["ROWS"]),)](
+    dense_rows.dense_factors_kernel[(triton.cdiv(rows, FACTORS["ROWS"]),)](
         *(scores, head.hidden, head.targets, totals, log_pf, grad, out, scaled),
         *(rows, scores.shape[1], width, scores.stride(0), head.hidden.stride(0), head.scale),
         **FACTORS,
@@ -318,21 +318,21 @@ def factors(
     return out, scaled
 
 
-def gradient(head: Head, out: Tensor, lse: Tensor, log_pf: Tensor, grad: Tensor) -> None:
+def gradient(head: DenseCall, out: Tensor, lse: Tensor, log_pf: Tensor, grad: Tensor) -> None:
     """Fill out [R, C] with d loss / d logits; lse, log_pf, grad [R] float32."""
 
     def run(config: Configuration) -> None:
         _launch_tiles(
             head,
             config,
-            head_tiles.GRAD,
+            dense_tiles.GRAD,
             reference=lse,
             log_pf=log_pf,
             grad=grad,
             out=out,
         )
 
-    run(_choose(head, head_tiles.GRAD, run))
+    run(_choose(head, dense_tiles.GRAD, run))
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Triton kernels of the dense head that work row by row, between and after the matrix products.
 
 Both are bound by latency and touch little: the statistics of the tiles (8 bytes per row and tile)
-and the hidden states. Notation as in ``head_tiles.py``.
+and the hidden states. Notation as in ``tiles.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HIGHEST = tl.constexpr(7.0e20)  # e^48
         *("lse", "log_pf", "totals", "missed"),
     ],
 )
-def head_combine_kernel(
+def dense_combine_kernel(
     maxima,
     sums,
     picked,
@@ -98,7 +98,7 @@ def head_combine_kernel(
     do_not_specialize=["rows"],
     do_not_specialize_on_alignment=["targets", "totals", "log_pf", "grad", "factors"],
 )
-def head_factors_kernel(
+def dense_factors_kernel(
     scores,
     hidden,
     targets,

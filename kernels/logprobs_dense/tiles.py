@@ -1,6 +1,6 @@
 """Triton kernels of the dense head: logit tiles, their combination, and what scales them.
 
-``head.py`` launches them and says what the whole costs. Notation: R rows of hidden states, C
+``__init__.py`` launches them and says what the whole costs. Notation: R rows of hidden states, C
 columns (vocabulary entries, or a slice of them), x[r, c] = (hidden[r] . weight[c] + bias[c]) *
 scale, scale = 1 / temperature; a row with a negative target is masked, and what its hidden state
 holds reaches no output. Statistics are in natural units: at logits of 1e4 a base-2 scale would cost
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Epilogues of `head_tiles_kernel`.
+# Epilogues of `dense_tiles_kernel`.
 STATS, SCORES, GRAD = 0, 1, 2
 _STATS = tl.constexpr(STATS)
 _SCORES = tl.constexpr(SCORES)
@@ -144,7 +144,7 @@ def _tile(
 
 
 @triton.jit(do_not_specialize=["rows", "first_column"], do_not_specialize_on_alignment=_UNALIGNED)
-def head_tiles_kernel(
+def dense_tiles_kernel(
     hidden,
     weight,
     bias,

@@ -63,6 +63,8 @@ def test_a_shape_fits_the_tables_of_its_op() -> None:
         "beam_step:1x1x1024x1",
         "search-t5:1x1x1x1",
         "catalogue_scores:1x1x1",
+        "item_flows:1x1",
+        "sequences:1x1x1",
         "tree:1",
         "train_step-t5:1x4x2x9",
         "training-small:2x1x9",

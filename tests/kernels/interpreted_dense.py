@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from support.head_case import Case
+from support.dense_case import Case
 from torch import Tensor
 
 from gflowgr.kernels.logprobs_dense import calls as head
-from gflowgr.kernels.logprobs_dense import launch as head_launch
+from gflowgr.kernels.logprobs_dense import launch as dense_launch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -110,24 +110,24 @@ def joint(case: Case, grad: Tensor, *need: bool) -> tuple[Tensor, ...]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows or columns to a block."""
-    monkeypatch.setattr(head_launch, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(head_launch, "STATISTICS_BYTES", 1)
-    monkeypatch.setattr(head_launch, "MIN_ROWS", 8)
-    monkeypatch.setattr(head_launch, "MIN_COLUMNS", 16)
+    monkeypatch.setattr(dense_launch, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(dense_launch, "STATISTICS_BYTES", 1)
+    monkeypatch.setattr(dense_launch, "MIN_ROWS", 8)
+    monkeypatch.setattr(dense_launch, "MIN_COLUMNS", 16)
 
 
 @pytest.fixture
 def redone(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For every block that was scored: whether its first reference would not do."""
     seen: list[bool] = []
-    launch = head_launch._launch_tiles
+    launch = dense_launch._launch_tiles
 
     def spy(*args: object, **kwargs: object) -> None:
         if isinstance(kwargs.get("redo"), Tensor):
             seen.append(bool(kwargs["redo"]))
         launch(*args, **kwargs)
 
-    monkeypatch.setattr(head_launch, "_launch_tiles", spy)
+    monkeypatch.setattr(dense_launch, "_launch_tiles", spy)
     return seen
 
 
@@ -175,13 +175,13 @@ def test_several_blocks(
     shape: tuple[int, int, int], by_columns: bool, dtype: torch.dtype, monkeypatch
 ) -> None:
     sizes: list[tuple[int, ...]] = []
-    gradient = head_launch.gradient
+    gradient = dense_launch.gradient
 
-    def spy(block: head_launch.Head, out: Tensor, *rest: Tensor) -> None:
+    def spy(block: dense_launch.DenseCall, out: Tensor, *rest: Tensor) -> None:
         sizes.append(tuple(out.shape))
         gradient(block, out, *rest)
 
-    monkeypatch.setattr(head_launch, "gradient", spy)
+    monkeypatch.setattr(dense_launch, "gradient", spy)
     case = make_case(*shape, dtype)
     grad = random_grad(case)
     expected = define(case).gradients(clean(grad))
@@ -200,13 +200,13 @@ def test_several_blocks(
 @pytest.mark.parametrize("need", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
 def test_no_work_for_a_gradient_that_is_not_needed(need, run, monkeypatch) -> None:
     products: list[torch.Size] = []
-    product = head_launch.product
+    product = dense_launch.product
 
     def spy(a: Tensor, b: Tensor, out: Tensor, **options: bool) -> None:
         products.append(out.shape)
         product(a, b, out, **options)
 
-    monkeypatch.setattr(head_launch, "product", spy)
+    monkeypatch.setattr(dense_launch, "product", spy)
     case = make_case(12, 9, 40)
     grad = random_grad(case)
     results = run(case, grad, *map(bool, need))[-3:]

@@ -13,7 +13,7 @@ from gflowgr import backends
 if backends.triton_missing() is not None:
     pytest.skip(f"triton: {backends.triton_missing()}", allow_module_level=True)
 
-from gflowgr.kernels.logprobs_dense import configs as head_configs
+from gflowgr.kernels.logprobs_dense import configs as dense_configs
 from gflowgr.kernels.logprobs_dense.configs import CONFIGURATIONS, Configuration
 
 SHAPE = (4096, 33024, 512)
@@ -22,8 +22,8 @@ SHAPE = (4096, 33024, 512)
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """Pretend to be an H100 on which the last candidate is fastest; lists what was timed."""
-    monkeypatch.setenv(head_configs.CACHE_FOLDER, str(tmp_path))
-    monkeypatch.delenv(head_configs.TUNE, raising=False)
+    monkeypatch.setenv(dense_configs.CACHE_FOLDER, str(tmp_path))
+    monkeypatch.delenv(dense_configs.TUNE, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretended")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -33,25 +33,25 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
         calls.append(names)
         return names[-1]
 
-    monkeypatch.setattr(head_configs, "_fastest", fastest)
-    head_configs.forget()
+    monkeypatch.setattr(dense_configs, "_fastest", fastest)
+    dense_configs.forget()
     yield calls
-    head_configs.forget()
+    dense_configs.forget()
 
 
 def choose(shape: tuple[int, int, int] = SHAPE) -> Configuration:
-    return head_configs.choose(1, torch.bfloat16, torch.device("cuda"), shape, lambda config: None)
+    return dense_configs.choose(1, torch.bfloat16, torch.device("cuda"), shape, lambda config: None)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("rows", [1, 64, 10_000])
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_every_gpu_has_a_configuration_that_fits(capability: int, rows: int, itemsize: int) -> None:
-    names = head_configs.candidates(capability, itemsize, rows)
+    names = dense_configs.candidates(capability, itemsize, rows)
     assert names
     for name in names:
         config = CONFIGURATIONS[name]
-        assert config.shared_bytes(itemsize) < head_configs.shared_limit(capability)
+        assert config.shared_bytes(itemsize) < dense_configs.shared_limit(capability)
         assert all(size & (size - 1) == 0 and size >= 16 for size in config[:3])
 
 
@@ -60,7 +60,7 @@ def test_times_once_and_remembers_on_disk(timed: list[list[str]], tmp_path: Path
     assert chosen == CONFIGURATIONS[timed[0][-1]]
     assert choose((4000, 40000, 512)) == chosen  # the same powers of two
     assert len(timed) == 1
-    head_configs.forget()  # a new process
+    dense_configs.forget()  # a new process
     assert choose() == chosen
     assert len(timed) == 1
     (file,) = tmp_path.iterdir()
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_made_again(
     # None: as written by us, but with a name that is gone.
     keys = json.loads(file.read_text())
     file.write_text(json.dumps(dict.fromkeys(keys, "gone")) if content is None else content)
-    head_configs.forget()
+    dense_configs.forget()
     choose()
     assert len(timed) == 2
     assert json.loads(file.read_text()).items() >= keys.items()
@@ -90,13 +90,13 @@ def test_a_damaged_file_is_made_again(
 def test_nothing_is_timed_where_it_must_not_be(
     timed: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    default = CONFIGURATIONS[head_configs.candidates(90, 2, SHAPE[0])[0]]
+    default = CONFIGURATIONS[dense_configs.candidates(90, 2, SHAPE[0])[0]]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choose() == default
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setenv(head_configs.TUNE, "0")
+    monkeypatch.setenv(dense_configs.TUNE, "0")
     assert choose() == default
-    monkeypatch.delenv(head_configs.TUNE)
+    monkeypatch.delenv(dense_configs.TUNE)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert choose() == default
     assert not timed
@@ -104,15 +104,15 @@ def test_nothing_is_timed_where_it_must_not_be(
 
 
 def test_memory_only(timed: list[list[str]], tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv(head_configs.CACHE_FOLDER, "")
+    monkeypatch.setenv(dense_configs.CACHE_FOLDER, "")
     choose()
     choose()
     assert len(timed) == 1
     assert not list(tmp_path.iterdir())
-    head_configs.forget()
+    dense_configs.forget()
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setenv(head_configs.CACHE_FOLDER, str(blocked))
+    monkeypatch.setenv(dense_configs.CACHE_FOLDER, str(blocked))
     with pytest.warns(UserWarning, match="in memory only"):
         choose()
 
@@ -122,6 +122,6 @@ def test_tf32_only_where_torch_may(allowed: bool, expected: str) -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high" if allowed else "highest")
-        assert head_configs.matmul_precision(torch.float32) == expected
+        assert dense_configs.matmul_precision(torch.float32) == expected
     finally:
         torch.set_float32_matmul_precision(before)
