@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from support.small_models import padded_prompts, small_model
+from support.tiny_run import tiny_run, write_config
 from support.tiny_shop import make_args, make_inputs, make_model
 from support.tiny_trainer import make_trainer, steps
 from torch import Tensor
 
 import gflowgr
 from gflowgr.models import output_head, trajectory_hidden_states
-from gflowgr.rewards import SignalContext
+from gflowgr.rewards import SignalContext, make_signals
+from gflowgr.runs import RunConfig
 from gflowgr.samplers import Candidates, SampleRequest, TrajectorySampler
 
 ASKED: list[SampleRequest] = []
@@ -119,3 +122,59 @@ def test_an_unknown_backbone_is_searched_by_the_general_path() -> None:
     exact = gflowgr.item_logprobs(bart, input_ids, mask, tree)
     assert torch.equal(out.items, exact.argsort(dim=1, descending=True))
     torch.testing.assert_close(out.scores, exact.gather(1, out.items))
+
+
+# ---- where the modules of names are searched ----
+
+FRESH = """
+class Fresh:
+    name = "r_fresh"
+
+    def __call__(self, context):
+        return (context.items >= 100).float()
+"""
+
+
+@pytest.fixture
+def no_folder_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the user's; the search path is the console script's, which lacks the cwd."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    console = [place for place in sys.path if place and Path(place) != Path.cwd()]
+    monkeypatch.setattr(sys, "path", [*console, str(Path(gflowgr.__file__).parents[1])])
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def write_run(folder: Path, signal: str) -> Path:
+    values = tiny_run(folder / "run") | {"flow": {"signals": ["r_sim", signal]}}
+    return write_config(folder / "run.yaml", values)
+
+
+@pytest.mark.parametrize("beside_the_file", [True, False])
+def test_a_module_beside_the_yaml_or_in_the_current_folder_is_found(
+    beside_the_file: bool, no_folder_beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"fresh_{'yaml' if beside_the_file else 'cwd'}"
+    place = no_folder_beside if beside_the_file else no_folder_beside.parent
+    (place / f"{module}.py").write_text(FRESH)
+    config = RunConfig.load(write_run(no_folder_beside, f"{module}:Fresh"))
+    assert [signal.name for signal in make_signals(config.flow.signals)] == ["r_sim", "r_fresh"]
+    # Processes that are started find it, too.
+    assert str(place.resolve()) in os.environ["PYTHONPATH"].split(os.pathsep)
+
+
+def test_a_module_that_is_nowhere_is_refused_with_the_folders_that_were_searched(
+    no_folder_beside: Path,
+) -> None:
+    (no_folder_beside / "broken_one.py").write_text("import nothing_of_that_name\n")
+    config = RunConfig.load(write_run(no_folder_beside, "gone_one:Fresh"))
+    with pytest.raises(
+        ValueError, match="no module 'gone_one' is installed, or in a folder"
+    ) as said:
+        make_signals(config.flow.signals)
+    for place in (no_folder_beside, no_folder_beside.parent):
+        assert str(place.resolve()) in str(said.value)
+    with pytest.raises(ValueError, match="its module needs 'nothing_of_that_name', which is not"):
+        make_signals(["broken_one:Fresh"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, get_args
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..extensions import is_outside, load_outside
 from ..ops import validation_enabled
 from .signals import InteractionLevel
 
@@ -246,12 +246,12 @@ class CatalogueReward:
 
 
 def _load(path: str) -> CatalogueSignal:
-    if not isinstance(path, str) or path.count(":") != 1:
+    if not is_outside(path):
         raise ValueError(f"signals must be 'r_cm' or 'module:Class'; got {path!r}")
-    module, _, attribute = path.partition(":")
+    make = load_outside(path, "signals")
     try:
-        signal: CatalogueSignal = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
+        signal: CatalogueSignal = make()
+    except TypeError as error:
         raise ValueError(f"signals: cannot make {path!r}: {error}") from error
     if not callable(getattr(signal, "log_reward", None)):
         raise ValueError(f"signals: {path!r} must have `log_reward(scores, histories)`")

@@ -13,7 +13,6 @@ arguments:
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ..extensions import is_outside, load_outside
 
 __all__ = [
     "SIGNALS",
@@ -220,7 +221,7 @@ def check_signal_names(names: object) -> list[str]:
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise ValueError(f"signals must be a list of names such as {list(SIGNALS)}; got {names!r}")
     for name in names:
-        if name not in SIGNALS and (not isinstance(name, str) or name.count(":") != 1):
+        if name not in SIGNALS and not is_outside(name):
             raise ValueError(
                 f"signals: {name!r} is neither one of {list(SIGNALS)} nor 'module:Class'"
             )
@@ -270,10 +271,10 @@ def make_signals(
 
 
 def _load(path: str) -> RewardSignal:
-    module, _, attribute = path.partition(":")
+    make = load_outside(path, "signals")
     try:
-        signal: RewardSignal = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
+        signal: RewardSignal = make()
+    except TypeError as error:
         raise ValueError(f"signals: cannot make {path!r}: {error}") from error
     if not isinstance(getattr(signal, "name", None), str) or not callable(signal):
         raise ValueError(f"signals: {path!r} needs a `name` and `__call__(context)`")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, GFlowGRError, shown
+from ..extensions import add_search_folder
 from ..files import find_lone_surrogate, regular_file
 
 __all__ = ["ConfigError", "apply_override", "expand", "read_yaml"]
@@ -41,6 +42,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text, byte {error.start:,}") from error
     values = _parse(text, str(path))
+    add_search_folder(Path(path).parent)  # for classes of one's own beside the file
     if not isinstance(values, dict):
         found = type(values).__name__
         raise ConfigError(f"{path}: must have sections such as 'data:'; got {found}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
+from ..extensions import is_outside, load_outside
 from ..plain_settings import make_plain
 from .base import TrajectorySampler
 from .mixture import MixtureSampler
@@ -104,7 +104,7 @@ class SamplerSettings:
         if not self.weights:
             raise ValueError("sampler is an empty mixture; name at least one sampler")
         for name, weight in self.weights.items():
-            if name not in KINDS and name.count(":") != 1:
+            if name not in KINDS and not is_outside(name):
                 raise ValueError(
                     f"sampler must be one of {KINDS}, 'module:Class', or weights of them; "
                     f"got {name!r}"
@@ -247,10 +247,10 @@ def make_sampler(
 
 def _load(path: str, pool: CandidatePool, count: int, has_scores: bool) -> TrajectorySampler:
     """A sampler from outside the package."""
-    module, _, attribute = path.partition(":")
+    make = load_outside(path, "sampler")
     try:
-        made = getattr(importlib.import_module(module), attribute)(pool, count)
-    except (ImportError, AttributeError, TypeError) as error:
+        made = make(pool, count)
+    except TypeError as error:
         raise ValueError(f"sampler: cannot make {path!r}: {error}") from error
     if not isinstance(made, TrajectorySampler):
         raise ValueError(f"sampler must be a TrajectorySampler; got {path!r}, a {type(made)}")
