@@ -23,6 +23,7 @@ A bad request ends the run with exit code 2; those before it are answered on sta
 
 examples:
   gflowgr recommend runs/a/gflowgr/model --data data --user 17
+  gflowgr recommend runs/a/sasrec --data data --user 17     what it is compared with
   gflowgr recommend runs/a/gflowgr/model --data data --history 3,14,15 --top 5 --json
   gflowgr recommend runs/a/gflowgr/model --data data --input users.jsonl --output top.parquet
   gflowgr recommend runs/a/gflowgr/model --data data --input users.parquet --with-scores \\
@@ -88,7 +89,9 @@ def add_recommend(commands: Commands) -> None:
         metavar="FILE",
         help=".jsonl or .parquet, written whole or not at all (default: standard output)",
     )
-    written.add_argument("--with-scores", action="store_true", help="log P of each item, too")
+    written.add_argument(
+        "--with-scores", action="store_true", help="log P of each item (SASRec: its score), too"
+    )
     written.add_argument("--with-titles", action="store_true", help="title of each item, too")
     written.add_argument(
         "--json", action="store_true", help="for --user and --history: JSON lines, not a table"

@@ -15,6 +15,7 @@ from gflowgr.collaborative.embedding import EmbeddingScorer
 from gflowgr.collaborative.ensemble import AverageModel, CrossFitted
 from gflowgr.collaborative.popularity import Popularity
 from gflowgr.collaborative.sasrec import SASRec, SASRecConfig
+from gflowgr.collaborative.saved import is_collaborative, load_collaborative
 
 __all__ = [
     "AverageModel",
@@ -24,6 +25,8 @@ __all__ = [
     "Popularity",
     "SASRec",
     "SASRecConfig",
+    "is_collaborative",
+    "load_collaborative",
     "score_positions",
     "score_training_prompts",
 ]

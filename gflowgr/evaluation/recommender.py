@@ -51,11 +51,15 @@ class ScoringRecommender:
     Args:
         name: how tables call it.
         model: the scorer.
+        available: true for items that may be recommended [items]; by default all may.
     """
 
-    def __init__(self, name: str, model: CollaborativeModel) -> None:
+    def __init__(
+        self, name: str, model: CollaborativeModel, *, available: torch.Tensor | None = None
+    ) -> None:
         self.name = name
         self.model = model
+        self.available = available
 
     def recommend(
         self,
@@ -85,6 +89,8 @@ class ScoringRecommender:
             barred = torch.from_numpy(np.stack([rows, columns])).to(scores.device)
             scores = scores.clone()
             scores[barred[0], barred[1]] = float("-inf")
+        if self.available is not None:
+            scores = scores.masked_fill(~self.available.to(scores.device), float("-inf"))
         values, items = stable_topk(scores, min(k, scores.shape[1]))
         if bool(values[:, :1].isnan().any()):  # NaN ranks first, so no full pass is needed
             row = int(values[:, 0].isnan().nonzero()[0])

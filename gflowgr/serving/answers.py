@@ -26,7 +26,8 @@ _GROUP = 8192
 
 @dataclass(frozen=True)
 class Answer:
-    """The items for a query, best first, and log P of their identifiers."""
+    """The items for a query, best first, and their scores: log P of identifiers, in nats; of a
+    collaborative model its own scores."""
 
     query: Query
     items: npt.NDArray[np.int64]
@@ -69,7 +70,12 @@ def check_output(output: str) -> None:
 
 @contextmanager
 def open_answers(
-    output: str | None, dataset: Dataset, fields: AnswerFields, *, table: bool
+    output: str | None,
+    dataset: Dataset,
+    fields: AnswerFields,
+    *,
+    table: bool,
+    score: str = "log P",
 ) -> Iterator[AnswerWriter]:
     """A writer to ``output``, or to standard output.
 
@@ -81,10 +87,11 @@ def open_answers(
         dataset: names the items.
         fields: what a record holds.
         table: on standard output, write a table for people instead of JSON lines.
+        score: what the table calls the scores.
     """
     if output is None:
         lines = _Lines(sys.stdout, dataset, fields)
-        yield _Table(sys.stdout, dataset) if table else lines
+        yield _Table(sys.stdout, dataset, score) if table else lines
         return
     with atomic_path(Path(output)) as temporary:
         if output.endswith(".parquet"):
@@ -109,8 +116,8 @@ class _Lines:
 
 
 class _Table:
-    def __init__(self, handle: TextIO, dataset: Dataset) -> None:
-        self.handle, self.dataset = handle, dataset
+    def __init__(self, handle: TextIO, dataset: Dataset, score: str) -> None:
+        self.handle, self.dataset, self.score = handle, dataset, score
 
     def __call__(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
@@ -126,8 +133,8 @@ class _Table:
         ]
         found = zip(answer.items.tolist(), answer.scores.tolist(), strict=True)
         lines += [
-            f"    {place:>3}.  {id_of(item):>6}  {title(item)}  (log P {score:.2f})"
-            for place, (item, score) in enumerate(found, start=1)
+            f"    {place:>3}.  {id_of(item):>6}  {title(item)}  ({self.score} {value:.2f})"
+            for place, (item, value) in enumerate(found, start=1)
         ]
         return "\n".join(lines) + "\n"
 

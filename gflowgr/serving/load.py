@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from ..collaborative import CollaborativeModel, load_collaborative
 from ..data import Dataset, load_dataset, make_split
 from ..errors import DataError, shown
 from ..evaluation import evaluate
@@ -14,7 +15,7 @@ from ..models.gflow_model import GFlowModel
 from ..report.tables import TableRow, format_table
 from ..runs.processes import device, quiet_transformers
 
-__all__ = ["check_counts", "evaluate_checkpoint", "load_for"]
+__all__ = ["check_counts", "evaluate_checkpoint", "load_collaborative_for", "load_for"]
 
 
 def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
@@ -42,6 +43,21 @@ def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
             f"{shown(ids[item])} there and {shown(known[item])} here"
         )
     return model.eval().to(device()), replace(dataset, item_ids=ids or known)
+
+
+def load_collaborative_for(folder: str, data_folder: str) -> tuple[CollaborativeModel, Dataset]:
+    """A saved collaborative model, such as ``RUN/sasrec``, and the dataset it is to be used on.
+
+    Raises:
+        DataError: either is damaged, or they have different numbers of items.
+    """
+    model, dataset = load_collaborative(folder), load_dataset(data_folder)
+    if model.num_items != dataset.num_items:
+        raise DataError(
+            f"{folder} was trained on {model.num_items} items, but {data_folder} has "
+            f"{dataset.num_items}"
+        )
+    return model, dataset
 
 
 def evaluate_checkpoint(

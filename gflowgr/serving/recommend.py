@@ -6,15 +6,19 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from ..collaborative import is_collaborative
+from ..data import Dataset
 from ..errors import DataError
+from ..evaluation import Recommender, ScoringRecommender
 from ..evaluation.generative import GenerativeRecommender
 from ..files import regular_file
 from ..models.settings import Normalize
 from .answers import Answer, AnswerFields, check_output, open_answers
-from .load import check_counts, load_for
+from .load import check_counts, load_collaborative_for, load_for
 from .queries import Query, QueryReader, parquet_rows, read_available
 
 __all__ = ["RecommendOptions", "recommend_from_checkpoint"]
@@ -65,7 +69,7 @@ def recommend_from_checkpoint(
     """Write the best items of users and histories, batch by batch as they are found.
 
     Args:
-        model_folder: a saved model, or the folder of a run.
+        model_folder: a saved model, the folder of a run, or a collaborative model (RUN/sasrec).
         data_folder: the dataset.
         options: how to recommend.
         users: users of the dataset.
@@ -92,23 +96,14 @@ def recommend_from_checkpoint(
     elif source not in (None, "-"):
         with regular_file(source).open("rb"):
             pass
-    model, dataset = load_for(model_folder, data_folder)
-    available = None
-    if options.available is not None:
-        available = torch.from_numpy(read_available(options.available, dataset))
-    recommender = GenerativeRecommender(
-        model,
-        num_beams=options.beams,
-        normalize=options.normalize,
-        temperature=options.temperature,
-        available=available,
-    )
+    recommender, dataset = _recommender(model_folder, data_folder, options)
+    score = "log P" if isinstance(recommender, GenerativeRecommender) else "score"
     reader = QueryReader(dataset)
     queries: Iterable[Query] = (
         reader.from_arguments(users, histories) if source is None else reader.from_file(source)
     )
     with (
-        open_answers(output, dataset, options.fields, table=table) as write,
+        open_answers(output, dataset, options.fields, table=table, score=score) as write,
         _Progress(rows, bar=progress and (output is not None or not sys.stdout.isatty())) as bar,
     ):
         for batch in _batches(queries, options.batch_size):
@@ -118,8 +113,38 @@ def recommend_from_checkpoint(
         print(f"gflowgr: {bar.summary()}", file=sys.stderr)
 
 
+def _recommender(
+    model_folder: str, data_folder: str, options: RecommendOptions
+) -> tuple[Recommender, Dataset]:
+    """A saved generator, or a collaborative model with what there is to choose for one."""
+    if is_collaborative(model_folder):
+        if options.normalize is not None or options.temperature != 1.0:
+            raise ValueError(
+                "--normalize and --temperature must be left out for a collaborative model, whose "
+                f"scores are no probabilities of tokens; {model_folder} is one"
+            )
+        scorer, dataset = load_collaborative_for(model_folder, data_folder)
+        available = _available(options, dataset)
+        return ScoringRecommender(Path(model_folder).name, scorer, available=available), dataset
+    model, dataset = load_for(model_folder, data_folder)
+    generator = GenerativeRecommender(
+        model,
+        num_beams=options.beams,
+        normalize=options.normalize,
+        temperature=options.temperature,
+        available=_available(options, dataset),
+    )
+    return generator, dataset
+
+
+def _available(options: RecommendOptions, dataset: Dataset) -> torch.Tensor | None:
+    if options.available is None:
+        return None
+    return torch.from_numpy(read_available(options.available, dataset))
+
+
 def _answers(
-    recommender: GenerativeRecommender, batch: list[Query], options: RecommendOptions
+    recommender: Recommender, batch: list[Query], options: RecommendOptions
 ) -> list[Answer]:
     past = [query.history for query in batch]
     found = recommender.recommend(past, options.top, past if options.mask_seen else None)

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
 from support.command_line import Capture, call, without_bars
 
+from gflowgr.collaborative import SASRec
 from gflowgr.data import load_dataset, save_dataset
 from gflowgr.evaluation.generative import GenerativeRecommender
 from gflowgr.item_ids import ItemIds
@@ -416,3 +418,25 @@ def test_a_model_answers_in_its_ids_and_refuses_data_of_others(
     code, _, error = Shop(model, tmp_path / "other", capsys)("--user", 1)
     assert code == 2
     assert "item 199 is 'B199, x' there and 'another' here" in error
+
+
+def test_the_collaborative_model_answers_in_the_same_files(
+    finished_run: Path, named: tuple[Path, Path], capsys: Capture, tmp_path: Path
+) -> None:
+    stock = tmp_path / "stock"
+    stock.write_text("B017, x\nB006\nB004\n")
+    sasrec = Shop(finished_run / "sasrec", named[1], capsys)
+    asked = ("--history", "B004,B002", "--available", stock)
+    (found,) = sasrec.records(*asked, "--json", "--with-scores")
+    assert sorted(found["items"]) == ["B006", "B017, x"]
+    scores = SASRec.load(finished_run / "sasrec").score(torch.tensor([[4, 2]]))[0]
+    numbers = {"B006": 6, "B017, x": 17}
+    expected = [scores[numbers[each]].item() for each in found["items"]]
+    assert expected == sorted(expected, reverse=True)
+    np.testing.assert_allclose(found["scores"], expected, atol=1e-5)
+    code, table, _ = sasrec(*asked)
+    assert code == 0
+    assert f"(score {expected[0]:.2f})" in table
+    code, _, error = sasrec(*asked, "--temperature", 2)
+    assert code == 2
+    assert "must be left out for a collaborative model" in error
