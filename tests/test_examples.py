@@ -129,3 +129,23 @@ def test_the_commands_that_an_example_gives_are_understood(path: Path) -> None:
         args = cli._parser().parse_args(words)
         if path.suffix == ".yaml":
             assert Path(args.config).name == path.name
+
+
+def test_optuna_chooses_by_validation_and_trains_what_is_shared_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna", reason="needs optuna, which no extra of the package installs")
+    from support.tiny_run import tiny_run, write_config
+
+    values = tiny_run("unused")
+    values["collaborative"]["epochs"] = 1
+    for stage in ("sft", "finetune"):
+        values[stage] |= {"max_steps": 2, "eval_steps": 2, "save_steps": 2}
+    config = write_config(tmp_path / "run.yaml", values)
+    script = runpy.run_path(str(EXAMPLES / "tune_with_optuna.py"))
+    study = script["main"](["--config", str(config), "--out", str(tmp_path / "o"), "--trials", "2"])
+    done = [tmp_path / "o" / f"trial_{n}" / "sft" / "done.json" for n in range(2)]
+    assert done[0].read_bytes() == done[1].read_bytes()  # with its seconds: copied, not repeated
+    assert len(study.trials) == 2
+    assert study.best_value == max(trial.value for trial in study.trials)
+    assert "valid N@10" in capsys.readouterr().out

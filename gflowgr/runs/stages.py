@@ -72,6 +72,7 @@ def collaborative_stage(
     folder: Path,
     seed: int,
     console: Console,
+    report_to: str | list[str] | None = "none",
 ) -> CollaborativeModel | None:
     """The collaborative model of ``settings``, if any; one to be trained is kept in ``folder``.
 
@@ -81,6 +82,7 @@ def collaborative_stage(
         folder: where a trained one is kept; one that is there already is loaded.
         seed: of its initial weights, the order of batches and the dropout.
         console: where to report.
+        report_to: trackers; they write to ``logs`` beside ``folder``.
 
     Raises:
         ConfigError: a table of item vectors that does not fit the data.
@@ -97,6 +99,7 @@ def collaborative_stage(
             )
         return scorer
     from ..training import train_average, train_cross_fitted, train_sasrec
+    from ..training.tracking import check_trackers, tracked
 
     console.say(f"Stage: {COLLABORATIVE_NAMES[settings.kind][0]} (collaborative model)")
     config = SASRecConfig(num_items=split.num_items, dropout=settings.dropout)
@@ -107,12 +110,14 @@ def collaborative_stage(
         "patience": settings.patience,
         "seed": seed,
         "progress": console.progress,
+        "report_to": report_to,
     }
-    if settings.kind == "average":
-        return train_average(split, config, folder, models=settings.models or 3, **options)
-    if settings.kind == "cross_fitted":
-        return train_cross_fitted(split, config, folder, folds=settings.folds or 2, **options)
-    return train_sasrec(split, config, folder, **options)
+    with tracked(check_trackers(report_to), folder.parent / "logs", folder.name):
+        if settings.kind == "average":
+            return train_average(split, config, folder, models=settings.models or 3, **options)
+        if settings.kind == "cross_fitted":
+            return train_cross_fitted(split, config, folder, folds=settings.folds or 2, **options)
+        return train_sasrec(split, config, folder, **options)
 
 
 def collaborative_cpu_seconds(folder: Path) -> float | None:
@@ -159,7 +164,7 @@ def train_stage(
     """Train a generator in ``folder``, or go on with it, or read it.
 
     Args:
-        folder: its own folder.
+        folder: its own folder; trackers write to ``logs`` beside it.
         label: the method's name.
         make: the untrained generator.
         arguments: of :class:`~gflowgr.training.GFlowGRConfig`.
@@ -175,6 +180,7 @@ def train_stage(
         # Their import takes seconds, transformers being among them.
         from ..training import GFlowGRTrainer, last_complete_checkpoint
         from ..training.progress import ProgressBar
+        from ..training.tracking import check_trackers, tracked
 
         console.say(f"Stage: {label}")
         checkpoints = folder / "checkpoints"
@@ -182,16 +188,17 @@ def train_stage(
         # The partition head's first weights must not depend on what ran before in this process.
         torch.manual_seed(seed)
         callbacks: list[TrainerCallback] = [ProgressBar(label)] if console.progress else []
-        trainer = GFlowGRTrainer(
-            make(), args, split, collaborative=collaborative, callbacks=callbacks
-        )
-        trainer.remove_callback(PrinterCallback)
-        if is_first_process():
-            remove_leftovers(folder, "model")
-        resume = first_process_finds(lambda: last_complete_checkpoint(checkpoints, console.say))
-        if resume is not None:
-            console.say(f"  resuming from {resume.name}")
-        outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        with tracked(check_trackers(args.report_to), folder.parent / "logs", folder.name):
+            trainer = GFlowGRTrainer(
+                make(), args, split, collaborative=collaborative, callbacks=callbacks
+            )
+            trainer.remove_callback(PrinterCallback)
+            if is_first_process():
+                remove_leftovers(folder, "model")
+            resume = first_process_finds(lambda: last_complete_checkpoint(checkpoints, console.say))
+            if resume is not None:
+                console.say(f"  resuming from {resume.name}")
+            outcome = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         prompts = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         trainer.save_model(str(folder / "model"))
         with first_process_first():

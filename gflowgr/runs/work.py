@@ -105,7 +105,12 @@ def prepare_inputs(cell: Cell, out: Path, console: Console) -> CellInputs:
         published = published_identifiers(dataset, config.data.identifiers)
     _record(cell, cell.collaborative_folder, out)
     collaborative = collaborative_stage(
-        config.collaborative, split, out / cell.collaborative_folder, config.seed, console
+        config.collaborative,
+        split,
+        out / cell.collaborative_folder,
+        config.seed,
+        console,
+        config.sft.get("report_to", "none"),
     )
     if cell.identifiers_folder is None:
         return CellInputs(split, collaborative, None)

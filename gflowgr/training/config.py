@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from ..models.settings import FlowSettings
 from ..plain_settings import make_plain, plain
 from ..samplers import SamplerSettings
+from .tracking import check_trackers
 from .trainer_surface import refuse_arguments
 
 __all__ = ["GFlowGRConfig", "multiplies_bf16"]
@@ -38,7 +39,8 @@ class GFlowGRConfig(TrainingArguments):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the rate."})
     report_to: str | list[str] | None = field(
-        default="none", metadata={"help": "Where to report to; by default nowhere."}
+        default="none",
+        metadata={"help": "Trackers such as tensorboard, wandb, mlflow; by default none."},
     )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
@@ -188,6 +190,7 @@ class GFlowGRConfig(TrainingArguments):
             raise ValueError(f"ema_decay must be in (0, 1); got {self.ema_decay}")
         self._check_schedule()
         self._check_sequences()
+        check_trackers(self.report_to)
         if self.eval_calibration_users < 0:
             raise ValueError(
                 f"eval_calibration_users must be >= 0; got {self.eval_calibration_users}"

@@ -36,6 +36,7 @@ from gflowgr.folders import MANIFEST_NAME, find_damage, output_lock, write_manif
 from gflowgr.training.checkpoints import CheckpointTrainer, last_complete_checkpoint
 from gflowgr.training.packing import EpochBatches, PackedLoader, PackedSequences
 from gflowgr.training.progress import ProgressBar
+from gflowgr.training.tracking import check_trackers
 
 SETTINGS_NAME = "sasrec_training.json"
 # A separate folder: output_dir may also hold checkpoints of other stages.
@@ -58,6 +59,7 @@ def train_sasrec(
     users: np.ndarray | None = None,
     resume: bool = True,
     progress: bool = True,
+    report_to: str | list[str] | None = "none",
 ) -> SASRec:
     """Train SASRec on the training part of ``split``; return the best model, on the CPU.
 
@@ -83,10 +85,11 @@ def train_sasrec(
             before; None: all.
         resume: go on from what ``output_dir`` holds; False removes that run first.
         progress: show a progress bar.
+        report_to: trackers, as in :class:`~gflowgr.training.GFlowGRConfig`.
 
     Raises:
-        ValueError: an argument out of range, a config for another catalogue, or a run with other
-            settings in ``output_dir`` while ``resume`` is true.
+        ValueError: an argument out of range, a tracker that is not installed, a config for another
+            catalogue, or a run with other settings in ``output_dir`` while ``resume`` is true.
         OutputError: ``output_dir`` cannot be written, or another process trains there.
     """
     folder = Path(output_dir)
@@ -138,7 +141,7 @@ def train_sasrec(
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,
         logging_steps=20,
-        report_to=[],
+        report_to=check_trackers(report_to),
         disable_tqdm=True,
         seed=seed,
         ddp_find_unused_parameters=False,
