@@ -17,7 +17,15 @@ from typing import Any
 
 import pytest
 import yaml
-from support.documentation import PAGES, ROOT, Block, blocks, commands, names_of_pages
+from support.documentation import (
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    names_of_pages,
+    write_inputs,
+)
 
 NOT_RUN: dict[str, int] = {}
 """Blocks of each page that say why they cannot run here."""
@@ -169,6 +177,9 @@ def test_commands_are_what_the_programs_take(
     if block.marker.startswith("not run: "):
         return  # counted above
     monkeypatch.chdir(tmp_path)
+    if block.marker == "run":
+        write_inputs(block.page, tmp_path)
+        _make_quickstart_tiny(monkeypatch, tmp_path)
     for line in commands(block.text):
         for part in line.split("&&"):
             words = shlex.split(part, comments=True)
@@ -185,6 +196,20 @@ def test_commands_are_what_the_programs_take(
 
                 assert program == "gflowgr"
                 assert main(words[1:]) == 0, part
+
+
+def _make_quickstart_tiny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The run of ``gflowgr quickstart`` takes seconds."""
+    from support.tiny_run import tiny_run, write_config
+
+    from gflowgr.runs import config
+
+    values = tiny_run(folder / "unused") | {"data": {"max_history": 8}}
+    values["collaborative"] = {"epochs": 1, "batch_size": 16}
+    for stage in ("sft", "finetune"):
+        values[stage] |= {"max_steps": 2, "eval_steps": 2, "save_steps": 2}
+    place = write_config(folder / "tiny_quickstart.yaml", values)
+    monkeypatch.setattr(config, "_QUICKSTART", place)
 
 
 # ---- the pages ----

@@ -59,6 +59,29 @@ def _of_page(path: Path) -> Iterator[Block]:
     assert language is None, f"{path}: the block of line {begin} has no end"
 
 
+def write_inputs(page: str, folder: Path) -> None:
+    """The files that the commands of a page read, as the page describes them."""
+    if page != "docs/your-data.md":
+        return
+    titles = {f"B00{letter}{digit}": f"{letter}{digit}" for letter in "KTX" for digit in range(10)}
+    items = list(titles)
+    kinds = ("view", "view", "purchase")
+    events = [
+        f"{user},{items[(7 * place + 3 * number) % 30]},2024-03-{place + 1:02} 18:22:10,"
+        f"{kinds[(place + number) % 3]}"
+        for number, user in enumerate(["ann", *(f"user {n}" for n in range(40))])
+        for place in range(9)
+    ]
+    texts = {
+        "events.csv": ["user,item,time,event", *events],
+        "items.csv": ["item,title,brand", *(f"{i},{title},Brunn" for i, title in titles.items())],
+        "requests.jsonl": ['{"user": "ann"}', '{"history": ["B00K4", "B00T7"]}'],
+        "in_stock.txt": ["B00K4", "B00X1"],
+    }
+    for name, lines in texts.items():
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def commands(text: str) -> list[str]:
     """The commands of a shell block, continuation lines joined, without comments."""
     joined = text.replace("\\\n", " ")
