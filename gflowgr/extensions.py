@@ -12,7 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_search_folder", "is_outside", "load_outside"]
+__all__ = ["SEARCH_VARIABLE", "add_search_folder", "is_outside", "load_outside", "search_path"]
+
+
+SEARCH_VARIABLE = "GFLOWGR_MODULES"
+"""Environment variable with further folders, for processes that a run starts."""
+_FOLDERS = [place for place in os.environ.get(SEARCH_VARIABLE, "").split(os.pathsep) if place]
 
 
 def is_outside(name: object) -> bool:
@@ -25,18 +30,19 @@ def is_outside(name: object) -> bool:
 
 
 def add_search_folder(folder: Path | str) -> None:
-    """Search modules in ``folder``, too, after all others, also in processes that are started.
+    """Search modules in ``folder``, too, after all others.
 
     Args:
         folder: such as that of a configuration file.
     """
     place = str(Path(folder).resolve())
-    if place not in sys.path:
-        sys.path.append(place)
-    # Workers of a data loader and cells of an experiment begin with a fresh interpreter.
-    inherited = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
-    if place not in inherited:
-        os.environ["PYTHONPATH"] = os.pathsep.join([*inherited, place])
+    if place not in _FOLDERS:
+        _FOLDERS.append(place)
+
+
+def search_path() -> str:
+    """:data:`SEARCH_VARIABLE` for a process that is to find the same modules."""
+    return os.pathsep.join(dict.fromkeys([*_FOLDERS, str(Path.cwd())]))
 
 
 def load_outside(name: str, setting: str) -> Any:
@@ -53,6 +59,7 @@ def load_outside(name: str, setting: str) -> Any:
     if not is_outside(name):
         raise ValueError(f"{setting} must be 'module:Name'; got {name!r}")
     add_search_folder(Path.cwd())
+    sys.path.extend(place for place in _FOLDERS if place not in sys.path)
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

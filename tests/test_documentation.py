@@ -25,6 +25,7 @@ from support.documentation import (
     commands,
     names_of_pages,
     write_inputs,
+    write_modules,
 )
 
 NOT_RUN: dict[str, int] = {}
@@ -82,6 +83,7 @@ def read_accelerate(values: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.place)
 def test_yaml_blocks_are_read_by_what_they_are_for(block: Block, tmp_path: Path) -> None:
     values = yaml.safe_load(block.text)
+    write_modules(block.page, tmp_path)
     read = read_accelerate if "distributed_type" in values else read_run
     read(values, tmp_path)
 
@@ -172,7 +174,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 @pytest.mark.parametrize("block", blocks("bash"), ids=lambda block: block.place)
 def test_commands_are_what_the_programs_take(
-    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_drawing: None
 ) -> None:
     if block.marker.startswith("not run: "):
         return  # counted above

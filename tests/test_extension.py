@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from support.command_line import Capture, call
+from support.documentation import blocks, write_modules
 from support.small_models import padded_prompts, small_model
 from support.tiny_run import tiny_run, write_config
 from support.tiny_shop import make_args, make_inputs, make_model
@@ -19,9 +22,11 @@ from support.tiny_trainer import make_trainer, steps
 from torch import Tensor
 
 import gflowgr
+from gflowgr.extensions import search_path
+from gflowgr.files import read_json
 from gflowgr.models import output_head, trajectory_hidden_states
 from gflowgr.rewards import SignalContext, make_signals
-from gflowgr.runs import RunConfig
+from gflowgr.runs import ConfigError, RunConfig
 from gflowgr.samplers import Candidates, SampleRequest, TrajectorySampler
 
 ASKED: list[SampleRequest] = []
@@ -162,7 +167,7 @@ def test_a_module_beside_the_yaml_or_in_the_current_folder_is_found(
     config = RunConfig.load(write_run(no_folder_beside, f"{module}:Fresh"))
     assert [signal.name for signal in make_signals(config.flow.signals)] == ["r_sim", "r_fresh"]
     # Processes that are started find it, too.
-    assert str(place.resolve()) in os.environ["PYTHONPATH"].split(os.pathsep)
+    assert str(place.resolve()) in search_path().split(os.pathsep)
 
 
 def test_a_module_that_is_nowhere_is_refused_with_the_folders_that_were_searched(
@@ -178,3 +183,69 @@ def test_a_module_that_is_nowhere_is_refused_with_the_folders_that_were_searched
         assert str(place.resolve()) in str(said.value)
     with pytest.raises(ValueError, match="its module needs 'nothing_of_that_name', which is not"):
         make_signals(["broken_one:Fresh"])
+
+
+# ---- one of each, as the page has them ----
+
+
+def test_a_run_made_of_ones_own_parts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, no_drawing: None
+) -> None:
+    page = "docs/extending.md"
+    write_modules(page, tmp_path)
+    (block,) = (each for each in blocks("yaml") if each.page == page)
+    values = tiny_run(tmp_path / "run")
+    for section, own in yaml.safe_load(block.text).items():
+        values[section] = own if section == "model" else values.get(section, {}) | own
+    values["continued_sft"] = False
+    for stage in ("sft", "finetune"):
+        values[stage] |= {"max_steps": 2, "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
+    config = write_config(tmp_path / "run.yaml", values)
+    code, out, error = call(capsys, "train", "--config", config, "--no-progress")
+    assert code == 0, error
+    assert "Identifiers: my_parts:by_popularity, 200 distinct for 200 items" in out
+    record = read_json(tmp_path / "run" / "results.json")
+    assert list(record["methods"]) == ["SFT", "huber_balance", "AfterLast", "Popularity"]
+    logged = read_json(tmp_path / "run" / "gflowgr" / "log_history.json")[0]
+    assert math.isfinite(logged["loss_gfn"])
+    assert 1.0 <= logged["reward/r_fresh"] <= 2.0
+    model = gflowgr.GFlowModel.from_pretrained(tmp_path / "run" / "gflowgr" / "model")
+    assert model.settings.objective == "my_parts:huber_balance"
+    assert model.backbone.config.num_decoder_layers == 2
+
+
+def test_an_objective_of_ones_own_is_joint_with_the_supervised_loss(mine: ModuleType) -> None:
+    """The package's own trajectory balance, written outside, gives what ``"tb"`` gives."""
+
+    def balance(log_pf: Tensor, log_reward: Tensor, log_z: Tensor, mask: Tensor) -> Tensor:
+        return (log_z[:, None] + log_pf.sum(-1) - log_reward).square()
+
+    mine.__dict__.update(balance=balance, scalar=lambda *given: torch.zeros(()))
+    found = {}
+    for objective in ("tb", "mine:balance"):
+        model = make_model(objective=objective, gfn_weight=0.3, beta=2.0)
+        out = model(**make_inputs(model))
+        out["loss"].backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found[objective] = [out["loss"], out["loss_gfn"], out["loss_gr"], *gradients]
+    torch.testing.assert_close(found["mine:balance"], found["tb"], rtol=1e-4, atol=1e-5)
+    model = make_model(objective="mine:scalar")
+    with pytest.raises(ValueError, match=r"must give losses \[B, N\] = \(3, 4\); got \(\)"):
+        model(**make_inputs(model))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("flow", {"objective": "tbb"}, "objective must be one of .* or 'module:function'"),
+        ("flow", {"objective": "mine:x", "partition": "vargrad"}, "needs a learned log Z"),
+        ("collaborative", {"kind": "sasrex"}, "kind must be one of .* or 'module:Class'"),
+        ("model", {"kind": "mine:Even"}, "must name a dataclass with `kind`, `build`"),
+        ("model", {"kind": "nowhere_at_all:X"}, "no module 'nowhere_at_all' is installed"),
+    ],
+)
+def test_parts_that_are_none_are_refused_with_the_configuration(
+    section: str, values: dict[str, Any], message: str, mine: ModuleType, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_dict({"output_dir": str(tmp_path), section: values})

@@ -90,9 +90,9 @@ class GFlowModel(SavedModel):
             return
         width = output_head(backbone)[0].shape[1]
         self.fusion = RewardFusion(len(settings.signals), settings.fusion)
-        if settings.objective in ("db", "subtb"):
+        if settings.has_state_flow:
             self.state_flow = StateFlow(width, tree.max_length)
-        elif settings.objective == "tb" and settings.partition != "vargrad":
+        elif settings.has_partition:
             self.partition = PartitionHead(width, settings.partition)
 
     def with_settings(self, **changes: Any) -> GFlowModel:

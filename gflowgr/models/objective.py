@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..extensions import load_outside
 from ..ops import fused_flow_kl, fused_flow_loss, fused_vargrad_loss, trajectory_logprobs
 from ..ops.flow_loss.op import flow_loss
 from ..ops.flow_loss.reference import FlowOptions, prepare, reduce_trajectories, valid_mean
@@ -145,6 +146,10 @@ def joint_loss(
         ValueError: no ``log_proposal``, though the settings ask for importance weights.
     """
     weight = settings.gfn_weight * flow_share
+    if settings.is_outside:
+        log_pf = trajectory_logprobs(hidden, tokens=tokens, mask=mask, **head)
+        flow = _flow_loss(settings, log_pf, log_reward, target, mask)
+        return weight * flow + positive_nll(settings, log_pf, mask), log_pf.detach(), None
     if settings.importance_clip is not None:
         if log_proposal is None:
             raise ValueError("log_proposal is required: settings.importance_clip is set")
@@ -286,7 +291,24 @@ def _flow_loss(
     mask: Tensor,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """L_GFN from log-probabilities; ``weights`` [B, N] multiply the trajectories' losses."""
+    """L_GFN from log-probabilities; ``weights`` [B, N] multiply the trajectories' losses.
+
+    Raises:
+        ValueError: an objective from outside gives something else than losses [B, N].
+    """
+    if settings.is_outside:
+        scaled = settings.beta * log_reward
+        if settings.log_reward_floor is not None:
+            scaled = scaled.clamp(min=settings.log_reward_floor)
+        made = load_outside(settings.objective, "objective")(log_pf, scaled, target, mask)
+        if not isinstance(made, Tensor) or made.shape != log_reward.shape:
+            found = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+            raise ValueError(
+                f"objective {settings.objective!r} must give losses [B, N] = "
+                f"{tuple(log_reward.shape)}; got {found}"
+            )
+        valid = mask.any(-1)
+        return reduce_trajectories(made.masked_fill(~valid, 0.0), valid, settings.reduction)
     flow = FlowOptions(
         _kind(settings, target),
         lam=settings.subtb_lambda,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
+from ..extensions import is_outside
 from ..plain_settings import make_plain
 from ..rewards.fusion import FusionMode
 from ..rewards.signals import check_signal_names
@@ -48,6 +49,9 @@ class FlowSettings:
             reward in the group of the positive and the trajectories that the model generated;
             and in rounds, see :mod:`gflowgr.training.rounds`: ``"sprec"``, self-play by SFT and
             DPO in turn; ``"ipa"``, SFT and DPO between generated trajectories.
+            One of your own, ``"module:function"``, is called with log_pf [B, N, L] (0 at padding),
+            beta * log_reward [B, N], log_z [B] and mask [B, N, L], and gives the losses of the
+            trajectories [B, N] in nats squared or nats; it takes the place of ``"tb"``.
         partition: how ``"tb"`` has log Z: ``"learned"``, ``"scalar"`` or ``"vargrad"``. The others
             have it in the flow of the empty prefix.
         subtb_lambda: a sub-trajectory of m tokens has the weight ``subtb_lambda^m``.
@@ -86,7 +90,7 @@ class FlowSettings:
         max_history: items of a history that the prompt keeps.
     """
 
-    objective: Objective = "sft"
+    objective: Objective | str = "sft"
     partition: PartitionMode = "learned"
     subtb_lambda: float = 0.9
     forward_looking: bool = False
@@ -108,6 +112,16 @@ class FlowSettings:
 
     def __post_init__(self) -> None:
         make_plain(self)
+        if self.objective not in get_args(Objective) and not self.is_outside:
+            raise ValueError(
+                f"objective must be one of {get_args(Objective)} or 'module:function'; got "
+                f"{self.objective!r}"
+            )
+        if self.is_outside and (self.partition == "vargrad" or self.importance_clip is not None):
+            raise ValueError(
+                f"objective {self.objective!r} needs a learned log Z and no importance_clip; got "
+                f"partition {self.partition!r}, importance_clip {self.importance_clip}"
+            )
         for name in (
             "gfn_weight",
             "beta",
@@ -131,13 +145,28 @@ class FlowSettings:
         if self.max_history < 1:
             raise ValueError(f"max_history must be >= 1; got {self.max_history}")
         object.__setattr__(self, "signals", check_signal_names(self.signals))
-        if self.forward_looking and self.objective not in ("db", "subtb"):
+        if self.forward_looking and not self.has_state_flow:
             raise ValueError(
                 f"forward_looking needs objective 'db' or 'subtb'; got {self.objective!r}"
             )
         if self.forward_looking and "r_sim" not in self.signals:
             raise ValueError(f"forward_looking needs the signal 'r_sim'; signals: {self.signals}")
         self._check_kind()
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether the objective is one of the user's own."""
+        return is_outside(self.objective)
+
+    @property
+    def has_state_flow(self) -> bool:
+        """Whether the objective learns log F of prefixes."""
+        return self.objective in ("db", "subtb")
+
+    @property
+    def has_partition(self) -> bool:
+        """Whether the objective learns log Z of prompts."""
+        return self.is_outside or (self.objective == "tb" and self.partition != "vargrad")
 
     @property
     def has_reference(self) -> bool:
@@ -172,7 +201,7 @@ class FlowSettings:
     @property
     def label(self) -> str:
         """The method's name in tables."""
-        return _LABELS[self.objective]
+        return _LABELS.get(self.objective, self.objective.partition(":")[2])
 
     @property
     def reference_weight(self) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from ..models.settings import FlowSettings
-from .config import COLLABORATIVE_NAMES, RunConfig
+from .config import RunConfig, collaborative_names
 from .spec import ExperimentSpec, Method, Values, Variant
 
 __all__ = ["BUSY", "Cell", "alone", "cells_of", "cells_of_run", "folders_of", "locked"]
@@ -204,7 +204,7 @@ def _cells_of_variant(spec: ExperimentSpec, variant: Variant) -> Iterator[Cell]:
 
 def _references(config: RunConfig) -> list[str]:
     """What the generators are compared with: the collaborative model, if any, and popularity."""
-    return [*COLLABORATIVE_NAMES[config.collaborative.kind], "Popularity"]
+    return [*collaborative_names(config.collaborative.kind), "Popularity"]
 
 
 def folders_of(cells: list[Cell]) -> dict[str, Values]:

@@ -9,16 +9,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import torch
 
 from ..errors import shown
+from ..extensions import is_outside, load_outside
 from ..models.causal import CausalConfig
 from ..models.decoder import DecoderConfig
 from ..models.gflow_model import FlowSettings
 from ..models.lora import LoraSettings
+from ..models.prompts import PromptLayout
 from ..models.tiger import TigerConfig
+from ..models.vocabulary import IdentifierVocabulary
 from ..plain_settings import make_plain
 from .yaml_file import ConfigError, apply_override, expand, read_yaml
 
@@ -31,7 +44,9 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
+    "OutsideGenerator",
     "RunConfig",
+    "collaborative_names",
     "quickstart_config",
     "training_arguments",
 ]
@@ -86,7 +101,8 @@ class CollaborativeConfig:
             their log-softmax scores averaged; ``"cross_fitted"``: one per fold of the users,
             trained without them: no training prompt is scored by a model that has seen its user
             (:class:`~gflowgr.collaborative.CrossFitted`); ``"embeddings"``: use a table of item
-            vectors; ``"none"``.
+            vectors; ``"none"``; one of your own, ``"module:Class"``, made with the split, a folder
+            and a seed.
         models: how many ``"average"`` has; None: 3.
         folds: how many ``"cross_fitted"`` has, 2 to 4; None: 2.
         embeddings: file of the table (``.npy``, [items, d]), for ``"embeddings"``.
@@ -97,7 +113,7 @@ class CollaborativeConfig:
         patience: evaluations without a better valid N@10 before stopping.
     """
 
-    kind: Literal["sasrec", "average", "cross_fitted", "embeddings", "none"] = "sasrec"
+    kind: str = "sasrec"
     models: int | None = None
     folds: int | None = None
     embeddings: str | None = None
@@ -109,6 +125,11 @@ class CollaborativeConfig:
 
     def __post_init__(self) -> None:
         make_plain(self)
+        if self.kind not in COLLABORATIVE_NAMES and not is_outside(self.kind):
+            raise ValueError(
+                f"kind must be one of {list(COLLABORATIVE_NAMES)} or 'module:Class'; got "
+                f"{self.kind!r}"
+            )
         _check_positive(self, "epochs", "batch_size", "learning_rate", "patience")
         for name, kind in (("models", "average"), ("folds", "cross_fitted")):
             if getattr(self, name) is not None and self.kind != kind:
@@ -126,6 +147,11 @@ class CollaborativeConfig:
     def is_trained(self) -> bool:
         """Whether there is something to train."""
         return self.kind in ("sasrec", "average", "cross_fitted")
+
+
+def collaborative_names(kind: str) -> list[str]:
+    """What tables call the collaborative model of a kind: one name, or none for ``"none"``."""
+    return COLLABORATIVE_NAMES.get(kind, [kind.partition(":")[2]])
 
 
 COLLABORATIVE_NAMES: dict[str, list[str]] = {
@@ -169,6 +195,35 @@ class EvaluationConfig:
         object.__setattr__(self, "ks", sorted(set(self.ks)))
 
 
+@runtime_checkable
+class OutsideGenerator(Protocol):
+    """A generator from outside the package: a dataclass whose fields are its settings.
+
+    Attributes:
+        kind: ``"module:Class"``, its own name.
+    """
+
+    kind: str
+
+    def build(self, vocabulary: IdentifierVocabulary, *, max_history: int, seed: int) -> Any:
+        """The untrained backbone, a model of ``transformers`` with the tokens of ``vocabulary``.
+
+        Args:
+            vocabulary: the identifier tokens.
+            max_history: items of a history that a prompt may have.
+            seed: of the weights.
+        """
+        ...
+
+    def prompt(self, vocabulary: IdentifierVocabulary) -> PromptLayout:
+        """How histories become prompts, such as ``TIGER_PROMPT``."""
+        ...
+
+    def summary(self) -> str:
+        """What reports say of it."""
+        ...
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that determines a run.
@@ -179,7 +234,8 @@ class RunConfig:
         data: which data.
         collaborative: the collaborative model.
         model: the generator: TIGER (``kind: tiger``), a decoder over the identifiers alone (``kind:
-            decoder``) or a decoder-only text model (``kind: causal``).
+            decoder``), a decoder-only text model (``kind: causal``) or one of your own (``kind:
+            "module:Class"``, an :class:`OutsideGenerator`).
         flow: objective of the fine-tuning, GFlowGR's or a baseline's.
         sft: arguments of the first, supervised training
             (:class:`~gflowgr.training.GFlowGRConfig`).
@@ -197,7 +253,9 @@ class RunConfig:
     seed: int = 42
     data: DataConfig = field(default_factory=DataConfig)
     collaborative: CollaborativeConfig = field(default_factory=CollaborativeConfig)
-    model: TigerConfig | DecoderConfig | CausalConfig = field(default_factory=TigerConfig)
+    model: TigerConfig | DecoderConfig | CausalConfig | OutsideGenerator = field(
+        default_factory=TigerConfig
+    )
     flow: FlowSettings = field(default_factory=lambda: FlowSettings(objective="tb"))
     sft: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
@@ -299,9 +357,20 @@ def _section(key: str, values: Mapping[str, Any], where: str) -> type:
     if key != "model":
         return _SECTIONS[key]
     kind = values.get("kind", "tiger")
-    if not isinstance(kind, str) or kind not in _GENERATORS:
+    if isinstance(kind, str) and kind in _GENERATORS:
+        return _GENERATORS[kind]
+    if not is_outside(kind):
         raise ConfigError(f"{where}: kind must be one of {list(_GENERATORS)}; got {shown(kind)}")
-    return _GENERATORS[kind]
+    try:
+        own: type = load_outside(kind, "model.kind")
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    wanted = (OutsideGenerator, type)
+    if not all(isinstance(own, each) for each in wanted) or not dataclasses.is_dataclass(own):
+        raise ConfigError(
+            f"{where}: kind must name a dataclass with `kind`, `build` and `summary`; got {kind!r}"
+        )
+    return own
 
 
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:

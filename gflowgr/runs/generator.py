@@ -19,12 +19,13 @@ from ..models.causal import (
 from ..models.decoder import DecoderConfig, build_decoder, decoder_prompt
 from ..models.lora import add_lora, check_peft
 from ..models.tiger import TigerConfig, build_tiger
+from .config import OutsideGenerator
 from .prepare import Catalogue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GeneratorConfig = TigerConfig | DecoderConfig | CausalConfig
+GeneratorConfig = TigerConfig | DecoderConfig | CausalConfig | OutsideGenerator
 
 __all__ = ["GeneratorConfig", "add_adapters", "check_generator", "make_generator"]
 
@@ -72,6 +73,10 @@ def make_generator(
     if isinstance(config, DecoderConfig):
         backbone = build_decoder(vocabulary, config, max_history=settings.max_history, seed=seed)
         layout = decoder_prompt(vocabulary)
+        return GFlowModel(backbone, catalogue.tree, vocabulary, settings, layout, item_ids=ids)
+    if not isinstance(config, CausalConfig):
+        backbone = config.build(vocabulary, max_history=settings.max_history, seed=seed)
+        layout = config.prompt(vocabulary)
         return GFlowModel(backbone, catalogue.tree, vocabulary, settings, layout, item_ids=ids)
     assert tokenizer is not None
     backbone = load_causal_lm(config, tokenizer, seed=seed)

@@ -20,6 +20,7 @@ from ..data import (
     save_dataset,
 )
 from ..errors import DataError
+from ..extensions import is_outside, load_outside
 from ..identifiers import (
     METHODS,
     Identifiers,
@@ -34,7 +35,7 @@ from ..identifiers import (
 from ..models.causal import add_identifier_tokens
 from ..models.vocabulary import IdentifierVocabulary
 from ..tree import PrefixTree
-from .config import COLLABORATIVE_NAMES, CollaborativeConfig, ConfigError, DataConfig
+from .config import CollaborativeConfig, ConfigError, DataConfig, collaborative_names
 from .processes import is_first_process
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def published_identifiers(dataset: Dataset, name: str | None) -> tuple[str, Iden
     names = dataset.index_names()
     if name is not None and name.endswith((".json.gz", ".json")):
         return Path(name).name, read_index(name, num_items=dataset.num_items)
-    if name in METHODS and name not in names:
+    if (name in METHODS or is_outside(name)) and name not in names:
         return None
     if name is None and len(names) > 1:
         raise ConfigError(
@@ -158,7 +159,9 @@ def make_identifiers(
         collaborative: where ``item_vectors`` come from; the identifiers are named after it.
         method: None: residual k-means of the item vectors, else of the texts, three levels and one
             token that separates. ``"kmeans"``, ``"rqvae"`` or ``"letter"``: four levels of 256
-            codes without collisions, of the texts, else of the item vectors.
+            codes without collisions, of the texts, else of the item vectors. One of your own,
+            ``"module:function"``, is called with the dataset, the item vectors (float32 [items, d]
+            or None) and the seed, and gives integer codes [items, L], padded with -1.
         folder: where those of a method are kept, and found again by a run that goes on.
         progress: show a progress bar while a method's are learned.
 
@@ -168,6 +171,8 @@ def make_identifiers(
     Raises:
         ConfigError: there is nothing to make them from.
     """
+    if method is not None and is_outside(method):
+        return _outside_identifiers(method, dataset, item_vectors, seed, folder)
     texts = [" ".join(fields.values()) for fields in dataset.texts or []]
     has_texts = any(re.search(r"\w\w", text) for text in texts)  # what counts as a word there
     if item_vectors is None and not has_texts:
@@ -179,7 +184,7 @@ def make_identifiers(
     vectors = None
     if item_vectors is not None:
         vectors = item_vectors.detach().cpu().numpy().astype(np.float32)
-        source = f"{COLLABORATIVE_NAMES[collaborative.kind][0]} items"
+        source = f"{collaborative_names(collaborative.kind)[0]} items"
         if collaborative.embeddings is not None:
             source = Path(collaborative.embeddings).name
     if method is not None:
@@ -192,6 +197,29 @@ def make_identifiers(
     size = int(np.clip(round((len(vectors) / 4) ** (1 / 3)), 4, 256))
     codes = residual_kmeans(vectors, levels=3, codebook_size=size, seed=seed)
     return f"residual k-means of {source} (3 x {size} + 1)", from_codes(codes)
+
+
+def _outside_identifiers(
+    method: str, dataset: Dataset, vectors: torch.Tensor | None, seed: int, folder: Path | None
+) -> tuple[str, Identifiers]:
+    """Those of a method of the user's, read from ``folder`` where they are kept."""
+    path = folder / f"index.{method.replace(':', '.')}.json.gz" if folder is not None else None
+    if path is not None and path.is_file():
+        return method, read_index(path, num_items=dataset.num_items)
+    make = load_outside(method, "data.identifiers")
+    given = None if vectors is None else vectors.detach().cpu().numpy().astype(np.float32)
+    try:
+        identifiers = from_codes(make(dataset, given, seed))
+    except ValueError as error:
+        raise ConfigError(f"data.identifiers: {method}: {error}") from error
+    if identifiers.num_items != dataset.num_items:
+        raise ConfigError(
+            f"data.identifiers: {method} must give codes of {dataset.num_items} items; got "
+            f"{identifiers.num_items}"
+        )
+    if path is not None:
+        write_index(path, identifiers)
+    return method, identifiers
 
 
 def _learned_identifiers(

@@ -20,7 +20,7 @@ import numpy as np
 from .. import files
 from ..errors import DataError
 from ..evaluation.analysis import UserGroup
-from .config import COLLABORATIVE_NAMES
+from .config import collaborative_names
 from .stages import MASKED, collaborative_cpu_seconds
 from .statistics import per_user, ranking_metrics
 
@@ -266,7 +266,7 @@ def _method(entry: Mapping[str, Any]) -> MethodFacts:
 def _references(base: Mapping[str, Any]) -> list[MethodFacts]:
     """The collaborative model, if there is one, and popularity."""
     kind = dict(base.get("collaborative") or {}).get("kind", "sasrec")
-    names = COLLABORATIVE_NAMES.get(kind, [])
+    names = collaborative_names(kind)
     return [
         MethodFacts(name, name.lower().replace(" ", "_"), REFERENCE)
         for name in (*names, "Popularity")

@@ -187,7 +187,7 @@ def _data_folder(result: RunResult) -> str:
 def _objective(flow: FlowSettings) -> str:
     """The objective and its constants."""
     if not flow.has_reference:
-        name = flow.objective.upper()
+        name = flow.label if flow.is_outside else flow.objective.upper()
         return f"{name}, {_flow_heads(flow)}, lambda {flow.gfn_weight}, beta {flow.beta}"
     start = "the model of the round" if flow.in_rounds else "the model after SFT"
     text = f"{flow.label} against {start}, beta {flow.reference_weight}"
@@ -200,7 +200,7 @@ def _objective(flow: FlowSettings) -> str:
 
 def _flow_heads(flow: FlowSettings) -> str:
     """Where log Z, and the flow of prefixes, come from."""
-    if flow.objective == "tb":
+    if flow.has_partition or flow.objective == "tb":
         return f"Z {flow.partition}"
     return "F learned" + (", forward-looking" if flow.forward_looking else "")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import files
+from ..extensions import SEARCH_VARIABLE, search_path
 from .cells import BUSY, Cell, cells_of, folders_of, locked
 from .config import ConfigError
 from .same_inputs import check_same_inputs
@@ -258,6 +259,7 @@ class _Scheduler:
         log = self.out / cell.id / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ, OMP_NUM_THREADS=str(self.resources.threads))
+        environment[SEARCH_VARIABLE] = search_path()
         if self.resources.gpus:
             gpus = self.resources.gpus
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]

@@ -22,13 +22,14 @@ from ..data import Split
 from ..distributed import first_process_finds
 from ..errors import DataError
 from ..evaluation import Evaluation, Recommender, evaluate
+from ..extensions import is_outside, load_outside
 from ..folders import MANIFEST_NAME, find_damage, remove_leftovers, write_manifest
 from ..models.gflow_model import GFlowModel
 from .config import (
-    COLLABORATIVE_NAMES,
     CollaborativeConfig,
     ConfigError,
     EvaluationConfig,
+    collaborative_names,
     training_arguments,
 )
 from .processes import device, first_process_first, is_first_process
@@ -85,7 +86,7 @@ def collaborative_stage(
         report_to: trackers; they write to ``logs`` beside ``folder``.
 
     Raises:
-        ConfigError: a table of item vectors that does not fit the data.
+        ConfigError: a table of item vectors, or a model of one's own, that does not fit the data.
     """
     if settings.kind == "none":
         return None
@@ -98,10 +99,20 @@ def collaborative_stage(
                 f"the data {split.num_items} items"
             )
         return scorer
+    if is_outside(settings.kind):
+        console.say(f"Stage: {collaborative_names(settings.kind)[0]} (collaborative model)")
+        own = load_outside(settings.kind, "collaborative.kind")(split, folder=folder, seed=seed)
+        if not isinstance(own, CollaborativeModel) or own.num_items != split.num_items:
+            raise ConfigError(
+                f"collaborative.kind: {settings.kind} must make a CollaborativeModel of "
+                f"{split.num_items} items; got {type(own).__name__} of "
+                f"{getattr(own, 'num_items', 'no')} items"
+            )
+        return own
     from ..training import train_average, train_cross_fitted, train_sasrec
     from ..training.tracking import check_trackers, tracked
 
-    console.say(f"Stage: {COLLABORATIVE_NAMES[settings.kind][0]} (collaborative model)")
+    console.say(f"Stage: {collaborative_names(settings.kind)[0]} (collaborative model)")
     config = SASRecConfig(num_items=split.num_items, dropout=settings.dropout)
     options: dict[str, Any] = {
         "epochs": settings.epochs,

@@ -15,6 +15,7 @@ from ..collaborative import CollaborativeModel, Popularity
 from ..data import Split
 from ..evaluation import Evaluation, Recommender, ScoringRecommender
 from ..evaluation.generative import GenerativeRecommender
+from ..extensions import is_outside, load_outside
 from ..models.gflow_model import FlowSettings, GFlowModel
 from ..rewards import default_behaviour_values, make_signals
 from .cells import Cell, alone
@@ -93,6 +94,7 @@ def prepare_inputs(cell: Cell, out: Path, console: Console) -> CellInputs:
         split = split_data(dataset, config.data, data_folder)
         check_same_data(data_folder, {"data": digest_of(split.dataset)})
     values = _check_reward(config, split)
+    _check_outside(config)
     tokenizer = check_generator(config.model)
     console.say(
         f"Data: {dataset.name}, {dataset.num_users:,} users, {dataset.num_items:,} items, "
@@ -230,6 +232,22 @@ def _recommender(
         return ScoringRecommender(name, Popularity(inputs.split.item_counts))
     assert inputs.collaborative is not None
     return ScoringRecommender(name, inputs.collaborative)
+
+
+def _check_outside(config: RunConfig) -> None:
+    """Load what the configuration names from outside the package, before any training.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    named = {
+        "flow.objective": config.flow.objective,
+        "collaborative.kind": config.collaborative.kind,
+        "data.identifiers": config.data.identifiers,
+    }
+    for setting, name in named.items():
+        if name is not None and is_outside(name):
+            load_outside(name, setting)
 
 
 def _check_reward(config: RunConfig, split: Split) -> str:

@@ -82,6 +82,13 @@ def write_inputs(page: str, folder: Path) -> None:
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_modules(page: str, folder: Path) -> None:
+    """The module that a page of parts of one's own shows, beside its YAML file."""
+    if page == "docs/extending.md":
+        (block,) = (each for each in blocks("python") if each.page == page)
+        (folder / "my_parts.py").write_text(block.text, encoding="utf-8")
+
+
 def commands(text: str) -> list[str]:
     """The commands of a shell block, continuation lines joined, without comments."""
     joined = text.replace("\\\n", " ")
