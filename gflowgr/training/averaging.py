@@ -73,8 +73,8 @@ class WeightAverage(TrainerCallback):
         assert self._averages is not None
         done = state.global_step
         share = 1.0 - min(self.decay, (1 + done) / (10 + done))
-        weights = [_wide(weight) for weight in self._weights().values()]
-        torch._foreach_lerp_(list(self._averages.values()), weights, share)
+        for name, weight in self._weights().items():
+            self._averages[name].lerp_(_wide(weight), share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
