@@ -7,6 +7,7 @@ has no such number.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 
-__all__ = ["make_plain", "plain"]
+__all__ = ["make_plain", "plain", "type_hints"]
 
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
 
@@ -35,6 +36,13 @@ def plain(value: Any) -> Any:
     return value
 
 
+@functools.cache
+def type_hints(cls: type) -> Mapping[str, Any]:
+    """The declared types of a class's fields; an experiment's configurations ask thousands of times
+    for those of a few classes."""
+    return get_type_hints(cls)
+
+
 def make_plain(settings: Any, *, prefix: str = "", only: frozenset[str] | None = None) -> None:
     """Make the fields of a dataclass instance plain, in place, and check their types.
 
@@ -49,7 +57,7 @@ def make_plain(settings: Any, *, prefix: str = "", only: frozenset[str] | None =
     Raises:
         ValueError: a field's value is not of its type.
     """
-    hints = get_type_hints(type(settings))
+    hints = type_hints(type(settings))
     for field in dataclasses.fields(settings):
         if only is not None and field.name not in only:
             continue

@@ -17,7 +17,6 @@ from typing import (
     Union,
     get_args,
     get_origin,
-    get_type_hints,
     runtime_checkable,
 )
 
@@ -32,7 +31,7 @@ from ..models.lora import LoraSettings
 from ..models.prompts import PromptLayout
 from ..models.tiger import TigerConfig
 from ..models.vocabulary import IdentifierVocabulary
-from ..plain_settings import make_plain
+from ..plain_settings import make_plain, type_hints
 from .yaml_file import ConfigError, apply_override, expand, read_yaml
 
 if TYPE_CHECKING:
@@ -375,7 +374,7 @@ def _section(key: str, values: Mapping[str, Any], where: str) -> type:
 
 def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     known = {item.name: item for item in dataclasses.fields(cls)}
-    hints = get_type_hints(cls)
+    hints = type_hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
@@ -444,7 +443,7 @@ def training_arguments(values: Mapping[str, Any], output_dir: str, seed: int) ->
 def _check_training_arguments(section: str, values: dict[str, Any], seed: int) -> None:
     from ..training.config import GFlowGRConfig
 
-    hints = get_type_hints(GFlowGRConfig)
+    hints = type_hints(GFlowGRConfig)
     fixed = {"output_dir", "seed", "data_seed"}
     for key, value in values.items():
         if key in fixed:
