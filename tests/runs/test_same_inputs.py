@@ -61,6 +61,15 @@ def test_another_normalisation_is_another_supervised_model(tmp_path: Path) -> No
         check(config(tmp_path, flow={"normalize": "children"}))
 
 
+def test_a_method_that_trains_new_weights_is_not_the_one_that_goes_on_from_sft(
+    tmp_path: Path,
+) -> None:
+    begun(config(tmp_path), "sft", "gflowgr")
+    wanted = r"start: 'sft' there, 'scratch' here.*delete these in it: gflowgr$"
+    with pytest.raises(ConfigError, match=wanted):
+        check(config(tmp_path, start="scratch"))
+
+
 def test_a_folder_within_a_stale_one_is_not_named_too(tmp_path: Path) -> None:
     made_from = {name: {"seed": 1} for name in ("sft", "sft/evaluation", "sft_continued")}
     for folder, values in made_from.items():
