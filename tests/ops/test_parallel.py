@@ -18,7 +18,7 @@ pytestmark = pytest.mark.process
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_two_processes_equal_one(tmp_path: Path, dtype: torch.dtype) -> None:
     mp.start_processes(
-        run_shard, args=(str(tmp_path), dtype), nprocs=len(SHARDS), start_method="spawn"
+        run_shard, args=(str(tmp_path), dtype), nprocs=len(SHARDS), start_method="fork"
     )
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(SHARDS))]
 

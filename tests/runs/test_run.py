@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.forked import kill_when
 from support.tiny_run import METHODS, results, tiny_run, write_config
 
 from gflowgr import files
@@ -23,10 +20,10 @@ from gflowgr.files import read_json
 from gflowgr.runs import ConfigError, RunConfig, run
 from gflowgr.training import GFlowGRTrainer
 
-ROOT = Path(__file__).resolve().parents[2]
-
 # The report of `finished_run` has its pictures.
 pytestmark = pytest.mark.usefixtures("no_drawing")
+
+TWO_STEPS = {"max_steps": 2, "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
 
 
 def train(config: Path) -> int:
@@ -104,20 +101,6 @@ def test_same_command_again_redoes_nothing(
 # ---- interruptions ----
 
 
-def _kill_when(ready: Callable[[], bool], config: Path) -> None:
-    """Start the run as a process of its own and kill it, with no chance to clean up."""
-    command = [sys.executable, "-m", "gflowgr", "train", "--config", str(config), "--no-progress"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not ready():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "the run did not get that far"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 @pytest.mark.process
 def test_killed_run_ends_with_the_same_results(finished_run: Path, tmp_path: Path) -> None:
@@ -125,11 +108,15 @@ def test_killed_run_ends_with_the_same_results(finished_run: Path, tmp_path: Pat
     folder = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", tiny_run(folder))
 
-    _kill_when(lambda: any((folder / "sasrec").glob("*/checkpoint-*")), config)
+    def begin() -> None:
+        train(config)
+
+    log = tmp_path / "log"
+    kill_when(lambda: any((folder / "sasrec").glob("*/checkpoint-*")), begin, log)
     assert not (folder / "sasrec" / "model.safetensors").exists()
 
     checkpoints = folder / "gflowgr" / "checkpoints"
-    _kill_when(lambda: any(checkpoints.glob("checkpoint-*/trainer_state.json")), config)
+    kill_when(lambda: any(checkpoints.glob("checkpoint-*/trainer_state.json")), begin, log)
     assert not (folder / "gflowgr" / "done.json").exists()
     assert not (folder / "results.json").exists()
 
@@ -187,7 +174,10 @@ def test_full_disk_is_said_and_the_next_call_succeeds(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    config = write_config(tmp_path / "run.yaml", {**tiny_run(folder), "continued_sft": False})
+    values = {**tiny_run(folder), "continued_sft": False}
+    for section in ("sft", "finetune"):
+        values[section] = {**values[section], **TWO_STEPS}
+    config = write_config(tmp_path / "run.yaml", values)
     real_save = torch.save
 
     def full(obj: Any, path: Any, *args: Any, **kwargs: Any) -> None:
@@ -276,13 +266,7 @@ def test_run_with_given_item_vectors_and_another_objective(tmp_path: Path) -> No
     values["evaluation"] = {"collision": "string", "mask_seen": True, "max_users": 20}
     values["continued_sft"] = False
     for stage in ("sft", "finetune"):
-        values[stage] = {
-            **values[stage],
-            "max_steps": 2,
-            "eval_steps": 2,
-            "save_steps": 2,
-            "logging_steps": 1,
-        }
+        values[stage] = {**values[stage], **TWO_STEPS}
     lines: list[str] = []
     result = run(RunConfig.from_dict(values), say=lines.append, progress=False)
     names = [row.name for row in result.rows]

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.process
 
 
 def test_two_processes_sample_what_one_does(tmp_path: Path) -> None:
-    mp.start_processes(run_rank, args=(str(tmp_path), 2), nprocs=2, start_method="spawn")
+    mp.start_processes(run_rank, args=(str(tmp_path), 2), nprocs=2, start_method="fork")
     parts = [np.load(tmp_path / f"{rank}.npy") for rank in range(2)]
     alone = sample_part(0, 1)
     for step in range(STEPS):

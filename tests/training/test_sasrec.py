@@ -6,10 +6,6 @@ import itertools
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.forked import kill_when, run_ranks
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
@@ -250,39 +247,16 @@ def _history(folder: Path) -> list[dict[str, float]]:
     return history
 
 
-_SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-from test_sasrec import CONFIG, OPTIONS, make_split
-from gflowgr.collaborative import SASRec
-from gflowgr.training import train_sasrec
-model = train_sasrec(make_split(), CONFIG, {folder!r}, **{{**OPTIONS, **{options!r}}})
-saved = SASRec.load({folder!r})
-assert all((a == b).all() for a, b in zip(model.parameters(), saved.parameters()))
-"""
-
-
-def write_script(path: Path, folder: Path, **options: object) -> dict[str, str]:
-    """A script that trains in a process of its own; returns the environment to run it in."""
-    tests = str(Path(__file__).parent)
-    path.write_text(_SCRIPT.format(tests=tests, folder=str(folder), options=options))
-    root = str(Path(__file__).resolve().parents[2])
-    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 @pytest.mark.process
 def test_killed_process_resumes_to_the_same_model(tmp_path: Path) -> None:
-    folder, script = tmp_path / "cut", tmp_path / "train.py"
-    env = write_script(script, folder, epochs=30, patience=30)
-    process = subprocess.Popen([sys.executable, str(script)], env=env)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and not list(folder.glob("*/checkpoint-*")):
-        assert time.monotonic() < deadline, "no checkpoint within two minutes"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    options = {**OPTIONS, "epochs": 30, "patience": 30}
+    folder, options = tmp_path / "cut", {**OPTIONS, "epochs": 12, "patience": 12}
+    kill_when(
+        lambda: any(folder.glob("*/checkpoint-*")),
+        lambda: train_sasrec(make_split(), CONFIG, folder, **options),
+        tmp_path / "log",
+    )
+    assert not (folder / "model.safetensors").exists()
     resumed = train_sasrec(make_split(), CONFIG, folder, **options)
     whole = train_sasrec(make_split(), CONFIG, tmp_path / "whole", **options)
     assert same_weights(resumed, whole)
@@ -291,12 +265,14 @@ def test_killed_process_resumes_to_the_same_model(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     """Each asserts that the model it got is the one on disk; together they learn."""
-    folder, script = tmp_path / "two", tmp_path / "train.py"
-    env = write_script(script, folder, epochs=25, patience=25)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder, options = tmp_path / "two", {**OPTIONS, "epochs": 25, "patience": 25}
+
+    def train() -> None:
+        model = train_sasrec(make_split(), CONFIG, folder, **options)
+        assert torch.distributed.get_world_size() == 2
+        assert same_weights(SASRec.load(folder), model)
+
+    run_ranks(train, 2, tmp_path)
     validation = [e["eval_N@10"] for e in _history(folder) if "eval_N@10" in e]
     assert max(validation) > 0.6
     # 65 windows in batches of 16 for each of two processes: three steps an epoch, not five.
