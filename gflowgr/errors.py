@@ -4,7 +4,27 @@ from __future__ import annotations
 
 import reprlib
 
-__all__ = ["DataError", "GFlowGRError", "OutputError", "shown"]
+__all__ = [
+    "DataError",
+    "GFlowGRError",
+    "MissingExtraError",
+    "OutputError",
+    "missing_extra",
+    "shown",
+]
+
+_EXTRAS = {
+    **dict.fromkeys(
+        (
+            *("transformers", "accelerate", "tqdm", "matplotlib", "markdown_it", "yaml"),
+            *("polars", "pyarrow", "sklearn"),
+        ),
+        "train",
+    ),
+    "peft": "lora",
+    "sentence_transformers": "text",
+}
+"""Which extra of the package brings a module, see pyproject.toml."""
 
 
 class GFlowGRError(Exception):
@@ -17,6 +37,21 @@ class DataError(GFlowGRError, ValueError):
 
 class OutputError(GFlowGRError, OSError):
     """A file or folder cannot be written (read-only, no space, ...); the message names it."""
+
+
+class MissingExtraError(GFlowGRError, ImportError):
+    """An optional dependency is not installed; the message says which extra brings it."""
+
+
+def missing_extra(error: ImportError) -> MissingExtraError | None:
+    """What to raise for a failed import of an optional dependency; None if it is no such one."""
+    module = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or module not in _EXTRAS:
+        return None
+    return MissingExtraError(
+        f'this needs pip install "gflowgr[{_EXTRAS[module]}]" ({module} is not installed)',
+        name=module,
+    )
 
 
 class _Shown(reprlib.Repr):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import GFlowGRError, shown
+from ..errors import GFlowGRError, missing_extra, shown
 from ..files import find_lone_surrogate
 from .commands import COMMANDS
 
@@ -51,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"gflowgr: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is None or args.debug:
+            raise
+        print(f"gflowgr: error: {missing}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"gflowgr: failed: {error}", file=sys.stderr)

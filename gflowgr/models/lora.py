@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .. import files
+from ..errors import MissingExtraError
 from ..plain_settings import make_plain
 from .vocabulary import IdentifierVocabulary
 
@@ -120,9 +121,11 @@ def add_lora(
 
 
 def check_peft() -> None:
-    """Raise an ImportError that says what to install where ``peft`` is missing."""
+    """Raise a :class:`~gflowgr.errors.MissingExtraError` where ``peft`` is not installed."""
     if importlib.util.find_spec("peft") is None:
-        raise ImportError('LoRA needs peft: pip install "gflowgr[lora]"')
+        raise MissingExtraError(
+            'LoRA: this needs pip install "gflowgr[lora]" (peft is not installed)', name="peft"
+        )
 
 
 def has_lora(model: Any) -> bool:
