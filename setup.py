@@ -244,14 +244,27 @@ def build_command(torch: ModuleType | None) -> type[build_ext]:
                 super().build_extensions()
             except BUILD_ERRORS as error:  # checks of the compiler, before any extension
                 self.give_up("the compiled parts", error)
+                for ext in self.extensions:
+                    self.note(ext, error)
             self.extensions = self.built
 
         def build_extension(self, ext: Extension) -> None:
             try:
                 super().build_extension(ext)
                 self.built.append(ext)
+                self.note(ext, None)
             except BUILD_ERRORS as error:
                 self.give_up(ext.name, error)
+                self.note(ext, error)
+
+        def note(self, ext: Extension, error: BaseException | None) -> None:
+            """Leave beside where the extension would be why it is not there: pip hides warnings."""
+            place = Path(self.get_ext_fullpath(ext.name))
+            path = place.with_name(f"{ext.name.rpartition('.')[2]}.not_built.txt")
+            path.unlink(missing_ok=True)
+            if error is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(" ".join(str(error).split())[-400:] + "\n", encoding="utf-8")
 
         def give_up(self, what: str, error: BaseException) -> None:
             if switch("GFLOWGR_CUDA", "auto") == "1" and what != "gflowgr._host":

@@ -139,6 +139,8 @@ def resolve(op: str, device: torch.device, dtype: torch.dtype) -> str:
         if candidate in probes and probes[candidate](device, dtype) is None:
             if candidate == "torch" and device.type == "cuda":
                 _warn_of_definition(op, device, dtype)
+            if candidate == "torch" and "cpp" in probes and device.type == "cpu":
+                _warn_without_cpp()
             return candidate
     raise BackendError(f"gflowgr::{op}: no backend for device {device} and dtype {dtype}")
 
@@ -156,6 +158,18 @@ def _warn_of_definition(op: str, device: torch.device, dtype: torch.dtype) -> No
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def _warn_without_cpp() -> None:
+    """Say once why PyTorch does the work of the C++ kernels: pip shows nothing of a build."""
+    reason = cpp_missing()
+    if reason is not None and "cpp" not in _warned:
+        _warned.add("cpp")
+        warnings.warn(
+            f"the C++ kernels of gflowgr are not used, and PyTorch does their work slower: {reason}"
+            " (see gflowgr info; GFLOWGR_BACKEND=torch says that this is meant)",
+            stacklevel=2,
+        )
 
 
 def available_backends(
@@ -183,12 +197,24 @@ def _library_path(name: str) -> Path | None:
     return found[0] if found else None
 
 
+def _why_not_built(name: str) -> str:
+    """What the build wrote down (setup.py, ``note``); else what may have been."""
+    path = Path(__file__).with_name(f"{name}.not_built.txt")
+    if path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    if torch.torch_version.TorchVersion(torch.__version__) < "2.10":
+        return f"torch {torch.__version__} is older than 2.10"
+    if name == "_C_cuda":
+        return "it needs a CUDA toolkit and GFLOWGR_CUDA not 0"
+    return "no torch was there to build with, or GFLOWGR_NO_EXT was set"
+
+
 @functools.cache
 def cpp_missing() -> str | None:
     """Load ``gflowgr/_C`` once; None when its ops are there, else why not."""
     path = _library_path("_C")
     if path is None:
-        return "gflowgr/_C was not built (see the warnings of the install)"
+        return f"gflowgr/_C was not built: {_why_not_built('_C')}"
     return _load(path)
 
 
@@ -199,7 +225,7 @@ def cuda_missing() -> str | None:
         return "this torch has no CUDA"
     path = _library_path("_C_cuda")
     if path is None:
-        return "gflowgr/_C_cuda was not built (needs a CUDA toolkit and GFLOWGR_CUDA not 0)"
+        return f"gflowgr/_C_cuda was not built: {_why_not_built('_C_cuda')}"
     return _load(path)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,6 +194,31 @@ class TestChoice:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             backends.resolve("tree_walk", gpu, torch.int64)
+
+    def test_a_missing_extension_is_told_once_with_the_reason(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+        monkeypatch.setattr(backends, "cpp_missing", lambda: "the compiler c++ was not found")
+        monkeypatch.setattr(backends, "_warned", set())
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            with gflowgr.backend("torch"):
+                backends.resolve("tree_walk", CPU, torch.int64)
+            assert not told  # this is meant
+            for _ in range(3):
+                backends.resolve("tree_walk", CPU, torch.int64)
+        (message,) = (str(each.message) for each in told)
+        assert "are not used" in message
+        assert "slower: the compiler c++ was not found (see gflowgr info" in message
+
+    def test_what_a_failed_build_wrote_down_is_the_reason(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+        assert backends._why_not_built("_C").startswith("no torch was there to build with")
+        (tmp_path / "_C.not_built.txt").write_text("command 'g++' failed\n")
+        assert backends._why_not_built("_C") == "command 'g++' failed"
 
 
 class TestInfo:
