@@ -17,6 +17,7 @@ from gflowgr.decoding import flow_calibration, item_logprobs
 from gflowgr.decoding.calibration import log_group_size
 from gflowgr.models.gflow_model import GFlowModel
 from gflowgr.models.prompts import prompt_tokens
+from gflowgr.progress import progress_bar
 from gflowgr.rewards import BehaviourAwareReward, SignalContext
 
 __all__ = ["Calibration", "catalogue_flow", "catalogue_log_reward", "measure_calibration"]
@@ -83,8 +84,6 @@ def measure_calibration(
         ValueError: ``users`` or ``points`` below 1; ``r_yhat`` without a collaborative model, which
             would be 0 throughout; ``r_generation``, which would make the reward the model's own.
     """
-    from tqdm.auto import tqdm
-
     for name, number in (("users", users), ("points", points)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1; got {number}")
@@ -99,13 +98,12 @@ def measure_calibration(
         raise ValueError(f"split: no user of {split.dataset.name} has a held-out item")
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(everyone, min(users, everyone), replace=False))
-    parts = tqdm(
+    parts = progress_bar(
         catalogue_flow(model, reward, split, which, rows, collaborative),
         desc="calibration",
         unit="batch",
         total=math.ceil(len(rows) / _BATCH),
         disable=not progress,
-        dynamic_ncols=True,
         leave=False,
     )
     log_p, log_r = (torch.cat(of_kind).double() for of_kind in zip(*parts, strict=True))

@@ -11,6 +11,7 @@ from gflowgr.data import Split
 from gflowgr.evaluation import metrics as m
 from gflowgr.evaluation.recommender import Recommender
 from gflowgr.integers import integer_array
+from gflowgr.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,9 @@ def _check_arguments(
 def _batches(
     chosen: np.ndarray, batch_size: int, progress: bool, title: str
 ) -> Sequence[np.ndarray]:
-    from tqdm.auto import tqdm
-
     batches = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
-    bar: Sequence[np.ndarray] = tqdm(
-        batches, desc=title, unit="batch", disable=not progress, dynamic_ncols=True, leave=False
+    bar: Sequence[np.ndarray] = progress_bar(
+        batches, desc=title, unit="batch", disable=not progress, leave=False
     )
     return bar
 

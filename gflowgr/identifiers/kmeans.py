@@ -5,10 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from gflowgr.identifiers.quantisation import Quantisation, checked_vectors, number_within_group
+from gflowgr.progress import progress_bar
 
 
 def residual_kmeans(
-    embeddings: np.ndarray, levels: int = 3, codebook_size: int = 256, seed: int = 0
+    embeddings: np.ndarray,
+    levels: int = 3,
+    codebook_size: int = 256,
+    seed: int = 0,
+    *,
+    progress: bool = False,
 ) -> np.ndarray:
     """Code each item by the nearest centre, then its residual by the nearest centre of the next
     level.
@@ -22,6 +28,7 @@ def residual_kmeans(
         levels: number of k-means levels.
         codebook_size: centres per level; fewer are used where fewer vectors are different.
         seed: of the k-means starts.
+        progress: show a progress bar.
 
     Returns:
         int32 [items, levels + 1]; the last column is 0 for every item that is alone with its codes.
@@ -29,12 +36,17 @@ def residual_kmeans(
     Raises:
         ValueError: a wrong shape, no items, a vector that is not finite, a size below 1.
     """
-    codes = fit_kmeans(embeddings, levels, codebook_size, seed).codes
+    codes = fit_kmeans(embeddings, levels, codebook_size, seed, progress=progress).codes
     return np.column_stack([codes, number_within_group(codes)])
 
 
 def fit_kmeans(
-    embeddings: np.ndarray, levels: int = 4, codebook_size: int = 256, seed: int = 0
+    embeddings: np.ndarray,
+    levels: int = 4,
+    codebook_size: int = 256,
+    seed: int = 0,
+    *,
+    progress: bool = False,
 ) -> Quantisation:
     """Residual k-means: each level is a k-means of what the levels before left over.
 
@@ -51,7 +63,10 @@ def fit_kmeans(
     residual = vectors.copy()
     codes = np.zeros((len(vectors), levels), dtype=np.int32)
     codebooks = np.zeros((levels, codebook_size, vectors.shape[1]), dtype=np.float32)
-    for level in range(levels):
+    bar = progress_bar(
+        range(levels), desc="k-means", unit="level", disable=not progress, leave=False
+    )
+    for level in bar:
         codes[:, level], codebooks[level] = fit_centres(residual, codebook_size, seed + level)
         residual -= codebooks[level, codes[:, level]]
     return Quantisation(vectors, codebooks, codes)

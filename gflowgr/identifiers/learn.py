@@ -53,7 +53,7 @@ def learn_codes(
     if method == "kmeans":
         if training:
             raise ValueError(f"method 'kmeans' has no option {', '.join(training)}")
-        return fit_kmeans(embeddings, levels, codebook_size, seed)
+        return fit_kmeans(embeddings, levels, codebook_size, seed, progress=progress)
     training |= {"levels": levels, "codebook_size": codebook_size}
     if method == "letter":
         assert collaborative is not None

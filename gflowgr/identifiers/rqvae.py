@@ -24,6 +24,7 @@ from gflowgr.identifiers.quantisation import (
     squared_distances,
 )
 from gflowgr.plain_settings import make_plain
+from gflowgr.progress import progress_bar
 
 REFERENCE_LAYERS = (2048, 1024, 512, 256, 128, 64)
 
@@ -221,8 +222,6 @@ def train(
     extra: Callable[[RqVae, torch.Generator], ExtraLoss] | None = None,
 ) -> Quantisation:
     """The training that RQ-VAE and LETTER share; ``extra`` makes LETTER's terms."""
-    from tqdm.auto import trange
-
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.from_numpy(standardised(checked_vectors(embeddings, "embeddings")))
     vectors = vectors.to(config.device)
@@ -243,7 +242,7 @@ def train(
     batches = _Batches(len(vectors), config.batch_size, generator)
     used = torch.zeros(config.levels, config.codebook_size, dtype=torch.int64)
     history = []
-    with trange(config.steps, desc=title, unit="step", disable=not progress) as bar:
+    with progress_bar(range(config.steps), desc=title, unit="step", disable=not progress) as bar:
         for step in bar:
             items = batches.next()
             batch = vectors[items]

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from gflowgr.progress import progress_bar
+
 
 def text_embeddings(texts: list[str], dim: int = 64, seed: int = 0) -> np.ndarray:
     """Vectors of item texts: TF-IDF of words and word pairs, reduced by truncated SVD.
@@ -164,7 +166,6 @@ def _with_transformers(
     progress: bool,
 ) -> np.ndarray:
     import torch
-    from tqdm.auto import tqdm
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=local)
@@ -178,7 +179,7 @@ def _with_transformers(
     order = np.argsort([len(text) for text in texts], kind="stable")[::-1]
     order = np.array([item for item in order if texts[item].strip()], dtype=np.int64)
     with torch.inference_mode():
-        for chosen in tqdm(
+        for chosen in progress_bar(
             list(_chunks(order, batch_size)), desc="Texts", unit="batch", disable=not progress
         ):
             batch = tokenizer(

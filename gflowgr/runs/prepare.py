@@ -195,7 +195,7 @@ def make_identifiers(
         vectors, source = text_embeddings(texts, seed=seed), "item texts"
     # About four items per full path keeps the last, separating token short.
     size = int(np.clip(round((len(vectors) / 4) ** (1 / 3)), 4, 256))
-    codes = residual_kmeans(vectors, levels=3, codebook_size=size, seed=seed)
+    codes = residual_kmeans(vectors, levels=3, codebook_size=size, seed=seed, progress=progress)
     return f"residual k-means of {source} (3 x {size} + 1)", from_codes(codes)
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gflowgr.progress import progress_bar
+
 from .. import files
 from ..extensions import SEARCH_VARIABLE, search_path
 from .cells import BUSY, Cell, cells_of, folders_of, locked
@@ -198,9 +200,7 @@ class _Scheduler:
         self.outcome = Outcome()
 
     def run(self, progress: bool) -> Outcome:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(
+        bar = progress_bar(
             total=self.total,
             initial=sum(cell.is_complete(self.out) for cell in self.open.values()),
             unit="cell",

@@ -6,13 +6,15 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..progress import progress_bar
+
 __all__ = ["ProgressBar"]
 
 _SHOWN = {"loss": "loss", "loss_gr": "L_GR", "loss_gfn": "L_GFN", "eval_N@10": "valid N@10"}
 
 
 class ProgressBar(TrainerCallback):
-    """A ``tqdm`` bar over optimiser steps; silent on processes other than the first.
+    """A bar over optimiser steps; silent on processes other than the first.
 
     Args:
         title: what is being trained.
@@ -27,15 +29,12 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar."""
-        from tqdm.auto import tqdm
-
         if state.is_world_process_zero:
-            self._bar = tqdm(
+            self._bar = progress_bar(
                 total=state.max_steps,
                 initial=state.global_step,
                 desc=self.title,
                 unit="step",
-                dynamic_ncols=True,
                 mininterval=0.5,
             )
 
