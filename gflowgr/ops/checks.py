@@ -231,8 +231,9 @@ def check_log_reward(
 
     def bad() -> Tensor:
         wrong = ~torch.isfinite(checked) if floor is None else checked == math.inf
-        valid = like if like.dtype == torch.bool else torch.ones_like(like, dtype=torch.bool)
-        return wrong & valid.any(-1)
+        if like.dtype == torch.bool:
+            return wrong & like.any(-1)
+        return wrong if like.shape[-1] > 0 else torch.zeros_like(wrong)
 
     data.add(
         bad,

@@ -41,12 +41,38 @@ class FlowOptions(NamedTuple):
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Clean inputs of a loss: one floating dtype, zeros wherever the mask is false."""
+    """Clean inputs of a loss: one floating dtype, zeros wherever the mask is false.
+
+    ``whole``: there is no padding, so nothing need be replaced by zeros.
+    """
 
     log_pf: Tensor  # [B, N, L]
     log_reward: Tensor  # [B, N], shaped
     mask: Tensor  # [B, N, L]
     valid: Tensor  # [B, N]
+    whole: bool = False
+
+    def divisor(self, reduction: str) -> Tensor | int:
+        """What "prompt" and "mean" divide the sum by, at least 1."""
+        batch, count = self.valid.shape
+        if self.whole:
+            return max(1, batch if reduction == "prompt" else batch * count)
+        counted = self.valid if reduction == "mean" else self.valid.any(-1)
+        return counted.sum().clamp(min=1)
+
+    def reduced(self, losses: Tensor, reduction: str) -> Tensor:
+        """:func:`reduce_trajectories` of losses [B, N]."""
+        if self.whole and reduction in ("prompt", "mean") and self.valid.numel() > 0:
+            return losses.sum() / self.divisor(reduction)
+        return reduce_trajectories(losses, self.valid, reduction)
+
+    def zeroed(self, x: Tensor) -> Tensor:
+        """``x`` [B, N, L] with zeros at padding tokens."""
+        return x if self.whole else x.masked_fill(~self.mask, 0.0)
+
+    def zeroed_rows(self, x: Tensor) -> Tensor:
+        """``x`` [B, N] with zeros at padding trajectories."""
+        return x if self.whole else x.masked_fill(~self.valid, 0.0)
 
 
 def full_mask(log_pf: Tensor, mask: Tensor | None) -> Tensor:
@@ -73,6 +99,16 @@ def prepare(
     A row whose mask is no prefix counts as one of L tokens with the reward NaN: without data
     checks its loss is then NaN, and not a number that looks right.
     """
+    if mask is None and log_pf.shape[-1] > 0:
+        # Seven passes over the trajectories less, and the plain formula has none of them.
+        mask = full_mask(log_pf, None)
+        valid = torch.ones(log_pf.shape[:-1], dtype=torch.bool, device=log_pf.device)
+        reward = log_reward.to(dtype)
+        if beta != 1.0:
+            reward = beta * reward
+        if floor is not None:
+            reward = reward.masked_fill(~(reward > floor), floor)
+        return Trajectories(log_pf.to(dtype), reward, mask, valid, whole=True)
     mask = full_mask(log_pf, mask)
     valid = mask.any(-1)
     broken = checks.mask_rises(mask).any(-1)
@@ -119,7 +155,7 @@ def tb_reference(t: Trajectories, log_z: Tensor, clip: float | None = None) -> T
 
 
 def _tb_residual(t: Trajectories, log_z: Tensor) -> Tensor:
-    log_z = log_z.to(t.log_pf.dtype)[:, None].expand_as(t.valid).masked_fill(~t.valid, 0.0)
+    log_z = t.zeroed_rows(log_z.to(t.log_pf.dtype)[:, None].expand_as(t.valid))
     return log_z + t.log_pf.sum(-1) - t.log_reward
 
 
@@ -130,7 +166,7 @@ def db_reference(t: Trajectories, log_flow: Tensor, clip: float | None = None) -
 
 def _db_residual(t: Trajectories, log_flow: Tensor) -> Tensor:
     """Residual of every token [B, N, L], zero at padding."""
-    flow = log_flow.to(t.log_pf.dtype).masked_fill(~t.mask, 0.0)
+    flow = t.zeroed(log_flow.to(t.log_pf.dtype))
     after = torch.where(
         _last(t.mask), t.log_reward[..., None], _shift_left(flow)
     )  # the flow of the state each token leads to: R at the last one
@@ -156,7 +192,7 @@ def _subtb_pairs(t: Trajectories, log_flow: Tensor, lam: float) -> tuple[Tensor,
     length = t.mask.sum(-1)  # [B, N]
     position = torch.arange(steps + 1, device=device)
 
-    flow = torch.cat([log_flow.to(dtype).masked_fill(~t.mask, 0.0), zero], -1)
+    flow = torch.cat([t.zeroed(log_flow.to(dtype)), zero], -1)
     flow = torch.where(position == length[..., None], t.log_reward[..., None], flow)
     forbidden = t.log_pf == -math.inf
     along = t.log_pf.masked_fill(forbidden, 0.0).cumsum(-1)
@@ -196,7 +232,7 @@ def vargrad_reference(t: Trajectories, clip: float | None = None) -> Tensor:
 def _vargrad_residual(t: Trajectories) -> Tensor:
     gap = t.log_reward - t.log_pf.sum(-1)
     estimate = valid_mean(gap, t.valid)
-    return (estimate[:, None] - gap).masked_fill(~t.valid, 0.0)
+    return t.zeroed_rows(estimate[:, None] - gap)
 
 
 def positive_nll(t: Trajectories) -> Tensor:
@@ -251,10 +287,10 @@ def loss_reference(
             losses = db_reference(t, balance, flow.clip)
         else:
             losses = subtb_reference(t, balance, flow.lam)
-    loss = reduce_trajectories(losses, t.valid, flow.reduction)
+    loss = t.reduced(losses, flow.reduction)
     if flow.nll_weight > 0.0:
         over_prompts = "prompt" if flow.reduction == "mean" else flow.reduction
-        loss = loss + flow.nll_weight * reduce_trajectories(positive_nll(t), t.valid, over_prompts)
+        loss = loss + flow.nll_weight * t.reduced(positive_nll(t), over_prompts)
     return loss
 
 
@@ -271,22 +307,21 @@ def gradient_reference(
     In closed form: an op's implementation runs below autograd.
     """
     t = prepare(log_pf, log_reward, mask, beta=flow.beta, floor=flow.floor, dtype=log_pf.dtype)
-    prompts = t.valid.any(-1).sum().clamp(min=1)
-    counts = {"prompt": prompts, "mean": t.valid.sum().clamp(min=1)}
-    scale = (2 * grad / counts.get(flow.reduction, 1)).expand_as(t.valid)  # of a residual, [B, N]
+    divisor = t.divisor(flow.reduction) if flow.reduction in ("prompt", "mean") else 1
+    scale = (2 * grad / divisor).expand_as(t.valid)  # of a residual, [B, N]
     to_balance: Tensor | None
     if flow.kind == "db":
         assert balance is not None
         to_pf = scale[..., None] * _clipped(_db_residual(t, balance), flow.clip)
-        to_balance = (to_pf - _shift_right(to_pf)).masked_fill(~t.mask, 0.0)
+        to_balance = t.zeroed(to_pf - _shift_right(to_pf))
         to_reward = -to_pf.masked_fill(~_last(t.mask), 0.0).sum(-1)
     elif flow.kind == "subtb":
         assert balance is not None
         weight, residual = _subtb_pairs(t, balance, flow.lam)
         pairs = scale[..., None, None] * weight * residual
         to_potential = pairs.sum(-1) - pairs.sum(-2)  # of states 0..L
-        to_pf = to_potential[..., :-1].cumsum(-1).masked_fill(~t.mask, 0.0)
-        to_balance = to_potential[..., :-1].masked_fill(~t.mask, 0.0)
+        to_pf = t.zeroed(to_potential[..., :-1].cumsum(-1))
+        to_balance = t.zeroed(to_potential[..., :-1])
         length = t.mask.sum(-1, keepdim=True)
         to_reward = to_potential.gather(-1, length).squeeze(-1)
     else:
@@ -299,13 +334,13 @@ def gradient_reference(
             # The estimate is a mean over trajectories, so it passes a gradient to each of them.
             slope = slope - valid_mean(slope, t.valid)[:, None]
             to_balance = None
-        to_pf = slope[..., None].expand_as(t.mask).masked_fill(~t.mask, 0.0)
+        to_pf = t.zeroed(slope[..., None].expand_as(t.mask))
         to_reward = -slope
-    to_reward = (flow.beta * to_reward).masked_fill(~t.valid, 0.0)
+    to_reward = t.zeroed_rows(flow.beta * to_reward)
     if flow.floor is not None:
         to_reward = to_reward.masked_fill(t.log_reward <= flow.floor, 0.0)
     if flow.nll_weight > 0.0:
-        over = prompts if flow.reduction in ("prompt", "mean") else 1
+        over = t.divisor("prompt") if flow.reduction in ("prompt", "mean") else 1
         first = (flow.nll_weight * grad / over).expand_as(t.valid)[:, :1, None]
         nll = torch.cat([first * t.mask[:, :1], torch.zeros_like(to_pf[:, 1:])], 1)
         to_pf = to_pf - nll
