@@ -8,6 +8,7 @@ extras that there are; those after ``<!-- run -->`` run. A block that none of th
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -56,6 +57,24 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
         if block.page != page or block.marker:
             continue
         # Line numbers of a traceback are those of the page.
+        code = compile("\n" * block.line + block.text, block.page, "exec")
+        exec(code, names)
+
+
+NEEDING = [block for block in blocks("python") if block.marker.startswith("needs: ")]
+
+
+@pytest.mark.parametrize("wanted", NEEDING, ids=lambda block: block.marker)
+def test_python_blocks_that_need_another_library_run_where_it_is(
+    wanted: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = wanted.marker.removeprefix("needs: ")
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    monkeypatch.chdir(tmp_path)
+    names = names_of_pages(wanted.page)
+    first = next(block for block in blocks("python") if block.page == wanted.page)
+    for block in (first, wanted):
         code = compile("\n" * block.line + block.text, block.page, "exec")
         exec(code, names)
 
@@ -148,7 +167,7 @@ def parse_python(words: list[str]) -> None:
 
 
 def parse_pip(words: list[str]) -> None:
-    assert words[0] == "install"
+    assert words[0] in ("install", "wheel")
     text = (ROOT / "pyproject.toml").read_text()
     extras = text.partition("[project.optional-dependencies]")[2].partition("[project.scripts]")[0]
     for word in words[1:]:
@@ -162,12 +181,31 @@ def parse_bash(words: list[str]) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+def parse_uv(words: list[str]) -> None:
+    if words[0] != "venv":
+        assert words[0] == "pip"
+        parse_pip(words[1:])
+
+
+def parse_conda(words: list[str]) -> None:
+    assert words[:2] in (["env", "create"], ["activate", "gflowgr"])
+
+
+def parse_docker(words: list[str]) -> None:
+    assert words[0] in ("build", "run")
+    if words[0] == "run":
+        parse_gflowgr(words[words.index("gflowgr") + 1 :])
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "gflowgr": parse_gflowgr,
     "torchrun": parse_torchrun,
     "python": parse_python,
     "pip": parse_pip,
     "bash": parse_bash,
+    "uv": parse_uv,
+    "conda": parse_conda,
+    "docker": parse_docker,
     "pre-commit": lambda words: None,
 }
 

@@ -18,7 +18,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "benchmarks" / "README.md",
 ]
-_MARKER = re.compile(r"<!-- (run|not run: .+) -->\s*")
+_MARKER = re.compile(r"<!-- (run|not run: .+|needs: \w+) -->\s*")
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,25 @@ def _recommender() -> dict[str, Any]:
     }
 
 
+def _causal() -> dict[str, Any]:
+    """A decoder-only model over a few words and identifier tokens, with its tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "one", "two", "<a_1>", "<a_2>", "<b_1>", "<b_2>"]
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    return {
+        "causal": GPT2LMHeadModel(GPT2Config(vocab_size=len(words), **sizes, **ends)),
+        "tokenizer": PreTrainedTokenizerFast(
+            tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>"
+        ),
+        "item_tokens": torch.tensor([[4, 6], [4, 7], [5, 6]]),
+    }
+
+
 def names_of_pages(page: str) -> dict[str, Any]:
     """What the blocks of a page may use; each page gets its own, its blocks share them.
 
@@ -130,7 +149,9 @@ def names_of_pages(page: str) -> dict[str, Any]:
     names["log_reward"] = torch.randn(batch, count)
     names["log_reward_of_every_item"] = torch.randn(batch, names["tree"].num_items)
     names["log_z"] = torch.zeros(batch)
-    if page not in ("docs/decoding.md", "docs/training.md"):
+    if page == "docs/recipes.md":
+        names |= _causal()
+    if page not in ("docs/decoding.md", "docs/recipes.md", "docs/training.md"):
         names["tree"] = None  # a page that uses one makes it
         names["mask"] = torch.ones_like(names["mask"])
     return names
