@@ -39,8 +39,20 @@ def embedding(seed: int = 0) -> EmbeddingScorer:
     return EmbeddingScorer(torch.randn(NUM_ITEMS, 8, generator=torch.Generator().manual_seed(seed)))
 
 
+class ScoresOnly:
+    """A model with nothing but ``score``, of which every prefix is scored by itself."""
+
+    def __init__(self, model: CollaborativeModel) -> None:
+        self.model = model
+        self.num_items = model.num_items
+
+    def score(self, histories: torch.Tensor, items: torch.Tensor | None = None) -> torch.Tensor:
+        return self.model.score(histories, items)
+
+
 FOLDS = torch.tensor([1, 0, 1, 0, 1])
 MODELS = {
+    "scores only": lambda: ScoresOnly(sasrec()),
     "sasrec": sasrec,
     "embedding": embedding,
     "popularity": lambda: Popularity(np.arange(NUM_ITEMS)),
