@@ -49,7 +49,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     batch_bytes=st.sampled_from([None, 1, 10_000]),
     data=st.data(),
 )
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_any_catalogue_equals_a_forward_for_each_item(
     identifiers: list[list[int]],
     normalize: str,
