@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.forked_cells import ForkedCell
 from support.tiny_experiment import tiny_experiment
 
 from gflowgr.cli import main
 from gflowgr.files import read_json, write_json
 from gflowgr.models import GFlowModel
-from gflowgr.runs import ConfigError, ExperimentSpec, cells_of, runner
+from gflowgr.runs import ConfigError, ExperimentSpec, cells_of
 from gflowgr.runs.stages import Console
 from gflowgr.runs.work import prepare_inputs
 
@@ -34,14 +33,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def out(written: Path) -> Path:
-    """Its folder after a run: the first cell by its program, those that follow in forks."""
+    """Its folder after a run."""
     folder = written.parent / "out"
     command = ["experiment", str(written), "--out", str(folder), "--workers", "2", "--no-progress"]
-    assert main([*command, "--only", "*/collaborative"]) == 0
-    assert not list(folder.rglob("sft/done.json"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.subprocess, "Popen", ForkedCell)
-        assert main(command) == 0
+    assert main(command) == 0
     return folder
 
 

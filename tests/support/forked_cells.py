@@ -78,5 +78,5 @@ class ForkedCell:
 
 @pytest.fixture
 def forked_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runner forks; :mod:`test_experiment_run` starts the program of one cell."""
+    """The runner forks; :mod:`test_experiment_run` starts the cells' own program."""
     monkeypatch.setattr(runner.subprocess, "Popen", ForkedCell)
