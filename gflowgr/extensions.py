@@ -69,10 +69,9 @@ def load_outside(name: str, setting: str) -> Any:
                 f"{setting}: cannot make {name!r}: its module needs {error.name!r}, which is not "
                 "installed"
             ) from error
-        tried = [place for place in sys.path if place and Path(place).is_dir()]
         raise ValueError(
             f"{setting}: cannot make {name!r}: no module {module!r} is installed, or in a folder "
-            f"that was searched: {', '.join(tried)}"
+            f"that was searched: {', '.join(_FOLDERS)}"
         ) from error
     except ImportError as error:
         raise ValueError(f"{setting}: cannot make {name!r}: {error}") from error

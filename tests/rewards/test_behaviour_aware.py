@@ -183,7 +183,7 @@ def test_a_signal_of_ones_own() -> None:
     [
         (["r_b"], r"'r_b' is neither one of \['r_a', .*\] nor 'module:Class'"),
         (["r_a", "r_a"], "must not repeat one"),
-        (["no.such.module:X"], "cannot make 'no.such.module:X': No module named 'no'"),
+        (["no.such.module:X"], "cannot make 'no.such.module:X': no module 'no.such.module' is"),
         ([f"{__name__}:Missing"], "cannot make .*Missing"),
         ([f"{__name__}:Nameless"], "needs a `name`"),
         ([f"{__name__}:LateItems", f"{__name__}:Negative"], "must have different names"),
