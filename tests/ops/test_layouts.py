@@ -49,7 +49,6 @@ CONTIGUOUS = torch.contiguous_format
 
 VIEWS: list[Callable[[Tensor], Tensor]] = [
     transposed,
-    sliced,
     part_of_a_larger_one,
     repeated,
     flipped_sign,
@@ -80,7 +79,7 @@ def test_views_of_all_arguments_count_as_copies(
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 @pytest.mark.parametrize("name", [name for name in OPS if "tokens" in read_by(name)])
 def test_tokens_may_be_integers_of_any_size(name: str, dtype: torch.dtype) -> None:
     given = arguments()
