@@ -15,17 +15,18 @@ from ..rewards.fusion import RewardFusion
 from ..tree import PrefixTree, item_flows
 from .backbone import evaluating, output_head
 from .branches import sequence_trajectories
+from .exact_objective import exact_loss
 from .heads import PartitionHead, StateFlow, partial_log_reward
+from .monitor import measurements
 from .normalization import record_normalize
 from .objective import (
     Head,
-    flow_kl_loss,
-    flow_logs,
+    balance_loss,
     flow_statistics,
     fusion_term,
-    joint_loss,
     supervised_loss,
     term_counts,
+    with_reference,
 )
 from .packed import trajectory_hidden_states
 from .preference_objective import best_and_worst, preference_loss
@@ -156,14 +157,15 @@ class GFlowModel(SavedModel):
             states: of whole sequences: where in its row each token is predicted [B, N, L], as in
                 :class:`~gflowgr.models.sequences.SequencePrompts`. Then ``input_ids`` are
                 sequences, and each of a row's N items with a real token is the one trajectory of
-                its own prompt, of which there are T in all, row by row. Objectives ``"sft"`` and
-                ``"flow_kl"``.
+                its own prompt, of which there are T in all, row by row. Objective ``"sft"`` and
+                those with exact flows.
             branches: of whole sequences: further trajectories of the T prompts [T, M, L].
             branch_mask: true for their real tokens [T, M, L].
             observed: of whole sequences: false for prompts whose item is no target [T]; None: all
                 are. A prompt without one has the flow's term alone.
             catalogue_log_reward: log R of every item [B, items] ([T, items] with ``states``), -inf
-                for none; ``"flow_kl"`` needs it.
+                for none; objectives with exact flows need it, and take the trajectories' rewards
+                from it: a trajectory without one has no flow loss, a positive its supervised term.
             flow_share: multiplies the flow's, or the preference's, part of the loss. For a part of
                 a larger batch, if that term is a mean over trajectories or pairs of the larger one,
                 of which the parts have different numbers per prompt.
@@ -172,15 +174,18 @@ class GFlowModel(SavedModel):
             ``loss``, ``loss_gr`` (token-summed negative log-likelihood of the positive, mean over
             prompts, their sum for the reduction "sum"). For the flow objectives also, detached:
             ``loss_gfn``; ``log_z`` and the group estimate ``log_z_group``, means over prompts, and
-            ``log_z_gap_rms``, the root mean square of their difference; ``loss_fusion`` (how far a
-            learned fusion is from the sum) and ``importance`` (mean weight) where there is one.
+            ``log_z_gap_rms``, the root mean square of their difference; ``residual_mean`` and
+            ``residual_rms``; ``loss_fusion`` (how far a learned fusion is from the sum) and
+            ``importance`` (mean weight) where there is one; and what :mod:`.monitor` measures:
+            ``entropy_first_token``, ``distinct_prefixes``, and ``kl_positive`` with exact flows.
             For the baselines ``loss_preference``, ``reference_divergence`` (per token), and
             ``preference_margin`` and ``preference_accuracy``: by how much and how often the
             positive has gained more over the reference than the best of the others.
 
         Raises:
-            ValueError: neither or both of ``log_reward`` and ``signals``, or no ``log_proposal``
-                where the settings ask for importance weights; or what the fused losses refuse.
+            ValueError: neither or both of ``log_reward`` and ``signals``, no ``log_proposal`` where
+                the settings ask for importance weights, or no ``catalogue_log_reward`` or frozen
+                reference where they need one; or what the fused losses refuse.
         """
         settings = self.settings
         if states is not None or settings.has_exact_flows:
@@ -192,6 +197,7 @@ class GFlowModel(SavedModel):
                 states,
                 (branches, branch_mask, observed),
                 catalogue_log_reward,
+                log_proposal,
                 flow_share,
             )
         alone = settings.in_rounds and tokens.shape[1] == 1
@@ -209,25 +215,15 @@ class GFlowModel(SavedModel):
         log_reward = self._log_reward(log_reward, signals)
         hidden, pooled = self._states(input_ids, attention_mask, tokens, mask)
         target = self._target(hidden, pooled, tokens, mask)
-        loss, log_pf, weights = joint_loss(
-            settings,
-            self._head(),
-            hidden,
-            tokens,
-            mask,
-            log_reward,
-            target,
-            log_proposal,
-            flow_share=flow_share,
-        )
-        logs = flow_logs(settings, log_pf, log_reward, target, mask)
-        valid = mask.any(-1)
-        if weights is not None:
-            logs["importance"] = weights.masked_fill(~valid, 0.0).sum() / valid.sum()
+        trajectories = (self._head(), hidden, tokens, mask)
+        log_reference = self._log_reference(input_ids, attention_mask, tokens, mask)
+        further = (log_reward, target, log_proposal, log_reference)
+        loss, logs = balance_loss(settings, *trajectories, *further, flow_share=flow_share)
         if signals is not None and self.fusion is not None and self.fusion.learned:
+            valid = mask.any(-1)
             anchor, of_fusion = fusion_term(settings, self.fusion, signals, log_reward, valid)
             loss, logs = loss + settings.gfn_weight * flow_share * anchor, logs | of_fusion
-        return {"loss": loss, **logs}
+        return {"loss": loss, **logs, **self._measured(hidden, tokens, mask)}
 
     def log_pf(
         self,
@@ -245,8 +241,7 @@ class GFlowModel(SavedModel):
         """log P(trajectory | prompt) [B, N] of the inputs of :meth:`forward`, without dropout."""
         names = ("input_ids", "attention_mask", "tokens", "mask")
         with evaluating(self):
-            _, log_pf = self.log_pf(*(flow[name] for name in names))
-        return log_pf.sum(-1)
+            return self.log_pf(*(flow[name] for name in names))[1].sum(-1)
 
     def freeze_reference(self) -> None:
         """Make the model as it is now the reference of the preference objectives."""
@@ -263,9 +258,10 @@ class GFlowModel(SavedModel):
         states: Tensor | None,
         further: tuple[Tensor | None, Tensor | None, Tensor | None],
         catalogue_log_reward: Tensor | None,
+        log_proposal: Tensor | None,
         flow_share: float,
     ) -> dict[str, Tensor]:
-        """:meth:`forward` of whole sequences, and of ``"flow_kl"``."""
+        """:meth:`forward` of whole sequences, and of exact flows."""
         if mask is None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         if states is None:
@@ -284,12 +280,33 @@ class GFlowModel(SavedModel):
             )
         self._place_tree()
         flows = item_flows(self.tree, catalogue_log_reward)
-        loss, logs = flow_kl_loss(
-            self.settings, self._head(), hidden, tokens, mask, flows, flow_share=flow_share
-        )
+        log_reference = self._log_reference(input_ids, attention_mask, tokens, mask)
+        given = (hidden, tokens, mask, flows, log_proposal, log_reference)
+        loss, logs = exact_loss(self.settings, self._head(), *given, flow_share=flow_share)
         if (observed := further[2]) is not None:
             logs["loss_gr"] = logs["loss_gr"] * (len(observed) / observed.sum().clamp(min=1))
-        return {"loss": loss, **logs}
+        return {"loss": loss, **logs, **self._measured(hidden, tokens, mask)}
+
+    def _measured(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        self._place_tree()
+        return measurements(self.tree, *output_head(self.backbone), hidden, tokens, mask)
+
+    def _log_reference(
+        self, input_ids: Tensor, attention_mask: Tensor | None, tokens: Tensor, mask: Tensor
+    ) -> Tensor | None:
+        """The reference's log P of trajectories [B, N], where the settings add it to the reward."""
+        if not self.settings.reference:
+            return None
+        inputs = (input_ids, attention_mask, tokens, mask)
+        return self._frozen().log_pf(self.backbone, *inputs, self._head()).sum(-1)
+
+    def _frozen(self) -> Reference:
+        if self.reference is None:
+            raise ValueError(
+                f"objective {self.settings.objective!r} needs a reference: call freeze_reference() "
+                "before the training (GFlowGRTrainer does)"
+            )
+        return self.reference
 
     def _preference(
         self,
@@ -302,18 +319,14 @@ class GFlowModel(SavedModel):
         flow_share: float,
     ) -> dict[str, Tensor]:
         """:meth:`forward` of the objectives against a reference."""
-        if self.reference is None:
-            raise ValueError(
-                f"objective {self.settings.objective!r} needs a reference: call freeze_reference() "
-                "before the training (GFlowGRTrainer does)"
-            )
+        frozen = self._frozen()
         if self.settings.uses_reward:
             log_reward = self._log_reward(log_reward, signals)
         if self.settings.objective == "ipa":
             assert log_reward is not None
             tokens, mask = best_and_worst(tokens, mask, log_reward)
         trajectories = (input_ids, attention_mask, tokens, mask)
-        reference = self.reference.states(self.backbone, *trajectories)
+        reference = frozen.states(self.backbone, *trajectories)
         hidden, _ = self._states(*trajectories)
         loss, logs = preference_loss(
             self.settings,
@@ -387,7 +400,10 @@ class GFlowModel(SavedModel):
         log_reward = None
         if self.settings.objective == "ipa" and flow["tokens"].shape[1] > 1:
             log_reward = self._log_reward(flow.get("log_reward"), flow.get("signals"))
-        return term_counts(self.settings, flow["mask"], log_reward)
+        counts = term_counts(self.settings, flow["mask"], log_reward)
+        if "branch_mask" in flow and self.settings.reduced_by == "mean":
+            counts[1] += flow["branch_mask"].any(-1).sum()
+        return counts
 
     @torch.no_grad()
     def flow_statistics(
@@ -406,6 +422,8 @@ class GFlowModel(SavedModel):
         with evaluating(self):
             _, log_pf = self.log_pf(input_ids, attention_mask, tokens, mask)
         log_reward = self._log_reward(log_reward, signals)
+        log_reference = self._log_reference(input_ids, attention_mask, tokens, mask)
+        log_reward = with_reference(self.settings, log_reward, log_reference)
         return flow_statistics(self.settings, log_pf, log_reward, tokens, mask)
 
     def start_flow(self, log_flow: Tensor) -> None:
@@ -427,6 +445,6 @@ class GFlowModel(SavedModel):
         backbone.activation_checkpointing_enable(**options)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """The same by its name in earlier versions of ``transformers``."""
+        """The same by its earlier name."""
         backbone: Any = self.backbone
         backbone.gradient_checkpointing_enable(**options)

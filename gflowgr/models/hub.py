@@ -116,7 +116,9 @@ def model_card(model: GFlowModel, repo_id: str) -> str:
         "longest history": f"{settings.max_history} items",
     }
     if settings.objective != "sft":
-        facts["reward signals"] = ", ".join(settings.signals)
+        exact = settings.has_exact_flows
+        signals = settings.catalogue_signals if exact else settings.signals
+        facts["reward signals"] = ", ".join(signals)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     # JSON is YAML, and quotes what has to be quoted.
     metadata = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())

@@ -9,17 +9,24 @@ import torch
 from torch import Tensor
 
 from ..extensions import load_outside
-from ..ops import fused_flow_kl, fused_flow_loss, fused_vargrad_loss, trajectory_logprobs
+from ..ops import fused_flow_loss, fused_vargrad_loss, trajectory_logprobs
 from ..ops.flow_loss.op import flow_loss
-from ..ops.flow_loss.reference import FlowOptions, prepare, reduce_trajectories, valid_mean
+from ..ops.flow_loss.reference import (
+    FlowOptions,
+    Trajectories,
+    prepare,
+    reduce_trajectories,
+    valid_mean,
+)
 from ..ops.precision import compute_dtype
 from ..rewards.fusion import RewardFusion
-from ..tree import ItemFlows
 from .heads import partial_log_reward
+from .monitor import residual_logs
 from .settings import FlowSettings
 
 __all__ = [
     "Head",
+    "balance_loss",
     "flow_logs",
     "flow_start",
     "flow_statistics",
@@ -29,6 +36,7 @@ __all__ = [
     "positive_nll",
     "supervised_loss",
     "term_counts",
+    "with_reference",
 ]
 
 Head = dict[str, Any]
@@ -52,7 +60,7 @@ def fusion_term(
         valid: true for trajectories that are not padding [B, N].
     """
     departure = fusion.departure(signals, log_reward).masked_fill(~valid, 0.0)
-    anchor = reduce_trajectories(departure, valid, settings.reduction)
+    anchor = reduce_trajectories(departure, valid, settings.reduced_by)
     logs = {"loss_fusion": anchor.detach()}
     if fusion.mode == "weighted":
         weights = fusion.weights().detach()
@@ -71,46 +79,10 @@ def supervised_loss(
         log_reward=torch.zeros(tokens.shape[:2], device=tokens.device),
         mask=mask,
         nll_weight=1.0,
-        reduction=settings.reduction,
+        reduction=settings.reduced_by,
         **head,
     )
     return loss
-
-
-def flow_kl_loss(
-    settings: FlowSettings,
-    head: Head,
-    hidden: Tensor,
-    tokens: Tensor,
-    mask: Tensor,
-    flows: ItemFlows,
-    *,
-    flow_share: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_GR + gfn_weight * the flow's divergence at the trajectories' prefixes, and what is logged.
-
-    Args:
-        settings: objective and its constants.
-        head: the output head.
-        hidden: states [B, N, L, d] that predict ``tokens``.
-        tokens: trajectories [B, N, L]; n = 0 is the observed positive.
-        mask: true for real tokens [B, N, L].
-        flows: exact flows of the B prompts.
-        flow_share: see :meth:`gflowgr.models.GFlowModel.forward`.
-    """
-    weight = settings.gfn_weight * flow_share
-    loss, kl, log_pf = fused_flow_kl(
-        hidden,
-        tokens=tokens,
-        flows=flows,
-        mask=mask,
-        reduction=settings.reduction,
-        nll_weight=1.0 / weight,
-        **head | {"tree": flows.tree},
-    )
-    valid = mask.any(-1)
-    of_flow = reduce_trajectories(kl.sum(-1), valid, settings.reduction)
-    return weight * loss, {"loss_gr": positive_nll(settings, log_pf, mask), "loss_gfn": of_flow}
 
 
 def joint_loss(
@@ -123,13 +95,14 @@ def joint_loss(
     target: Tensor | None,
     log_proposal: Tensor | None = None,
     *,
+    rewarded: Tensor | None = None,
     flow_share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The joint loss, log P_F [B, N, L] detached, and the importance weights [B, N] if any.
 
-    Without importance weights: three matrix products with the head for the loss and all gradients
-    (over the vocabulary), no logits held. The weights depend on log P_F, so with them it takes four
-    products.
+    Three matrix products with the head for the loss and all gradients (over the vocabulary), no
+    logits held. With importance weights, which depend on log P_F, or trajectories without a reward
+    it takes four products.
 
     Args:
         settings: objective and its constants.
@@ -140,6 +113,8 @@ def joint_loss(
         log_reward: log R [B, N].
         target: log Z [B], log F [B, N, L], or None for VarGrad.
         log_proposal: see :meth:`gflowgr.models.GFlowModel.forward`.
+        rewarded: false where a trajectory's reward is 0 [B, N], of which the flow loss says
+            nothing; None: all have one.
         flow_share: see there.
 
     Raises:
@@ -150,13 +125,15 @@ def joint_loss(
         log_pf = trajectory_logprobs(hidden, tokens=tokens, mask=mask, **head)
         flow = _flow_loss(settings, log_pf, log_reward, target, mask)
         return weight * flow + positive_nll(settings, log_pf, mask), log_pf.detach(), None
-    if settings.importance_clip is not None:
-        if log_proposal is None:
-            raise ValueError("log_proposal is required: settings.importance_clip is set")
+    if settings.importance_clip is not None or rewarded is not None:
         log_pf = trajectory_logprobs(hidden, tokens=tokens, mask=mask, **head)
-        ratio = (log_pf.detach().sum(-1) - log_proposal).exp().clamp(max=settings.importance_clip)
-        ratio = ratio.masked_fill(log_proposal.isnan(), 1.0)
-        flow = _flow_loss(settings, log_pf, log_reward, target, mask, ratio)
+        ratio = None
+        if settings.importance_clip is not None:
+            if log_proposal is None:
+                raise ValueError("log_proposal is required: settings.importance_clip is set")
+            ratio = (log_pf.detach().sum(-1) - log_proposal).exp()
+            ratio = ratio.clamp(max=settings.importance_clip).masked_fill(log_proposal.isnan(), 1.0)
+        flow = _flow_loss(settings, log_pf, log_reward, target, mask, ratio, rewarded)
         return weight * flow + positive_nll(settings, log_pf, mask), log_pf.detach(), ratio
     loss, log_pf = fused_flow_loss(
         _kind(settings, target),
@@ -168,23 +145,79 @@ def joint_loss(
         lam=settings.subtb_lambda,
         beta=settings.beta,
         log_reward_floor=settings.log_reward_floor,
-        reduction=settings.reduction,
+        residual_clip=settings.clip,
+        reduction=settings.reduced_by,
         nll_weight=1.0 / weight,
         **head,
     )
     return weight * loss, log_pf, None
 
 
+def balance_loss(
+    settings: FlowSettings,
+    head: Head,
+    hidden: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    log_reward: Tensor,
+    target: Tensor | None,
+    log_proposal: Tensor | None = None,
+    log_reference: Tensor | None = None,
+    *,
+    rewarded: Tensor | None = None,
+    flow_share: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """:func:`joint_loss` of TB, DB or SubTB, and what is logged of it; arguments as there, and
+    ``log_reference`` of :func:`with_reference`."""
+    log_reward = with_reference(settings, log_reward, log_reference)
+    loss, log_pf, weights = joint_loss(
+        settings,
+        head,
+        hidden,
+        tokens,
+        mask,
+        log_reward,
+        target,
+        log_proposal,
+        rewarded=rewarded,
+        flow_share=flow_share,
+    )
+    logs = flow_logs(settings, log_pf, log_reward, target, mask, rewarded)
+    if weights is not None:
+        valid = mask.any(-1)
+        logs["importance"] = weights.masked_fill(~valid, 0.0).sum() / valid.sum()
+    return loss, logs
+
+
+def with_reference(
+    settings: FlowSettings, log_reward: Tensor, log_reference: Tensor | None
+) -> Tensor:
+    """log R [B, N] with the reference's log P [B, N], so that its ``beta``-fold is
+    ``beta * log R + log pi_ref``.
+
+    Source: Trajectory Balance with Asynchrony (arXiv 2503.18929), FlowRL (arXiv 2509.15207).
+    """
+    return log_reward if log_reference is None else log_reward + log_reference / settings.beta
+
+
 @torch.no_grad()
 def flow_logs(
-    settings: FlowSettings, log_pf: Tensor, log_reward: Tensor, target: Tensor | None, mask: Tensor
+    settings: FlowSettings,
+    log_pf: Tensor,
+    log_reward: Tensor,
+    target: Tensor | None,
+    mask: Tensor,
+    rewarded: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The loss's terms and log Z beside its group estimate, from what the loss has made anyway."""
-    group = group_log_z(settings, log_pf, log_reward, mask)
+    """The loss's terms, residuals, and log Z beside its group estimate, from what the loss has made
+    anyway; arguments as in :func:`joint_loss`."""
+    batch = _prepared(settings, log_pf, log_reward, _flow_mask(mask, rewarded))
+    group = _group_log_z(batch)
     logs = {
         "loss_gr": positive_nll(settings, log_pf, mask),
-        "loss_gfn": _flow_loss(settings, log_pf, log_reward, target, mask),
+        "loss_gfn": _flow_loss(settings, log_pf, log_reward, target, mask, None, rewarded),
         "log_z_group": group.nanmean(),
+        **residual_logs(batch, target),
     }
     if target is None:
         return logs | {"log_z": logs["log_z_group"]}
@@ -199,7 +232,13 @@ def group_log_z(settings: FlowSettings, log_pf: Tensor, log_reward: Tensor, mask
 
     :func:`gflowgr.vargrad_log_z`, without checking again what the loss has checked.
     """
-    batch = prepare(
+    return _group_log_z(_prepared(settings, log_pf, log_reward, mask))
+
+
+def _prepared(
+    settings: FlowSettings, log_pf: Tensor, log_reward: Tensor, mask: Tensor
+) -> Trajectories:
+    return prepare(
         log_pf,
         log_reward,
         mask,
@@ -207,6 +246,9 @@ def group_log_z(settings: FlowSettings, log_pf: Tensor, log_reward: Tensor, mask
         floor=settings.log_reward_floor,
         dtype=compute_dtype(log_pf, log_reward),
     )
+
+
+def _group_log_z(batch: Trajectories) -> Tensor:
     estimate = valid_mean(batch.log_reward - batch.log_pf.sum(-1), batch.valid)
     return estimate.masked_fill(~batch.valid.any(-1), math.nan)
 
@@ -273,7 +315,7 @@ def term_counts(settings: FlowSettings, mask: Tensor, log_reward: Tensor | None)
             terms = (best > -worst).sum()
         elif mask.shape[1] > 1:
             terms = (valid[:, 0] & valid[:, 1:].any(-1)).sum()
-    elif settings.reduction == "mean" and not settings.has_reference:
+    elif settings.reduced_by == "mean" and not settings.has_reference:
         terms = valid.sum()
     return torch.stack([prompts, terms]).double()
 
@@ -290,8 +332,11 @@ def _flow_loss(
     target: Tensor | None,
     mask: Tensor,
     weights: Tensor | None = None,
+    rewarded: Tensor | None = None,
 ) -> Tensor:
-    """L_GFN from log-probabilities; ``weights`` [B, N] multiply the trajectories' losses.
+    """L_GFN from log-probabilities; ``weights`` [B, N] multiply the trajectories' losses, and those
+    that are not ``rewarded`` [B, N] have none. A mean counts them all the same, so that it is over
+    what the batch says and not over what its rewards are.
 
     Raises:
         ValueError: an objective from outside gives something else than losses [B, N].
@@ -308,23 +353,28 @@ def _flow_loss(
                 f"{tuple(log_reward.shape)}; got {found}"
             )
         valid = mask.any(-1)
-        return reduce_trajectories(made.masked_fill(~valid, 0.0), valid, settings.reduction)
+        return reduce_trajectories(made.masked_fill(~valid, 0.0), valid, settings.reduced_by)
     flow = FlowOptions(
         _kind(settings, target),
         lam=settings.subtb_lambda,
         beta=settings.beta,
         floor=settings.log_reward_floor,
         reduction="none",
+        clip=settings.clip,
     )
-    losses = flow_loss(flow, log_pf, log_reward, target, mask)
+    losses = flow_loss(flow, log_pf, log_reward, target, _flow_mask(mask, rewarded))
     if weights is not None:
         losses = losses * weights
-    return reduce_trajectories(losses, mask.any(-1), settings.reduction)
+    return reduce_trajectories(losses, mask.any(-1), settings.reduced_by)
+
+
+def _flow_mask(mask: Tensor, rewarded: Tensor | None) -> Tensor:
+    return mask if rewarded is None else mask & rewarded.unsqueeze(-1)
 
 
 def positive_nll(settings: FlowSettings, log_pf: Tensor, mask: Tensor) -> Tensor:
     """L_GR: token-summed NLL of the positives; mean over prompts, or their sum."""
     total = -log_pf[:, 0].sum()
-    if settings.reduction == "sum":
+    if settings.reduced_by == "sum":
         return total
     return total / mask.any(-1).any(-1).sum().clamp(min=1)

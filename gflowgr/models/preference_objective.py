@@ -48,7 +48,7 @@ def preference_loss(
         "mask": mask,
         "ref_bias": ref_bias,
         "beta": settings.reference_weight,
-        "reduction": settings.reduction,
+        "reduction": settings.reduced_by,
         "nll_weight": settings.sft_weight / weight,
         **head,
     }
@@ -125,7 +125,7 @@ def _alignment_loss(
     with torch.no_grad():
         ref_log_pf = trajectory_logprobs(ref_hidden, tokens=tokens, mask=mask, **ref_head)
     pair = (log_pf[:, 1:], ref_log_pf[:, 1:])
-    options: dict[str, Any] = {"beta": settings.reference_weight, "reduction": settings.reduction}
+    options: dict[str, Any] = {"beta": settings.reference_weight, "reduction": settings.reduced_by}
     loss = dpo_loss(*pair, mask=mask[:, 1:], **options)
     nll = positive_nll(settings, log_pf, mask)
     logs = {

@@ -1,4 +1,4 @@
-"""The frozen reference of a preference objective: the model as the fine-tuning began.
+"""The frozen reference of an objective: the model as the fine-tuning began.
 
 Only weights that train can differ from it, so only those are kept: with LoRA the adapters and the
 identifier tokens' rows (which make the reference the model with its adapters switched off), else
@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from .. import files
 from ..errors import DataError
+from ..ops import trajectory_logprobs
 from .backbone import evaluating, output_head
 from .packed import trajectory_hidden_states
 
@@ -61,6 +62,27 @@ class Reference:
         with evaluating(backbone):
             states = functional_call(_States(backbone), weights, inputs)
         return cast(ReferenceStates, states)
+
+    @torch.no_grad()
+    def log_pf(
+        self,
+        backbone: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        tokens: Tensor,
+        mask: Tensor | None,
+        head: dict[str, Any],
+    ) -> Tensor:
+        """The reference's log-probabilities [B, N, L] of trajectories; 0 at padding.
+
+        Args:
+            backbone, input_ids, attention_mask, tokens, mask: as in :meth:`states`.
+            head: tree and normalisation of the model's own head.
+        """
+        inputs = (input_ids, attention_mask, tokens, mask)
+        hidden, weight, bias = self.states(backbone, *inputs)
+        own = head | {"weight": weight, "bias": bias}
+        return trajectory_logprobs(hidden, tokens=tokens, mask=mask, **own)
 
     def save(self, folder: Path) -> None:
         """Write ``reference.safetensors``."""

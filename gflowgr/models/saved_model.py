@@ -60,7 +60,7 @@ class SavedModel(nn.Module):
         check_manifest(Path(folder))
         load_weights(self._whole_model(), Path(folder))
         model = self._whole_model()
-        if model.settings.has_reference:
+        if model.settings.keeps_reference:
             model.reference = Reference.load(Path(folder), model.backbone)
 
     @classmethod

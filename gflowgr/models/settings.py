@@ -9,14 +9,15 @@ from typing import Literal, get_args
 from ..extensions import is_outside
 from ..plain_settings import make_plain
 from ..rewards.fusion import FusionMode
-from ..rewards.signals import check_signal_names
+from ..rewards.signals import CATALOGUE_SIGNAL, SIGNALS, check_signal_names
 from .heads import PartitionMode
 
-__all__ = ["FlowSettings", "Normalize", "Objective", "Reduction"]
+__all__ = ["FlowSettings", "Flows", "Normalize", "Objective", "Reduction"]
 
 Objective = Literal["sft", "tb", "db", "subtb", "flow_kl", "dpo", "sdpo", "grpo", "sprec", "ipa"]
 Normalize = Literal["vocab", "level", "children"]
 Reduction = Literal["prompt", "mean", "sum"]
+Flows = Literal["exact", "learned"]
 
 _LABELS = {
     "sft": "SFT",
@@ -30,6 +31,9 @@ _LABELS = {
     "sprec": "SPRec",
     "ipa": "IPA",
 }
+_BALANCE = ("tb", "db", "subtb")  # objectives over sampled trajectories
+_PAPER_SIGNALS = ("r_a", "r_yhat", "r_sim")
+_EXACT_CLIP = 3.0
 # Of log-ratios to the reference, or of the divergence from it, as released with each method.
 _REFERENCE_WEIGHTS = {"dpo": 0.1, "sdpo": 1.0, "grpo": 1e-3, "sprec": 0.1, "ipa": 0.1}
 
@@ -52,8 +56,14 @@ class FlowSettings:
             One of your own, ``"module:function"``, is called with log_pf [B, N, L] (0 at padding),
             beta * log_reward [B, N], log_z [B] and mask [B, N, L], and gives the losses of the
             trajectories [B, N] in nats squared or nats; it takes the place of ``"tb"``.
-        partition: how ``"tb"`` has log Z: ``"learned"``, ``"scalar"`` or ``"vargrad"``. The others
-            have it in the flow of the empty prefix.
+        flows: what ``"tb"``, ``"db"`` and ``"subtb"`` balance against. ``"exact"``: log Z and the
+            log-flows that follow from the reward of every item, computed on the tree, as
+            ``"flow_kl"`` always has them; no head is made, and what follows is a residual of 0
+            exactly where P_F is proportional to R. ``"learned"``: heads (the paper's way). None:
+            exact where the reward is one of every item, that is ``signals`` has ``"r_cm"``.
+        partition: how ``"tb"`` has log Z where it is learned: ``"learned"``, ``"scalar"`` or
+            ``"vargrad"``, the prompt's own estimate, also beside exact flows. The others have it in
+            the flow of the empty prefix.
         subtb_lambda: a sub-trajectory of m tokens has the weight ``subtb_lambda^m``.
         forward_looking: the state flow of ``"db"`` and ``"subtb"`` is a learned residual plus the
             partial reward ``beta * log(1 + r_sim of the prefix)``; see
@@ -63,15 +73,23 @@ class FlowSettings:
         sft_weight: weight of L_GR in the loss of ``"dpo"``, ``"sdpo"`` and ``"grpo"``.
         preference_beta: weight of the log-ratios to the reference, in ``"grpo"`` of the divergence
             from it; None: 0.1, for ``"sdpo"`` 1, for ``"grpo"`` 0.001.
-        reward_temperature: of ``"flow_kl"``, whose reward is the softmax of the collaborative
+        residual_clip: residual in nats from which the losses of ``"tb"`` and ``"db"`` are linear
+            (Huber); 0: squared throughout; None: 3 with exact flows, else 0.
+        reference: add log P of the model as it was when the training began to the trajectories'
+            log-reward, ``beta * log R + log pi_ref`` (the target of KL-regularised tuning): with
+            learned flows, or ``partition`` ``"vargrad"``, since exact ones would need it of every
+            item.
+        reward_temperature: of exact flows, whose reward is the softmax of the collaborative
             model's scores over the catalogue: what divides the scores; None: chosen by the
             likelihood of the validation items.
         seen_items: what that reward is of items of the prompt's own past: ``"zero"``, for data
             without repeats, or ``"keep"``.
         observed_share: alpha of that reward, ``(1 - alpha) * softmax + alpha * 1[observed]``, the
             latter times the observed behaviour's value over the largest.
-        signals: the reward's signals by name, see :mod:`gflowgr.rewards.signals`; of the objectives
-            over sampled trajectories.
+        signals: the reward's signals by name. Of learned flows and the baselines, see
+            :mod:`gflowgr.rewards.signals`. Of exact flows, see
+            :class:`~gflowgr.rewards.CatalogueReward`: ``"r_cm"``, which the default stands for
+            there, and ``"module:Class"``.
         fusion: how signals become a reward: ``"sum"``, ``"weighted"`` or ``"mlp"``; the latter two
             are learned, see :mod:`gflowgr.rewards.fusion`.
         fusion_anchor: weight that keeps a learned fusion near the sum.
@@ -82,8 +100,10 @@ class FlowSettings:
             ``"level"``: the codebook of its position; ``"children"``: the children of the
             prefix-tree node.
         reduction: ``"prompt"``: mean over prompts of the sum over trajectories (the paper's);
-            ``"mean"`` over trajectories; ``"sum"``. The baselines' losses are one number per
-            prompt, and ``"mean"`` is ``"prompt"``.
+            ``"mean"`` over trajectories; ``"sum"``. None: ``"mean"`` for ``"tb"``, ``"db"`` and
+            ``"subtb"`` with exact flows, so that ``gfn_weight`` means the same for any number of
+            trajectories, else ``"prompt"``. The baselines' losses are one number per prompt, and
+            ``"mean"`` is ``"prompt"``.
         importance_clip: weigh each drawn trajectory's flow loss by ``P_F / proposal``, detached
             and at most this, to estimate the on-policy loss from off-policy samples; None: no
             weights (all these losses are valid off-policy as they are).
@@ -91,22 +111,25 @@ class FlowSettings:
     """
 
     objective: Objective | str = "sft"
+    flows: Flows | None = None
     partition: PartitionMode = "learned"
     subtb_lambda: float = 0.9
     forward_looking: bool = False
     gfn_weight: float = 1.0
     sft_weight: float = 0.0
     preference_beta: float | None = None
+    residual_clip: float | None = None
+    reference: bool = False
     reward_temperature: float | None = None
     seen_items: Literal["zero", "keep"] = "zero"
     observed_share: float = 0.0
-    signals: list[str] = field(default_factory=lambda: ["r_a", "r_yhat", "r_sim"])
+    signals: list[str] = field(default_factory=lambda: list(_PAPER_SIGNALS))
     fusion: FusionMode = "sum"
     fusion_anchor: float = 1.0
     beta: float = 1.0
     log_reward_floor: float | None = None
     normalize: Normalize = "vocab"
-    reduction: Reduction = "prompt"
+    reduction: Reduction | None = None
     importance_clip: float | None = None
     max_history: int = 20
 
@@ -134,9 +157,9 @@ class FlowSettings:
             if number is not None and not (math.isfinite(number) and number > 0):
                 hint = "; for no flow loss: objective 'sft'" if name == "gfn_weight" else ""
                 raise ValueError(f"{name} must be finite and > 0; got {number}{hint}")
-        for name in ("fusion_anchor", "sft_weight"):
+        for name in ("fusion_anchor", "sft_weight", "residual_clip"):
             number = getattr(self, name)
-            if not (math.isfinite(number) and number >= 0):
+            if number is not None and not (math.isfinite(number) and number >= 0):
                 raise ValueError(f"{name} must be finite and >= 0; got {number}")
         if not 0 <= self.observed_share <= 1:
             raise ValueError(f"observed_share must be in [0, 1]; got {self.observed_share}")
@@ -181,7 +204,44 @@ class FlowSettings:
     @property
     def has_exact_flows(self) -> bool:
         """Whether the objective reads the flows of every item's reward, computed on the tree."""
-        return self.objective == "flow_kl"
+        if self.objective not in _BALANCE:
+            return self.objective == "flow_kl"
+        return self.flows == "exact" or (self.flows is None and CATALOGUE_SIGNAL in self.signals)
+
+    @property
+    def balances(self) -> bool:
+        """Whether the objective is a balance along trajectories: TB, DB or SubTB."""
+        return self.objective in _BALANCE
+
+    @property
+    def catalogue_signals(self) -> list[str]:
+        """Signals of exact flows' reward."""
+        return self.signals if CATALOGUE_SIGNAL in self.signals else [CATALOGUE_SIGNAL]
+
+    @property
+    def is_vargrad(self) -> bool:
+        """Whether log Z is each prompt's own estimate."""
+        return self.objective == "tb" and self.partition == "vargrad"
+
+    @property
+    def clip(self) -> float | None:
+        """``residual_clip``, or what it is by default; None: no end."""
+        if self.residual_clip is not None:
+            return self.residual_clip or None
+        clipped = self.objective in ("tb", "db") and self.has_exact_flows
+        return _EXACT_CLIP if clipped else None
+
+    @property
+    def reduced_by(self) -> Reduction:
+        """``reduction``, or what it is by default."""
+        if self.reduction is not None:
+            return self.reduction
+        return "mean" if self.balances and self.has_exact_flows else "prompt"
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the model as it was when the training began is kept beside."""
+        return self.has_reference or self.reference
 
     @property
     def in_rounds(self) -> bool:
@@ -192,11 +252,11 @@ class FlowSettings:
     def counts_apart(self) -> bool:
         """Whether the loss's second term is a mean over other things than prompts: over
         trajectories, or over the prompts that have a pair to compare."""
-        if self.reduction == "sum" or self.objective in ("sft", "flow_kl"):
+        if self.reduced_by == "sum" or self.objective in ("sft", "flow_kl"):
             return False
         if self.has_reference:
             return self.objective != "grpo"
-        return self.reduction == "mean"
+        return self.reduced_by == "mean"
 
     @property
     def label(self) -> str:
@@ -219,9 +279,12 @@ class FlowSettings:
         for name, given in unread.items():
             if given and not self.has_exact_flows:
                 raise ValueError(
-                    f"{name} is of the objective 'flow_kl'; got {getattr(self, name)} with "
-                    f"objective {self.objective!r}"
+                    f"{name} is of exact flows (objective 'flow_kl', or flows 'exact'); got "
+                    f"{getattr(self, name)} with objective {self.objective!r}"
                 )
+        self._check_flows()
+        if self.balances and self.has_exact_flows:
+            self._check_exact()
         if self.sft_weight > 0 and (self.in_rounds or not self.has_reference):
             raise ValueError(
                 "sft_weight is of the objectives 'dpo', 'sdpo' and 'grpo'; got "
@@ -244,3 +307,67 @@ class FlowSettings:
                 f"importance_clip is of the flow objectives; got {self.importance_clip} with "
                 f"objective {self.objective!r}"
             )
+
+    def _check_flows(self) -> None:
+        """Refuse options of other objectives, and flows that the reward does not fit."""
+        objective = f"objective {self.objective!r}"
+        if self.flows is not None and not (self.balances or self.objective == "flow_kl"):
+            raise ValueError(
+                f"flows is of the objectives 'tb', 'db', 'subtb' and 'flow_kl'; got {self.flows!r} "
+                f"with {objective}"
+            )
+        if self.flows == "learned" and self.objective == "flow_kl":
+            raise ValueError("flows must be 'exact' for objective 'flow_kl'; got 'learned'")
+        if self.residual_clip is not None and self.objective not in ("tb", "db"):
+            raise ValueError(
+                f"residual_clip is of the objectives 'tb' and 'db'; got {self.residual_clip} with "
+                f"{objective}"
+            )
+        of_items = CATALOGUE_SIGNAL in self.signals
+        if of_items and self.objective != "sft" and not self.has_exact_flows:
+            raise ValueError(
+                f"signals must be without {CATALOGUE_SIGNAL!r}, a reward of exact flows; got "
+                f"{self.signals} with {objective}, flows {self.flows!r}"
+            )
+        if of_items and (others := [name for name in SIGNALS if name in self.signals]):
+            raise ValueError(
+                f"signals must be {CATALOGUE_SIGNAL!r} and 'module:Class' for a reward of every "
+                f"item; got {others} beside"
+            )
+        if not self.reference:
+            return
+        if not self.balances:
+            raise ValueError(
+                f"reference is of the objectives 'tb', 'db' and 'subtb'; got {objective}"
+            )
+        if self.has_exact_flows and not self.is_vargrad:
+            raise ValueError(
+                "reference must be false for exact flows, which would need the frozen model's "
+                "probability of every item of the catalogue; got true: use flows 'learned', or "
+                "objective 'tb' with partition 'vargrad'"
+            )
+        if self.log_reward_floor is not None:
+            raise ValueError(
+                "log_reward_floor must be None with reference, whose log-probabilities have no "
+                f"floor; got {self.log_reward_floor}"
+            )
+
+    def _check_exact(self) -> None:
+        """Refuse what is of learned flows, or of the reward of sampled trajectories."""
+        wanted: dict[str, tuple[bool, str]] = {
+            "partition": (self.partition != "scalar", "'learned' (unread) or 'vargrad'"),
+            "forward_looking": (not self.forward_looking, "false"),
+            "fusion": (self.fusion == "sum", "'sum'"),
+            "beta": (self.beta == 1.0, "1 (reward_temperature divides the scores)"),
+            "log_reward_floor": (self.log_reward_floor is None, "None"),
+            "signals": (
+                CATALOGUE_SIGNAL in self.signals or self.signals == list(_PAPER_SIGNALS),
+                f"[{CATALOGUE_SIGNAL!r}], and more as 'module:Class'",
+            ),
+        }
+        for name, (good, value) in wanted.items():
+            if not good:
+                raise ValueError(
+                    f"{name} must be {value} for exact flows; got {getattr(self, name)!r} (or use "
+                    "flows 'learned')"
+                )

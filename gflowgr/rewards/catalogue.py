@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from ..extensions import is_outside, load_outside
 from ..ops import validation_enabled
-from .signals import InteractionLevel
+from .signals import CATALOGUE_SIGNAL, InteractionLevel
 
 __all__ = ["CatalogueReward", "CatalogueSignal", "Seen"]
 
 Seen = Literal["zero", "keep"]
-_SCORE = "r_cm"
+_SCORE = CATALOGUE_SIGNAL
 
 
 class CatalogueSignal(Protocol):

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 SIGNALS = ("r_a", "r_yhat", "r_generation", "r_sim")
+CATALOGUE_SIGNAL = "r_cm"  # of every item: a reward for exact flows, see .catalogue
 _TINY = 1e-6
 _LIKED = 10.0
 _KNOWN = {
@@ -220,11 +221,10 @@ def check_signal_names(names: object) -> list[str]:
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise ValueError(f"signals must be a list of names such as {list(SIGNALS)}; got {names!r}")
+    known = [*SIGNALS, CATALOGUE_SIGNAL]
     for name in names:
-        if name not in SIGNALS and not is_outside(name):
-            raise ValueError(
-                f"signals: {name!r} is neither one of {list(SIGNALS)} nor 'module:Class'"
-            )
+        if name not in known and not is_outside(name):
+            raise ValueError(f"signals: {name!r} is neither one of {known} nor 'module:Class'")
     if len(set(names)) < len(names):
         raise ValueError(f"signals must not repeat one; got {list(names)}")
     return list(names)
@@ -249,7 +249,12 @@ def make_signals(
             name, or what :class:`InteractionLevel` refuses.
     """
     made: list[RewardSignal] = []
-    for name in check_signal_names(names):
+    if CATALOGUE_SIGNAL in check_signal_names(names):
+        raise ValueError(
+            f"signals must be of trajectories; got {CATALOGUE_SIGNAL!r}, which is of all items: "
+            "see CatalogueReward"
+        )
+    for name in names:
         if name == "r_a":
             made.append(
                 InteractionLevel(

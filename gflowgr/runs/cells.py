@@ -84,6 +84,7 @@ class Cell:
         """
         config = self.config.to_dict()
         del config["evaluation"]["examples"]  # only the report reads it
+        config["flow"]["reduction"] = self.config.flow.reduced_by  # as it is, given or by default
         for section, key in _PLACES:
             if config[section].get(key) is not None:
                 config[section][key] = Path(config[section][key]).name

@@ -273,8 +273,12 @@ class RunConfig:
             )
         if (self.collaborative.kind == "embeddings") != (self.collaborative.embeddings is not None):
             raise ConfigError("collaborative.embeddings goes with collaborative.kind: embeddings")
-        vargrad = self.flow.objective == "tb" and self.flow.partition == "vargrad"
-        if vargrad and self.finetune.get("num_trajectories", 3) == 1:
+        if self.flow.reference and self.start == "scratch":
+            raise ConfigError(
+                "flow.reference must be false with start: scratch, whose reference would be new "
+                "weights; got true"
+            )
+        if self.flow.is_vargrad and self.finetune.get("num_trajectories", 3) == 1:
             raise ConfigError(
                 "finetune.num_trajectories is 1, over which the loss of flow.partition: vargrad is "
                 "0; give 2 or more, or partition: learned"

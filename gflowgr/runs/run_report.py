@@ -150,9 +150,7 @@ def _report(result: RunResult, rows: list[TableRow], rules: dict[str, str]) -> R
         "training examples": f"{len(result.split.train):,}",
         "generator": config.model.summary(),
         "objective": f"{_objective(config.flow)}, softmax over {config.flow.normalize}",
-        "reward": f"{config.flow.fusion} of {', '.join(config.flow.signals)}"
-        if config.flow.uses_reward
-        else "none",
+        "reward": _reward(config.flow),
         "seed": config.seed,
         "command": command_as_typed(),
     }
@@ -188,7 +186,10 @@ def _objective(flow: FlowSettings) -> str:
     """The objective and its constants."""
     if not flow.has_reference:
         name = flow.label if flow.is_outside else flow.objective.upper()
-        return f"{name}, {_flow_heads(flow)}, lambda {flow.gfn_weight}, beta {flow.beta}"
+        heads = f"{_flow_heads(flow)}, beta {flow.beta}"
+        if flow.has_exact_flows:
+            heads = "Z vargrad" if flow.is_vargrad else "exact flows"
+        return f"{name}, {heads}, lambda {flow.gfn_weight}"
     start = "the model of the round" if flow.in_rounds else "the model after SFT"
     text = f"{flow.label} against {start}, beta {flow.reference_weight}"
     if flow.objective == "ipa":
@@ -196,6 +197,15 @@ def _objective(flow: FlowSettings) -> str:
     if flow.sft_weight > 0:
         text += f", {flow.sft_weight} x SFT + {flow.gfn_weight} x {flow.label}"
     return text
+
+
+def _reward(flow: FlowSettings) -> str:
+    if not flow.uses_reward:
+        return "none"
+    if flow.has_exact_flows:
+        temperature = flow.reward_temperature or "by validation"
+        return f"{', '.join(flow.catalogue_signals)} of every item, temperature {temperature}"
+    return f"{flow.fusion} of {', '.join(flow.signals)}"
 
 
 def _flow_heads(flow: FlowSettings) -> str:

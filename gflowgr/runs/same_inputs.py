@@ -58,7 +58,8 @@ def check_same_inputs(out: Path, wanted: Mapping[str, Mapping[str, Any]]) -> Non
         path = out / folder / _RECORD
         if not path.is_file():
             continue
-        # A setting that was not there when the record was made is the same where it is not used.
+        # A setting that was not there when the record was made is the same where it is not used:
+        # None, or a switch that is off.
         differences = _differences(files.read_json(path, expect=dict), values)
         if differences:
             changed |= differences
@@ -78,7 +79,9 @@ def _differences(found: Any, wanted: Any, key: str = "") -> dict[str, str]:
         parts: dict[str, str] = {}
         for name in found | dict(wanted):
             inner = f"{key}.{name}" if key else name
-            parts |= _differences(found.get(name), wanted.get(name), inner)
+            value = wanted.get(name)
+            if name in found or value is not False:
+                parts |= _differences(found.get(name), value, inner)
         return parts
     return {} if found == wanted else {key: f"{key}: {found!r} there, {wanted!r} here"}
 

@@ -17,7 +17,7 @@ from ..evaluation import Evaluation, Recommender, ScoringRecommender
 from ..evaluation.generative import GenerativeRecommender
 from ..extensions import is_outside, load_outside
 from ..models.gflow_model import FlowSettings, GFlowModel
-from ..rewards import default_behaviour_values, make_signals
+from ..rewards import CatalogueReward, default_behaviour_values, make_signals
 from .cells import Cell, alone
 from .config import ConfigError, RunConfig
 from .generator import add_adapters, check_generator, make_generator
@@ -264,13 +264,15 @@ def _check_reward(config: RunConfig, split: Split) -> str:
             f"finetune.behaviour_values must be for behaviours of the data, which are "
             f"{', '.join(map(repr, names))}; got {foreign[0]!r}"
         )
+    options = config.method_arguments.get("sampler_options") or {}
+    side = options.get("side", "impression")
     try:
-        make_signals(
-            config.flow.signals,
-            behaviour_values=given,
-            behaviour_names=names,
-            side=(config.method_arguments.get("sampler_options") or {}).get("side", "impression"),
-        )
+        if config.flow.has_exact_flows:
+            signals = config.flow.catalogue_signals
+            CatalogueReward(signals, behaviour_values=given, behaviour_names=names)
+        else:
+            signals = config.flow.signals
+            make_signals(signals, behaviour_values=given, behaviour_names=names, side=side)
     except ValueError as error:
         raise ConfigError(f"flow.signals, finetune.behaviour_values: {error}") from error
     if "r_a" not in config.flow.signals or not names:

@@ -12,6 +12,7 @@ from ..rewards import CatalogueReward
 from ..transfer import to_device
 from .config import GFlowGRConfig
 from .cross_fitting import calibrate_temperature
+from .step_log import Logs, Mean
 
 __all__ = ["PromptRewards", "position_histories"]
 
@@ -51,6 +52,7 @@ class PromptRewards:
                 collaborative, split, seen=settings.seen_items, seed=args.seed
             ).temperature
         self.reward = CatalogueReward(
+            settings.catalogue_signals,
             alpha=settings.observed_share,
             temperature=temperature,
             seen=settings.seen_items,
@@ -58,6 +60,11 @@ class PromptRewards:
             behaviour_names=split.dataset.behaviour_names,
             default_value=args.default_behaviour_value,
         )
+
+    def logs(self, prompts: int) -> Logs:
+        """The temperature, which may have been chosen here, for so many prompts' log."""
+        temperature = torch.tensor(self.reward.temperature)
+        return {"reward_temperature": Mean(temperature, float(prompts))}
 
     @torch.no_grad()
     def sequence_scores(self, items: Tensor, users: Tensor, device: torch.device) -> Tensor:

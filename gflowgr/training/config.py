@@ -71,8 +71,8 @@ class GFlowGRConfig(TrainingArguments):
         default=False,
         metadata={
             "help": "Whole sequences: one pass over up to max_history + 1 items of a user, each of "
-            "which but the first is a target; batch sizes count sequences. Objectives sft and "
-            "flow_kl, decoder-only models."
+            "which but the first is a target; batch sizes count sequences. Objective sft and those "
+            "with exact flows, decoder-only models."
         },
     )
     positions_per_sequence: int | None = field(
@@ -220,6 +220,11 @@ class GFlowGRConfig(TrainingArguments):
         if count < least:
             raise ValueError(
                 f"num_trajectories must be >= {least} for objective {objective!r}; got {count}"
+            )
+        if settings.reference and self.eval_calibration_users > 0:
+            raise ValueError(
+                "eval_calibration_users must be 0 with reference, whose target is no reward of the "
+                f"catalogue alone; got {self.eval_calibration_users}"
             )
         if self.round_steps is not None and not settings.in_rounds:
             raise ValueError(

@@ -72,12 +72,12 @@ class FlowInputs:
             return
         args.check_objective(model.settings)
         self.rounds = Rounds.of(model.settings, args)
-        vargrad = model.settings.objective == "tb" and model.settings.partition == "vargrad"
-        if vargrad and args.num_trajectories < 2:
+        if model.settings.is_vargrad and args.num_trajectories < 2:
             raise ValueError(
                 "num_trajectories must be >= 2 for partition 'vargrad', whose loss over a "
                 f"single trajectory is 0; got {args.num_trajectories}"
             )
+        self.balances = model.settings.balances
         self.weighs_proposals = model.settings.importance_clip is not None
         leaf_of = model.tree.leaf_of(torch.arange(model.tree.num_items, device=model.tree.device))
         # A reward of history and item alone may be shown the items of a user's future.
@@ -135,7 +135,8 @@ class FlowInputs:
             log_reward = self.rewards.of_prompts(
                 request.scores, inputs["histories"], inputs["target"], inputs["behaviour"]
             )
-            return flow | self.of_catalogue(request, chosen, log_reward), difficulty_of(chosen)
+            logs = difficulty_of(chosen) | self.rewards.logs(len(log_reward))
+            return flow | self.of_catalogue(request, chosen, log_reward), logs
         return self.rewarded(flow, request, chosen, log_probs)
 
     def sample(self, request: SampleRequest) -> TrajectorySet:
@@ -146,9 +147,30 @@ class FlowInputs:
     def of_catalogue(
         self, request: SampleRequest, chosen: TrajectorySet, log_reward: Tensor
     ) -> dict[str, Tensor]:
-        """Trajectories beside the rewards of every item, [B, items]."""
-        items = to_device(chosen.items, log_reward.device)
-        return self._trajectories(items) | {"catalogue_log_reward": log_reward}
+        """Trajectories beside the rewards of every item, [B, items].
+
+        What is balanced along a trajectory needs its reward: items without one are no trajectories
+        (the positive stays, for its supervised term).
+        """
+        device = log_reward.device
+        items = to_device(chosen.items, device)
+        if self.balances:
+            found = log_reward.gather(1, items.clamp_min(0))
+            assert self.sampler is not None
+            self.sampler.observe(request, chosen, found)
+            unrewarded = found == -torch.inf
+            unrewarded[:, 0] = False
+            items = items.masked_fill(unrewarded, -1)
+        flow = self._trajectories(items) | {"catalogue_log_reward": log_reward}
+        if self.weighs_proposals and self.balances:
+            flow["log_proposal"] = self._proposed(chosen, device)
+        return flow
+
+    def _proposed(self, chosen: TrajectorySet, device: torch.device) -> Tensor:
+        proposed = chosen.log_proposal
+        if proposed is None:
+            proposed = torch.full(chosen.items.shape, torch.nan)
+        return to_device(proposed, device)
 
     def rewarded(
         self,
@@ -182,10 +204,7 @@ class FlowInputs:
         flow["signals"] = self.reward.measure(context)
         logs |= _signal_means(self.reward.names, flow["signals"], chosen)
         if self.weighs_proposals:
-            proposed = chosen.log_proposal
-            if proposed is None:
-                proposed = torch.full(items.shape, torch.nan)
-            flow["log_proposal"] = to_device(proposed, device)
+            flow["log_proposal"] = self._proposed(chosen, device)
         with torch.no_grad():
             self.sampler.observe(request, chosen, self.reward.fusion(flow["signals"]))
         return flow, logs

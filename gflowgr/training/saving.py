@@ -65,7 +65,7 @@ class SavingTrainer(CheckpointTrainer):
             OutputError: a checkpoint cannot be written, or another process trains in this folder.
         """
         model = self.accelerator.unwrap_model(self.model)
-        if model.settings.has_reference and model.reference is None:
+        if model.settings.keeps_reference and model.reference is None:
             model.freeze_reference()  # a checkpoint has its own
         checkpoint = None
         if resume_from_checkpoint:

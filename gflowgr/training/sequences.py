@@ -120,11 +120,19 @@ class SequenceInputs:
         collaborative: CollaborativeModel | None,
     ) -> None:
         settings = model.settings
-        if settings.objective not in ("sft", "flow_kl"):
+        if settings.objective != "sft" and not settings.has_exact_flows:
             raise ValueError(
                 "sequences must be off for objectives of sampled trajectories; got "
-                f"{settings.objective!r}: use 'sft' or 'flow_kl'"
+                f"{settings.objective!r}: use 'sft', 'flow_kl', or flows 'exact'"
             )
+        if settings.is_vargrad and args.positions_per_sequence is None:
+            raise ValueError(
+                "positions_per_sequence must be given for partition 'vargrad', whose loss over a "
+                "prompt's single trajectory is 0; got None"
+            )
+        for name in ("reference", "importance_clip"):
+            if value := getattr(settings, name):
+                raise ValueError(f"sequences must be off with {name}; got {name} {value}")
         check_sequences(model.backbone, model.prompt, settings.max_history + 1)
         self.item_tokens = model.item_tokens().to(args.device)
         self.layout = model.prompt
@@ -175,7 +183,7 @@ class SequenceInputs:
         progress: float = 0.0,
         **_: Any,
     ) -> tuple[dict[str, Tensor], Logs]:
-        """The model's inputs, and what is logged of sampled trajectories.
+        """The model's inputs, and what is logged of rewards and sampled trajectories.
 
         Args:
             inputs: a batch of :class:`SequenceCollator`, on the host, with what :meth:`augmented`
@@ -195,19 +203,19 @@ class SequenceInputs:
             scores, items, inputs["behaviours"], observed, overwrite=self.prompts is None
         )
         flow["catalogue_log_reward"] = log_reward
+        logs = self.rewards.logs(int(inputs["targets"]))
         if self.prompts is None and observed is None:
-            return flow, {}
+            return flow, logs
         width = 1 if self.prompts is None else self.prompts.num_trajectories - 1
         shape = (len(log_reward), width, self.item_tokens.shape[1])
         branches = torch.zeros(shape, dtype=torch.int64, device=device)
         branch_mask = torch.zeros(shape, dtype=torch.bool, device=device)
-        logs: Logs = {}
         if self.prompts is not None:
             at, request = self._request(inputs, scores, (epoch, step, progress))
             chosen = self.prompts.sample(request)
             sampled = self.prompts.of_catalogue(request, chosen, log_reward[at])
             branches[at], branch_mask[at] = sampled["tokens"][:, 1:], sampled["mask"][:, 1:]
-            logs = difficulty_of(chosen)
+            logs |= difficulty_of(chosen)
         if observed is not None:
             rows, targets = len(inputs["augmented"]), int(inputs["targets"])
             valid = items[-rows:, 1:] >= 0

@@ -65,13 +65,18 @@ def of_model(
     }
     if "observed" in flow:  # the flow's term has prompts without a target, too
         counts["loss_gfn"] = float(len(flow["observed"]))
+    trajectories = [mask, *([flow["branch_mask"]] if "branch_mask" in flow else [])]
+    if model.settings.objective not in ("db", "subtb"):
+        trajectories = [each.any(-1) for each in trajectories]
+    residuals = torch.stack([each.sum() for each in trajectories]).sum()
+    counts |= dict.fromkeys(("residual_mean", "residual_rms"), residuals)
     if model.settings.counts_apart:
         terms = model.term_counts(**flow)[1]
         compared = ("loss_preference", "preference_margin", "preference_accuracy")
         counts |= dict.fromkeys(("loss_gfn", "loss_fusion", *compared), terms)
     logs: Logs = {}
     for name, value in output.items():
-        if model.settings.reduction == "sum" and name.startswith("loss_") and share:
+        if model.settings.reduced_by == "sum" and name.startswith("loss_") and share:
             value = value / share  # the mean over parts of this is the sum over all
         if name != "loss":
             logs[name] = Mean(value, counts.get(name, float(prompts)))

@@ -58,12 +58,12 @@ class GFlowGRTrainer(SavingTrainer):
     Everything of ``transformers.Trainer`` works as usual (resume, early stopping, accumulation,
     AMP, ``accelerate launch``) or is refused by name, see :mod:`.trainer_surface`; so is
     ``nn.DataParallel``: one process has one device. Beside the loss it logs what the model returns
-    (``loss_gr``, ``loss_gfn``; ``log_z``, its group estimate ``log_z_group`` and their distance
-    ``log_z_gap_rms``), the mean of each reward signal (``reward/...``; ``reward_augmented/...``: of
-    augmented items), quantiles of the sampled items' difficulty, ``seconds`` and
-    ``cpu_seconds`` (of all threads and processes) of training, without evaluation, since the last
-    entry, and tokens per second. On a GPU the data checks run in the first step only; a bad value
-    in a later one ends the training at its next log, as a loss that is NaN.
+    (see :meth:`GFlowModel.forward <gflowgr.models.GFlowModel.forward>`), the mean of each reward
+    signal (``reward/...``; ``reward_augmented/...``: of augmented items), ``reward_temperature`` of
+    exact flows, quantiles of the sampled items' difficulty, ``seconds`` and ``cpu_seconds`` (of all
+    threads and processes) of training, without evaluation, since the last entry, and tokens per
+    second. On a GPU the data checks run in the first step only; a bad value in a later one ends the
+    training at its next log, as a loss that is NaN.
 
     Args:
         model: backbone, tree and settings.
@@ -152,7 +152,7 @@ class GFlowGRTrainer(SavingTrainer):
             raise ValueError("a model with LoRA is not sharded: use DDP, without fsdp")
         if self.args.ema_decay is not None:
             raise ValueError("ema_decay must be None with fsdp, which shards the weights: use DDP")
-        if model.settings.has_reference:
+        if model.settings.keeps_reference:
             raise ValueError(
                 f"objective {model.settings.objective!r} keeps a frozen reference, which is not "
                 "sharded: use DDP, without fsdp"
@@ -241,7 +241,7 @@ class GFlowGRTrainer(SavingTrainer):
         if starts:
             own_flows = [b[_FLOW][0] for b, c in zip(batches, counts, strict=True) if c.prompts]
             self._start_flow(model, own_flows)
-        is_sum = model.settings.reduction == "sum"
+        is_sum = model.settings.reduced_by == "sum"
         parts = parts_of(counts, total, processes=processes, is_sum=is_sum)
         for batch, part in zip(batches, parts, strict=True):
             batch[_PART] = part

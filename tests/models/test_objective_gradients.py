@@ -152,8 +152,8 @@ def definition(model: GFlowModel, inputs: dict[str, Tensor]) -> Tensor:
                 losses[at] = losses[at] + settings.fusion_anchor * (r - s) ** 2
         flows += losses
     prompts = len(ITEMS)
-    divide_flow = {"prompt": prompts, "mean": counted, "sum": 1}[settings.reduction]
-    divide_nll = 1 if settings.reduction == "sum" else prompts
+    divide_flow = {"prompt": prompts, "mean": counted, "sum": 1}[settings.reduced_by]
+    divide_nll = 1 if settings.reduced_by == "sum" else prompts
     supervised = sum(nlls, torch.tensor(0.0).double()) / divide_nll
     flow = sum(flows, torch.tensor(0.0).double()) / divide_flow
     return supervised + settings.gfn_weight * flow

@@ -80,7 +80,8 @@ def test_a_folder_within_a_stale_one_is_not_named_too(tmp_path: Path) -> None:
 
 def test_a_setting_that_came_later_and_is_not_used_changes_nothing(tmp_path: Path) -> None:
     record_inputs(tmp_path / "sasrec", {"collaborative": {"epochs": 3}})
-    check_same_inputs(tmp_path, {"sasrec": {"collaborative": {"epochs": 3, "folds": None}}})
+    unused = {"epochs": 3, "folds": None, "switch": False}
+    check_same_inputs(tmp_path, {"sasrec": {"collaborative": unused}})
     with pytest.raises(ConfigError, match=r"collaborative\.folds: None there, 2 here"):
         check_same_inputs(tmp_path, {"sasrec": {"collaborative": {"epochs": 3, "folds": 2}}})
 
@@ -210,3 +211,8 @@ def test_missing_identifiers_are_found_before_any_training(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"no file index\.published\.json\.gz.*hierarchy"):
         run(RunConfig.from_dict(values), say=said.append, progress=False)
     assert not [line for line in said if line.startswith("Stage")]
+
+
+def test_a_default_that_is_given_outright_changes_nothing(tmp_path: Path) -> None:
+    begun(config(tmp_path), "gflowgr")
+    check(config(tmp_path, flow={**tiny_run(tmp_path).get("flow", {}), "reduction": "prompt"}))

@@ -151,20 +151,21 @@ def _clipped(residual: Tensor, clip: float | None) -> Tensor:
 
 def tb_reference(t: Trajectories, log_z: Tensor, clip: float | None = None) -> Tensor:
     """Trajectory balance, squared residual of each trajectory [B, N]; see :func:`huber`."""
-    return huber(_tb_residual(t, log_z), clip)
+    return huber(tb_residual(t, log_z), clip)
 
 
-def _tb_residual(t: Trajectories, log_z: Tensor) -> Tensor:
+def tb_residual(t: Trajectories, log_z: Tensor) -> Tensor:
+    """Residual of every trajectory [B, N], zero at padding."""
     log_z = t.zeroed_rows(log_z.to(t.log_pf.dtype)[:, None].expand_as(t.valid))
     return log_z + t.log_pf.sum(-1) - t.log_reward
 
 
 def db_reference(t: Trajectories, log_flow: Tensor, clip: float | None = None) -> Tensor:
     """Detailed balance, squared residuals summed over each trajectory's tokens [B, N]."""
-    return huber(_db_residual(t, log_flow), clip).sum(-1)
+    return huber(db_residual(t, log_flow), clip).sum(-1)
 
 
-def _db_residual(t: Trajectories, log_flow: Tensor) -> Tensor:
+def db_residual(t: Trajectories, log_flow: Tensor) -> Tensor:
     """Residual of every token [B, N, L], zero at padding."""
     flow = t.zeroed(log_flow.to(t.log_pf.dtype))
     after = torch.where(
@@ -226,10 +227,11 @@ def _subtb_log_normaliser(
 
 def vargrad_reference(t: Trajectories, clip: float | None = None) -> Tensor:
     """VarGrad-TB, squared residual of each trajectory against its prompt's own estimate [B, N]."""
-    return huber(_vargrad_residual(t), clip)
+    return huber(vargrad_residual(t), clip)
 
 
-def _vargrad_residual(t: Trajectories) -> Tensor:
+def vargrad_residual(t: Trajectories) -> Tensor:
+    """Residual of every trajectory against its prompt's estimate [B, N], zero at padding."""
     gap = t.log_reward - t.log_pf.sum(-1)
     estimate = valid_mean(gap, t.valid)
     return t.zeroed_rows(estimate[:, None] - gap)
@@ -312,7 +314,7 @@ def gradient_reference(
     to_balance: Tensor | None
     if flow.kind == "db":
         assert balance is not None
-        to_pf = scale[..., None] * _clipped(_db_residual(t, balance), flow.clip)
+        to_pf = scale[..., None] * _clipped(db_residual(t, balance), flow.clip)
         to_balance = t.zeroed(to_pf - _shift_right(to_pf))
         to_reward = -to_pf.masked_fill(~_last(t.mask), 0.0).sum(-1)
     elif flow.kind == "subtb":
@@ -327,10 +329,10 @@ def gradient_reference(
     else:
         if flow.kind == "tb":
             assert balance is not None
-            slope = scale * _clipped(_tb_residual(t, balance), flow.clip)
+            slope = scale * _clipped(tb_residual(t, balance), flow.clip)
             to_balance = slope.sum(-1)
         else:
-            slope = scale * _clipped(_vargrad_residual(t), flow.clip)
+            slope = scale * _clipped(vargrad_residual(t), flow.clip)
             # The estimate is a mean over trajectories, so it passes a gradient to each of them.
             slope = slope - valid_mean(slope, t.valid)[:, None]
             to_balance = None
