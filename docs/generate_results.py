@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/results.md")
 METHOD = "GFlowGR-TB"
 EXACT_METHODS = ("Flow KL joint",)
-EXACT_REFERENCES = ("SFT", "SASRec")
+EXACT_REFERENCES = ("SFT",)
 _SHOWN = ("reference", "start", "main")
 
 # The README's table: label, then folder, op, shape, variant and the family compared with.
@@ -183,7 +183,9 @@ def exact_flows(root: Path) -> str:
     lines, notes = [head], []
     for setting in found["settings"]:
         rows, corrected = {row["method"]: row for row in setting["rows"]}, _corrected(setting)
-        for name in (*EXACT_METHODS, found["baseline"], *EXACT_REFERENCES):
+        models = [name for name, row in rows.items() if row["group"] == "reference"]
+        teachers = [name for name in models if name != "Popularity"]
+        for name in (*EXACT_METHODS, found["baseline"], *EXACT_REFERENCES, *teachers):
             if name not in rows:
                 continue
             row = rows[name]

@@ -6,10 +6,14 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ._parsers import Commands, add_overrides, command
 
-__all__ = ["add_experiment"]
+if TYPE_CHECKING:
+    from ..runs import ExperimentSpec, Resources
+
+__all__ = ["add_experiment", "carry_out"]
 
 _EPILOG = """\
 examples:
@@ -18,7 +22,7 @@ examples:
   gflowgr experiment small --out runs/small --only '*/seed_42/*'
   gflowgr experiment small --out runs/small --rehearse  minutes, before the hours
   gflowgr experiment small --out runs/small --dry-run   what is done and what is left
-  gflowgr experiment small --out runs/small --report    the report of what is there
+  gflowgr experiment --out runs/small --report          the report of what is there
 
 A cell is one training with its evaluation, in a process and a folder of its own. The same command
 goes on where an earlier one stopped; given on several machines that share the folder, or twice on
@@ -49,6 +53,11 @@ def add_experiment(commands: Commands) -> None:
         help="only four steps of every cell, in FOLDER/rehearsal: does anything fail?",
     )
     parser.add_argument("--report", action="store_true", help="write the report; run nothing")
+    parser.add_argument(
+        "--publish",
+        metavar="FOLDER",
+        help="copy what the report is made from, and write it there; run nothing",
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=_experiment)
 
@@ -60,20 +69,25 @@ def _experiment(args: argparse.Namespace) -> int:
         Resources,
         cell_states,
         rehearsal_of,
-        run_experiment,
         select_cells,
         shipped_specs,
     )
-    from ..runs.report import write_report
+    from ..runs.publish import publish
 
     if args.list:
         for name, path in shipped_specs().items():
             print(f"{name:<16}{ExperimentSpec.title_of(path)}")
         return 0
-    for name in ("spec", "out"):
+    run_nothing = args.report or args.publish
+    for name in ("out",) if run_nothing else ("spec", "out"):
         if getattr(args, name) is None:
             raise ConfigError(f"{'--out' if name == 'out' else 'SPEC'} is missing; see --help")
     out = Path(args.out)
+    if run_nothing:
+        if args.publish:
+            publish(out, Path(args.publish))
+        _report(Path(args.publish or out))
+        return 0
     spec = ExperimentSpec.load(args.spec, args.overrides)
     if args.rehearse:
         spec, out = rehearsal_of(spec), out / "rehearsal"
@@ -83,17 +97,34 @@ def _experiment(args: argparse.Namespace) -> int:
             print(f"{state:<8}{cell}")
         print(", ".join(f"{count} {state}" for state, count in Counter(states.values()).items()))
         return 0
-    if not args.report:
-        resources = Resources.of_machine(args.workers, args.threads)
-        outcome = run_experiment(
-            spec, out, resources, only=args.only, say=_say, progress=not args.no_progress
-        )
-    path, summary = write_report(out)
-    print(f"\n{summary}\n\nReport: {path} and {path.with_suffix('.html').name}")
-    if not args.report and outcome.failed:
+    resources = Resources.of_machine(args.workers, args.threads)
+    return carry_out(spec, out, resources, only=args.only, progress=not args.no_progress)
+
+
+def carry_out(
+    spec: ExperimentSpec,
+    out: Path,
+    resources: Resources,
+    *,
+    only: str | None = None,
+    progress: bool = True,
+) -> int:
+    """Run an experiment, write and show its report; the exit status."""
+    from ..runs import run_experiment
+
+    outcome = run_experiment(spec, out, resources, only=only, say=_say, progress=progress)
+    _report(out)
+    if outcome.failed:
         print(f"gflowgr: failed: {outcome.message}", file=sys.stderr)
         return 1
     return 0
+
+
+def _report(out: Path) -> None:
+    from ..runs.report import write_report
+
+    path, summary = write_report(out)
+    print(f"\n{summary}\n\nReport: {path} and {path.with_suffix('.html').name}")
 
 
 def _say(text: str) -> None:

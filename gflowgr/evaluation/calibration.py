@@ -15,15 +15,17 @@ from gflowgr.collaborative.base import CollaborativeModel
 from gflowgr.data import Split, pad_histories
 from gflowgr.decoding import flow_calibration, item_logprobs
 from gflowgr.decoding.calibration import log_group_size
+from gflowgr.evaluation.first_level import FirstLevel, first_level
 from gflowgr.models.gflow_model import GFlowModel
 from gflowgr.models.prompts import prompt_tokens
 from gflowgr.progress import progress_bar
-from gflowgr.rewards import BehaviourAwareReward, SignalContext
+from gflowgr.rewards import BehaviourAwareReward, CatalogueReward, SignalContext
 
 __all__ = ["Calibration", "catalogue_flow", "catalogue_log_reward", "measure_calibration"]
 
 _BATCH = 16
 _DIGITS = 4
+_FIRST_LEVEL_USERS = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Calibration:
         log_p: log P of a random sample of (user, item) pairs, in nats, minus the user's mean over
             the catalogue; 4 decimals.
         log_r: log R of the same pairs, likewise.
+        first_level: policies over the first token, of the first few of the users.
     """
 
     users: int
@@ -45,6 +48,7 @@ class Calibration:
     spearman: float | None
     log_p: list[float]
     log_r: list[float]
+    first_level: FirstLevel
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -54,7 +58,7 @@ class Calibration:
 def measure_calibration(
     model: GFlowModel,
     split: Split,
-    reward: BehaviourAwareReward,
+    reward: BehaviourAwareReward | CatalogueReward,
     collaborative: CollaborativeModel | None,
     *,
     which: str = "test",
@@ -72,8 +76,8 @@ def measure_calibration(
     Args:
         model: any generator, trained by supervision or a flow objective.
         split: data and histories; the held-out item is the reward's positive.
-        reward: R, of signals that do not depend on the generator.
-        collaborative: what ``r_yhat`` is computed from.
+        reward: R, of signals that do not depend on the generator, or of the collaborative scores.
+        collaborative: what ``r_yhat``, or the latter, is computed from.
         which: "valid" or "test".
         users: size of the random subset of users; all if there are fewer.
         points: largest sample of (user, item) pairs.
@@ -82,16 +86,19 @@ def measure_calibration(
 
     Raises:
         ValueError: ``users`` or ``points`` below 1; ``r_yhat`` without a collaborative model, which
-            would be 0 throughout; ``r_generation``, which would make the reward the model's own.
+            would be 0 throughout, or a reward of its scores; ``r_generation``, which would make the
+            reward the model's own.
     """
     for name, number in (("users", users), ("points", points)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1; got {number}")
-    if collaborative is None and "r_yhat" in reward.names:
-        raise ValueError("collaborative is None, but the reward has the signal 'r_yhat'")
-    if "r_generation" in reward.names:
+    names = reward.signals if isinstance(reward, CatalogueReward) else reward.names
+    scored = {"r_yhat", "r_cm"}.intersection(names)
+    if collaborative is None and scored:
+        raise ValueError(f"collaborative is None, but the reward has the signal {min(scored)!r}")
+    if "r_generation" in names:
         raise ValueError(
-            f"reward has the signals {reward.names}; 'r_generation' is the model's own probability"
+            f"reward has the signals {names}; 'r_generation' is the model's own probability"
         )
     everyone = len(split.eval_users(which))
     if everyone == 0:
@@ -122,6 +129,12 @@ def measure_calibration(
         spearman=_mean(measured.spearman),
         log_p=sampled(log_p),
         log_r=sampled(log_r),
+        first_level=first_level(
+            split.eval_users(which)[rows[:_FIRST_LEVEL_USERS]].tolist(),
+            log_p[:_FIRST_LEVEL_USERS],
+            log_r[:_FIRST_LEVEL_USERS],
+            model.item_tokens()[:, 0].cpu(),
+        ),
     )
 
 
@@ -140,7 +153,7 @@ def _centred(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def catalogue_flow(
     model: GFlowModel,
-    reward: BehaviourAwareReward,
+    reward: BehaviourAwareReward | CatalogueReward,
     split: Split,
     which: str,
     rows: np.ndarray,
@@ -176,14 +189,17 @@ def catalogue_flow(
             normalize=model.settings.normalize,
         )
         scores = None if collaborative is None else collaborative.score(padded, None)
-        log_reward = catalogue_log_reward(
-            reward,
-            item_tokens,
-            torch.from_numpy(targets[chosen]).to(model.device),
-            torch.from_numpy(behaviours[chosen]).to(model.device),
-            None if scores is None else scores.to(model.device),
-            log_probs,
+        scores = None if scores is None else scores.to(model.device)
+        observed, codes = (
+            torch.from_numpy(each[chosen]).to(model.device) for each in (targets, behaviours)
         )
+        if isinstance(reward, CatalogueReward):
+            assert scores is not None
+            log_reward = reward(scores, padded, observed, reward.target_values(codes))
+        else:
+            log_reward = catalogue_log_reward(
+                reward, item_tokens, observed, codes, scores, log_probs
+            )
         yield (log_probs - sharing).cpu(), log_reward.cpu()
 
 

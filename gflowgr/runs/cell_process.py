@@ -14,8 +14,10 @@ import torch
 
 from .. import files
 from ..evaluation import analyse, measure_calibration
-from ..rewards import BehaviourAwareReward, make_signals
+from ..rewards import BehaviourAwareReward, CatalogueReward, make_signals
+from ..training.cross_fitting import calibrate_temperature
 from .cells import BUSY, Cell, locked
+from .config import ConfigError
 from .processes import quiet_transformers
 from .stages import Console
 from .work import CellInputs, CellWork, prepare_inputs, run_cell
@@ -67,8 +69,19 @@ def analyse_cell(
         files.write_json(out / folder / "analysis.json", analysis.to_dict(), indent=None)
 
 
-def _common_reward(cell: Cell, inputs: CellInputs) -> BehaviourAwareReward:
+def _common_reward(cell: Cell, inputs: CellInputs) -> BehaviourAwareReward | CatalogueReward:
     """The reward of all methods' calibration, independent of their training."""
+    if cell.config.evaluation.calibration == "scores":
+        if inputs.collaborative is None:
+            raise ConfigError(
+                "evaluation.calibration must be 'signals' without a collaborative model; got "
+                "'scores'"
+            )
+        seen = cell.config.flow.seen_items
+        found = calibrate_temperature(
+            inputs.collaborative, inputs.split, seen=seen, seed=cell.config.seed
+        )
+        return CatalogueReward(temperature=found.temperature, seen=seen)
     names = ["r_a", "r_yhat", "r_sim"] if inputs.collaborative is not None else ["r_a", "r_sim"]
     signals = make_signals(
         names,

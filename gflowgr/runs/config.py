@@ -173,6 +173,9 @@ class EvaluationConfig:
         mask_seen: leave the user's history out of the recommendations, which is the fair rule for
             data in which nobody comes back to an item; ``"both"``: report both rules.
         ks: lengths k of the lists that R@k and N@k are measured at; 10 is one of them.
+        calibration: which reward, the same for all methods, generators are compared with:
+            ``"signals"``: the sum of r_a, r_yhat and r_sim; ``"scores"``: the collaborative model's
+            softmax, its temperature by the likelihood of validation items.
         max_users: evaluate a fixed random subset of the test users only.
         examples: users whose recommendations the report shows.
     """
@@ -180,6 +183,7 @@ class EvaluationConfig:
     num_beams: int = 20
     collision: Literal["item", "string"] = "item"
     mask_seen: bool | Literal["both"] = False
+    calibration: Literal["signals", "scores"] = "signals"
     ks: list[int] = field(default_factory=lambda: [5, 10])
     max_users: int | None = None
     examples: int = 3

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..evaluation.first_level import FirstLevel
 from ..report import plots
 from ..report.plots import GREY, Logs, Styles
 from .results import CellResult
@@ -33,9 +34,11 @@ __all__ = [
     "plot_cpu_curves",
     "plot_curves",
     "plot_difficulty",
+    "plot_first_level",
     "plot_grid",
     "plot_points",
     "plot_rewards",
+    "validation_over_cpu",
 ]
 
 LOSSES = {
@@ -325,6 +328,37 @@ def plot_difficulty(logs: Mapping[str, Logs], path: Path, styles: Styles) -> boo
     label = "score quantile of sampled items\n(0 easiest, 1 hardest)"
     plots.frame(axes, x="optimiser step", y=label)
     plots.legend_above(figure, [axes], 2)
+    return plots.save(figure, path)
+
+
+def plot_first_level(levels: Mapping[str, FirstLevel], path: Path, styles: Styles) -> bool:
+    """P(first token | prompt), a panel per user: the exact flows' policy grey, a line per method.
+
+    Tokens stand in the order of the target policy, the most probable first.
+
+    Args:
+        levels: of each method, of the same users and tokens.
+        path: of the PNG.
+        styles: of the methods.
+    """
+    if not levels:
+        return False
+    first = next(iter(levels.values()))
+    figure, all_axes = plots.panels(len(first.users), 4.6, 2.7, columns=2)
+    for row, (axes, user) in enumerate(zip(all_axes, first.users, strict=True)):
+        target = np.asarray(first.target[row])
+        order = np.argsort(-target, kind="stable")
+        places = np.arange(1, len(order) + 1)
+        axes.fill_between(
+            places, target[order], step="mid", color=GREY, alpha=0.6, label="exact flows", lw=0
+        )
+        for name, level in levels.items():
+            values = np.asarray(level.model[row])[order]
+            axes.plot(places, values, ".-", markersize=3, linewidth=0.9, label=name, **styles[name])
+        y = "P(first token)" if row % 2 == 0 else ""
+        plots.frame(axes, title=f"user {user}", x="first tokens, by the target", y=y)
+        axes.set_ylim(bottom=0)
+    plots.legend_above(figure, all_axes[:1], 4)
     return plots.save(figure, path)
 
 

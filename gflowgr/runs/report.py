@@ -26,6 +26,7 @@ from ..report.plots import Styles, method_styles
 from ..report.tables import TableRow, format_table
 from . import figures
 from .cells import alone
+from .publish import without_places
 from .results import GRID, MAIN, REFERENCE, START, ExperimentResults, read_results
 from .setting_section import MAIN_GROUPS, picture, setting_section, short_rules
 from .statistics import STATISTICS_RULES
@@ -34,7 +35,6 @@ from .tables import grid_table
 
 __all__ = ["write_report"]
 
-_PLACES = ("path", "embeddings", "output_dir")
 _COLUMNS = (
     "dataset", "identifiers", "seed", "method", "group", "of", "key", "value", "kind", "quantity",
     "number",
@@ -237,7 +237,7 @@ def _facts(results: ExperimentResults) -> dict[str, Any]:
         "versions": _versions(),
         "machine": machine_summary(),
         "statistics": STATISTICS_RULES,
-        "base": _without_places(results.base),
+        "base": without_places(results.base),
         "missing": [vars(cell) for cell in results.missing],
     }
 
@@ -247,17 +247,6 @@ def _versions() -> dict[str, str]:
     for name in ("torch", "transformers", "numpy"):
         found[name] = importlib.metadata.version(name)
     return found
-
-
-def _without_places(values: Any, key: str = "") -> Any:
-    """A configuration to pass on: of paths, the names alone."""
-    if isinstance(values, dict):
-        return {name: _without_places(value, name) for name, value in values.items()}
-    if isinstance(values, list):
-        return [_without_places(value) for value in values]
-    if isinstance(values, str) and (key in _PLACES or Path(values).is_absolute()):
-        return Path(values).name
-    return values
 
 
 def _csv(results: ExperimentResults, settings: list[Setting]) -> str:

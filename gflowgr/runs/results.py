@@ -20,11 +20,13 @@ import numpy as np
 from .. import files
 from ..errors import DataError
 from ..evaluation.analysis import UserGroup
+from ..evaluation.first_level import FirstLevel
 from .config import collaborative_names
 from .stages import MASKED, collaborative_cpu_seconds
 from .statistics import per_user, ranking_metrics
 
 __all__ = [
+    "EXPERIMENT",
     "Analysis",
     "CellResult",
     "ExperimentResults",
@@ -34,6 +36,8 @@ __all__ = [
 ]
 
 REFERENCE, START, MAIN, GRID, ABLATION = "reference", "start", "main", "grid", "ablation"
+EXPERIMENT = "experiment.json"
+"""The description of the experiment, in its folder."""
 _DONE = "done.json"
 
 
@@ -89,6 +93,8 @@ class Analysis:
         spearman: the same of their ranks.
         log_p: float64 [m], sampled points of log P, centred per user.
         log_r: float64 [m], log R of the same points, centred per user.
+        first_level: policies over the first token, as of
+            :class:`~gflowgr.evaluation.first_level.FirstLevel`.
     """
 
     diversity: dict[str, float] = field(default_factory=dict)
@@ -97,6 +103,7 @@ class Analysis:
     spearman: float | None = None
     log_p: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
     log_r: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
+    first_level: FirstLevel | None = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +208,7 @@ def read_results(out: Path | str) -> ExperimentResults:
             message names the file.
     """
     out = Path(out)
-    path = out / "experiment.json"
+    path = out / EXPERIMENT
     facts = _read_json(path, dict)
     try:
         datasets = {
@@ -376,11 +383,13 @@ def _analysis(path: Path, metrics: Mapping[str, float]) -> Analysis:
         points = [np.asarray(found.get(key, []), np.float64) for key in ("log_p", "log_r")]
         correlations = [found.get(key) for key in ("pearson", "spearman")]
         pearson, spearman = (None if each is None else float(each) for each in correlations)
+        level = found.get("first_level")
+        policies = None if level is None else FirstLevel(**level)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not an analysis: {type(error).__name__} {error}") from error
     if points[0].shape != points[1].shape or points[0].ndim != 1:
         raise DataError(f"{path}: log_p and log_r must be lists of equal length")
-    return Analysis(diversity, breakdown, pearson, spearman, *points)
+    return Analysis(diversity, breakdown, pearson, spearman, *points, policies)
 
 
 def _read_json(path: Path, expect: type) -> Any:

@@ -30,8 +30,10 @@ from . import figures
 from .config import RunConfig
 from .figures import Point
 from .processes import is_first_process, working_alone
-from .run import RunResult, run
-from .statistics import METRICS
+from .run import RunResult, TableEntry, run
+from .statistics import METRICS, STATISTICS_RULES, compare, ranking_metrics
+from .summary import Comparison
+from .tables import difference_tables
 
 __all__ = ["Example", "Report", "example_recommendations", "run_and_report", "write_report"]
 
@@ -69,6 +71,8 @@ class Report:
         examples: see :func:`example_recommendations`.
         caveats: what the reader must know to judge the numbers, one sentence each.
         references: rows from elsewhere, shown in a table of their own (their note says where from).
+        differences: tables of differences between the rows.
+        cpu_before: CPU seconds of the trainings that each stage needs.
     """
 
     title: str
@@ -79,6 +83,8 @@ class Report:
     examples: Sequence[Example] = ()
     caveats: Sequence[str] = ()
     references: Sequence[TableRow] = ()
+    differences: Sequence[Table] = ()
+    cpu_before: Mapping[str, float] = field(default_factory=dict)
 
 
 def run_and_report(
@@ -174,7 +180,34 @@ def _report(result: RunResult, rows: list[TableRow], rules: dict[str, str]) -> R
             seed=config.seed,
         ),
         caveats=config.caveats,
+        differences=_differences(result.rows),
+        cpu_before={
+            entry.name: entry.training.get("cpu_seconds_before", 0.0) for entry in result.rows
+        },
     )
+
+
+def _differences(rows: Sequence[TableEntry]) -> list[Table]:
+    """Differences to continued SFT (to SFT, where there is none) and to the recommender of items.
+
+    Corrected table by table, see :data:`~gflowgr.runs.statistics.STATISTICS_RULES`.
+    """
+    ranks = {entry.name: {0: entry.evaluation.ranks} for entry in rows}
+    trained = [entry.name for entry in rows if entry.training]
+    items = [entry.name for entry in rows if not entry.training and entry.name != "Popularity"]
+    baseline = "SFT continued" if "SFT continued" in trained else "SFT"
+    metrics = ranking_metrics(rows[0].evaluation.metrics)
+    tables = []
+    for against, names in ((baseline, list(ranks)), *((name, trained) for name in items)):
+        pairs = {(name, against): against for name in names if name != against}
+        found = [
+            (pair[0], Comparison(against, seeds, differences))
+            for pair, (seeds, differences) in compare(ranks, pairs, metrics).items()
+        ]
+        if found:
+            notes = [(key, STATISTICS_RULES[key]) for key in ("Interval", "p", "Holm")]
+            tables += difference_tables(f"Less {against}", found, notes)
+    return tables
 
 
 def _data_folder(result: RunResult) -> str:
@@ -289,6 +322,7 @@ def write_report(folder: str | Path, report: Report) -> Path:
         results.append(Paragraph("Numbers from elsewhere (not measured here):"))
         results.append(results_table(report.references))
     sections = [Section("Results", results)]
+    results += report.differences
     if report.caveats:
         caveats = Bullets([("", text) for text in report.caveats])
         sections.append(Section("Read this first", [caveats]))
@@ -316,6 +350,10 @@ def _draw(report: Report, folder: Path) -> list[Section]:
     losses = figures.LOSSES | {"loss": "training loss (nats)"}
     plots: dict[str, tuple[str, Callable[[Path], bool]]] = {
         "metrics": ("Ranking metrics", lambda path: _plot_metrics(report.rows, path, styles)),
+        "cpu": (
+            "Validation over CPU time",
+            lambda path: figures.plot_cpu_curves(_cpu_curves(report), path, styles),
+        ),
         "validation": (
             "Validation while training",
             lambda path: _plot_validation(stages, path, styles),
@@ -342,6 +380,14 @@ def _draw(report: Report, folder: Path) -> list[Section]:
         else:
             path.unlink(missing_ok=True)
     return drawn
+
+
+def _cpu_curves(report: Report) -> dict[str, np.ndarray]:
+    curves = {}
+    for name, logs in report.stages.items():
+        points = figures.validation_over_cpu(logs, report.cpu_before.get(name, 0.0))
+        curves[name] = np.array(list(points.values()), np.float64).reshape(-1, 2)
+    return curves
 
 
 def _plot_validation(stages: Mapping[str, Logs], path: Path, styles: Styles) -> bool:

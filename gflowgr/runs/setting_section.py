@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from ..report.document import Block, Bullets, Paragraph, Picture, Section
 from ..report.plots import Styles
@@ -309,7 +311,26 @@ class _Setting:
                 "; ".join(f"{name}: {text}" for name, text in entries),
                 lambda path: figures.plot_calibration(points, path, self.styles),
             ),
+            *self._first_level(cells),
         ]
+
+    def _first_level(self, cells: Mapping[str, CellResult]) -> list[Block]:
+        found = {name: cell.analysis.first_level for name, cell in cells.items()}
+        levels = {name: level for name, level in found.items() if level is not None}
+        if not levels:
+            return []
+        gaps = {
+            name: 0.5 * np.abs(np.subtract(level.target, level.model)).sum(axis=1).mean()
+            for name, level in levels.items()
+        }
+        alt = "; ".join(f"{name} {gap:.3f}" for name, gap in gaps.items())
+        return self._figure(
+            "first_level",
+            "The tree's first level: the policy of the exact flows of the common reward, and each "
+            f"model's, for a few users (mean total variation: {alt})",
+            f"probability of first tokens for a few users; total variation from the target: {alt}",
+            lambda path: figures.plot_first_level(levels, path, self.styles),
+        )
 
     def _cells_of_one_seed(self) -> dict[str, CellResult]:
         """The start and main methods of the first of the seeds that have most of them."""

@@ -14,7 +14,7 @@ from gflowgr import PrefixTree
 from gflowgr.data import pad_histories
 from gflowgr.evaluation import Calibration, measure_calibration
 from gflowgr.models import GFlowModel, prompt_tokens
-from gflowgr.rewards import BehaviourAwareReward, make_signals
+from gflowgr.rewards import BehaviourAwareReward, CatalogueReward, make_signals
 
 SIGNALS = ["r_a", "r_yhat", "r_sim"]
 
@@ -54,6 +54,29 @@ def plain_flow(model: GFlowModel, row: int) -> tuple[np.ndarray, np.ndarray]:
     r_a[target] = float(level._table[behaviour])  # type: ignore[attr-defined]
     log_r = (r_a + r_yhat + r_sim).log()
     return (log_p - torch.tensor(sharing).log()).numpy(), log_r.numpy()
+
+
+def test_the_first_level_has_the_sums_of_policy_and_reward() -> None:
+    model = make_model()
+    scored = CatalogueReward(temperature=0.7)
+    found = measure_calibration(
+        model, shop(), scored, make_scorer(), users=5, points=300, progress=False
+    ).first_level
+    rows = np.sort(np.random.default_rng(42).choice(len(shop().eval_users("test")), 5, False))[:4]
+    assert found.users == shop().eval_users("test")[rows].tolist()
+    first = model.item_tokens()[:, 0].numpy()
+    assert found.tokens == sorted(set(first.tolist()))
+    for place, row in enumerate(rows):
+        history = pad_histories([shop().histories("test")[row]], max_length=MAX_HISTORY)
+        scores = make_scorer().score(history, None).double() / 0.7
+        scores[0, history[history >= 0]] = -torch.inf
+        target, log_p = scores[0].softmax(0).numpy(), plain_flow(model, int(row))[0]
+        for at, token in enumerate(found.tokens):
+            under = first == token
+            assert found.target[place][at] == pytest.approx(target[under].sum(), abs=2e-5)
+            assert found.model[place][at] == pytest.approx(np.exp(log_p[under]).sum(), abs=2e-5)
+    with pytest.raises(ValueError, match="'r_cm'"):
+        measure_calibration(model, shop(), scored, None, users=5, progress=False)
 
 
 def sharing_identifiers(model: GFlowModel) -> GFlowModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import runpy
@@ -11,14 +12,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, wait
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from support.experiment_folder import BASELINE, FULL, METHODS, write_experiment
+from support.experiment_folder import BASELINE, FULL, METHODS, method, write_experiment
 
+from gflowgr.cli import main
 from gflowgr.runs.cells import alone
 from gflowgr.runs.report import write_report
 from gflowgr.runs.results import read_results
-from gflowgr.runs.summary import verdict
+from gflowgr.runs.summary import Setting, summarise, verdict
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "docs" / "generate_results.py"
@@ -99,6 +103,8 @@ def test_tables_have_the_means_spread_and_differences(out: Path) -> None:
     # 12 CPU seconds of its own, 9 before; the report's first figure is over that time.
     assert rows[FULL]["training"]["cpu_seconds_in_all"]["mean"] == pytest.approx(21)
     assert re.search(rf"{FULL} 0\.204\d within 21 CPU seconds", text)
+    # Half of the sum of |0.5 - 0.395| and |0.2 - 0.305|.
+    assert re.search(rf"mean total variation: SFT 0\.065.*{FULL} 0\.105", text)
     assert text.index("Validation over CPU time") < text.index("### Results")
     assert (
         text.count("**Seen items**: not masked") >= 6
@@ -226,6 +232,28 @@ def test_the_verdict_follows_its_rule() -> None:
     assert verdict({}, "X") == ""
 
 
+def test_a_published_copy_has_the_same_report(tmp_path: Path) -> None:
+    methods = [each for each in METHODS if each["group"] == "main"]
+    datasets = {"Beauty": ["letter"], "Yelp": ["letter"]}
+    out = write_experiment(tmp_path / "out", datasets=datasets, seeds=(42,), methods=methods)
+    (out / "Yelp/seed_42/letter/gflowgr-tb/evaluation/analysis.json").unlink()  # not done yet
+    copy = tmp_path / "exact_flows"
+    assert main(["experiment", "--out", str(out), "--publish", str(copy)]) == 0
+    assert not list(copy.rglob("items.npy"))
+    assert np.load(copy / "Beauty/seed_42/letter/s-dpo/evaluation/ranks.npy").dtype == np.int8
+    assert "/secret" not in (copy / "experiment.json").read_text()
+    first = json.loads((copy / "results.json").read_text())
+    assert main(["experiment", "--out", str(copy), "--report"]) == 0
+    again = json.loads((copy / "results.json").read_text())
+    assert again["settings"] == first["settings"]
+    original = [settings_of(each) for each in summarise(read_results(out))]
+    assert [settings_of(each) for each in summarise(read_results(copy))] == original
+
+
+def settings_of(setting: Setting) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(setting)))
+
+
 def generate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
     with pytest.raises(SystemExit) as end:
@@ -235,6 +263,32 @@ def generate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_the_results_in_readme_and_docs_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generate(monkeypatch, "--check") == 0
+
+
+def test_the_readme_gets_the_exact_flows_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = [f"<!-- results exact_flows: {place} -->" for place in ("begin", "end")]
+    page = tmp_path / "README.md"
+    page.write_text(f"{marks[0]}\n{marks[1]}\n")
+    assert generate(monkeypatch, "--root", str(tmp_path)) == 0
+    assert "not committed yet" in page.read_text()
+    joint = method("Flow KL joint", 0.42)
+    folder = tmp_path / "benchmarks" / "results" / "exact_flows"
+    datasets = {"Beauty": ["letter"], "Yelp": ["letter"]}
+    methods = [method(BASELINE, 0.27), joint]
+    write_experiment(folder, datasets=datasets, seeds=(42,), methods=methods)
+    (folder / "Yelp/seed_42/letter/sft_continued/evaluation/analysis.json").unlink()
+    write_report(folder)
+    assert generate(monkeypatch, "--root", str(tmp_path)) == 0
+    text = page.read_text()
+    (beauty, yelp) = (line for line in text.splitlines() if "Flow KL joint" in line)
+    assert re.fullmatch(
+        r"\| Beauty \| Flow KL joint, 1 seed \|( 0\.\d{4} \|){4} 17 \| 0\.00\d \|", beauty
+    )
+    assert yelp.endswith("| 17 |  |")  # no control there yet
+    assert "against SFT continued" in text
+    assert "1 results of the experiment are missing" in text
 
 
 def test_the_results_page_gets_the_main_tables(

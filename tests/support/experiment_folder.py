@@ -153,6 +153,10 @@ def write_evaluation(
         log_p = chance * log_r + rng.normal(size=300)
         values = {"log_p": log_p.round(4).tolist(), "log_r": log_r.round(4).tolist()}
         calibration = {"users": 8, "pearson": chance, "spearman": chance / 2} | values
+        level = {"users": [3, 5], "tokens": [4, 6, 9], "target": [[0.5, 0.3, 0.2]] * 2}
+        calibration["first_level"] = level | {
+            "model": [[0.5 - chance / 4, 0.3, 0.2 + chance / 4]] * 2
+        }
     analysis = {
         "diversity": diversity,
         "breakdown": {"Popularity of the target (made up)": groups},
