@@ -9,6 +9,7 @@ extras that there are; those after ``<!-- run -->`` run. A block that none of th
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -197,6 +198,18 @@ def parse_docker(words: list[str]) -> None:
         parse_gflowgr(words[words.index("gflowgr") + 1 :])
 
 
+def parse_curl(words: list[str]) -> None:
+    """The endpoint is there and the body is JSON; tests/serving/test_http.py sends them."""
+    source = (ROOT / "gflowgr" / "serving" / "http_api.py").read_text()
+    paths = re.findall(r'@app\.[a-z]+\("([^"]+)"', source)
+    patterns = [re.sub(r"\\{[^}]*\\}", "[^/]+", re.escape(path)) for path in paths]
+    (address,) = [word for word in words if word.startswith("localhost:8000/")]
+    path = address.removeprefix("localhost:8000")
+    assert any(re.fullmatch(pattern, path) for pattern in patterns), path
+    if "--json" in words:
+        json.loads(words[words.index("--json") + 1])
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "gflowgr": parse_gflowgr,
     "torchrun": parse_torchrun,
@@ -206,6 +219,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "uv": parse_uv,
     "conda": parse_conda,
     "docker": parse_docker,
+    "curl": parse_curl,
     "pre-commit": lambda words: None,
 }
 

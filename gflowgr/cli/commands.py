@@ -10,6 +10,7 @@ from .identifiers import add_identifiers
 from .info import add_info
 from .recommend import add_recommend
 from .runs import add_quickstart, add_train
+from .serve import add_serve
 
 __all__ = ["COMMANDS"]
 
@@ -19,6 +20,7 @@ COMMANDS = (
     add_experiment,
     add_evaluate,
     add_recommend,
+    add_serve,
     add_data,
     add_identifiers,
     add_info,

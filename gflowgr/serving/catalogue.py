@@ -98,6 +98,12 @@ class Catalogue:
         return tokens
 
     @cached_property
+    def beginnings(self) -> Tensor:
+        """The first two tokens of identifiers, each pair once [pairs, 2], padded with -1."""
+        identifiers = self.tree.identifiers(self.tree.item_ids)
+        return identifiers[:, :2].unique(dim=0).cpu()
+
+    @cached_property
     def available(self) -> npt.NDArray[np.bool_]:
         """Whether each item of the tree may be recommended [tree.num_items]."""
         mask = np.ones(self.tree.num_items, dtype=np.bool_)

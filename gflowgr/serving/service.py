@@ -14,13 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import shown
+from ..evaluation.generative import GenerativeRecommender
 from ..models.gflow_model import GFlowModel
+from ..tree import PrefixTree
 from .catalogue import Catalogue
 from .journal import Journal
 from .load import load_for
 from .requests import Change, Recommend, RequestError, SwapModel
 
 __all__ = ["Service"]
+
+_BEGINNINGS = 256
+"""Beginnings of identifiers that are looked for."""
 
 Search = tuple[int, tuple[int, ...] | None]
 """What the requests of one search share: beams, and the only items that may come back."""
@@ -135,6 +140,49 @@ class Service:
         if row is None:
             raise RequestError("user", f"user must be one of the dataset; got {shown(user)}")
         return self.dataset.sequences.row(row).astype(np.int64)
+
+    def beginnings(self, request: Recommend) -> dict[str, Any]:
+        """The history of a request, and where the model's probability goes in the tree.
+
+        Returns:
+            ``history`` (id and title of each item), and ``beginnings``: the most probable first two
+            codes of identifiers, each with its ``codes`` and ``probability``, normalised over the
+            children of each node: they sum to 1 over all beginnings that there are.
+
+        Raises:
+            RequestError: an id that no item has, no such user, neither of them.
+        """
+        catalogue = self.catalogue()
+        history = self._find(catalogue, 0, request).history
+        tokens = catalogue.beginnings
+        search = GenerativeRecommender(
+            catalogue.model,
+            num_beams=min(len(tokens), _BEGINNINGS),
+            normalize="children",
+            tree=PrefixTree.from_identifiers(tokens).to(catalogue.model.device),
+            item_tokens=catalogue.item_tokens,
+        )
+        found, log_p = search.recommend([history], search.num_beams)
+        offsets = catalogue.model.vocabulary.level_offsets
+        return {
+            "history": [
+                {"id": catalogue.ids[item], "title": catalogue.titles[item]}
+                for item in history.tolist()
+            ],
+            "beginnings": [
+                {
+                    "codes": [
+                        token - offset
+                        for token, offset in zip(tokens[row].tolist(), offsets, strict=False)
+                        if token >= offset
+                    ],
+                    "probability": math.exp(score),
+                }
+                for row, score in zip(found[0].tolist(), log_p[0].tolist(), strict=True)
+                if row >= 0
+            ],
+            "version": catalogue.version,
+        }
 
     @cached_property
     def _rows(self) -> dict[str, int]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.served_shop import free_identifiers, serve, write_folders
 from support.tiny_shop import make_model, shop
 
-from gflowgr.data import save_dataset
 from gflowgr.errors import DataError
 from gflowgr.evaluation.generative import GenerativeRecommender
 from gflowgr.serving.requests import (
@@ -31,35 +30,12 @@ from gflowgr.serving.service import Service
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The dataset, and two models of it, of other weights."""
-    root = tmp_path_factory.mktemp("served")
-    save_dataset(replace(shop().dataset, indexes={}), root / "data")
-    for seed in (0, 1):
-        make_model(objective="sft", seed=seed).save_pretrained(root / f"model{seed}")
-    return {name: str(root / name) for name in ("data", "model0", "model1")}
-
-
-def serve(folders: dict[str, str], state: Path) -> Service:
-    return Service(folders["model0"], folders["data"], str(state), num_beams=8)
+    return write_folders(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture
 def service(folders: dict[str, str], tmp_path: Path) -> Service:
     return serve(folders, tmp_path / "state")
-
-
-def free_identifiers(count: int) -> list[tuple[int, ...]]:
-    """Identifiers that no item has: other last codes under prefixes that there are."""
-    model = make_model(objective="sft")
-    vocabulary, tokens = model.vocabulary, model.item_tokens().numpy()
-    codes = tokens - np.array(vocabulary.level_offsets)
-    taken = set(map(tuple, codes.tolist()))
-    found = [
-        (*row[:-1], last)
-        for row in sorted({tuple(row) for row in codes.tolist()})
-        for last in range(vocabulary.codebook_sizes[-1])
-        if (*row[:-1], last) not in taken
-    ]
-    return list(dict.fromkeys(found))[:count]
 
 
 def answer(service: Service, **request: Any) -> dict[str, Any]:
@@ -113,7 +89,7 @@ def test_a_batch_gives_each_request_what_the_offline_search_gives(service: Servi
 
 
 def test_an_added_item_is_recommended_removed_and_added_again(service: Service) -> None:
-    one, other = free_identifiers(2)
+    one, other = free_identifiers()[:2]
     service.change(Add("new", one, "A new thing"), "me")
     assert everything(service) == {*range(200), "new"}
     assert answer(service, history=("new", 3))["items"]
@@ -148,7 +124,7 @@ def test_another_model_answers_with_the_changed_catalogue(
     service: Service, folders: dict[str, str]
 ) -> None:
     before = answer(service, history=(3, 4), k=8)["items"]
-    service.change(Add("new", free_identifiers(1)[0]), "me")
+    service.change(Add("new", free_identifiers()[0]), "me")
     service.change(Remove("5"), "me")
     service.change(SwapModel(folders["model1"]), "me")
     offline = GenerativeRecommender(make_model(objective="sft", seed=1).eval(), num_beams=8)
@@ -194,12 +170,34 @@ def test_a_taken_identifier_is_shared_only_when_asked_for(service: Service) -> N
     assert found["scores"][0] == found["scores"][1]
 
 
+def test_the_beginnings_of_identifiers_have_the_probability_of_their_items(
+    service: Service,
+) -> None:
+    """The sum of P(identifier) below each pair of codes, all of them scored exactly."""
+    service.change(Remove("5"), "me")
+    found = service.beginnings(Recommend(history=(3, 5)))
+    assert [each["id"] for each in found["history"]] == [3, 5]
+    model, tree = service.catalogue().model, service.catalogue().tree
+    exact = GenerativeRecommender(model, num_beams=300, normalize="children", tree=tree)
+    items, scores = exact.recommend([np.array([3, 5])], 199)
+    codes = model.item_tokens().numpy() - np.array(model.vocabulary.level_offsets)
+    wanted: dict[tuple[int, ...], float] = {}
+    for leaf, score in dict(zip(tree.leaf_of(items[0]).tolist(), scores[0], strict=True)).items():
+        pair = tuple(codes[int(tree.items(leaf)[0]), :2].tolist())
+        wanted[pair] = wanted.get(pair, 0.0) + float(np.exp(score))
+    assert sum(wanted.values()) == pytest.approx(1, abs=1e-4)
+    got = {tuple(each["codes"]): each["probability"] for each in found["beginnings"]}
+    assert got.keys() == wanted.keys()
+    for pair, probability in wanted.items():
+        assert got[pair] == pytest.approx(probability, rel=1e-4)
+
+
 # ---- the journal ----
 
 
 def test_replicas_and_a_restart_have_every_change(folders: dict[str, str], tmp_path: Path) -> None:
     one, other = serve(folders, tmp_path), serve(folders, tmp_path)
-    first, second = free_identifiers(2)
+    first, second = free_identifiers()[:2]
     line = one.change(Add("new", first, "A new thing"), "10.0.0.1")
     assert everything(other) == {*range(200), "new"}
     other.change(Add("newer", second), "10.0.0.2")
@@ -218,7 +216,7 @@ def test_a_line_cut_short_is_no_change_and_a_damaged_one_is_named(
     folders: dict[str, str], tmp_path: Path
 ) -> None:
     service = serve(folders, tmp_path)
-    first, second = free_identifiers(2)
+    first, second = free_identifiers()[:2]
     service.change(Add("new", first), "me")
     path = tmp_path / "changes.jsonl"
     with path.open("ab") as handle:
@@ -239,7 +237,7 @@ def test_a_line_cut_short_is_no_change_and_a_damaged_one_is_named(
 def test_changes_and_requests_at_once_lose_nothing(folders: dict[str, str], tmp_path: Path) -> None:
     """Two replicas, each with a writer, while a reader never sees half a change."""
     services = [serve(folders, tmp_path), serve(folders, tmp_path)]
-    codes = free_identifiers(8)
+    codes = free_identifiers()[:8]
     seen: list[int] = []
 
     def write(which: int) -> None:

@@ -1,0 +1,51 @@
+"""``gflowgr serve``: one process that answers over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from ..files import regular_file
+from .http_api import ServerConfig, is_loopback, make_app
+from .service import Service
+
+__all__ = ["ServerConfig", "read_api_key", "serve"]
+
+
+def read_api_key(path: str | None) -> str | None:
+    """The key in the first line of a file; None without a file."""
+    if path is None:
+        return None
+    return regular_file(path).read_text(encoding="utf-8").strip()
+
+
+def serve(model: str, data: str, state: str, config: ServerConfig, *, num_beams: int) -> None:
+    """Answer requests until the process is told to end (SIGINT, SIGTERM).
+
+    Args:
+        model: the folder of a saved model.
+        data: the folder of its dataset.
+        state: the folder of the catalogue's journal; servers that share it are replicas.
+        config: address, key and batches.
+        num_beams: beams of the search.
+
+    Raises:
+        DataError: model, dataset and journal do not belong together.
+        OSError: the port cannot be listened on.
+    """
+    import uvicorn
+
+    service = Service(model, data, state, num_beams=num_beams)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="gflowgr: %(message)s")
+    logging.getLogger("gflowgr.serving").setLevel(logging.INFO)  # a line for each change
+    shown = f"[{config.host}]" if ":" in config.host else config.host
+    if is_loopback(config.host):
+        print(f"gflowgr: http://{shown}:{config.port}/ (page: /, interface: /docs)", flush=True)
+    uvicorn.run(
+        make_app(service, config),
+        host=config.host,
+        port=config.port,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,  # the journal's "by" is whom the socket says, not what a header says
+    )
