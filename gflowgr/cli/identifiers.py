@@ -1,4 +1,4 @@
-"""``gflowgr identifiers``: identifiers of items are made, checked and compared."""
+"""``gflowgr identifiers``: identifiers of items are made, extended, checked and compared."""
 
 from __future__ import annotations
 
@@ -39,6 +39,19 @@ example:
 INDEX is a file, or the NAME of index.NAME.json.gz in the dataset's folder. Where there are texts
 or --embeddings, and --cf-embeddings, the agreement with these spaces is measured."""
 
+_EXTEND = """\
+examples:
+  gflowgr identifiers extend FOLDER/index.mine.json.gz --embeddings new.npy \\
+      --output FOLDER/index.more.json.gz
+  gflowgr identifiers extend FOLDER/index.mine.json.gz --data MORE --encoder ENCODER \\
+      --output MORE/index.mine.json.gz
+
+INDEX must have been made by gflowgr identifiers make, which keeps the tokeniser beside it
+(tokeniser.NAME.safetensors). --embeddings has a row for each new item; of --data the items past
+the last one of INDEX are new. TF-IDF vectors are of one set of texts: they cannot be made for
+new items, so texts need --encoder. New items are numbered on; no old one gets another identifier,
+and only codes are used that the old ones use, so a trained model knows them all."""
+
 # As in `gflowgr.identifiers`, which is imported only when the command runs.
 METHODS = ("rqvae", "kmeans", "letter")
 COLLISIONS = ("reassign", "extra", "shared")
@@ -47,9 +60,12 @@ _TRAINING = ("steps", "hidden", "balanced", "device", "alignment", "diversity")
 
 def add_identifiers(commands: Commands) -> None:
     """Declare ``gflowgr identifiers``."""
-    parser = command(commands, "identifiers", "make, check and compare identifiers of items")
+    parser = command(
+        commands, "identifiers", "make, extend, check and compare identifiers of items"
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_make(actions)
+    _add_extend(actions)
     check = command(actions, "check", "check an index file, and measure its identifiers", _COMPARE)
     check.add_argument("index", nargs=1, metavar="INDEX", help="an index file, or its name")
     compare = command(actions, "compare", "measure several index files side by side", _COMPARE)
@@ -98,6 +114,23 @@ def _add_make(actions: Commands) -> None:
     parser.set_defaults(run=_make)
 
 
+def _add_extend(actions: Commands) -> None:
+    parser = command(actions, "extend", "code new items with a frozen tokeniser", _EXTEND)
+    parser.add_argument("index", metavar="INDEX", help="index.NAME.json.gz of the old items")
+    parser.add_argument("--output", required=True, metavar="FILE", help="index.NAME.json.gz")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add_argument("--data", metavar="FOLDER", help="a dataset with the new items' texts")
+    parser.add_argument(
+        "--fields", nargs="+", metavar="NAME", help="fields of the items' texts (default: all)"
+    )
+    parser.add_argument("--embeddings", metavar="FILE.npy", help="vectors of the new items")
+    parser.add_argument("--encoder", metavar="NAME", help="text encoder: a folder or hub model")
+    parser.add_argument(
+        "--allow-download", action="store_true", help="fetch a hub model that is not there"
+    )
+    parser.set_defaults(run=_extend)
+
+
 def _add_vectors(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FOLDER", help="the dataset")
     parser.add_argument(
@@ -120,13 +153,16 @@ def _add_vectors(parser: argparse.ArgumentParser) -> None:
 
 def _make(args: argparse.Namespace) -> int:
     from .. import files
-    from ..identifiers import from_codes, learn_codes, resolve_collisions, write_index
+    from ..identifiers import (
+        Tokeniser,
+        from_codes,
+        learn_codes,
+        resolve_collisions,
+        tokeniser_path,
+        write_index,
+    )
 
-    output = Path(args.output)
-    if not re.fullmatch(r"index\.[^/]+\.json\.gz", output.name):
-        raise ValueError(f"--output {output} must be named index.NAME.json.gz")
-    if output.exists() and not args.overwrite:
-        raise ValueError(f"--output {output} exists; give --overwrite to replace it")
+    output = _output(args)
     if args.data is None and args.embeddings is None:
         raise ValueError("give --data FOLDER (item texts) or --embeddings FILE.npy")
     if args.save_embeddings and args.embeddings:
@@ -157,6 +193,7 @@ def _make(args: argparse.Namespace) -> int:
         **training,
     )
     resolved = resolve_collisions(quantised, args.collisions)
+    Tokeniser.of(quantised, args.collisions).save(tokeniser_path(output))
     write_index(output, resolved)
     seconds = time.perf_counter() - start
     print(f"{args.method}: {len(vectors):,} items coded in {seconds:.0f} s")
@@ -167,6 +204,59 @@ def _make(args: argparse.Namespace) -> int:
     )
     print(f"\nwritten to {output}")
     return 0
+
+
+def _extend(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from .. import files
+    from ..identifiers import (
+        Tokeniser,
+        from_codes,
+        raw_codes,
+        read_index,
+        tokeniser_path,
+        write_index,
+    )
+
+    output = _output(args)
+    if args.embeddings is None and (args.data is None or args.encoder is None):
+        raise ValueError("give --embeddings FILE.npy, or --data FOLDER and --encoder NAME")
+    tokeniser = Tokeniser.load(tokeniser_path(args.index))
+    codes = raw_codes(read_index(args.index), args.index)
+    if args.embeddings is None:
+        vectors = _item_vectors(args, _dataset(args))
+        assert vectors is not None
+        if len(vectors) <= len(codes):
+            raise ValueError(
+                f"--data {args.data} must have more than the {len(codes):,} items of {args.index}; "
+                f"got {len(vectors):,}"
+            )
+        vectors = vectors[len(codes) :]
+    else:
+        vectors = _load_vectors(args.embeddings, "--embeddings", None)
+        assert vectors is not None
+    files.ensure_writable(output.parent)
+    new = tokeniser.extend(codes, vectors)
+    whole = np.concatenate([codes, new])
+    tokeniser.save(tokeniser_path(output))
+    write_index(output, whole)
+    print(
+        f"{len(new):,} new items, after {len(codes):,}; their codes as a trained model counts them:"
+    )
+    for item, row in enumerate(from_codes(whole).codes[len(codes) :].tolist(), len(codes)):
+        print(f"  {item}  {row}")
+    print(f"written to {output}")
+    return 0
+
+
+def _output(args: argparse.Namespace) -> Path:
+    output = Path(args.output)
+    if not re.fullmatch(r"index\.[^/]+\.json\.gz", output.name):
+        raise ValueError(f"--output {output} must be named index.NAME.json.gz")
+    if output.exists() and not args.overwrite:
+        raise ValueError(f"--output {output} exists; give --overwrite to replace it")
+    return output
 
 
 def _compare(args: argparse.Namespace) -> int:

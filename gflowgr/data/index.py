@@ -158,6 +158,30 @@ def from_codes(codes: np.ndarray) -> Identifiers:
     return Identifiers(ranks, level_tokens)
 
 
+def raw_codes(identifiers: Identifiers, where: object) -> np.ndarray:
+    """The numbers in tokens such as ``<a_17>``, int32 [items, L]; :func:`from_codes` backwards.
+
+    Args:
+        identifiers: whose tokens have this form.
+        where: what errors call them.
+
+    Raises:
+        DataError: a token has another form, or identifiers differ in length.
+    """
+    if (identifiers.codes < 0).any():
+        raise DataError(f"{where}: identifiers must all have as many tokens; some have fewer")
+    columns = []
+    for level, tokens in enumerate(identifiers.level_tokens):
+        letter = string.ascii_lowercase[level]
+        found = [re.fullmatch(rf"<{letter}_([0-9]{{1,9}})>", token) for token in tokens]
+        wrong = next((token for token, match in zip(tokens, found, strict=True) if not match), None)
+        if wrong is not None:
+            raise DataError(f"{where}: tokens must be such as <{letter}_17>; got {shown(wrong)}")
+        numbers = np.array([int(match[1]) for match in found if match], dtype=np.int32)
+        columns.append(numbers[identifiers.codes[:, level]])
+    return np.stack(columns, axis=1)
+
+
 def write_index(path: str | Path, codes: Identifiers | np.ndarray) -> None:
     """Write identifiers as an index file, whole or not at all.
 

@@ -4,10 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 _BLOCK = 65_536  # items coded at a time
+
+
+@dataclass(frozen=True, eq=False)
+class VectorEncoder:
+    """From item vectors to what is quantised: ``(v - mean) / scale``, then a network.
+
+    Attributes:
+        mean: float32 [width].
+        scale: of all vectors together; positive.
+        layers: weight [out, in] and bias [out] of each linear map, with ReLU between two.
+    """
+
+    mean: np.ndarray
+    scale: float
+    layers: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        """float32 [n, d] of float32 [n, width]."""
+        states = ((vectors - self.mean) / self.scale).astype(np.float32)
+        for number, (weight, bias) in enumerate(self.layers):
+            if number:
+                states = np.maximum(states, 0)
+            states = states @ weight.T + bias
+        return states
+
+    def widths(self) -> list[int] | None:
+        """Widths of all layers, both ends included; None where they do not fit together."""
+        if not all(w.ndim == 2 and b.shape == w.shape[:1] for w, b in self.layers):
+            return None
+        ends = [weight.shape for weight, _ in self.layers]
+        if any(before[0] != after[1] for before, after in pairwise(ends)):
+            return None
+        return [ends[0][1], *(shape[0] for shape in ends)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,12 +53,14 @@ class Quantisation:
         codebooks: float32 [L, K, d].
         codes: int32 [items, L], 0 .. K - 1. Items may share all their codes.
         history: numbers logged while fitting, one dictionary per entry; empty for k-means.
+        encoder: makes ``vectors`` of item vectors; None: they are the item vectors.
     """
 
     vectors: np.ndarray
     codebooks: np.ndarray
     codes: np.ndarray
     history: tuple[dict[str, float], ...] = ()
+    encoder: VectorEncoder | None = None
 
     def residuals(self, level: int) -> np.ndarray:
         """float32 [items, d]: what the codes of the levels before ``level`` leave over."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from gflowgr.identifiers.balance import sinkhorn_codes
 from gflowgr.identifiers.kmeans import fit_centres
 from gflowgr.identifiers.quantisation import (
     Quantisation,
+    VectorEncoder,
     blocks,
     checked_vectors,
     squared_distances,
@@ -223,8 +224,8 @@ def train(
 ) -> Quantisation:
     """The training that RQ-VAE and LETTER share; ``extra`` makes LETTER's terms."""
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.from_numpy(standardised(checked_vectors(embeddings, "embeddings")))
-    vectors = vectors.to(config.device)
+    table = checked_vectors(embeddings, "embeddings")
+    vectors = torch.from_numpy(standardised(table)).to(config.device)
     model = RqVae(vectors.shape[1], config, generator).to(config.device)
     extra_loss = extra(model, generator) if extra is not None else None
     first = torch.randperm(len(vectors), generator=generator)
@@ -279,7 +280,9 @@ def train(
                     )
                 history.append(numbers)
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
-    return _code_catalogue(model, vectors, tuple(history))
+    return replace(
+        _code_catalogue(model, vectors), history=tuple(history), encoder=_encoder(model, table)
+    )
 
 
 @torch.no_grad()
@@ -339,9 +342,25 @@ class _Batches:
 
 def standardised(vectors: np.ndarray) -> np.ndarray:
     """Centred float32 [n, d], scaled as a whole to a mean square of 1 (0 where all are equal)."""
-    centred = vectors - vectors.mean(axis=0, dtype=np.float64)
-    size = math.sqrt((centred**2).mean())
-    return (centred / size if size > 0 else centred).astype(np.float32)
+    mean, scale = _mean_and_scale(vectors)
+    return ((vectors - mean) / scale).astype(np.float32)
+
+
+def _mean_and_scale(vectors: np.ndarray) -> tuple[np.ndarray, float]:
+    mean = vectors.mean(axis=0, dtype=np.float64)
+    scale = math.sqrt(((vectors - mean) ** 2).mean())
+    return mean, scale if scale > 0 else 1.0
+
+
+def _encoder(model: RqVae, table: np.ndarray) -> VectorEncoder:
+    """What made the vectors that were quantised of ``table``, without torch."""
+    mean, scale = _mean_and_scale(table)
+    layers = tuple(
+        (each.weight.detach().cpu().numpy(), each.bias.detach().cpu().numpy())
+        for each in model.encoder
+        if isinstance(each, nn.Linear)
+    )
+    return VectorEncoder(mean.astype(np.float32), scale, layers)
 
 
 def _mlp(widths: list[int], generator: torch.Generator) -> nn.Sequential:
@@ -359,9 +378,7 @@ def _counts(codes: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _code_catalogue(
-    model: RqVae, vectors: torch.Tensor, history: tuple[dict[str, float], ...]
-) -> Quantisation:
+def _code_catalogue(model: RqVae, vectors: torch.Tensor) -> Quantisation:
     config = model.config
     latent = np.concatenate([model.encoder(vectors[b]).cpu().numpy() for b in blocks(len(vectors))])
     codebooks = model.codebooks.detach().cpu().numpy()
@@ -375,4 +392,4 @@ def _code_catalogue(
             else:
                 codes[block, level] = distances.argmin(axis=1)
         residual -= codebook[codes[:, level]]
-    return Quantisation(latent, codebooks, codes, history)
+    return Quantisation(latent, codebooks, codes)
