@@ -287,8 +287,8 @@ class RunConfig:
                 "finetune.num_trajectories is 1, over which the loss of flow.partition: vargrad is "
                 "0; give 2 or more, or partition: learned"
             )
-        for section in ("sft", "finetune"):
-            _check_training_arguments(section, getattr(self, section), self.seed)
+        for section, arguments in (("sft", self.sft), ("finetune", self.method_arguments)):
+            _check_training_arguments(section, arguments, self.seed)
         finetune = training_arguments(self.method_arguments, "unused", self.seed)
         try:
             finetune.check_objective(self.flow)
