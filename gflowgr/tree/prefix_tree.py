@@ -14,6 +14,7 @@ from gflowgr.errors import DataError
 from gflowgr.tree.admissible import any_in_ranges, check_available, live_nodes
 from gflowgr.tree.build import build, check_range, integer_tensor
 from gflowgr.tree.continuations import AllowedTokens
+from gflowgr.tree.export import ExportKind, exported
 from gflowgr.tree.facts import accept, codebooks_of, moved
 from gflowgr.tree.layout import Buffer, TreeLayout
 from gflowgr.tree.storage import read_buffer, write_buffer
@@ -134,8 +135,6 @@ class PrefixTree:
             f"device='{self.device}')"
         )
 
-    # ------------------------------------------------------------------ sizes
-
     @property
     def buffer(self) -> Tensor:
         """The whole tree, uint8 [nbytes]: what kernels take."""
@@ -196,10 +195,8 @@ class PrefixTree:
 
     @property
     def nbytes_structure(self) -> int:
-        """Bytes of the buffer without the items map (item ids in leaf order, 4 bytes an item)."""
+        """Bytes of the buffer without the items map (4 bytes an item)."""
         return self._layout.structure_bytes
-
-    # ------------------------------------------------------------------ walking
 
     def walk(self, tokens: Any, *, mask: Tensor | None = None) -> Tensor:
         """Node after each token, int64 [..., L]; -1 from the first invalid or masked token on.
@@ -389,8 +386,6 @@ class PrefixTree:
             leaf_live = any_in_ranges(leaf_live, self._item_begin)
         return live_nodes(self._layout, self._begins, self._leaf_rank, leaf_live)
 
-    # ------------------------------------------------------------------ changed, for transformers
-
     def with_items(self, tokens: Any, items: Any) -> PrefixTree:
         """A tree with more items; this one stays as it is. One pass over it, no new sort.
 
@@ -421,6 +416,13 @@ class PrefixTree:
             self if buffer is None else PrefixTree._built(torch.from_numpy(buffer)).to(self.device)
         )
 
+    def export(self, kind: ExportKind, *, dense_levels: int = 2) -> dict[str, Any]:
+        """The tree in the form that other servers take; docs/decoding.md, "Other servers".
+
+        Raises ValueError where it has no such form (the message says why).
+        """
+        return exported(self, kind, dense_levels=dense_levels)
+
     def as_prefix_allowed_tokens_fn(
         self,
         *,
@@ -436,8 +438,6 @@ class PrefixTree:
         return AllowedTokens(
             self, prompt_length=prompt_length, end_token=end_token, available=available
         )
-
-    # ------------------------------------------------------------------ within
 
     def _at_depth(self, nodes: Tensor, depth: int) -> Tensor:
         begin = self._layout.node_begin
