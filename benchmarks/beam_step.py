@@ -206,7 +206,8 @@ def _logits_floor(shape: StepShape, bare: str | None) -> Floor:
 
 def _our_step(catalogue: RandomCatalogue, inputs: Inputs, depth: int) -> Kept:
     beams = (inputs["scores"], inputs[f"nodes {depth}"], catalogue.tree)
-    return _kept(beam_step(inputs["logits"], *beams, width=beams[0].shape[1]), depth)
+    step = beam_step(inputs["logits"], *beams, width=beams[0].shape[1], normalize="vocab")
+    return _kept(step, depth)
 
 
 def _our_hidden_step(catalogue: RandomCatalogue, inputs: Inputs, depth: int) -> Kept:

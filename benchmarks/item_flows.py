@@ -133,8 +133,6 @@ for _part in _SHAPES:
             f"item_flows.{_part}",
             _build,
             FlowShape,
-            on_cpu=(FlowShape(128, BEAUTY_ITEMS), FlowShape(128, 1_000_000))[
-                : 2 if _part == "pooled" else 1
-            ],
+            on_cpu=_SHAPES[_part],
         )
     )

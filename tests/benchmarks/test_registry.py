@@ -91,7 +91,10 @@ def test_a_shape_fits_the_tables_of_its_op() -> None:
         ("search-t5:0x1x1x1", "every size must be at least 1; got 0"),
         ("search-bart:1x1x1x1", "MODEL must be any of t5, gpt2, qwen3; got 'bart'"),
         ("search:1x1x1x1", "MODEL must be any of t5, gpt2, qwen3; got ''"),
-        ("bart:1x1x1x1", "before the colon must be any of beam_step, catalogue_scores, search"),
+        (
+            "bart:1x1x1x1",
+            "before the colon must be any of beam_step, catalogue_scores, item_flows, search",
+        ),
         ("flow_loss:1x1x1x1", "before the colon must be any of beam_step"),
         ("big", "shape must be a name \\(letter, llm, tiger"),
         ("1x2x3x4", "five whole numbers such as 256x4x4x512x33024"),
@@ -126,7 +129,7 @@ def test_an_op_stands_for_its_tables() -> None:
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_every_table_has_shapes(table: Table) -> None:
     assert table.on_cpu
-    assert bool(table.on_gpu) == (table.op != "tree")
+    assert bool(table.on_gpu) == (table.op not in ("tree", "item_flows", "sequences"))
     for shape in (*table.on_cpu, *table.on_gpu):
         assert table.fits(shape)
         assert table.refuse(shape) is None

@@ -172,7 +172,7 @@ def test_why_a_peer_is_missing_is_printed(monkeypatch: pytest.MonkeyPatch, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fly",), "op must be any of beam_step, catalogue_scores, flow_loss, logprobs_children"),
+        (("fly",), "op must be any of beam_step, catalogue_scores, flow_kl, flow_loss, item_flows"),
         (("--shapes", "1x2"), "shape must be a name (letter, llm, tiger"),
         (
             ("logprobs_children.fused", "--shapes", "1x1x4x8x50"),
