@@ -88,7 +88,7 @@ double sums_of_all(const FlowRewards& rewards, FlowScratch& scratch, std::vector
   const ItemsMap map(rewards.tree);
   const auto* const from = static_cast<const Number*>(rewards.log_reward) + prompt * rewards.columns;
   // Where every item is asked for, the rewards are read in their own order first, and then from the cache.
-  const bool all = children.begin == 1 && map.entry(view.leaves()) == rewards.columns;
+  const bool all = children.begin == 1 && children.end == view.children(0).end && map.entry(view.leaves()) == rewards.columns;
   Number top = all ? largest(from, rewards.columns) : Number{0};
   scratch.stops.resize(children.size());
   if (view.ragged()) {

@@ -277,6 +277,15 @@ def test_reductions_are_those_of_the_other_fused_losses() -> None:
         torch.testing.assert_close(difference, 2 * nll / over)
 
 
+def test_the_supervised_weight_is_of_the_computing_type() -> None:
+    """Eight trajectories of three prompts: a ratio that float32 rounds."""
+    case = Case(FIXED)
+    case.mask[3] = False
+    nll = -case.run().log_pf[:, 0].sum()
+    found = case.run(reduction="mean", nll_weight=2.0).loss - case.run(reduction="mean").loss
+    torch.testing.assert_close(found, 2 * nll / 3, rtol=1e-12, atol=1e-12)
+
+
 def test_pools_are_targets_too(backend: str) -> None:
     case = Case(RAGGED, torch.float32)
     floor = -1.5

@@ -188,7 +188,7 @@ def _among_children(
     if nll_weight > 0.0:
         weights[:, :1] = nll_weight
         if reduction == "mean":  # the supervised term is a mean over prompts
-            weights *= valid.sum() / valid.any(-1).sum().clamp(min=1)
+            weights *= valid.sum().to(weights.dtype) / valid.any(-1).sum().clamp(min=1)
     rows, log_pf, _, invalid = flow_kl_rows(inputs, tree, flows.rewards, weights)
     if look_up and invalid.item() != 0:
         check_trajectories(inputs, tree)
