@@ -132,7 +132,9 @@ def test_a_token_outside_the_vocabulary_gives_nothing_finite(
 
 
 @pytest.mark.usefixtures("unchecked", "backend")
-@pytest.mark.parametrize(("name", "row"), zip(OPS, itertools.cycle(NOT_A_PREFIX), strict=False))
+@pytest.mark.parametrize(
+    ("name", "row"), list(zip(OPS, itertools.cycle(NOT_A_PREFIX), strict=False))
+)
 def test_a_mask_that_is_no_prefix_gives_nothing_finite(name: str, row: list[bool]) -> None:
     given = arguments()
     given["mask"][1, 1] = torch.tensor(row)

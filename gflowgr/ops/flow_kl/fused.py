@@ -13,7 +13,8 @@ score model's softmax as reward it is distillation of that model along the tree.
   token for stopping there.
 - A prefix without a flow, and one whose only flow ends there, has the divergence 0 and passes no
   gradient. Over "children" a node with one child costs nothing.
-- A child with a flow that the bias forbids (-inf) makes the loss infinite.
+- A child with a flow that the bias forbids (-inf) makes the loss infinite, and so does a token off
+  the tree where the data checks are off.
 - ``nll_weight`` and ``reduction`` are those of the other fused losses, see
   :mod:`gflowgr.ops.flow_loss.fused`: the supervised term is that of trajectory n = 0.
 - No gradient passes to the flows.
@@ -206,6 +207,9 @@ def _reduced(
     losses, valid = kl.sum(-1), mask.any(-1)
     # Where the values were not looked at, nobody takes the loss of a broken mask for one.
     losses = losses.masked_fill(checks.mask_rises(mask).any(-1), math.nan)
+    # Nor that of a token which is none, whose prefixes alone have finite divergences.
+    found = log_pf.detach()
+    losses = losses - torch.where(mask & ~found.isfinite(), found, 0.0).sum(-1)
     loss = reduce_trajectories(losses, valid, reduction)
     if nll_weight > 0.0:
         nll = -log_pf.sum(-1)
