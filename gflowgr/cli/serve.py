@@ -33,6 +33,12 @@ def add_serve(commands: Commands) -> None:
         help="journal of the catalogue's changes; servers that share it are replicas of each "
         "other (default: MODEL-catalogue)",
     )
+    parser.add_argument(
+        "--index",
+        metavar="FILE",
+        help="index.NAME.json.gz that the model was trained with, made by gflowgr identifiers; "
+        "new items may then come with a vector instead of an identifier",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port (default: %(default)s)")
     parser.add_argument(
@@ -65,5 +71,5 @@ def _serve(args: argparse.Namespace) -> int:
     )
     folder = Path(args.model)
     state = args.state or str(folder.with_name(f"{folder.name}-catalogue"))
-    serve(args.model, args.data, state, config, num_beams=args.beams)
+    serve(args.model, args.data, state, config, num_beams=args.beams, index=args.index)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -129,7 +129,7 @@ class Tokeniser:
 
         arrays = {"codebooks": self.codebooks}
         if self.encoder is not None:
-            arrays |= {"mean": self.encoder.mean, "scale": np.float32([self.encoder.scale])}
+            arrays |= {"mean": self.encoder.mean, "scale": np.array([self.encoder.scale])}
             for number, (weight, bias) in enumerate(self.encoder.layers):
                 arrays |= {f"weight{number}": weight, f"bias{number}": bias}
         arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
@@ -153,10 +153,10 @@ class Tokeniser:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise DataError(f"{path}: not a safetensors file: {error}") from None
-        collisions = metadata.get("collisions")
+        collisions: Any = metadata.get("collisions")
         if metadata.get("format") != _FORMAT or collisions not in get_args(Collisions):
             raise DataError(f"{path} must be a tokeniser; got the metadata {shown(metadata)}")
-        layers, count = [], sum(name.startswith("weight") for name in arrays)
+        count = sum(name.startswith("weight") for name in arrays)
         names = [f"{part}{number}" for number in range(count) for part in ("weight", "bias")]
         names += ["codebooks", *(("mean", "scale") if count else ())]
         if sorted(names) != sorted(arrays):

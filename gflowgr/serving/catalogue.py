@@ -97,6 +97,14 @@ class Catalogue:
             tokens[changed] = torch.from_numpy(rows).to(tokens)
         return tokens
 
+    def codes(self) -> npt.NDArray[np.int64]:
+        """Codes of all numbers [items, levels], also of removed ones, padded with -1."""
+        offsets = self.model.vocabulary.level_offsets
+        codes = self.item_tokens.cpu().numpy()[:, : len(offsets)] - np.array(offsets)
+        # Past an identifier's end stand -1 and, of several lengths, the end token: none is a code.
+        sizes = np.array(self.model.vocabulary.codebook_sizes)
+        return np.where((codes < 0) | (codes >= sizes), -1, codes)
+
     @cached_property
     def beginnings(self) -> Tensor:
         """The first two tokens of identifiers, each pair once [pairs, 2], padded with -1."""

@@ -22,7 +22,16 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from .. import __version__
 from .batching import Batcher, QueueFullError
-from .requests import Add, Change, Recommend, Remove, RequestError, SetAvailability, SwapModel
+from .requests import (
+    Add,
+    AddVector,
+    Change,
+    Recommend,
+    Remove,
+    RequestError,
+    SetAvailability,
+    SwapModel,
+)
 from .service import Service
 
 __all__ = ["MAX_BODY", "MAX_HISTORY", "MAX_K", "ServerConfig", "is_loopback", "make_app"]
@@ -114,10 +123,11 @@ class RecommendBody(Asked):
 
 
 class ItemBody(_Body):
-    """A new item; see :class:`~gflowgr.serving.requests.Add`."""
+    """A new item, with its identifier or its vector; see :class:`~gflowgr.serving.requests.Add`."""
 
     id: StrictStr
-    identifier: list[StrictInt] = Field(min_length=1, max_length=1000)
+    identifier: list[StrictInt] | None = Field(None, min_length=1, max_length=1000)
+    vector: list[float] | None = Field(None, min_length=1, max_length=MAX_LIST)
     title: StrictStr | None = Field(None, max_length=1000)
     share: StrictBool = False
 
@@ -190,7 +200,7 @@ def make_app(service: Service, config: ServerConfig) -> FastAPI:
 
     keyed = [Depends(with_key)]
 
-    def changed(change: Change, request: Request) -> dict[str, int]:
+    def changed(change: Change | AddVector, request: Request) -> dict[str, int]:
         line = service.change(change, request.client.host if request.client else "unknown")
         _LOG.info("catalogue changed: %s", line)
         return {"version": json.loads(line)["version"]}
@@ -238,8 +248,12 @@ def make_app(service: Service, config: ServerConfig) -> FastAPI:
     @app.post("/items", dependencies=keyed)
     def add(body: ItemBody, request: Request) -> dict[str, int]:
         """Add an item to the catalogue, or bring back one that was removed."""
-        change = Add(body.id, tuple(body.identifier), body.title, body.share)
-        return changed(change, request)
+        if (body.identifier is None) == (body.vector is None):
+            raise RequestError("identifier", "either identifier or vector must be given")
+        if body.vector is not None:
+            return changed(AddVector(body.id, tuple(body.vector), body.title), request)
+        codes = tuple(body.identifier or ())
+        return changed(Add(body.id, codes, body.title, body.share), request)
 
     @app.delete("/items/{item:path}", dependencies=keyed)
     def remove(item: str, request: Request) -> dict[str, int]:

@@ -9,6 +9,7 @@ from ..errors import DataError
 
 __all__ = [
     "Add",
+    "AddVector",
     "Change",
     "Recommend",
     "Remove",
@@ -71,6 +72,21 @@ class Add:
     title: str | None = None
     share: bool = False
     kind: Literal["add"] = "add"
+
+
+@dataclass(frozen=True)
+class AddVector:
+    """An :class:`Add` whose identifier the tokeniser finds; the journal has what it found.
+
+    Attributes:
+        id: the item's id.
+        vector: made as those of the items were that the tokeniser was trained on.
+        title: what people read.
+    """
+
+    id: str
+    vector: tuple[float, ...]
+    title: str | None = None
 
 
 @dataclass(frozen=True)

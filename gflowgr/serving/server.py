@@ -19,7 +19,15 @@ def read_api_key(path: str | None) -> str | None:
     return regular_file(path).read_text(encoding="utf-8").strip()
 
 
-def serve(model: str, data: str, state: str, config: ServerConfig, *, num_beams: int) -> None:
+def serve(
+    model: str,
+    data: str,
+    state: str,
+    config: ServerConfig,
+    *,
+    num_beams: int,
+    index: str | None = None,
+) -> None:
     """Answer requests until the process is told to end (SIGINT, SIGTERM).
 
     Args:
@@ -28,6 +36,7 @@ def serve(model: str, data: str, state: str, config: ServerConfig, *, num_beams:
         state: the folder of the catalogue's journal; servers that share it are replicas.
         config: address, key and batches.
         num_beams: beams of the search.
+        index: the index file whose tokeniser codes new items.
 
     Raises:
         DataError: model, dataset and journal do not belong together.
@@ -35,7 +44,7 @@ def serve(model: str, data: str, state: str, config: ServerConfig, *, num_beams:
     """
     import uvicorn
 
-    service = Service(model, data, state, num_beams=num_beams)
+    service = Service(model, data, state, num_beams=num_beams, index=index)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="gflowgr: %(message)s")
     logging.getLogger("gflowgr.serving").setLevel(logging.INFO)  # a line for each change
     shown = f"[{config.host}]" if ":" in config.host else config.host

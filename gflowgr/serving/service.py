@@ -18,9 +18,10 @@ from ..evaluation.generative import GenerativeRecommender
 from ..models.gflow_model import GFlowModel
 from ..tree import PrefixTree
 from .catalogue import Catalogue
+from .coding import ItemCoder
 from .journal import Journal
 from .load import load_for
-from .requests import Change, Recommend, RequestError, SwapModel
+from .requests import Add, AddVector, Change, Recommend, RequestError, SwapModel
 
 __all__ = ["Service"]
 
@@ -55,16 +56,21 @@ class Service:
         state: the folder of the journal; what is in it is done again, so a restart comes back with
             the same catalogue.
         num_beams: beams of the search; at least as many as items are wanted are used.
+        index: the index file that the model was trained with, whose tokeniser codes new items;
+            None: they come with their identifiers.
 
     Raises:
         DataError: the model, the dataset or the journal is damaged, or they do not belong together.
     """
 
-    def __init__(self, model: str, data: str, state: str, *, num_beams: int = 20) -> None:
+    def __init__(
+        self, model: str, data: str, state: str, *, num_beams: int = 20, index: str | None = None
+    ) -> None:
         loaded, self.dataset = load_for(model, data)
         self._load: Callable[[str], GFlowModel] = partial(_model_of, data=data)
         self._lock = threading.RLock()
         self._catalogue = Catalogue.of(loaded, self.dataset, num_beams)
+        self._coder = None if index is None else ItemCoder(index, self._catalogue)
         self._journal = Journal(state)
         self.catalogue()  # catches up
 
@@ -79,7 +85,7 @@ class Service:
                 self._catalogue = self._catalogue.after(change, self._load)
             return self._catalogue
 
-    def change(self, change: Change, by: str) -> str:
+    def change(self, change: Change | AddVector, by: str) -> str:
         """Make a change: for every replica, and for good.
 
         Args:
@@ -95,10 +101,22 @@ class Service:
         if isinstance(change, SwapModel):
             change = SwapModel(str(Path(change.model).resolve()))
         with self._lock, self._journal.writing():
+            if isinstance(change, AddVector):
+                change = self._coded(change)
             changed = self.catalogue().after(change, self._load)
             line = self._journal.append(change, by)
             self._catalogue = changed
         return line
+
+    def _coded(self, change: AddVector) -> Add:
+        """With what is there now, which nobody changes meanwhile."""
+        if self._coder is None:
+            raise RequestError(
+                "vector", "vector: this server was started without --index; give the identifier"
+            )
+        identifier = self._coder.identifier(self.catalogue(), change.vector)
+        share = self._coder.tokeniser.collisions == "shared"
+        return Add(change.id, identifier, change.title, share)
 
     def answer(self, requests: Sequence[Recommend]) -> list[dict[str, Any] | RequestError]:
         """Answers to a batch of requests, in its order, all from one catalogue.

@@ -15,8 +15,10 @@ from support.tiny_shop import make_model, shop
 
 from gflowgr.errors import DataError
 from gflowgr.evaluation.generative import GenerativeRecommender
+from gflowgr.identifiers import Tokeniser, tokeniser_path, write_index
 from gflowgr.serving.requests import (
     Add,
+    AddVector,
     Change,
     Recommend,
     Remove,
@@ -190,6 +192,43 @@ def test_the_beginnings_of_identifiers_have_the_probability_of_their_items(
     assert got.keys() == wanted.keys()
     for pair, probability in wanted.items():
         assert got[pair] == pytest.approx(probability, rel=1e-4)
+
+
+def test_an_item_with_a_vector_is_coded_by_the_frozen_tokeniser(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    """The codebooks are such that the nearest identifier is known; then it is taken."""
+    index = tmp_path / "index.mine.json.gz"
+    model = make_model(objective="sft")
+    codes = model.item_tokens().numpy() - np.array(model.vocabulary.level_offsets)
+    raw = 3 * codes + 1  # the tokeniser has codes that no item has, and counts them
+    write_index(index, raw)
+    codebooks = np.zeros((4, 40, 4), dtype=np.float32)
+    for level in range(4):
+        codebooks[level, :, level] = np.arange(40)
+    Tokeniser(codebooks, "reassign").save(tokeniser_path(index))
+    given = (folders["model0"], folders["data"], str(tmp_path / "state"))
+    service = Service(*given, num_beams=8, index=str(index))
+    first, second = free_identifiers()[:2]
+    vector = tuple(3.0 * code + 1 for code in first)
+    record = json.loads(service.change(AddVector("new", vector, "A new thing"), "me"))
+    assert record["change"]["identifier"] == list(first)
+    again = json.loads(service.change(AddVector("newer", vector), "me"))
+    assert again["change"]["identifier"] == list(second)
+    assert everything(service) == {*range(200), "new", "newer"}
+    assert everything(Service(*given, num_beams=8)) == {*range(200), "new", "newer"}
+    for wrong, message in (
+        ((1.0,), r"vectors must be \[new items, 4\]"),
+        ((np.nan,) * 4, "finite"),
+    ):
+        with pytest.raises(RequestError, match=message) as caught:
+            service.change(AddVector("newest", wrong), "me")
+        assert caught.value.field == "vector"
+    with pytest.raises(RequestError, match="started without --index"):
+        serve(folders, tmp_path / "other").change(AddVector("new", vector), "me")
+    write_index(index, raw[::-1])
+    with pytest.raises(DataError, match="must have the identifiers of the model"):
+        Service(*given, index=str(index))
 
 
 # ---- the journal ----
