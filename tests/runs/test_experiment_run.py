@@ -119,6 +119,7 @@ def test_shipped_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> N
         "paper_ablation",
         "paper_grid",
         "paper_main",
+        "quickstart",
         "small",
         "smoke",
     ]
