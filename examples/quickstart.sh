@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up a virtual environment (in .venv, or where VENV says), install gflowgr and run its main job:
-# train SASRec, SFT, continued SFT and GFlowGR-TB, and compare them. Arguments go to `gflowgr
+# train SASRec, SFT, continued SFT and GFlowGR, and compare them. Arguments go to `gflowgr
 # quickstart`, such as: bash examples/quickstart.sh --data /path/to/dataset
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,7 +1,7 @@
 """Hyper-parameters by Optuna: each trial is ``gflowgr train --set ...``, judged by validation N@10.
 
     pip install optuna
-    python examples/tune_with_optuna.py --config examples/quickstart.yaml --out runs/tuned
+    python examples/tune_with_optuna.py --config examples/simulated_paper.yaml --out runs/tuned
 
 SASRec and the supervised start do not depend on what is tuned here: they are trained once, in the
 first trial, and copied into the others. Test users are never looked at for a choice. The study is

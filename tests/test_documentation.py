@@ -29,6 +29,8 @@ from support.documentation import (
     write_inputs,
     write_modules,
 )
+from support.forked_cells import forked_cells  # noqa: F401  # a fixture
+from support.tiny_quickstart import make_quickstart_tiny
 
 NOT_RUN: dict[str, int] = {}
 """Blocks of each page that say why they cannot run here."""
@@ -53,7 +55,7 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     names = names_of_pages(page)
     if page == "docs/training.md":
-        names["model"].save_pretrained("runs/quickstart/sft/model")
+        names["model"].save_pretrained("runs/quickstart/shop/seed_42/default/sft/model")
     for block in blocks("python"):
         if block.page != page or block.marker:
             continue
@@ -226,14 +228,19 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 @pytest.mark.parametrize("block", blocks("bash"), ids=lambda block: block.place)
 def test_commands_are_what_the_programs_take(
-    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_drawing: None
+    block: Block,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_drawing: None,
+    request: pytest.FixtureRequest,
 ) -> None:
     if block.marker.startswith("not run: "):
         return  # counted above
     monkeypatch.chdir(tmp_path)
     if block.marker == "run":
         write_inputs(block.page, tmp_path)
-        _make_quickstart_tiny(monkeypatch, tmp_path)
+        make_quickstart_tiny(monkeypatch, tmp_path)
+        request.getfixturevalue("forked_cells")
     for line in commands(block.text):
         for part in line.split("&&"):
             words = shlex.split(part, comments=True)
@@ -250,20 +257,6 @@ def test_commands_are_what_the_programs_take(
 
                 assert program == "gflowgr"
                 assert main(words[1:]) == 0, part
-
-
-def _make_quickstart_tiny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """The run of ``gflowgr quickstart`` takes seconds."""
-    from support.tiny_run import tiny_run, write_config
-
-    from gflowgr.runs import config
-
-    values = tiny_run(folder / "unused") | {"data": {"max_history": 8}}
-    values["collaborative"] = {"epochs": 1, "batch_size": 16}
-    for stage in ("sft", "finetune"):
-        values[stage] |= {"max_steps": 2, "eval_steps": 2, "save_steps": 2}
-    place = write_config(folder / "tiny_quickstart.yaml", values)
-    monkeypatch.setattr(config, "_QUICKSTART", place)
 
 
 # ---- the pages ----

@@ -17,7 +17,8 @@ from gflowgr.identifiers.letter import LetterConfig
 from gflowgr.models import CausalConfig, FlowSettings, TigerConfig
 from gflowgr.models.lora import LoraSettings
 from gflowgr.models.prompts import PromptLayout
-from gflowgr.runs.config import CollaborativeConfig, DataConfig, EvaluationConfig, RunConfig
+from gflowgr.runs.config import RunConfig
+from gflowgr.runs.sections import CollaborativeConfig, DataConfig, EvaluationConfig
 from gflowgr.samplers import SamplerSettings
 
 MADE: list[Any] = [

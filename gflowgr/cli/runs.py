@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._parsers import Commands, add_overrides, add_split, command
+from .experiment import carry_out
 
 if TYPE_CHECKING:
     from ..runs import RunConfig
@@ -20,11 +22,11 @@ def add_quickstart(commands: Commands) -> None:
     parser = command(
         commands,
         "quickstart",
-        "train and compare SASRec, SFT, continued SFT and GFlowGR-TB in a few minutes",
+        "train and compare SASRec, SFT, continued SFT and GFlowGR in a few minutes",
         "Writes models, results.json, report.html (one file), report.md and plots to\n"
         "--output-dir. The built-in dataset is simulated, with known true utilities; nothing is\n"
-        "downloaded. It is the run of examples/quickstart.yaml, and writes its configuration to\n"
-        "config.json, which gflowgr train reads.",
+        "downloaded. It is the experiment gflowgr/runs/specs/quickstart.yaml, a file to copy for\n"
+        "gflowgr experiment FILE. The same command goes on where an earlier one stopped.",
     )
     parser.add_argument("--data", metavar="FOLDER", help="your dataset instead of the built-in one")
     parser.add_argument("--identifiers", metavar="NAME", help="which index.NAME.json.gz of FOLDER")
@@ -36,18 +38,30 @@ def add_quickstart(commands: Commands) -> None:
     )
     _add_events(parser)
     parser.add_argument("--seed", type=int, default=42, help="seed (default: %(default)s)")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bars")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=_quickstart)
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    from ..runs import quickstart_config, run_and_report
+    from ..data import load_dataset
+    from ..runs import quickstart_resources, quickstart_spec
 
-    config = quickstart_config(
-        args.output_dir, data=args.data, identifiers=args.identifiers, seed=args.seed
+    spec = quickstart_spec(
+        data=args.data,
+        identifiers=args.identifiers,
+        seed=args.seed,
+        split=args.split,
+        target_behaviour=args.target_behaviour,
+        behaviour_values=dict(args.behaviour_values),
     )
-    run_and_report(_with_events(config, args), progress=not args.no_progress)
-    return 0
+    out = Path(args.output_dir)
+    status = carry_out(spec, out, quickstart_resources(), progress=not args.no_progress)
+    if status == 0:
+        (name,) = spec.datasets
+        data = args.data or out / name / "data"
+        user = load_dataset(data).user_ids[0]
+        print(f"Use it: gflowgr recommend {out} --data {data} --user {user}")
+    return status
 
 
 def add_train(commands: Commands) -> None:

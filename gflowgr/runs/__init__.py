@@ -21,7 +21,8 @@ others take another (:func:`.cells.locked`); what cells share is prepared by one
 """
 
 from .cells import Cell, cells_of
-from .config import ConfigError, RunConfig, quickstart_config
+from .config import ConfigError, RunConfig
+from .quickstart import quickstart_resources, quickstart_spec
 from .rehearsal import rehearsal_of
 from .run import RunResult, run
 from .run_report import run_and_report
@@ -40,7 +41,8 @@ __all__ = [
     "Variant",
     "cell_states",
     "cells_of",
-    "quickstart_config",
+    "quickstart_resources",
+    "quickstart_spec",
     "rehearsal_of",
     "run",
     "run_and_report",

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from ..models.settings import FlowSettings
-from .config import RunConfig, collaborative_names
+from .config import RunConfig
+from .sections import collaborative_names
 from .spec import ExperimentSpec, Method, Values, Variant
 
 __all__ = ["BUSY", "Cell", "alone", "cells_of", "cells_of_run", "folders_of", "locked"]

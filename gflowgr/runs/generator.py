@@ -19,8 +19,8 @@ from ..models.causal import (
 from ..models.decoder import DecoderConfig, build_decoder, decoder_prompt
 from ..models.lora import add_lora, check_peft
 from ..models.tiger import TigerConfig, build_tiger
-from .config import OutsideGenerator
 from .prepare import Catalogue
+from .sections import OutsideGenerator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

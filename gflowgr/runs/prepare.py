@@ -35,8 +35,9 @@ from ..identifiers import (
 from ..models.causal import add_identifier_tokens
 from ..models.vocabulary import IdentifierVocabulary
 from ..tree import PrefixTree
-from .config import CollaborativeConfig, ConfigError, DataConfig, collaborative_names
+from .config import ConfigError
 from .processes import is_first_process
+from .sections import CollaborativeConfig, DataConfig, collaborative_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +49,7 @@ __all__ = [
     "make_identifiers",
     "published_identifiers",
     "split_data",
+    "split_of",
 ]
 
 
@@ -87,15 +89,15 @@ def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
     return replace(load_dataset(folder), name="built-in dataset")
 
 
-def split_data(dataset: Dataset, config: DataConfig, output_dir: Path) -> Split:
-    """The split of ``config``; its training examples are memory-mapped from ``output_dir``.
+def split_of(dataset: Dataset, config: DataConfig) -> Split:
+    """The split of ``config``.
 
     Raises:
         ConfigError: the data do not have its ``target_behaviour``.
         DataError: the data have no times for it, or side behaviours that it cannot place in time.
     """
     try:
-        split = make_split(
+        return make_split(
             dataset,
             config.split,
             max_history=config.max_history,
@@ -106,6 +108,11 @@ def split_data(dataset: Dataset, config: DataConfig, output_dir: Path) -> Split:
         raise
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
+
+
+def split_data(dataset: Dataset, config: DataConfig, output_dir: Path) -> Split:
+    """:func:`split_of`; its training examples are memory-mapped from ``output_dir``."""
+    split = split_of(dataset, config)
     folder = output_dir / "examples"
     if is_first_process():
         split.train.save(folder)

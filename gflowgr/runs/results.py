@@ -21,7 +21,7 @@ from .. import files
 from ..errors import DataError
 from ..evaluation.analysis import UserGroup
 from ..evaluation.first_level import FirstLevel
-from .config import collaborative_names
+from .sections import collaborative_names
 from .stages import MASKED, collaborative_cpu_seconds
 from .statistics import per_user, ranking_metrics
 

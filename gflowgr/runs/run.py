@@ -1,4 +1,4 @@
-"""One run: ``gflowgr train`` and ``gflowgr quickstart``.
+"""One run: ``gflowgr train``.
 
 The cells of :func:`.cells.cells_of_run`, worked on one after the other in this process, or in the
 processes of one ``torchrun``; nothing is spawned.

@@ -25,14 +25,9 @@ from ..evaluation import Evaluation, Recommender, evaluate
 from ..extensions import is_outside, load_outside
 from ..folders import MANIFEST_NAME, find_damage, remove_leftovers, write_manifest
 from ..models.gflow_model import GFlowModel
-from .config import (
-    CollaborativeConfig,
-    ConfigError,
-    EvaluationConfig,
-    collaborative_names,
-    training_arguments,
-)
+from .config import ConfigError, training_arguments
 from .processes import device, first_process_first, is_first_process
+from .sections import CollaborativeConfig, EvaluationConfig, collaborative_names
 
 __all__ = [
     "MASKED",

@@ -40,7 +40,7 @@ from .stages import (
     train_stage,
 )
 
-__all__ = ["CellInputs", "CellWork", "prepare_inputs", "run_cell"]
+__all__ = ["CellInputs", "CellWork", "check_reward", "prepare_inputs", "run_cell"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def prepare_inputs(cell: Cell, out: Path, console: Console) -> CellInputs:
         dataset = load_data(config.data, data_folder, cell.data_seed)
         split = split_data(dataset, config.data, data_folder)
         check_same_data(data_folder, {"data": digest_of(split.dataset)})
-    values = _check_reward(config, split)
+    values = check_reward(config, split)
     _check_outside(config)
     tokenizer = check_generator(config.model)
     console.say(
@@ -250,7 +250,7 @@ def _check_outside(config: RunConfig) -> None:
             load_outside(name, setting)
 
 
-def _check_reward(config: RunConfig, split: Split) -> str:
+def check_reward(config: RunConfig, split: Split) -> str:
     """Raise for a missing reward before any training; say which value each behaviour has.
 
     Raises:

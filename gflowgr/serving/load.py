@@ -25,9 +25,7 @@ def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
         DataError: either is damaged, or they have different numbers of items or other ids.
     """
     quiet_transformers()
-    folder = Path(model_folder)
-    if not (folder / "gflowgr.json").is_file() and (folder / "gflowgr" / "model").is_dir():
-        folder = folder / "gflowgr" / "model"  # the folder of a whole run
+    folder = _model_in(Path(model_folder))
     dataset = load_dataset(data_folder)
     model = GFlowModel.from_pretrained(folder)
     if model.tree.num_items != dataset.num_items:
@@ -43,6 +41,16 @@ def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
             f"{shown(ids[item])} there and {shown(known[item])} here"
         )
     return model.eval().to(device()), replace(dataset, item_ids=ids or known)
+
+
+def _model_in(folder: Path) -> Path:
+    """A saved model's own folder; of a run's, or that of quickstart, its method ``gflowgr``."""
+    if not (folder / "gflowgr.json").is_file():
+        for pattern in ("gflowgr/model", "*/seed_*/*/gflowgr/model"):
+            found = list(folder.glob(pattern))
+            if len(found) == 1:
+                return found[0]
+    return folder
 
 
 def load_collaborative_for(folder: str, data_folder: str) -> tuple[CollaborativeModel, Dataset]:

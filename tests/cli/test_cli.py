@@ -34,7 +34,7 @@ def data(finished_run: Path) -> Path:
     ("command", "explained"),
     [
         ((), "gflowgr quickstart --data FOLDER"),
-        (("quickstart",), "It is the run of examples/quickstart.yaml"),
+        (("quickstart",), "the experiment gflowgr/runs/specs/quickstart.yaml"),
         (("train",), "gflowgr train --config examples/beauty_tiger.yaml"),
         (("evaluate",), "rank the full catalogue"),
         (("recommend",), '{"history": [3, 14, 15]}'),

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import gflowgr
-
 pytestmark = pytest.mark.process
 
 # Runs every command, and asks for every name, where no optional dependency can be imported.
@@ -48,7 +46,8 @@ print(json.dumps(told))
 def test_every_command_and_name_says_what_to_install(tmp_path: Path) -> None:
     from gflowgr.errors import _EXTRAS
 
-    config = Path(gflowgr.__file__).parent / "runs" / "quickstart.yaml"
+    config = tmp_path / "run.yaml"
+    config.write_text("output_dir: run")
     data = tmp_path / "data"
     works = [
         ["info"],

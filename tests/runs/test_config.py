@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from support.tiny_run import tiny_run, write_config
 
-from gflowgr import runs
 from gflowgr.files import write_json
-from gflowgr.runs import ConfigError, RunConfig, quickstart_config
+from gflowgr.runs import ConfigError, RunConfig
 from gflowgr.runs.cells import cells_of_run
 from gflowgr.runs.config import training_arguments
 
@@ -200,7 +199,7 @@ def test_examples_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("GFLOWGR_DATA", "/data")
     monkeypatch.setenv("GFLOWGR_MODEL", "/models/Qwen3-0.6B")
     config = RunConfig.load(path)
-    built_in = path.stem.startswith(("simulated", "quickstart"))
+    built_in = path.stem.startswith("simulated")
     assert config.data.path == (None if built_in else "/data/Beauty")
 
 
@@ -208,36 +207,20 @@ def test_there_are_examples() -> None:
     assert EXAMPLES
 
 
-def test_the_quickstart_is_an_example_that_can_be_copied() -> None:
-    example = next(path for path in EXAMPLES if path.name == "quickstart.yaml")
-    assert RunConfig.load(example) == quickstart_config("runs/quickstart")
-    assert example.read_bytes() == (Path(runs.__file__).parent / example.name).read_bytes()
-
-
 def test_the_configuration_that_a_run_leaves_can_be_run(tmp_path: Path) -> None:
-    config = quickstart_config("x")
+    config = RunConfig.from_dict(tiny_run("x"))
     write_json(tmp_path / "config.json", config.to_dict())
     assert RunConfig.load(tmp_path / "config.json") == config
 
 
-def test_quickstart_is_valid() -> None:
-    config = quickstart_config("x", data="folder", identifiers="letter", seed=5)
-    assert (config.data.path, config.data.identifiers, config.seed) == ("folder", "letter", 5)
-    assert RunConfig.from_dict(config.to_dict()) == config
-
-
-def test_the_simulated_paper_run_is_the_quickstart_but_for_lambda_and_beta() -> None:
-    paper = RunConfig.load(next(p for p in EXAMPLES if p.name == "simulated_paper.yaml"))
-    quick = quickstart_config(paper.output_dir)
+def test_both_simulated_runs_have_the_same_supervised_start() -> None:
+    paper, proof = (
+        RunConfig.load(next(path for path in EXAMPLES if path.stem == name))
+        for name in ("simulated_paper", "simulated_proof")
+    )
     assert (paper.flow.gfn_weight, paper.flow.beta) == (1.0, 1.0)
-    flow = replace(paper.flow, gfn_weight=quick.flow.gfn_weight, beta=quick.flow.beta)
-    assert replace(paper, flow=flow, caveats=quick.caveats) == quick
-
-
-def test_the_simulated_proof_starts_from_the_quickstarts_sft() -> None:
-    proof = RunConfig.load(next(p for p in EXAMPLES if p.name == "simulated_proof.yaml"))
-    quick = quickstart_config(proof.output_dir)
-    assert replace(proof, flow=quick.flow, finetune=quick.finetune, caveats=quick.caveats) == quick
+    own = {name: getattr(paper, name) for name in ("output_dir", "flow", "finetune", "caveats")}
+    assert replace(proof, **own) == paper
 
 
 # ---- hostile files ----

@@ -11,8 +11,8 @@ import torch
 from gflowgr.data import Dataset, Ragged, save_dataset
 from gflowgr.identifiers import from_codes, write_index
 from gflowgr.runs import ConfigError, RunConfig
-from gflowgr.runs.config import CollaborativeConfig, DataConfig
 from gflowgr.runs.prepare import load_data, make_identifiers, published_identifiers, split_data
+from gflowgr.runs.sections import CollaborativeConfig, DataConfig
 
 NUM_ITEMS = 40
 SASREC = CollaborativeConfig()

@@ -14,7 +14,8 @@ from gflowgr.collaborative import AverageModel, CrossFitted
 from gflowgr.evaluation import ScoringRecommender
 from gflowgr.folders import write_manifest
 from gflowgr.runs.cells import cells_of_run
-from gflowgr.runs.config import CollaborativeConfig, EvaluationConfig, RunConfig
+from gflowgr.runs.config import RunConfig
+from gflowgr.runs.sections import CollaborativeConfig, EvaluationConfig
 from gflowgr.runs.stages import (
     MASKED,
     Console,
