@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -162,14 +163,25 @@ class ItemFlows:
 
         Returns:
             [B, ...]; -inf for -1, and where the rewards under a node are 0 only.
+
+        Raises:
+            TypeError: `nodes` are not int64.
+            ValueError: a wrong shape.
         """
+        if nodes.dtype != torch.int64:
+            raise TypeError(f"nodes must be int64; got {nodes.dtype}")
+        if nodes.dim() == 0 or len(nodes) != len(self):
+            raise ValueError(
+                f"nodes must have shape [B={len(self)}, ...], as the flows' prompts; "
+                f"got shape {list(nodes.shape)}"
+            )
         r = self.rewards
         flows: Tensor = torch.ops.gflowgr.node_flows(
             r.log_reward,
             r.pool,
             r.floor,
             r.root,
-            nodes.reshape(len(self), -1),
+            nodes.reshape(len(self), math.prod(nodes.shape[1:])),
             self.tree.buffer,
         )
         return flows.reshape(nodes.shape)
@@ -216,7 +228,8 @@ def item_flows(
     O(M log M + M log(nodes)) per prompt.
 
     Raises:
-        TypeError: `tree` is no PrefixTree, `log_reward` is no floating tensor, `items` no integers.
+        TypeError: `tree` is no PrefixTree, `log_reward` is no floating tensor, `items` no integers,
+            `log_reward_floor` no number.
         ValueError: a wrong shape or device; a log-reward that is NaN or +inf; an item that is not
             in the tree's range or given twice for one prompt; a floor without `items`.
 
@@ -253,6 +266,10 @@ def item_flows(
             "items and log_reward must have one shape [B, M]; "
             f"got {list(pool.shape)} and {list(reward.shape)}"
         )
+    if log_reward_floor is not None and not isinstance(log_reward_floor, Real):
+        raise TypeError(
+            f"log_reward_floor must be a number or None; got {type(log_reward_floor).__name__}"
+        )
     floor = -math.inf if log_reward_floor is None else float(log_reward_floor)
     if math.isnan(floor) or floor == math.inf:
         raise ValueError(f"log_reward_floor must be a number below infinity; got {floor}")
@@ -273,6 +290,9 @@ def item_flows(
             f"items must hold each item once per prompt; got {int(ordered[row, column])} twice in "
             f"items[{row}]"
         )
+    if pool.shape[1] == 0:  # no pointer to no candidates: the kernels would take it for no pool
+        pool, valid = (x.new_full((len(pool), 1), fill) for x, fill in ((pool, -1), (valid, 0)))
+        reward = reward.new_zeros(len(pool), 1)
     leaf = tree.leaf_map()[pool.clamp(min=0)].to(torch.int64).masked_fill(~valid, -1)
     ends = tree.leaf_nodes(leaf.clamp(min=0)).masked_fill(leaf < 0, NO_NODE)
     ends, order = ends.sort(-1)

@@ -120,8 +120,8 @@ def _check(tokens: Tensor, mask: Tensor | None, tree: Tensor) -> None:
         raise ValueError(f"tokens are on {tokens.device}, the tree is on {tree.device}")
     if mask is None:
         return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool; got {mask.dtype}")
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool; got {getattr(mask, 'dtype', type(mask).__name__)}")
     if mask.shape != tokens.shape or mask.device != tokens.device:
         raise ValueError(
             f"mask must be of shape {tuple(tokens.shape)} on {tokens.device}; "

@@ -114,6 +114,16 @@ def test_no_reward_at_all_leaves_no_flow(backend):
     assert (flows.log_policy(tokens, mask) == -math.inf).all()
 
 
+def test_no_prompts_and_no_candidates_are_no_special_case(backend):
+    tree = PrefixTree.from_identifiers(FIXED)
+    flows = gflowgr.item_flows(tree, torch.zeros(0, 6))
+    assert flows.log_flow(torch.zeros(0, 2, 3, dtype=torch.int64)).shape == (0, 2, 3)
+    nobody = torch.zeros(2, 0, dtype=torch.int64)
+    flows = gflowgr.item_flows(tree, torch.zeros(2, 0), items=nobody, log_reward_floor=-1.0)
+    check(FIXED, torch.full((2, 6), -1.0), flows, 1e-6)
+    assert (gflowgr.item_flows(tree, torch.zeros(2, 0), items=nobody).log_z == -math.inf).all()
+
+
 def test_rewards_thousands_of_nats_apart_neither_overflow_nor_vanish(backend):
     reward = torch.tensor([[-9000.0, -9001.0, 8000.0, -50.0, 0.0, -4000.0]], dtype=torch.float64)
     # The largest is once under the root's first child, and once under another one.
@@ -187,6 +197,17 @@ class TestRefusals:
             gflowgr.item_flows(self.tree, zeros.long())
         with pytest.raises(ValueError, match="log_reward_floor needs items"):
             gflowgr.item_flows(self.tree, zeros, log_reward_floor=-1.0)
+        pool = torch.arange(6).expand(2, 6)
+        for floor in ("low", zeros):
+            with pytest.raises(TypeError, match="log_reward_floor must be a number or None; got"):
+                gflowgr.item_flows(self.tree, zeros, items=pool, log_reward_floor=floor)
+        flows = gflowgr.item_flows(self.tree, zeros)
+        with pytest.raises(TypeError, match=r"nodes must be int64; got torch\.int32"):
+            flows.node_log_flow(torch.zeros(2, 1, dtype=torch.int32))
+        with pytest.raises(ValueError, match=r"nodes must have shape \[B=2, \.\.\.\]"):
+            flows.node_log_flow(torch.zeros(3, 1, dtype=torch.int64))
+        with pytest.raises(TypeError, match="mask must be bool; got list"):
+            flows.log_flow(torch.zeros(2, 1, 3, dtype=torch.int64), [[[True] * 3]] * 2)
         with pytest.raises(ValueError, match="items and log_reward must have one shape"):
             gflowgr.item_flows(self.tree, zeros, items=torch.zeros(2, 5, dtype=torch.long))
         with pytest.raises(TypeError, match=r"tree must be a gflowgr\.PrefixTree"):
