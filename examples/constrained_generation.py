@@ -29,7 +29,7 @@ def main() -> None:
     prompts = torch.randint(4, 40, (2, 10))
     mask = torch.ones_like(prompts)
     tree = live.snapshot.tree  # one tree from the beginning of a request to its end
-    best = gflowgr.constrained_beam_search(model, prompts, mask, tree, num_beams=10)
+    best = gflowgr.constrained_beam_search(model, prompts, mask, tree, num_beams=40)
     print("best items     ", best.items[:, :5].tolist())
 
     # The same through generate, for code that calls it already.
@@ -38,7 +38,7 @@ def main() -> None:
         attention_mask=mask,
         custom_generate=gflowgr.constrained_generate,
         tree=tree,
-        num_beams=10,
+        num_beams=40,
         num_return_sequences=5,
         max_new_tokens=3,
     )
@@ -51,7 +51,7 @@ def main() -> None:
     available = torch.ones(tree.num_items, dtype=torch.bool)
     available[best.items[0, 2]] = False
     rest = gflowgr.constrained_beam_search(
-        model, prompts, mask, tree, num_beams=10, exclude=seen, available=available
+        model, prompts, mask, tree, num_beams=40, exclude=seen, available=available
     )
     print("without these  ", rest.items[:, :5].tolist())
 
@@ -61,7 +61,7 @@ def main() -> None:
 
     # Items leave while others read: a snapshot that is held stays as it is.
     live.remove(best.items[:, :1].unique().tolist())
-    now = gflowgr.constrained_beam_search(model, prompts, mask, live.snapshot.tree, num_beams=10)
+    now = gflowgr.constrained_beam_search(model, prompts, mask, live.snapshot.tree, num_beams=40)
     print("after removal  ", now.items[:, :5].tolist())
 
 

@@ -124,6 +124,7 @@ def test_the_sample_is_no_larger_than_what_there_is() -> None:
         "spearman",
         "log_p",
         "log_r",
+        "first_level",
     }
 
 

@@ -352,7 +352,7 @@ def test_opcheck(backend: str) -> None:
             torch.ops.gflowgr.dense_flow_loss,
             (
                 *(joint["hidden"], joint["weight"], joint["bias"], targets, 0.7),
-                *(joint["log_reward"], joint["log_z"], "tb", 1.0, 1.0, None, "prompt", 0.5),
+                *(joint["log_reward"], joint["log_z"], "tb", 1.0, 1.0, None, "prompt", 0.5, 3.0),
                 *[True] * 5,
             ),
         )

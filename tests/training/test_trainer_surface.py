@@ -87,9 +87,7 @@ def test_another_split_can_be_evaluated_and_nothing_else(trainer: Any) -> None:
     assert (
         trainer.evaluate(other, metric_key_prefix="x")["x_N@10"] != trainer.evaluate()["eval_N@10"]
     )
-    with pytest.raises(
-        ValueError, match=r"eval_dataset must be None or a LeaveOneOut .*; got list"
-    ):
+    with pytest.raises(ValueError, match=r"eval_dataset must be None or a Split .*; got list"):
         trainer.evaluate(eval_dataset=[1, 2, 3])
     few = LeaveOneOut(generate_builtin(seed=7, num_users=40, num_items=210), max_history=8)
     with pytest.raises(ValueError, match="eval_dataset must have 200 items; got 210"):

@@ -106,20 +106,23 @@ def prepare(
         reward = log_reward.to(dtype)
         if beta != 1.0:
             reward = beta * reward
-        if floor is not None:
-            reward = reward.masked_fill(~(reward > floor), floor)
+        reward = _floored(reward, floor)
         return Trajectories(log_pf.to(dtype), reward, mask, valid, whole=True)
     mask = full_mask(log_pf, mask)
     valid = mask.any(-1)
     broken = checks.mask_rises(mask).any(-1)
     mask = mask | broken[..., None]
     reward = beta * log_reward.to(dtype).masked_fill(~valid, 0.0)
+    reward = _floored(reward, floor)
     if floor is not None:
-        # A comparison with NaN is false, so NaN is floored too.
-        reward = reward.masked_fill(~(reward > floor), floor)
         reward = reward.masked_fill(~valid, 0.0)
     reward = reward.masked_fill(broken, math.nan)
     return Trajectories(log_pf.to(dtype).masked_fill(~mask, 0.0), reward, mask, valid)
+
+
+def _floored(reward: Tensor, floor: float | None) -> Tensor:
+    # A comparison with NaN is false, so NaN is floored too.
+    return reward if floor is None else reward.masked_fill(~(reward > floor), floor)
 
 
 def reduce_trajectories(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
