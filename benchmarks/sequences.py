@@ -87,7 +87,7 @@ class _Trainer:
 
     def batch(self, users: list[int]) -> dict[str, Tensor]:
         """The sequences of these users, or all their prompts."""
-        examples = self.trainer.train_dataset
+        examples: Any = self.trainer.train_dataset
         owner = [int(examples[i]["user"]) for i in range(len(examples))]
         of_user: dict[int, list[int]] = {}
         for index, user in enumerate(owner):

@@ -57,7 +57,8 @@ def make_plain(settings: Any, *, prefix: str = "", only: frozenset[str] | None =
     Raises:
         ValueError: a field's value is not of its type.
     """
-    hints = type_hints(type(settings))
+    kind: Any = type(settings)
+    hints = type_hints(kind)
     for field in dataclasses.fields(settings):
         if only is not None and field.name not in only:
             continue

@@ -155,7 +155,7 @@ def import_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments for the importer of ``args.format``, besides its files."""
     form = FORMATS[args.format]
     given = {parameter: getattr(args, parameter) for parameter in _PARAMETERS[form.importer]}
-    return given | form.fixed
+    return {**given, **form.fixed}
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -38,9 +38,9 @@ def exact_loss(
         given = (hidden, tokens, mask, flows)
         return flow_kl_loss(settings, head, *given, flow_share=flow_share)
     target, log_reward = exact_target(settings, flows, tokens, mask)
-    rewarded: Tensor | None = (log_reward > -math.inf) | ~mask.any(-1)
-    if bool(rewarded.all()):  # item_flows has synchronised already
-        rewarded = None
+    counted = (log_reward > -math.inf) | ~mask.any(-1)
+    # item_flows has synchronised already.
+    rewarded = None if bool(counted.all()) else counted
     loss, logs = balance_loss(
         settings,
         head,

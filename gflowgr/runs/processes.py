@@ -31,7 +31,7 @@ def first_process_first() -> Iterator[None]:
 
     The others thus find the files that the first process writes.
     """
-    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate import PartialState
 
     with PartialState().main_process_first():
         yield

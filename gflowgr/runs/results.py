@@ -380,16 +380,16 @@ def _analysis(path: Path, metrics: Mapping[str, float]) -> Analysis:
             for title, parts in (facts.get("breakdown") or {}).items()
         }
         found = facts.get("calibration") or {}
-        points = [np.asarray(found.get(key, []), np.float64) for key in ("log_p", "log_r")]
+        log_p, log_r = (np.asarray(found.get(key, []), np.float64) for key in ("log_p", "log_r"))
         correlations = [found.get(key) for key in ("pearson", "spearman")]
         pearson, spearman = (None if each is None else float(each) for each in correlations)
         level = found.get("first_level")
         policies = None if level is None else FirstLevel(**level)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: not an analysis: {type(error).__name__} {error}") from error
-    if points[0].shape != points[1].shape or points[0].ndim != 1:
+    if log_p.shape != log_r.shape or log_p.ndim != 1:
         raise DataError(f"{path}: log_p and log_r must be lists of equal length")
-    return Analysis(diversity, breakdown, pearson, spearman, *points, policies)
+    return Analysis(diversity, breakdown, pearson, spearman, log_p, log_r, policies)
 
 
 def _read_json(path: Path, expect: type) -> Any:

@@ -147,8 +147,10 @@ def compare(
     if not common:
         return {}
     columns = [
-        user_differences(*([ranks[each][seed] for seed in seeds] for each in pair), metrics)
-        for pair, seeds in common.items()
+        user_differences(
+            [ranks[name][seed] for seed in seeds], [ranks[other][seed] for seed in seeds], metrics
+        )
+        for (name, other), seeds in common.items()
     ]
     drawn = iter(paired_bootstrap(np.concatenate(columns, axis=1)))
     found = {pair: [next(drawn) for _ in metrics] for pair in common}

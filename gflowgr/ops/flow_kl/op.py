@@ -297,8 +297,9 @@ def _backward_recomputed(
         x.new_zeros(x.shape, dtype=torch.float32) if x is not None and need else weight.new_empty(0)
         for x, need in zip((weight, bias), needs[1:], strict=True)
     ]
-    for part, own, (_, log_pf, _, *kept, _) in _parts(namespace, head, nll_weights, rewards):
-        found = backward_compiled(namespace, grad[part], *own, log_pf, *kept, *needs, False)
+    for part, own, made in _parts(namespace, head, nll_weights, rewards):
+        _, log_pf, _, slopes, plan, _ = made
+        found = backward_compiled(namespace, grad[part], *own, log_pf, slopes, plan, *needs, False)
         if needs[0]:
             d_hidden[part] = found[0]
         for total, one, need in zip(sums, found[1:3], needs[1:], strict=True):
