@@ -154,7 +154,8 @@ def test_shipped_experiments_can_be_run(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GFLOWGR_DATA", "/data")
     spec = ExperimentSpec.load(name)
     assert spec.name == name
-    assert len(spec.seeds) == 3
+    # A result needs several seeds; the quickstart shows how one is made, and its caveats say so.
+    assert len(spec.seeds) == (1 if name == "quickstart" else 3)
     control = next(method for method in spec.methods if method.name == spec.baseline)
     assert control.settings["flow"] == {"objective": "sft"}
 
