@@ -20,7 +20,8 @@ def keyed_uniform(seed: int, first: Tensor, *keys: Tensor | int) -> Tensor:
 
     Args:
         seed: any integer; only its lowest 64 bits count.
-        first, *keys: say what each number is for; int64 tensors, or integers after the first.
+        first: int64, says what each number is for.
+        keys: say so, too; int64 tensors or integers.
     """
     # Integers stay on the host: a tensor made of one would wait for a copy to the device.
     bits = _mix(first * _signed(_GOLDEN) + _mix_integer(seed))

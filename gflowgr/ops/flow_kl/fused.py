@@ -131,9 +131,7 @@ def fused_flow_kl(
 ) -> FusedFlowKL:
     """:func:`fused_flow_kl_loss`, with divergences and log_pf beside it: for trainers that log.
 
-    Args:
-        hidden, weight, tokens, flows, tree, bias, mask, temperature, normalize, reduction,
-            nll_weight: as there, with its errors.
+    Arguments and errors are those of that function.
 
     Returns:
         :class:`FusedFlowKL`; its loss is what :func:`fused_flow_kl_loss` returns.

@@ -46,7 +46,7 @@ from gflowgr.tree.flows_reference import item_flows_reference
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """value, log_pf, alive [B, N, L], slopes, plan, invalid [1]."""
 Gradients = tuple[Tensor, Tensor, Tensor]
-Head = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor, float]
+HeadArguments = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor, float]
 """hidden, weight, bias, tokens, mask, the tree's buffer, temperature."""
 
 RECOMPUTED_AT_ONCE = 2**24
@@ -146,7 +146,7 @@ def _forward(
 
 def _forward_compiled(
     namespace: Any,
-    head: Head,
+    head: HeadArguments,
     saved: int,
     nll_weights: Tensor | None,
     rewards: FlowRewards,
@@ -164,8 +164,8 @@ def _forward_compiled(
 
 
 def _parts(
-    namespace: Any, head: Head, nll_weights: Tensor | None, rewards: FlowRewards
-) -> Iterator[tuple[slice, Head, Outputs]]:
+    namespace: Any, head: HeadArguments, nll_weights: Tensor | None, rewards: FlowRewards
+) -> Iterator[tuple[slice, HeadArguments, Outputs]]:
     """Forward passes with slopes, of as many prompts at a time as RECOMPUTED_AT_ONCE allows."""
     hidden, weight, bias, tokens, mask, tree, temperature = head
     _, branches, steps = tokens.shape
@@ -180,7 +180,9 @@ def _parts(
         yield part, own, _forward_compiled(namespace, own, saved, w, flows)
 
 
-def _forward_in_parts(head: Head, nll_weights: Tensor | None, rewards: FlowRewards) -> Outputs:
+def _forward_in_parts(
+    head: HeadArguments, nll_weights: Tensor | None, rewards: FlowRewards
+) -> Outputs:
     hidden, weight, bias, tokens, *_ = head
     value, log_pf, alive, slopes, plan, invalid = _empty_outputs(hidden, weight, bias, tokens, 0)
     invalid.zero_()
@@ -285,7 +287,7 @@ def _backward(
 def _backward_recomputed(
     namespace: Any,
     grad: Tensor,
-    head: Head,
+    head: HeadArguments,
     nll_weights: Tensor | None,
     rewards: FlowRewards,
     needs: tuple[bool, bool, bool],
