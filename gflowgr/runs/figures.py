@@ -354,7 +354,9 @@ def plot_first_level(levels: Mapping[str, FirstLevel], path: Path, styles: Style
         )
         for name, level in levels.items():
             values = np.asarray(level.model[row])[order]
-            axes.plot(places, values, ".-", markersize=3, linewidth=0.9, label=name, **styles[name])
+            axes.plot(
+                places, values, marker=".", markersize=3, linewidth=0.9, label=name, **styles[name]
+            )
         y = "P(first token)" if row % 2 == 0 else ""
         plots.frame(axes, title=f"user {user}", x="first tokens, by the target", y=y)
         axes.set_ylim(bottom=0)
