@@ -40,4 +40,6 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
 
     if sys.stderr.isatty():
         return tqdm(iterable, **{"dynamic_ncols": True, **options})
-    return tqdm(iterable, **{**options, "file": _Lines(sys.stderr), "dynamic_ncols": False})
+    # The stream alone decides what is shown: steps are slow, and a frame that is dropped is cheap.
+    every = {"mininterval": 0, "miniters": 1, "dynamic_ncols": False}
+    return tqdm(iterable, **{**options, **every, "file": _Lines(sys.stderr)})
