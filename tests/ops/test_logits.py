@@ -108,6 +108,14 @@ def test_vocabularies_around_and_above_a_block(
     assert_value_and_gradient(logits.to(device, dtype), tokens)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_maximum_that_rises_from_block_to_block(device: str, temperature: float) -> None:
+    """What the earlier blocks summed counts, taken down by the tempered rise."""
+    logits = torch.linspace(0, 3, 6200, device=device).expand(1, 1, 2, 6200).contiguous()
+    tokens = torch.tensor([[[0, 6199]]], device=device)
+    assert_value_and_gradient(logits, tokens, temperature)
+
+
 def test_gradcheck() -> None:
     """float64 runs on the reference."""
     g = torch.Generator().manual_seed(2)
