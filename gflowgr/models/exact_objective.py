@@ -31,8 +31,8 @@ def exact_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The joint loss of any objective with exact flows, and what is logged of it.
 
-    Trajectories without a reward have no flow loss. Arguments as in :func:`joint_loss` and
-    :func:`with_reference`; ``flows`` of the B prompts.
+    Trajectories without a reward have no flow loss. Arguments as in
+    :func:`~gflowgr.models.objective.balance_loss`; ``flows`` of the B prompts.
     """
     if settings.objective == "flow_kl":
         given = (hidden, tokens, mask, flows)

@@ -32,7 +32,6 @@ __all__ = [
     "flow_statistics",
     "fusion_term",
     "group_log_z",
-    "joint_loss",
     "positive_nll",
     "supervised_loss",
     "term_counts",
@@ -85,74 +84,6 @@ def supervised_loss(
     return loss
 
 
-def joint_loss(
-    settings: FlowSettings,
-    head: Head,
-    hidden: Tensor,
-    tokens: Tensor,
-    mask: Tensor,
-    log_reward: Tensor,
-    target: Tensor | None,
-    log_proposal: Tensor | None = None,
-    *,
-    rewarded: Tensor | None = None,
-    flow_share: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The joint loss, log P_F [B, N, L] detached, and the importance weights [B, N] if any.
-
-    Three matrix products with the head for the loss and all gradients (over the vocabulary), no
-    logits held. With importance weights, which depend on log P_F, or trajectories without a reward
-    it takes four products.
-
-    Args:
-        settings: objective and its constants.
-        head: the output head.
-        hidden: states [B, N, L, d] that predict ``tokens``.
-        tokens: trajectories [B, N, L].
-        mask: true for real tokens [B, N, L].
-        log_reward: log R [B, N].
-        target: log Z [B], log F [B, N, L], or None for VarGrad.
-        log_proposal: see :meth:`gflowgr.models.GFlowModel.forward`.
-        rewarded: false where a trajectory's reward is 0 [B, N], of which the flow loss says
-            nothing; None: all have one.
-        flow_share: see there.
-
-    Raises:
-        ValueError: no ``log_proposal``, though the settings ask for importance weights.
-    """
-    weight = settings.gfn_weight * flow_share
-    if settings.is_outside:
-        log_pf = trajectory_logprobs(hidden, tokens=tokens, mask=mask, **head)
-        flow = _flow_loss(settings, log_pf, log_reward, target, mask)
-        return weight * flow + positive_nll(settings, log_pf, mask), log_pf.detach(), None
-    if settings.importance_clip is not None or rewarded is not None:
-        log_pf = trajectory_logprobs(hidden, tokens=tokens, mask=mask, **head)
-        ratio = None
-        if settings.importance_clip is not None:
-            if log_proposal is None:
-                raise ValueError("log_proposal is required: settings.importance_clip is set")
-            ratio = (log_pf.detach().sum(-1) - log_proposal).exp()
-            ratio = ratio.clamp(max=settings.importance_clip).masked_fill(log_proposal.isnan(), 1.0)
-        flow = _flow_loss(settings, log_pf, log_reward, target, mask, ratio, rewarded)
-        return weight * flow + positive_nll(settings, log_pf, mask), log_pf.detach(), ratio
-    loss, log_pf = fused_flow_loss(
-        _kind(settings, target),
-        hidden,
-        tokens=tokens,
-        log_reward=log_reward,
-        balance=target,
-        mask=mask,
-        lam=settings.subtb_lambda,
-        beta=settings.beta,
-        log_reward_floor=settings.log_reward_floor,
-        residual_clip=settings.clip,
-        reduction=settings.reduced_by,
-        nll_weight=1.0 / weight,
-        **head,
-    )
-    return weight * loss, log_pf, None
-
-
 def balance_loss(
     settings: FlowSettings,
     head: Head,
@@ -167,26 +98,76 @@ def balance_loss(
     rewarded: Tensor | None = None,
     flow_share: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """:func:`joint_loss` of TB, DB or SubTB, and what is logged of it; arguments as there, and
-    ``log_reference`` of :func:`with_reference`."""
+    """The joint loss of TB, DB, SubTB or an objective from outside, and what is logged of it.
+
+    Three matrix products with the head for the loss and all gradients (over the vocabulary), no
+    logits held. With importance weights, which depend on log P_F, or trajectories without a reward
+    it takes four products.
+
+    Args:
+        settings: objective and its constants.
+        head: the output head.
+        hidden: states [B, N, L, d] that predict ``tokens``.
+        tokens: trajectories [B, N, L].
+        mask: true for real tokens [B, N, L].
+        log_reward: log R [B, N].
+        target: log Z [B], log F [B, N, L], or None for VarGrad.
+        log_proposal: see :meth:`gflowgr.models.GFlowModel.forward`.
+        log_reference: see :func:`with_reference`.
+        rewarded: false where a trajectory's reward is 0 [B, N], of which the flow loss says
+            nothing; None: all have one.
+        flow_share: see :meth:`gflowgr.models.GFlowModel.forward`.
+
+    Raises:
+        ValueError: no ``log_proposal``, though the settings ask for importance weights.
+    """
     log_reward = with_reference(settings, log_reward, log_reference)
-    loss, log_pf, weights = joint_loss(
-        settings,
-        head,
-        hidden,
-        tokens,
-        mask,
-        log_reward,
-        target,
-        log_proposal,
-        rewarded=rewarded,
-        flow_share=flow_share,
-    )
+    weight = settings.gfn_weight * flow_share
+    weights: Tensor | None = None
+    if settings.is_outside or settings.importance_clip is not None or rewarded is not None:
+        log_pf = trajectory_logprobs(hidden, tokens=tokens, mask=mask, **head)
+        balanced = (settings, log_pf, log_reward, target, mask)
+        if settings.is_outside:
+            flow = _flow_loss(*balanced)
+        else:
+            weights = _importance(settings, log_pf, log_proposal)
+            flow = _flow_loss(*balanced, weights, rewarded)
+        loss = weight * flow + positive_nll(settings, log_pf, mask)
+        log_pf = log_pf.detach()
+    else:
+        loss, log_pf = fused_flow_loss(
+            _kind(settings, target),
+            hidden,
+            tokens=tokens,
+            log_reward=log_reward,
+            balance=target,
+            mask=mask,
+            lam=settings.subtb_lambda,
+            beta=settings.beta,
+            log_reward_floor=settings.log_reward_floor,
+            residual_clip=settings.clip,
+            reduction=settings.reduced_by,
+            nll_weight=1.0 / weight,
+            **head,
+        )
+        loss = weight * loss
     logs = flow_logs(settings, log_pf, log_reward, target, mask, rewarded)
     if weights is not None:
         valid = mask.any(-1)
         logs["importance"] = weights.masked_fill(~valid, 0.0).sum() / valid.sum()
     return loss, logs
+
+
+def _importance(
+    settings: FlowSettings, log_pf: Tensor, log_proposal: Tensor | None
+) -> Tensor | None:
+    """Clipped ratios [B, N] of the policy to what drew the trajectories; None without a clip."""
+    if settings.importance_clip is None:
+        return None
+    if log_proposal is None:
+        raise ValueError("log_proposal is required: settings.importance_clip is set")
+    ratio = (log_pf.detach().sum(-1) - log_proposal).exp()
+    return ratio.clamp(max=settings.importance_clip).masked_fill(log_proposal.isnan(), 1.0)
 
 
 def with_reference(
@@ -210,7 +191,7 @@ def flow_logs(
     rewarded: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The loss's terms, residuals, and log Z beside its group estimate, from what the loss has made
-    anyway; arguments as in :func:`joint_loss`."""
+    anyway; arguments as in :func:`balance_loss`."""
     batch = _prepared(settings, log_pf, log_reward, _flow_mask(mask, rewarded))
     group = _group_log_z(batch)
     logs = {
