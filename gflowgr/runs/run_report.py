@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, files
-from ..data import Split
-from ..evaluation.evaluate import Evaluation
 from ..models.settings import FlowSettings
 from ..report.document import (
     Block,
@@ -28,6 +25,7 @@ from ..report.plots import Logs, Styles, method_styles, series
 from ..report.tables import Table, TableCell, TableRow, format_table, results_table
 from . import figures
 from .config import RunConfig
+from .example_lists import Example, example_recommendations, examples_section
 from .figures import Point
 from .processes import is_first_process, working_alone
 from .run import RunResult, TableEntry, run
@@ -35,27 +33,7 @@ from .statistics import METRICS, STATISTICS_RULES, compare, ranking_metrics
 from .summary import Comparison
 from .tables import difference_tables
 
-__all__ = ["Example", "Report", "example_recommendations", "run_and_report", "write_report"]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One user's recommendations, as ids and titles.
-
-    Attributes:
-        user: the user's id in the data.
-        history: titles of the user's last items, oldest first.
-        target: title of the held-out item.
-        recommendations: method to titles, best first.
-        found: method to the 0-based place of the held-out item in that method's list, -1 = not in
-            it; different items may have the same title.
-    """
-
-    user: str
-    history: list[str]
-    target: str
-    recommendations: dict[str, list[str]]
-    found: dict[str, int]
+__all__ = ["Report", "run_and_report", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -248,61 +226,6 @@ def _flow_heads(flow: FlowSettings) -> str:
     return "F learned" + (", forward-looking" if flow.forward_looking else "")
 
 
-def example_recommendations(
-    split: Split,
-    evaluations: Mapping[str, Evaluation],
-    *,
-    count: int = 5,
-    history: int = 5,
-    top: int = 5,
-    seed: int = 0,
-) -> list[Example]:
-    """Recommendations of each method for the same users, as titles.
-
-    Half of the users (rounded up) are drawn among those for whom some method found the target in
-    its list, the rest among all others, so that both sides are seen; say so beside them.
-
-    Args:
-        split: the data.
-        evaluations: method name to its evaluation; all of the same part and users.
-        count: number of users.
-        history: items of the history shown.
-        top: items of each list shown.
-        seed: of the choice.
-
-    Raises:
-        ValueError: no evaluations, or evaluations of different users or parts.
-    """
-    if not evaluations:
-        raise ValueError("evaluations must not be empty")
-    first = next(iter(evaluations.values()))
-    for name, other in evaluations.items():
-        if other.which != first.which or not np.array_equal(other.users, first.users):
-            raise ValueError(f"evaluation {name!r} is of another part or other users")
-    rng = np.random.default_rng(seed)
-    found = np.any([evaluation.ranks >= 0 for evaluation in evaluations.values()], axis=0)
-    hits, others = (rng.permutation(np.flatnonzero(part)) for part in (found, ~found))
-    wanted_hits = max(-(-count // 2), count - len(others))
-    chosen = np.concatenate([hits[:wanted_hits], others])[:count]
-    row_of = {int(user): row for row, user in enumerate(split.eval_users(first.which))}
-    histories, targets = split.histories(first.which), split.targets(first.which)
-    title = split.dataset.label
-    examples = []
-    for place in chosen:
-        user = int(first.users[place])
-        row = row_of[user]
-        lists = {
-            name: [title(int(item)) for item in evaluation.items[place, :top] if item >= 0]
-            for name, evaluation in evaluations.items()
-        }
-        past = [title(int(item)) for item in histories[row][-history:]]
-        places = {name: int(evaluation.ranks[place]) for name, evaluation in evaluations.items()}
-        examples.append(
-            Example(split.dataset.user_ids[user], past, title(int(targets[row])), lists, places)
-        )
-    return examples
-
-
 def write_report(folder: str | Path, report: Report) -> Path:
     """Write report.md, its PNG plots and report.html into ``folder``; return report.md's path.
 
@@ -330,7 +253,7 @@ def write_report(folder: str | Path, report: Report) -> Path:
     if drawn:
         sections.append(Section("Plots", (), drawn))
     if report.examples:
-        sections.append(_examples(report.examples))
+        sections.append(examples_section(report.examples))
     if report.setup:
         sections.append(Section("What was run", [_pairs(report.setup)]))
     sections.append(Section("Machine", [_pairs(machine_summary())]))
@@ -414,36 +337,6 @@ def _plot_metrics(rows: Sequence[TableRow], path: Path, styles: Styles) -> bool:
                 value, spread = row.metrics[metric], row.spread.get(metric, 0.0)
                 panels[metric][row.name] = Point(value, value - spread, value + spread)
     return figures.plot_points([row.name for row in rows], panels, path, styles, bars=True)
-
-
-def _examples(examples: Sequence[Example]) -> Section:
-    text = (
-        "Users for whom some method found the held-out item come first and are over-represented. "
-        "The held-out item is marked ✓."
-    )
-    sections = []
-    for example in examples:
-        names = list(example.recommendations)
-        depth = max((len(titles) for titles in example.recommendations.values()), default=0)
-        rows = []
-        for place in range(depth):
-            row = [TableCell(str(place + 1))]
-            for name, titles in example.recommendations.items():
-                title = _short(titles[place]) if place < len(titles) else ""
-                row.append(TableCell(title + " ✓" * (example.found[name] == place)))
-            rows.append(row)
-        blocks: list[Block] = [
-            Paragraph("Last items, oldest first:"),
-            Bullets([("", _short(title)) for title in example.history]),
-            Paragraph(_short(example.target), "Held-out item"),
-            Table("", ["", *names], rows, align="r" + "l" * len(names)),
-        ]
-        sections.append(Section(f"User {example.user}", blocks))
-    return Section("Example recommendations", [Paragraph(text)], sections)
-
-
-def _short(title: str) -> str:
-    return textwrap.shorten(title, 70, placeholder=" ...")
 
 
 def _pairs(pairs: Mapping[str, Any]) -> Table:

@@ -16,7 +16,8 @@ from gflowgr.errors import OutputError
 from gflowgr.evaluation import ScoringRecommender, evaluate
 from gflowgr.report import plots
 from gflowgr.report.tables import TableRow
-from gflowgr.runs.run_report import Report, example_recommendations, write_report
+from gflowgr.runs.example_lists import example_recommendations
+from gflowgr.runs.run_report import Report, write_report
 
 ROWS = [
     TableRow("SFT", {"R@5": 0.0413, "N@10": 0.0343, "entropy": 7.2, "num_users": 10.0}),
