@@ -18,6 +18,7 @@ __all__ = [
     "announce_sharding",
     "first_process_finds",
     "gathered",
+    "is_shard",
     "is_sharded",
     "load_whole_state",
     "process",
@@ -80,11 +81,13 @@ _RESHARDS = "_gflowgr_reshards_blocks"
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 (``fully_shard``) was applied to ``model`` itself."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
+    # By name: importing FSDP to ask for its class takes seconds.
+    return any(each.__name__ == "FSDPModule" for each in type(model).__mro__)
 
-    return isinstance(model, FSDPModule)
+
+def is_shard(parameter: Tensor) -> bool:
+    """Whether this process has a part of ``parameter`` only (a ``DTensor``)."""
+    return any(each.__name__ == "DTensor" for each in type(parameter).__mro__)
 
 
 def announce_sharding(model: nn.Module, *, reshards_blocks: bool) -> None:

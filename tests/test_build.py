@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from support.served_shop import write_folders
+from support.tiny_decoder import make_decoder
 
 from gflowgr import backends
 
@@ -275,6 +278,27 @@ def test_ops_import_nothing_heavy() -> None:
         "print(sorted(heavy & set(sys.modules)))\n"
     )
     assert run_python(script) == "[]\n"
+
+
+def test_a_recommendation_imports_nothing_heavy(tmp_path: Path) -> None:
+    """Not for the generators that are built here; the command line alone imports no torch."""
+    folders = write_folders(tmp_path)
+    models = {"tiger": folders["model0"], "decoder": str(tmp_path / "decoder")}
+    make_decoder().save_pretrained(models["decoder"])
+    script = (
+        "import sys, gflowgr.cli\n"
+        "assert 'torch' not in sys.modules\n"
+        f"for model in {list(models.values())}:\n"
+        f"    options = ['--data', {folders['data']!r}, '--history', '3,4', '--top', '2']\n"
+        "    options += ['--json', '--no-progress']\n"
+        "    assert gflowgr.cli.main(['recommend', model, *options]) == 0\n"
+        "heavy = {'transformers', 'accelerate', 'torch._dynamo', 'torch.distributed.tensor',"
+        " 'sympy', 'scipy', 'pyarrow', 'polars', 'matplotlib', 'triton'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    *answers, heavy = run_python(script).splitlines()
+    assert [len(json.loads(answer)["items"]) for answer in answers] == [2, 2]
+    assert heavy == "[]"
 
 
 def run_python(script: str) -> str:

@@ -26,6 +26,7 @@ from ..errors import DataError
 from ..folders import MANIFEST_NAME, find_damage, fresh_folder
 from ..item_ids import ITEM_IDS_FILE, ItemIds
 from ..tree import PrefixTree
+from .bare import read_bare
 from .lora import has_lora, load_adapter, merged_copy, save_adapter
 from .prompts import PromptLayout
 from .settings import FlowSettings
@@ -196,14 +197,16 @@ def load_weights(model: GFlowModel, folder: Path) -> None:
     load_heads(model, folder)
 
 
-def read_parts(folder: Path) -> dict[str, Any]:
+def read_parts(folder: Path, *, decode_only: bool = False) -> dict[str, Any]:
     """The arguments of ``GFlowModel`` in ``folder``.
+
+    Args:
+        folder: a saved model.
+        decode_only: a backbone without transformers will do, see :mod:`.bare`.
 
     Raises:
         DataError: the folder is not a gflowgr checkpoint, of an unknown format, or damaged.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
     description = folder / _DESCRIPTION
     if not description.is_file():
         raise DataError(f"{folder} is not a gflowgr checkpoint: it has no {_DESCRIPTION}")
@@ -225,13 +228,22 @@ def read_parts(folder: Path) -> dict[str, Any]:
             "it. The finished model is in the folder 'model' of its stage"
         )
     with damage_named(folder):
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        parts["backbone"] = auto.from_pretrained(folder, local_files_only=True)
         parts["tree"] = PrefixTree.load(folder / "tree.safetensors")
         parts["item_ids"] = ItemIds.load(folder)
-        if (folder / "tokenizer_config.json").is_file():
-            parts["tokenizer"] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        backbone = read_bare(folder) if decode_only else None
+        parts |= _library_parts(folder) if backbone is None else {"backbone": backbone}
+    return parts
+
+
+def _library_parts(folder: Path) -> dict[str, Any]:
+    """The backbone, and its tokenizer if there is one, as transformers loads them."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    parts = {"backbone": auto.from_pretrained(folder, local_files_only=True)}
+    if (folder / "tokenizer_config.json").is_file():
+        parts["tokenizer"] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return parts
 
 

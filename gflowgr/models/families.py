@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["why_unsupported_causal"]
+__all__ = ["is_known_class", "why_unsupported_causal"]
 
 _FAMILIES = frozenset(
     ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3")
 )
 """Values of ``model_type`` whose models take positions from ``position_ids`` only and compute
 logits as ``lm_head(hidden)``."""
+_HOMES = ("transformers.models.", "gflowgr.models.bare")
+
+
+def is_known_class(module: Any) -> bool:
+    """Whether the class of ``module`` is one of transformers, or of :mod:`.bare`, and no
+    subclass."""
+    return type(module).__module__.startswith(_HOMES)
 
 
 def why_unsupported_causal(model: Any) -> str | None:

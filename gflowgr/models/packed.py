@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from ..distributed import is_shard
 from .backbone import real_prompt, without_peft
+from .bare import BareModel
 from .families import why_unsupported_causal
 from .packed_causal import causal_states
 from .wrapped import accelerate_autocast, unwrapped, warn_if_compiled
@@ -172,6 +173,8 @@ def _states(
     tokens: Tensor,
     mask: Tensor | None,
 ) -> TrajectoryStates:
+    if isinstance(model, BareModel):
+        model.forward()  # says why it cannot
     input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
     if mask is not None:
         tokens = tokens.masked_fill(~mask, 0)
@@ -208,7 +211,7 @@ def _only_position_bias(decoder: Any) -> Any:
     UMT5 has one in each layer; and FSDP may hold its weight in shards until the layer runs.
     """
     found = [m for m in decoder.modules() if getattr(m, "has_relative_attention_bias", False)]
-    if len(found) != 1 or isinstance(found[0].relative_attention_bias.weight, DTensor):
+    if len(found) != 1 or is_shard(found[0].relative_attention_bias.weight):
         return None
     return found[0]
 

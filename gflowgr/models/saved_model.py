@@ -65,7 +65,12 @@ class SavedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, place: Path | str, *, revision: str | None = None, token: str | None = None
+        cls,
+        place: Path | str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        decode_only: bool = False,
     ) -> Self:
         """Load what :meth:`save_pretrained` or :meth:`push_to_hub` wrote.
 
@@ -73,13 +78,16 @@ class SavedModel(nn.Module):
             place: a folder, or the id of a model on the hub (``"owner/name"``).
             revision: branch, tag or commit on the hub.
             token: access token of the hub; by default the stored one.
+            decode_only: for search, sampling and scores; the model can neither be trained nor
+                saved. One of ``build_tiger`` or ``build_decoder`` is then read without importing
+                transformers, which takes seconds (:mod:`gflowgr.models.bare`).
 
         Raises:
             DataError: there is no such model, it is not a gflowgr checkpoint, of an unknown format,
                 or damaged.
         """
         folder = model_folder(place, revision=revision, token=token)
-        parts = read_parts(folder)
+        parts = read_parts(folder, decode_only=decode_only)
         with damage_named(folder):
             model = cls(**parts)
             load_heads(model._whole_model(), folder)

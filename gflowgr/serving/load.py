@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from ..collaborative import CollaborativeModel, load_collaborative
 from ..data import Dataset, load_dataset, make_split
 from ..errors import DataError, shown
@@ -13,7 +15,6 @@ from ..evaluation import evaluate
 from ..evaluation.generative import GenerativeRecommender
 from ..models.gflow_model import GFlowModel
 from ..report.tables import TableRow, format_table
-from ..runs.processes import device, quiet_transformers
 
 __all__ = ["check_counts", "evaluate_checkpoint", "load_collaborative_for", "load_for"]
 
@@ -24,10 +25,9 @@ def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
     Raises:
         DataError: either is damaged, or they have different numbers of items or other ids.
     """
-    quiet_transformers()
     folder = _model_in(Path(model_folder))
     dataset = load_dataset(data_folder)
-    model = GFlowModel.from_pretrained(folder)
+    model = GFlowModel.from_pretrained(folder, decode_only=True)
     if model.tree.num_items != dataset.num_items:
         raise DataError(
             f"{folder} was trained on {model.tree.num_items} items, but {data_folder} has "
@@ -40,7 +40,12 @@ def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
             f"{data_folder} must have the items that {folder} was trained on; item {item} is "
             f"{shown(ids[item])} there and {shown(known[item])} here"
         )
-    return model.eval().to(device()), replace(dataset, item_ids=ids or known)
+    return model.eval().to(_device()), replace(dataset, item_ids=ids or known)
+
+
+def _device() -> torch.device:
+    """The accelerator of this machine, or the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _model_in(folder: Path) -> Path:

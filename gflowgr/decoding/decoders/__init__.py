@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ...models.backbone import real_prompt
+from ...models.bare import BareGPT2
 from .base import IdentifierCache, StepDecoder
 from .causal import CausalDecoder, why_unsupported_causal
 from .generic import GenericDecoder
+from .gpt2 import GPT2Decoder
 from .t5 import T5Decoder, why_unsupported_t5
 from .t5_fused import FusedT5Decoder, why_unsupported_t5_fused
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CausalDecoder",
     "FusedT5Decoder",
+    "GPT2Decoder",
     "GenericDecoder",
     "IdentifierCache",
     "StepDecoder",
@@ -30,6 +33,8 @@ __all__ = [
 
 def decoder_kind(model: PreTrainedModel | Any) -> tuple[type[StepDecoder], str | None]:
     """Which decoder runs ``model``; for the generic one, also why no fast one can."""
+    if isinstance(model, BareGPT2):
+        return GPT2Decoder, None
     reason = why_unsupported_t5(model)
     if reason is None:
         return T5Decoder if why_unsupported_t5_fused(model) else FusedT5Decoder, None

@@ -47,15 +47,25 @@ class CausalDecoder(StepDecoder):
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
+        layers: list[Any] = cache.layers
+        self._view = _view_of(model.base_model)
+        self._begin(states, mask, [(part.keys, part.values) for part in layers])
+
+    def _begin(self, states: Tensor, mask: Tensor, prompt: list[tuple[Tensor, Tensor]]) -> None:
+        """Set the state of the first step.
+
+        Args:
+            states: of the prompts' tokens [B, S, d].
+            mask: 1 for real tokens [B, S], int64.
+            prompt: keys and values [B, H_kv, S, d_head] of each layer.
+        """
         last = (mask * torch.arange(mask.shape[1], device=self.device)).argmax(1)
         self._first = states[torch.arange(self.batch, device=self.device), last].unsqueeze(1)
-        layers: list[Any] = cache.layers
-        self._prompt: list[tuple[Tensor, Tensor]] = [(part.keys, part.values) for part in layers]
+        self._prompt = prompt
         self._pads = torch.zeros_like(mask, dtype=torch.float32)
         self._pads = self._pads.masked_fill_(mask == 0, -torch.inf)[:, None, None, :]
         self._next = mask.sum(1, keepdim=True)  # position of the next token [B, 1]
-        self._cache = IdentifierCache(len(self._prompt))
-        self._view = _view_of(model.base_model)
+        self._cache = IdentifierCache(len(prompt))
         self._width = 1
 
     def fork(self) -> CausalDecoder:
@@ -71,9 +81,13 @@ class CausalDecoder(StepDecoder):
         self._width = tokens.shape[1]
         self._cache.begin_step(rows)
         positions = self._next + (self._cache.steps - 1)
+        return self._continue(tokens.clamp_min(0), positions.expand_as(tokens))
+
+    def _continue(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """States [B, K, d] of one more token of each beam [B, K], at ``positions`` [B, K]."""
         hidden: Tensor = self._view(
-            input_ids=tokens.clamp_min(0),
-            position_ids=positions.expand_as(tokens),
+            input_ids=tokens,
+            position_ids=positions,
             use_cache=False,
             gflowgr_decoder=self,
         ).last_hidden_state

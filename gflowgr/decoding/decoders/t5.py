@@ -11,21 +11,23 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from ...models.backbone import output_head
+from ...models.families import is_known_class
 from ...models.packed import encode_prompt
 from .base import IdentifierCache, StepDecoder, dot_products, mix
 
 __all__ = ["T5Decoder", "why_unsupported_t5"]
 
+_FAMILY = {"T5ForConditionalGeneration", "MT5ForConditionalGeneration", "BareT5"}
+
 
 def why_unsupported_t5(model: Any) -> str | None:
     """Why :class:`T5Decoder` cannot run ``model``; None when it can."""
-    from transformers import MT5ForConditionalGeneration, T5ForConditionalGeneration
-
-    if not isinstance(model, (T5ForConditionalGeneration, MT5ForConditionalGeneration)):
+    # By name: importing transformers to ask for its classes takes seconds.
+    if not any(each.__name__ in _FAMILY for each in type(model).__mro__):
         return f"{type(model).__name__} is not of the T5 family"
-    stack: Any = type(model.get_decoder())
-    if not stack.__module__.startswith("transformers.models."):
-        return f"its decoder {stack.__name__} is not the one of transformers"
+    stack: Any = model.get_decoder()
+    if not is_known_class(stack):
+        return f"its decoder {type(stack).__name__} is not the one of transformers"
     return None
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ... import backends
 from ...models.backbone import output_head
+from ...models.bare import BareLinear, position_buckets
+from ...models.families import is_known_class
 from ...ops.logprobs.dense import probe_cpp
 from .base import IdentifierCache
 from .t5 import T5Decoder, why_unsupported_t5
@@ -46,7 +48,7 @@ def why_unsupported_t5_fused(model: Any) -> str | None:
         return "it has no dropout, and the model is in training mode"
     if torch.is_autocast_enabled("cpu"):
         return "it computes in float32, and autocast is on"
-    if not type(model.get_encoder()).__module__.startswith("transformers.models."):
+    if not is_known_class(model.get_encoder()):
         return f"its encoder {type(model.get_encoder()).__name__} is not the one of transformers"
     if model.config.d_kv % _LANES:
         return f"d_kv = {model.config.d_kv} is no multiple of {_LANES}"
@@ -63,7 +65,7 @@ def why_unsupported_t5_fused(model: Any) -> str | None:
 def _plain(module: Any) -> bool:
     """Whether ``module`` does no more than its weight says."""
     weight = module._parameters.get("weight")
-    linear = type(module) is nn.Linear and module.bias is None
+    linear = type(module) in (nn.Linear, BareLinear) and module.bias is None
     return (
         weight is not None
         and (linear or hasattr(module, "variance_epsilon"))
@@ -176,18 +178,19 @@ def _encoder_bias(attention: Any, length: int) -> Tensor:
 def _bias(attention: Any, first: int, end: int, *, bidirectional: bool) -> Tensor:
     """Bias of keys ``first``, ``first`` - 1, ..., ``end`` + 1 places behind a query [places, H]."""
     sizes = attention.relative_attention_num_buckets, attention.relative_attention_max_distance
-    buckets = _buckets(attention._relative_position_bucket, first, end, bidirectional, *sizes)
+    buckets = _buckets(first, end, bidirectional, *sizes)
     bias: Tensor = attention.relative_attention_bias(buckets)
     return bias
 
 
 @functools.lru_cache(maxsize=128)
 def _buckets(
-    formula: Any, first: int, end: int, bidirectional: bool, buckets: int, distance: int
+    first: int, end: int, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Tensor:
     """T5's buckets of relative positions, which take as long as a layer."""
-    places = torch.arange(first, end, -1)
-    found: Tensor = formula(
-        places, bidirectional=bidirectional, num_buckets=buckets, max_distance=distance
+    return position_buckets(
+        torch.arange(first, end, -1),
+        bidirectional=bidirectional,
+        num_buckets=num_buckets,
+        max_distance=max_distance,
     )
-    return found

@@ -1,0 +1,67 @@
+"""Stepwise decoding of GPT-2 in its own modules, without the forward pass of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ...models.backbone import output_head
+from .causal import CausalDecoder
+
+__all__ = ["GPT2Decoder"]
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+"""Layer, query, key and value [B, H, T, d_head], factor of the scores -> [B, T, H, d_head]."""
+
+
+class GPT2Decoder(CausalDecoder):
+    """The same as :class:`CausalDecoder`, to rounding.
+
+    Args:
+        model: a GPT-2 of transformers or a :class:`~gflowgr.models.bare.BareGPT2`, in ``eval``
+            mode.
+        input_ids: prompts [B, S].
+        attention_mask: 1 for real tokens [B, S]; padding may be on either side.
+    """
+
+    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
+        self.batch, self.device = input_ids.shape[0], input_ids.device
+        self.head = output_head(model)
+        self._stack = model.base_model
+        mask = attention_mask.long()
+        length = mask.shape[1]
+        # Each token sees itself, so that padding has states, which nothing looks at.
+        before = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=self.device)
+        seen = (before & (mask != 0)[:, None, None, :]) | itself
+        prompt: list[tuple[Tensor, Tensor]] = []
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+            prompt.append((key, value))
+            mixed = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
+            return mixed.transpose(1, 2)
+
+        states = self._run(input_ids, (mask.cumsum(1) - 1).clamp_min(0), attend)
+        self._begin(states, mask, prompt)
+
+    def _continue(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self._run(tokens, positions, self.attend)
+
+    def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        stack = self._stack
+        hidden = stack.wte(tokens) + stack.wpe(positions)
+        for number, block in enumerate(stack.h):
+            own = block.attn
+            query, key, value = (
+                part.unflatten(2, (-1, own.head_dim)).transpose(1, 2)
+                for part in own.c_attn(block.ln_1(hidden)).chunk(3, dim=-1)
+            )
+            mixed = attend(number, query, key, value, own.scaling).flatten(2)
+            hidden = hidden + own.c_proj(mixed)
+            hidden = hidden + block.mlp(block.ln_2(hidden))
+        states: Tensor = stack.ln_f(hidden)
+        return states
