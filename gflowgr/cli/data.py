@@ -20,6 +20,13 @@ def add_data(commands: Commands) -> None:
     builtin.add_argument("--seed", type=int, default=42)
     builtin.add_argument("--users", type=int, default=3000)
     builtin.add_argument("--items", type=int, default=1200)
+    builtin.add_argument(
+        "--popularity-bias",
+        type=float,
+        default=1.0,
+        metavar="BETA",
+        help="how far popular items are shown rather than those that a user likes (default: 1)",
+    )
     add_overwrite(builtin)
     builtin.set_defaults(run=_data_builtin)
 
@@ -33,7 +40,12 @@ def add_data(commands: Commands) -> None:
 def _data_builtin(args: argparse.Namespace) -> int:
     from ..data import generate_builtin, save_dataset
 
-    dataset = generate_builtin(seed=args.seed, num_users=args.users, num_items=args.items)
+    dataset = generate_builtin(
+        seed=args.seed,
+        num_users=args.users,
+        num_items=args.items,
+        popularity_bias=args.popularity_bias,
+    )
     save_dataset(dataset, args.out, overwrite=args.overwrite)
     print_facts(dataset.summary())
     print(f"written to {args.out}")

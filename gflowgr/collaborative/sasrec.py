@@ -150,6 +150,7 @@ class SASRec(nn.Module):
         positions: torch.Tensor,
         segments: torch.Tensor,
         targets: torch.Tensor,
+        weights: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The training loss of packed sequences.
 
@@ -161,9 +162,10 @@ class SASRec(nn.Module):
             positions: int64 [R, L], the place in the item's own sequence.
             segments: int64 [R, L], equal within a sequence, different between those of a row.
             targets: int64 [R, L], the next item; -1 = nothing to predict here.
+            weights: float32 [R, L], of each target in the loss; None: 1.
 
         Returns:
-            {"loss": mean cross-entropy in nats over the positions that have a target}.
+            {"loss": mean of weight times cross-entropy, in nats, over the positions with a target}.
         """
         length = items.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=items.device).tril()
@@ -173,10 +175,11 @@ class SASRec(nn.Module):
         wanted = targets >= 0
         states, wanted_items = hidden[wanted].float(), targets[wanted]
         table = self.items.weight
+        given = None if weights is None else weights[wanted]
         if self.settings.negatives == 0:
-            return {"loss": catalogue_cross_entropy(states, table, wanted_items)}
+            return {"loss": catalogue_cross_entropy(states, table, wanted_items, given)}
         negatives = torch.randint(self.num_items, (self.settings.negatives,), device=states.device)
-        return {"loss": sampled_cross_entropy(states, table, wanted_items, negatives)}
+        return {"loss": sampled_cross_entropy(states, table, wanted_items, negatives, given)}
 
     @torch.no_grad()
     def user_states(self, histories: torch.Tensor) -> torch.Tensor:
@@ -283,7 +286,10 @@ class SASRec(nn.Module):
 
 
 def catalogue_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean over rows of ``-log softmax(hidden @ weight.T)[target]``, without holding the logits.
 
@@ -294,6 +300,7 @@ def catalogue_cross_entropy(
         hidden: float32 [T, d].
         weight: float32 [V, d].
         targets: int64 [T], ids in 0..V-1.
+        weights: float32 [T], of the rows in the mean; None: 1.
 
     Returns:
         float32 scalar in nats; 0 when T is 0.
@@ -306,12 +313,17 @@ def catalogue_cross_entropy(
         tokens=targets[:, None, None],
         log_reward=hidden.new_zeros(len(targets), 1),
         nll_weight=1.0,
+        reduction="prompt" if weights is None else "none",
     )
-    return loss
+    return loss if weights is None else (loss[:, 0] * weights).mean()
 
 
 def sampled_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    negatives: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same loss with the other items' share of the normaliser estimated from a uniform sample.
 
@@ -324,6 +336,7 @@ def sampled_cross_entropy(
         weight: float32 [V, d].
         targets: int64 [T].
         negatives: int64 [S], drawn uniformly from the catalogue, shared by all rows.
+        weights: float32 [T], of the rows in the mean; None: 1.
 
     Returns:
         float32 scalar, the mean over rows; 0 when T is 0.
@@ -336,4 +349,5 @@ def sampled_cross_entropy(
     kept = (~hit).sum(1, keepdim=True).clamp_min(1)
     correction = ((weight.shape[0] - 1) / kept).log()
     others = logits.masked_fill(hit, float("-inf")) + correction
-    return (torch.cat([chosen, others], 1).logsumexp(1, keepdim=True) - chosen).mean()
+    losses = torch.cat([chosen, others], 1).logsumexp(1, keepdim=True) - chosen
+    return (losses if weights is None else losses * weights[:, None]).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +46,9 @@ class _Shop:
     leaf_taste: np.ndarray  # pi, float64 [users, leaves]
 
 
-def generate_builtin(seed: int = 0, num_users: int = 3000, num_items: int = 1200) -> Dataset:
+def generate_builtin(
+    seed: int = 0, num_users: int = 3000, num_items: int = 1200, *, popularity_bias: float = 1.0
+) -> Dataset:
     """Simulate a shop: catalogue, users, what they were shown, clicked and bought.
 
     The model (all constants are in this module; N is the normal distribution, sigma the logistic
@@ -64,7 +67,8 @@ def generate_builtin(seed: int = 0, num_users: int = 3000, num_items: int = 1200
        (0.15). The interest follows it: ``q_ut = (1 - gamma) q_u(t-1) + gamma c_z``, gamma = 0.7.
     4. Utility: ``x_uit = <t_u + kappa q_ut, v_i> + 0.1 b_i``, kappa = 2.
     5. Visit. The shop shows 6 different items that the user has not engaged with yet, drawn without
-       replacement with probability ~ ``exp(0.7 x_uit + b_i)`` (Gumbel top 6).
+       replacement with probability ~ ``exp(0.7 x_uit + beta b_i)`` (Gumbel top 6), beta =
+       ``popularity_bias``.
        ``P(click | shown) = sigma(1.2 (x - 5.5))``, ``P(purchase | click) = sigma(x - 7.5)``.
        A user has no use for an item they engaged with before.
     6. A user visits until they have ``n_u = 5 + Poisson(Gamma(2, 2.5))`` events (40 at most).
@@ -82,9 +86,11 @@ def generate_builtin(seed: int = 0, num_users: int = 3000, num_items: int = 1200
         seed: equal seeds give equal data.
         num_users: number of users U, at least 1.
         num_items: number of items, at least 200.
+        popularity_bias: beta, how far the shop shows what is popular rather than what the user
+            likes: 0 not at all, and the more the larger. Utilities do not depend on it.
 
     Raises:
-        ValueError: a size that is too small, or a product that is too large.
+        ValueError: a size that is too small, a product that is too large, or a negative bias.
     """
     if num_users < 1:
         raise ValueError(f"num_users must be at least 1; got {num_users}")
@@ -95,10 +101,15 @@ def generate_builtin(seed: int = 0, num_users: int = 3000, num_items: int = 1200
             f"num_users * num_items must be at most {_MAX_PAIRS:,}; got {num_users:,} * "
             f"{num_items:,}"
         )
+    if not 0 <= popularity_bias < math.inf:
+        raise ValueError(f"popularity_bias must be finite and >= 0; got {popularity_bias}")
     rng = np.random.default_rng(seed)
     shop = _make_shop(rng, num_users, num_items)
-    log = _simulate(rng, shop)
-    return _to_dataset(rng, shop, log, f"builtin-{seed}")
+    log = _simulate(rng, shop, popularity_bias)
+    name = f"builtin-{seed}"
+    if popularity_bias != 1.0:
+        name += f"-popularity-{popularity_bias:g}"
+    return _to_dataset(rng, shop, log, name)
 
 
 def _dirichlet(rng: np.random.Generator, alpha: float, shape: tuple[int, ...]) -> np.ndarray:
@@ -163,7 +174,7 @@ def _probabilities(utility: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return click, purchase
 
 
-def _simulate(rng: np.random.Generator, shop: _Shop) -> _Log:
+def _simulate(rng: np.random.Generator, shop: _Shop, popularity_bias: float) -> _Log:
     num_users, num_items = len(shop.leaf_taste), len(shop.items)
     extra = rng.poisson(rng.gamma(2.0, (_MEAN_EVENTS - _MIN_EVENTS) / 2.0, size=num_users))
     wanted = np.minimum(_MIN_EVENTS + extra, _MAX_EVENTS)
@@ -186,7 +197,7 @@ def _simulate(rng: np.random.Generator, shop: _Shop) -> _Log:
             interest[active] += _DRIFT * (shop.leaf_vectors[leaf[active]] - interest[active])
         state[active] = long_term[active] + _INTEREST * interest[active]
         utility = _utility(shop, state[active])
-        score = _SHOP_SHARPNESS * utility + shop.log_popularity
+        score = _SHOP_SHARPNESS * utility + popularity_bias * shop.log_popularity
         # Gumbel noise: the best of (score + noise) are a draw without replacement.
         noise = rng.standard_exponential(score.shape)
         score -= np.log(np.maximum(noise, 1e-300))

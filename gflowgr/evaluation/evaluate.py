@@ -22,7 +22,7 @@ class Evaluation:
         name: the recommender's name.
         which: "valid" or "test".
         metrics: "R@k" and "N@k" for each k, "coverage", "entropy" (nats), "num_users", and
-            "utility@K" when the true utilities were given (K = the largest k).
+            "utility@K" and "unbiased R@K" when the true utilities were given (K = the largest k).
         rules: what the numbers mean, as text; print them wherever a number is printed.
         users: int64 [n], the evaluated users.
         ranks: int64 [n], 0-based rank of the target in the list, -1 = not among the largest k.
@@ -109,6 +109,7 @@ def evaluate(
     values["entropy"] = m.entropy(compared)
     if truth is not None:
         values[f"utility@{length}"] = _utility(items, users, truth)
+        values[f"unbiased R@{length}"] = _unbiased_recall(items, users, truth)
     values["num_users"] = float(len(users))
     rules = _rules(split, which, collision, mask_seen, len(users), length, truth is not None)
     return Evaluation(recommender.name, which, values, rules, users, ranks, items)
@@ -214,6 +215,15 @@ def _utility(items: np.ndarray, users: np.ndarray, truth: np.ndarray) -> float:
     return total / max(1, len(users))
 
 
+def _unbiased_recall(items: np.ndarray, users: np.ndarray, truth: np.ndarray) -> float:
+    """Mean share of a user's true utility that their list holds; 0 for a user without any."""
+    total = 0.0
+    for row, user in enumerate(users):
+        own = np.asarray(truth[user], np.float64)
+        total += own[items[row][items[row] >= 0]].sum() / max(own.sum(), np.finfo(float).tiny)
+    return total / max(1, len(users))
+
+
 def _rules(
     split: Split,
     which: str,
@@ -244,5 +254,9 @@ def _rules(
     if has_truth:
         rules["Utility"] = (
             f"mean true utility of the top {length}; an empty place counts as the user's worst item"
+        )
+        rules["Unbiased recall"] = (
+            f"share of the user's true utility that is in the top {length}: the expected recall of "
+            "an item engaged with when all are shown alike, each event counted by its reward"
         )
     return rules

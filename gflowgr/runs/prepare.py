@@ -84,7 +84,12 @@ def load_data(config: DataConfig, output_dir: Path, seed: int) -> Dataset:
         return load_dataset(config.path)
     folder = output_dir / "data"
     if not (folder / "inter.json.gz").is_file():
-        dataset = generate_builtin(seed=seed, num_users=config.users, num_items=config.items)
+        dataset = generate_builtin(
+            seed=seed,
+            num_users=config.users,
+            num_items=config.items,
+            popularity_bias=config.popularity_bias,
+        )
         save_dataset(dataset, folder)
     return replace(load_dataset(folder), name="built-in dataset")
 

@@ -40,6 +40,8 @@ class DataConfig:
             from. None: any.
         users: users of the built-in dataset.
         items: items of the built-in dataset.
+        popularity_bias: how far the built-in shop shows popular items rather than those that a user
+            likes (:func:`~gflowgr.data.generate_builtin`).
     """
 
     path: str | None = None
@@ -50,12 +52,15 @@ class DataConfig:
     target_behaviour: str | None = None
     users: int = 3000
     items: int = 1200
+    popularity_bias: float = 1.0
 
     def __post_init__(self) -> None:
         make_plain(self)
         _check_positive(self, "max_history", "users", "items")
         if not 0 < self.held_out_share < 0.5:
             raise ValueError(f"held_out_share must be in (0, 0.5); got {self.held_out_share}")
+        if not 0 <= self.popularity_bias < math.inf:
+            raise ValueError(f"popularity_bias must be finite and >= 0; got {self.popularity_bias}")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,9 @@ class CollaborativeConfig:
         learning_rate: of AdamW.
         dropout: dropout rate.
         patience: evaluations without a better valid N@10 before stopping.
+        exposure_power: inverse-propensity weights against exposure bias: a target counts in
+            proportion to ``n^-exposure_power``, n the times that its item was engaged with or shown
+            (side behaviours); 0: all alike.
     """
 
     kind: str = "sasrec"
@@ -88,6 +96,7 @@ class CollaborativeConfig:
     learning_rate: float = 1e-3
     dropout: float = 0.3
     patience: int = 3
+    exposure_power: float = 0.0
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -108,6 +117,8 @@ class CollaborativeConfig:
             raise ValueError(f"folds must be in 2..4; got {self.folds}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+        if not 0 <= self.exposure_power <= 1:
+            raise ValueError(f"exposure_power must be in [0, 1]; got {self.exposure_power}")
 
     @property
     def is_trained(self) -> bool:

@@ -114,6 +114,7 @@ def collaborative_stage(
         "batch_size": settings.batch_size,
         "lr": settings.learning_rate,
         "patience": settings.patience,
+        "exposure_power": settings.exposure_power,
         "seed": seed,
         "progress": console.progress,
         "report_to": report_to,

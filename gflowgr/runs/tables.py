@@ -66,9 +66,9 @@ def _names(rows: Sequence[MethodRow]) -> list[str]:
 
 
 def score_table(title: str, rows: Sequence[MethodRow], notes: Notes) -> Table:
-    """Recall and NDCG, and whatever utility was measured; the best of a column is bold."""
+    """Recall and NDCG, and what was measured against true utilities; a column's best is bold."""
     every = dict.fromkeys(key for row in rows for key in row.metrics)
-    extra = [key for key in every if key.startswith("utility")]
+    extra = [key for key in every if key.startswith(("utility", "unbiased"))]
     columns = {
         key: _column(rows, lambda row, key=key: row.metrics.get(key), best=True)  # type: ignore[misc]
         for key in (*ranking_metrics(every), *extra)

@@ -54,6 +54,7 @@ def train_sasrec(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     patience: int = 3,
+    exposure_power: float = 0.0,
     seed: int = 42,
     eval_users: int | None = None,
     users: np.ndarray | None = None,
@@ -79,6 +80,10 @@ def train_sasrec(
         lr: AdamW learning rate, constant after a warm-up of 100 steps.
         weight_decay: AdamW weight decay (not on biases and norms).
         patience: stop after this many epochs without a better validation N@10.
+        exposure_power: a target's weight in the loss is ``n^-exposure_power`` over its mean, n the
+            number of times that its item was engaged with in the training part or shown (side
+            behaviours): inverse-propensity weights (Schnabel et al. 2016) with exposure as the
+            propensity. In [0, 1]; 0: no weights.
         seed: of the initial weights, the order of batches and the dropout.
         eval_users: evaluate on this many random validation users (None: all of them).
         users: train on the sequences of these users [n] alone, all of them being evaluated as
@@ -109,6 +114,8 @@ def train_sasrec(
             raise ValueError(f"{name} must be at least 1; got {value}")
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be a positive number; got {lr}")
+    if not 0 <= exposure_power <= 1:
+        raise ValueError(f"exposure_power must be in [0, 1]; got {exposure_power}")
     settings: dict[str, Any] = {
         "data": [split.dataset.name, split.num_users, split.train.lengths.sum().item()],
         "model": asdict(config),
@@ -120,6 +127,8 @@ def train_sasrec(
         "seed": seed,
         "eval_users": eval_users,
     }
+    if exposure_power:
+        settings["exposure_power"] = exposure_power
     sequences = split.train_sequences
     if users is not None:
         sequences = _of_users(sequences, users)
@@ -181,7 +190,10 @@ def _train(
     counts = 1 + np.bincount(sequences.values, minlength=split.num_items)
     shares = counts / counts.sum()
     model.empty_scores.copy_(torch.from_numpy(np.log(shares)))
-    trainer = SASRecTrainer(model, arguments, split, sequences, eval_users=settings["eval_users"])
+    weights = _exposure_weights(split, sequences, settings.get("exposure_power", 0.0))
+    trainer = SASRecTrainer(
+        model, arguments, split, sequences, weights=weights, eval_users=settings["eval_users"]
+    )
     trainer.add_callback(_LogEachEpoch())
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=patience))
     if progress:
@@ -223,6 +235,7 @@ class SASRecTrainer(CheckpointTrainer):
         split: Split,
         train_sequences: Ragged,
         *,
+        weights: torch.Tensor | None = None,
         eval_users: int | None = None,
     ) -> None:
         sequences = PackedSequences(train_sequences, model.settings.max_length)
@@ -230,6 +243,7 @@ class SASRecTrainer(CheckpointTrainer):
         super().__init__(model=model, args=args, train_dataset=sequences, eval_dataset=sequences)
         self.remove_callback(PrinterCallback)
         self._sequences = sequences
+        self._weights = weights  # of items as targets
         histories, targets = split.histories("valid"), split.targets("valid")
         chosen = np.arange(len(targets))
         if eval_users is not None and eval_users < len(targets):
@@ -260,6 +274,10 @@ class SASRecTrainer(CheckpointTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The model's own loss."""
+        if self._weights is not None:
+            targets = inputs["targets"]
+            weights = self._weights.to(targets.device)[targets.clamp_min(0)]
+            inputs = {**inputs, "weights": weights}
         output: Mapping[str, torch.Tensor] = model(**inputs)
         return (output["loss"], output) if return_outputs else output["loss"]
 
@@ -303,6 +321,18 @@ class SASRecTrainer(CheckpointTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         folder = checkpoint.parent / f"checkpoint-{self.state.best_global_step}"
         self._load_from_checkpoint(str(folder))
+
+
+def _exposure_weights(split: Split, sequences: Ragged, power: float) -> torch.Tensor | None:
+    """Weights of items as targets, float32 [items], 1 in the mean over the training events."""
+    if power == 0:
+        return None
+    own = np.bincount(sequences.values, minlength=split.num_items)
+    shown = sum(
+        np.bincount(rows.values, minlength=split.num_items) for rows in split.dataset.side.values()
+    )
+    weights = np.maximum(own + shown, 1.0) ** -power
+    return torch.from_numpy(weights * own.sum() / max((weights * own).sum(), 1e-300)).float()
 
 
 def _of_users(sequences: Ragged, users: np.ndarray) -> Ragged:

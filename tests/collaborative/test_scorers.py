@@ -280,6 +280,17 @@ def test_no_targets_give_loss_zero_and_gradient_zero() -> None:
         assert not torch.autograd.grad(loss, weight)[0].any()
 
 
+def test_weights_multiply_the_losses_of_their_rows() -> None:
+    hidden, weight, targets = torch.randn(7, 4), torch.randn(9, 4), torch.arange(7)
+    weights = torch.rand(7)
+    expected = (weights * F.cross_entropy(hidden @ weight.t(), targets, reduction="none")).mean()
+    torch.testing.assert_close(catalogue_cross_entropy(hidden, weight, targets, weights), expected)
+    every = torch.arange(9)
+    torch.testing.assert_close(
+        sampled_cross_entropy(hidden, weight, targets, every, weights), expected
+    )
+
+
 def test_sampled_cross_entropy_with_every_item_is_the_full_one() -> None:
     hidden, weight, targets = torch.randn(7, 4), torch.randn(9, 4), torch.arange(7)
     torch.testing.assert_close(

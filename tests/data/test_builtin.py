@@ -126,3 +126,23 @@ def test_round_trip_through_a_folder(shop: Dataset, tmp_path: Path) -> None:
 def test_sizes_that_are_too_small(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate_builtin(**sizes)
+
+
+def test_popularity_bias_decides_what_is_shown_and_not_what_is_liked() -> None:
+    shops = [
+        generate_builtin(seed=3, num_users=300, num_items=400, popularity_bias=bias)
+        for bias in (0.0, 1.0, 4.0)
+    ]
+    shares = []
+    for shop in shops:
+        counts = np.bincount(shop.side["impression"].values, minlength=400)
+        shares.append(np.sort(counts)[-40:].sum() / counts.sum())
+    assert shares[0] < shares[1] < shares[2]
+    one, other = (shop.identifiers("hierarchy").codes for shop in (shops[0], shops[2]))
+    np.testing.assert_array_equal(one, other)  # the catalogue stays
+
+
+@pytest.mark.parametrize("bias", [-0.1, float("nan"), float("inf")])
+def test_a_popularity_bias_that_is_no_weight(bias: float) -> None:
+    with pytest.raises(ValueError, match=r"popularity_bias must be finite and >= 0; got"):
+        generate_builtin(popularity_bias=bias)

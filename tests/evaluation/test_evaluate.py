@@ -143,6 +143,18 @@ def test_true_utility(split: LeaveOneOut) -> None:
     assert "Utility" in result.rules
 
 
+def test_unbiased_recall_is_the_share_of_the_true_utility(split: LeaveOneOut) -> None:
+    truth = split.dataset.truth
+    assert truth is not None
+    truth = truth.copy()
+    truth[0] = 0  # nothing is of use to this user: whatever is shown, nothing is found
+    result = run(Fixed([7, 6]), split, "test", ks=(3,), truth=truth)
+    users = truth[[1, 2, 4]].astype(float)
+    shares = (users[:, 7] + users[:, 6]) / users.sum(1)
+    assert result.metrics["unbiased R@3"] == pytest.approx(shares.sum() / 4)
+    assert "Unbiased recall" in result.rules
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

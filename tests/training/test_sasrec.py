@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,28 @@ def test_packed_loss_equals_the_loss_of_single_sequences() -> None:
             terms.append(F.cross_entropy(scores, torch.tensor([row[end]])))
     assert len(terms) == 3 + 1 + 19
     torch.testing.assert_close(model(**batch)["loss"], torch.stack(terms).mean())
+
+
+def test_exposure_weights_take_down_what_was_shown_often(tmp_path: Path) -> None:
+    split = make_split()
+    dataset = replace(split.dataset, side={"shown": Ragged.from_lists([[7]] * 59 + [[]])})
+    split = LeaveOneOut(dataset)
+    sequences = split.train_sequences
+    own = np.bincount(sequences.values, minlength=NUM_ITEMS)
+    shown = np.bincount(split.dataset.side["shown"].values, minlength=NUM_ITEMS)
+    assert shown[7] > 20
+    weights = module._exposure_weights(split, sequences, 0.5)
+    assert weights is not None
+    expected = np.maximum(own + shown, 1.0) ** -0.5
+    expected /= (expected * own).sum() / own.sum()
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6)
+    plain = train_sasrec(split, CONFIG, tmp_path / "plain", **{**OPTIONS, "epochs": 1})
+    weighted = train_sasrec(
+        split, CONFIG, tmp_path / "weighted", exposure_power=1.0, **{**OPTIONS, "epochs": 1}
+    )
+    assert not same_weights(plain, weighted)
+    with pytest.raises(ValueError, match=r"exposure_power must be in \[0, 1\]; got 2"):
+        train_sasrec(split, CONFIG, tmp_path / "none", exposure_power=2, **OPTIONS)
 
 
 def test_batches_depend_on_seed_and_epoch_only() -> None:
