@@ -6,6 +6,7 @@ from gflowgr.evaluation.analysis import Analysis, analyse
 from gflowgr.evaluation.calibration import Calibration, measure_calibration
 from gflowgr.evaluation.evaluate import Evaluation, evaluate
 from gflowgr.evaluation.recommender import Recommender, ScoringRecommender
+from gflowgr.evaluation.summed import SummedRecommender
 
 __all__ = [
     "Analysis",
@@ -13,6 +14,7 @@ __all__ = [
     "Evaluation",
     "Recommender",
     "ScoringRecommender",
+    "SummedRecommender",
     "analyse",
     "evaluate",
     "measure_calibration",

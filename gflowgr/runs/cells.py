@@ -95,7 +95,7 @@ class Cell:
         reads["collaborative"]["data"] = without
         folders: dict[str, Values] = {}
         if self.config.data.path is None:
-            made = {name: config["data"][name] for name in ("users", "items")}
+            made = {name: config["data"][name] for name in ("users", "items", "popularity_bias")}
             folders[str(Path(self.data_folder) / "data")] = {"seed": self.data_seed, "data": made}
         if self.config.collaborative.is_trained:
             folders[self.collaborative_folder] = reads["collaborative"]

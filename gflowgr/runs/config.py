@@ -96,6 +96,10 @@ class RunConfig:
             finetune.check_objective(self.flow)
         except ValueError as error:
             raise ConfigError(f"finetune: {error}") from error
+        if self.evaluation.summed and self.collaborative.kind == "none":
+            raise ConfigError(
+                "collaborative.kind must be another than 'none' for evaluation.summed; got 'none'"
+            )
         if self.flow.has_exact_flows and self.collaborative.kind == "none":
             raise ConfigError(
                 f"collaborative.kind must be another than 'none' for flow.objective "

@@ -29,6 +29,7 @@ from .cells import alone
 from .publish import without_places
 from .results import GRID, MAIN, REFERENCE, START, ExperimentResults, read_results
 from .setting_section import MAIN_GROUPS, picture, setting_section, short_rules
+from .stages import MASKED, SUMMED
 from .statistics import STATISTICS_RULES
 from .summary import Setting, labelled, summarise, to_json, verdict
 from .tables import grid_table
@@ -260,10 +261,11 @@ def _csv(results: ExperimentResults, settings: list[Setting]) -> str:
             cell.dataset, cell.identifiers or "", cell.seed, method.name, method.group,
             method.of or "", method.key or "", "" if method.value is None else method.value,
         ]  # fmt: skip
-        masked = {} if cell.masked is None else cell.masked.metrics
+        also = {name: each.metrics for name, each in cell.also.items()}
         for kind, numbers in (
             ("metric", cell.metrics),
-            ("metric, seen items masked", masked),
+            ("metric, seen items masked", also.get(MASKED, {})),
+            ("metric, with the collaborative model", also.get(SUMMED, {})),
             ("training", cell.training),
             ("diversity", cell.analysis.diversity),
             ("calibration", {k: getattr(cell.analysis, k) for k in ("pearson", "spearman")}),

@@ -22,7 +22,7 @@ from ..errors import DataError
 from ..evaluation.analysis import UserGroup
 from ..evaluation.first_level import FirstLevel
 from .sections import collaborative_names
-from .stages import MASKED, collaborative_cpu_seconds
+from .stages import MASKED, SUMMED, collaborative_cpu_seconds
 from .statistics import per_user, ranking_metrics
 
 __all__ = [
@@ -124,7 +124,8 @@ class CellResult:
         users: int64 [n], the evaluated users.
         ranks: int64 [n], 0-based place of the target, -1 = not in the list.
         analysis: diversity, breakdown and calibration.
-        masked: the same with seen items masked, where it was evaluated besides; without analysis.
+        also: the same by other rules, by folder (``MASKED``, ``SUMMED``), where it was evaluated so
+            besides; without analysis.
     """
 
     dataset: str
@@ -139,7 +140,7 @@ class CellResult:
     users: np.ndarray = field(repr=False)
     ranks: np.ndarray = field(repr=False)
     analysis: Analysis = field(repr=False)
-    masked: CellResult | None = field(default=None, repr=False)
+    also: dict[str, CellResult] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -315,9 +316,12 @@ def _cell(
         if not all(isinstance(entry, dict) for entry in logs):
             raise DataError(f"{folder / 'log_history.json'}: every entry must be an object")
     training = {key: value for key, value in facts.items() if _is_number(value)}
-    has_analysis, masked = _is_complete(evaluation), None
-    if (evaluation / MASKED / _DONE).is_file():
-        masked = _cell(dataset, identifiers, seed, method, folder, evaluation / MASKED)
+    has_analysis = _is_complete(evaluation)
+    also = {
+        name: _cell(dataset, identifiers, seed, method, folder, evaluation / name)
+        for name in (MASKED, SUMMED)
+        if (evaluation / name / _DONE).is_file()
+    }
     return CellResult(
         dataset,
         identifiers,
@@ -331,7 +335,7 @@ def _cell(
         users,
         ranks,
         _analysis(evaluation / "analysis.json", metrics) if has_analysis else Analysis(),
-        masked,
+        also,
     )
 
 

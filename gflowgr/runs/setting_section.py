@@ -13,6 +13,7 @@ from ..report.plots import Styles
 from . import figures
 from .figures import Point
 from .results import ABLATION, MAIN, REFERENCE, START, CellResult, ExperimentResults
+from .stages import MASKED, SUMMED
 from .statistics import METRICS
 from .summary import Comparison, MethodRow, Setting, Spread, UserGroup
 from .tables import breakdown_table, cost_table, difference_tables, diversity_table, score_table
@@ -77,7 +78,10 @@ class _Setting:
             "Results": self._scores(),
             f"Differences to {baseline}": self._differences(baseline, "to_baseline"),
             f"Differences to {teacher}": self._differences(str(teacher), "to_teacher"),
-            "Seen items masked": self._masked(),
+            "Seen items masked": self._by_rule(MASKED, "seen items masked"),
+            f"Together with {teacher}": self._by_rule(
+                SUMMED, f"generators together with {teacher}"
+            ),
             "Ablations": self._ablations(),
             "Parts of the users": self._breakdown(),
             "Diversity": self._diversity(),
@@ -146,12 +150,14 @@ class _Setting:
             *self._intervals(f"differences-{other}", shown),
         ]
 
-    def _masked(self) -> list[Block]:
-        if self.setting.masked is None:
+    def _by_rule(self, name: str, title: str) -> list[Block]:
+        setting = self.setting.also.get(name)
+        if setting is None:
             return []
-        rows = self.setting.masked.of_group(*MAIN_GROUPS)
-        rules = short_rules(self.setting.masked)
-        blocks: list[Block] = [score_table("Test users, seen items masked", rows, rules)]
+        rows, rules = setting.of_group(*MAIN_GROUPS), short_rules(setting)
+        if name == SUMMED:
+            rules.append(("Order", "of a generator's beams: the sum of both log-probabilities"))
+        blocks: list[Block] = [score_table(f"Test users, {title}", rows, rules)]
         for which in ("to_baseline", "to_teacher"):
             found = [(row.method, getattr(row, which)) for row in rows]
             pairs = [(name, each) for name, each in found if each is not None]

@@ -31,6 +31,7 @@ from .sections import CollaborativeConfig, EvaluationConfig, collaborative_names
 
 __all__ = [
     "MASKED",
+    "SUMMED",
     "Console",
     "TrainedStage",
     "collaborative_cpu_seconds",
@@ -47,6 +48,8 @@ _LOG = "log_history.json"
 _DONE = "done.json"
 MASKED = "masked"
 """Folder, inside an evaluation's, of the same one with seen items masked."""
+SUMMED = "summed"
+"""Folder, inside an evaluation's, of the generator together with the collaborative model."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .results import (
     ExperimentResults,
     MethodFacts,
 )
+from .stages import MASKED, SUMMED
 from .statistics import Difference, compare, mean_and_spread, ranking_metrics
 
 __all__ = [
@@ -121,7 +122,8 @@ class Setting:
         rules: what the metrics mean.
         metrics: "R@k" and "N@k" that all rows have.
         rows: one per method.
-        masked: the same with seen items masked, where some cells were evaluated so besides.
+        also: the same by other rules, by folder (``MASKED``, ``SUMMED``), where some cells were
+            evaluated so besides.
     """
 
     dataset: str
@@ -129,7 +131,7 @@ class Setting:
     rules: dict[str, str]
     metrics: list[str]
     rows: list[MethodRow]
-    masked: Setting | None = None
+    also: dict[str, Setting] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -157,16 +159,33 @@ def summarise(results: ExperimentResults) -> list[Setting]:
         if not rows:
             continue
         setting = _setting(results, dataset, identifiers, rows)
-        masked = [
-            (method, {seed: cell.masked for seed, cell in cells.items() if cell.masked is not None})
-            for method, cells in rows
-        ]
-        if any(cells for _, cells in masked):
-            there = [(method, cells) for method, cells in masked if cells]
-            other = _setting(results, dataset, identifiers, there)
-            setting = dataclasses.replace(setting, masked=other)
-        settings.append(setting)
+        also = {
+            name: _setting(results, dataset, identifiers, there)
+            for name in (MASKED, SUMMED)
+            if (there := _by_rule(rows, name))
+        }
+        settings.append(dataclasses.replace(setting, also=also))
     return settings
+
+
+def _by_rule(
+    rows: Sequence[tuple[MethodFacts, dict[int, CellResult]]], name: str
+) -> list[tuple[MethodFacts, dict[int, CellResult]]]:
+    """The rows with what was evaluated by another rule; none where no generator was.
+
+    A row that needs no generator is the same with and without a collaborative model beside it.
+    """
+    found = []
+    for method, cells in rows:
+        as_it_is = name == SUMMED and method.group == REFERENCE
+        chosen = {
+            seed: cell if as_it_is else cell.also[name]
+            for seed, cell in cells.items()
+            if as_it_is or name in cell.also
+        }
+        if chosen:
+            found.append((method, chosen))
+    return found if any(method.group != REFERENCE for method, _ in found) else []
 
 
 def _setting(

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import files
 from ..collaborative import CollaborativeModel, Popularity
 from ..data import Split
-from ..evaluation import Evaluation, Recommender, ScoringRecommender
+from ..evaluation import Evaluation, Recommender, ScoringRecommender, SummedRecommender
 from ..evaluation.generative import GenerativeRecommender
 from ..extensions import is_outside, load_outside
 from ..models.gflow_model import FlowSettings, GFlowModel
@@ -31,7 +31,9 @@ from .prepare import (
 )
 from .processes import first_process_first, is_first_process
 from .same_inputs import check_same_data, digest_of, record_inputs
+from .sections import EvaluationConfig
 from .stages import (
+    SUMMED,
     Console,
     TrainedStage,
     collaborative_cpu_seconds,
@@ -161,7 +163,29 @@ def run_cell(cell: Cell, inputs: CellInputs, out: Path, console: Console) -> Cel
             evaluations[name] = evaluation_stage(
                 settings, inputs.split, recommender, leaf_of, out / folder, console
             )
+            if settings.summed and trained is not None:
+                _evaluate_summed(settings, recommender, inputs, out / folder / SUMMED, console)
     return CellWork(trained, evaluations)
+
+
+def _evaluate_summed(
+    settings: EvaluationConfig,
+    generator: Recommender,
+    inputs: CellInputs,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Evaluate the generator together with the collaborative model, by the first rule of two."""
+    assert inputs.collaborative is not None
+    assert inputs.catalogue is not None
+    both = SummedRecommender(
+        generator,
+        inputs.collaborative,
+        width=settings.num_beams,
+        name=f"{generator.name}, with the collaborative model",
+    )
+    rule = replace(settings, mask_seen=settings.mask_seen is True)
+    evaluation_stage(rule, inputs.split, both, inputs.catalogue.leaf_of, folder, console)
 
 
 def _record(cell: Cell, folder: str, out: Path) -> None:

@@ -100,6 +100,7 @@ def test_tables_have_the_means_spread_and_differences(out: Path) -> None:
     assert rows[FULL]["to_teacher"]["against"] == "SASRec"
     assert "Differences to SASRec" in text
     assert "Test users, seen items masked" in text
+    assert "Test users, generators together with SASRec" in text
     # 12 CPU seconds of its own, 9 before; the report's first figure is over that time.
     assert rows[FULL]["training"]["cpu_seconds_in_all"]["mean"] == pytest.approx(21)
     assert re.search(rf"{FULL} 0\.204\d within 21 CPU seconds", text)
@@ -128,8 +129,9 @@ def test_lines_hold_every_number_once(out: Path) -> None:
     expected = {"metric", "training", "diversity", "calibration", "breakdown"}
     against = {f"difference to {name}" for name in (BASELINE, FULL, "SASRec")}
     assert kinds == expected | against | {"metric"}
-    masked = [each for each in lines if each["kind"] == "metric, seen items masked"]
-    assert len(masked) == 3 * 7 * (1 + len(METHODS))  # seeds, metrics, the start and the methods
+    for kind in ("metric, seen items masked", "metric, with the collaborative model"):
+        also = [each for each in lines if each["kind"] == kind]
+        assert len(also) == 3 * 7 * (1 + len(METHODS))  # seeds, metrics, the start and the methods
 
 
 def test_the_page_is_sound_and_needs_nothing_else(out: Path) -> None:

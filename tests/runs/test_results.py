@@ -11,6 +11,7 @@ from support.experiment_folder import BASELINE, FULL, METHODS, USERS, write_expe
 
 from gflowgr.errors import DataError
 from gflowgr.runs.results import read_results
+from gflowgr.runs.stages import MASKED, SUMMED
 from gflowgr.runs.summary import summarise
 
 CELL = Path("Shop/seed_42/tiger/s-dpo")
@@ -30,8 +31,8 @@ def test_every_cell_is_read(out: Path) -> None:
     cell = results.seeds_of("Shop", "tiger", FULL)[43]
     assert (cell.identifiers, cell.method.group, cell.memory_kind) == ("tiger", "main", "resident")
     assert cell.users.shape == cell.ranks.shape == (USERS,)
-    assert cell.masked is not None
-    assert cell.masked.metrics["R@10"] > cell.metrics["R@10"]
+    assert set(cell.also) == {MASKED, SUMMED}
+    assert cell.also[MASKED].metrics["R@10"] > cell.metrics["R@10"]
     assert (cell.training["steps"], cell.logs[0]["step"]) == (200, 10)
     assert cell.analysis.diversity["code_entropy/2"] == 2.0
     assert [part.name for part in next(iter(cell.analysis.breakdown.values()))] == ["tail", "head"]
