@@ -154,8 +154,8 @@ class EvaluationConfig:
         calibration: which reward, the same for all methods, generators are compared with:
             ``"signals"``: the sum of r_a, r_yhat and r_sim; ``"scores"``: the collaborative model's
             softmax, its temperature by the likelihood of validation items.
-        summed: also evaluate every generator together with the collaborative model: its beams in the
-            order of the sum of both log-probabilities
+        summed: also evaluate every generator together with the collaborative model: its beams in
+            the order of the sum of both log-probabilities
             (:class:`~gflowgr.evaluation.SummedRecommender`).
         max_users: evaluate a fixed random subset of the test users only.
         examples: users whose recommendations the report shows.
