@@ -27,7 +27,7 @@ METHODS = ("sft", "sft_continued", "gflowgr_tb")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The experiment's file."""
     path = tmp_path_factory.mktemp("experiment") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny_experiment()))
+    path.write_text(yaml.safe_dump(tiny_experiment(evaluation={"summed": True})))
     return path
 
 
@@ -54,6 +54,17 @@ def test_every_row_is_evaluated_on_the_same_users(out: Path) -> None:
         analysis = read_json(folder / "analysis.json")
         assert analysis["diversity"]["coverage"] > 0
         assert (analysis["calibration"] is None) == (folder.name == "sasrec")
+
+
+def test_generators_also_answer_together_with_the_collaborative_model(out: Path) -> None:
+    for method in METHODS:
+        evaluation = variant(out) / method / "evaluation"
+        alone, together = (
+            np.load(place / "items.npy") for place in (evaluation, evaluation / "summed")
+        )
+        assert alone.shape == together.shape
+        assert (alone != together).any()
+    assert "generators together with SASRec" in (out / "report.md").read_text()
 
 
 def test_methods_start_from_the_same_model_with_the_same_budget(out: Path) -> None:
