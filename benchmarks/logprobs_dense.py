@@ -44,7 +44,7 @@ def _build(
         f"{_PRODUCTS}, allocating": floors.BareProducts(trained, fresh=True),
     }
     forward = ours.fused_loss if fused else _logprobs
-    case.add_ours("head_", forward, "vocabulary", floor="products")
+    case.add_ours("dense_", forward, "vocabulary", floor="products")
     add_vocabulary_peers(case, peers, loss=fused, floor="products")
     return case
 

@@ -40,11 +40,13 @@ def usable_backends(
     """Backends to measure (None: the free choice, on a GPU where ops differ), and those left out.
 
     ``ops`` is what the names of the registered ops that do the work begin with. The second list
-    holds (name, reason).
+    holds (name, reason). ValueError where no op begins so.
     """
     able = gflowgr.available_backends(device, dtype)
     working = [reasons for op, reasons in able.items() if op.startswith(ops)]
-    found: list[str | None] = [None] if device.type == "cuda" and working else []
+    if not working:
+        raise ValueError(f"ops must be the beginning of one of {', '.join(able)}; got {ops!r}")
+    found: list[str | None] = [None] if device.type == "cuda" else []
     missing = []
     for name in backends.BACKENDS:
         reasons = [each[name] for each in working]

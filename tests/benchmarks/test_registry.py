@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.beam_step import StepShape
 from benchmarks.catalogue_scores import ScoreShape
-from benchmarks.harness import registry
+from benchmarks.harness import ours, registry
 from benchmarks.harness.case import Case, Variant
 from benchmarks.harness.inputs import Inputs
 from benchmarks.harness.peers import KEYS, read_peers
@@ -173,3 +173,8 @@ def test_peers_are_named() -> None:
     assert read_peers(["trl", "torch"]) == ("torch", "trl")
     with pytest.raises(ValueError, match=r"peer must be none, or any of torch.*got 'jax'"):
         read_peers(["jax"])
+
+
+def test_a_name_that_no_op_has_is_an_error_and_not_a_table_without_our_kernels() -> None:
+    with pytest.raises(ValueError, match=r"ops must be the beginning of one of .*got 'head_'"):
+        ours.usable_backends("head_", torch.device("cpu"), torch.float32)

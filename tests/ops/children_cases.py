@@ -48,6 +48,11 @@ class Case:
         given_bias = [] if self.bias is None else [self.bias]
         return [self.hidden, self.weight, *given_bias]
 
+    def on(self, device: str) -> Case:
+        """The same case on a device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, tree=self.tree.to(device), **moved)
+
     def to(self, *dtypes: torch.dtype) -> Case:
         """Hidden, weight and bias rounded to these dtypes."""
         hidden, weight, bias = dtypes
@@ -126,11 +131,14 @@ def define(case: Case) -> list[Tensor]:
     return [log_pf.detach(), *(x.grad for x in parameters)]
 
 
-def check(case: Case) -> None:
+def check(case: Case, device: str = "cpu", *, sparse_grad: bool = False) -> None:
+    """Against the reference, computed on the CPU."""
     dtypes = [torch.float32, *(x.dtype for x in case.parameters())]
     if torch.float64 in dtypes:
         dtypes[0] = torch.float64
-    for actual, expected, dtype in zip(run(case), define(case), dtypes, strict=True):
+    found = run(case.on(device), sparse_grad=sparse_grad)
+    for actual, expected, dtype in zip(found, define(case), dtypes, strict=True):
         assert actual.dtype == dtype
+        actual = (actual.to_dense() if actual.is_sparse else actual).cpu()
         tolerance = TOLERANCE[dtype] * max([1.0, *expected.abs().flatten().tolist()])
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)

@@ -29,6 +29,12 @@ class Case:
     def arguments(self) -> tuple[Any, ...]:
         return self.hidden, self.weight, self.bias, self.targets, self.temperature
 
+    def on(self, device: str) -> Case:
+        """The same rows on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        hidden, weight, targets = (x.to(device) for x in (self.hidden, self.weight, self.targets))
+        return Case(hidden, weight, bias, targets, self.temperature)
+
 
 def make_case(
     rows: int,
@@ -72,18 +78,22 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance * scale)
 
 
-def check(case: Case, backend: str, *, tolerance: float | None = None) -> None:
-    """Values, gradients and Jacobian of one backend."""
+def check(case: Case, backend: str, *, tolerance: float | None = None, device: str = "cpu") -> None:
+    """Values, gradients and Jacobian of one backend, computed on a device."""
     dtype = case.hidden.dtype
     g = torch.Generator().manual_seed(1)
     grad = torch.randn(len(case.targets), generator=g)
     expected, lse, gradients = exact(case, grad)
     bound = tolerance or GRADIENT_TOLERANCE[dtype]
+    here = case.on(device)
     with gflowgr.backend(backend):
-        log_pf, log_sum, slopes = torch.ops.gflowgr.dense_logprobs(*case.arguments, True)
+        log_pf, log_sum, slopes = torch.ops.gflowgr.dense_logprobs(*here.arguments, True)
         found = torch.ops.gflowgr.dense_backward(
-            grad, *case.arguments[:4], log_pf, log_sum, case.temperature, True, True, True
+            *(grad.to(device), *here.arguments[:4], log_pf, log_sum, case.temperature),
+            *(True, True, True),
         )
+    log_pf, log_sum, slopes = log_pf.cpu(), log_sum.cpu(), slopes.cpu()
+    found = [gradient.cpu() for gradient in found]
     assert log_pf.dtype == log_sum.dtype == torch.float32
     assert_close(log_pf, expected, tolerance or 1e-5)
     assert_close(log_sum, lse, tolerance or 1e-5)
