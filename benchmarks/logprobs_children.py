@@ -60,7 +60,9 @@ def _build(
         floor, suffix = ("sparse", ", sparse") if sparse else ("dense", "")
         case.floors[floor] = children_floor(shape, dtype, children, trained=trained, sparse=sparse)
         forward = partial(ours.fused_loss, tree=tree, sparse=sparse)
-        case.add_ours("children_", forward, "children", floor=floor, suffix=suffix)
+        # How many rows a sparse gradient has is read from the GPU: no graph.
+        ours_too = {"floor": floor, "suffix": suffix, "graph": not sparse}
+        case.add_ours("children_", forward, "children", **ours_too)
         name = f"the same restriction, plain torch{suffix}"
         run = partial(restricted.loss, sparse=sparse)
         plain_variants.append(Variant(name, "restricted", run, "children", floor))
@@ -160,7 +162,7 @@ for _part in ("fused", "fused_frozen"):
             LossShape,
             on_cpu=named("letter", "llm"),
             on_gpu=named("letter-gpu", "llm-gpu"),
-            float32_only=False,
+            low_precision=("cpu", "cuda"),
             refuse=refuse_codebooks,
         )
     )

@@ -69,6 +69,6 @@ for _part in ("fused", "fused_frozen", "logprobs", "logprobs_frozen"):
             LossShape,
             on_cpu=named("letter", "llm", "tiger"),
             on_gpu=named("letter-gpu", "llm-gpu", "tiger-gpu"),
-            float32_only=False,
+            low_precision=("cpu", "cuda"),
         )
     )

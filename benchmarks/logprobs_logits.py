@@ -101,6 +101,6 @@ register(
         LossShape,
         on_cpu=named("letter", "tiger"),
         on_gpu=named("letter-gpu", "tiger-gpu"),
-        float32_only=False,
+        low_precision=("cpu", "cuda"),
     )
 )

@@ -14,7 +14,7 @@ from benchmarks.harness.case import Case, Variant
 from benchmarks.harness.constraints import DictTrie, random_catalogue
 from benchmarks.harness.floors import Floor
 from benchmarks.harness.inputs import Inputs
-from benchmarks.harness.judging import SCORE_TOLERANCE, Ranking, judge_rankings
+from benchmarks.harness.judging import SCORE_TOLERANCE, Ranking, judge_rankings, judge_scores
 from benchmarks.harness.models import (
     END,
     PAD,
@@ -27,6 +27,9 @@ from benchmarks.harness.models import (
 from benchmarks.harness.registry import Table, register
 from benchmarks.harness.shapes import BEAUTY_ITEMS, LENGTH, Shape
 from gflowgr.decoding import constrained_beam_search
+
+LOW_TOLERANCE = 0.3
+"""Of the sum of four log-probabilities of a model in 16 bits, in nats."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def _build(
     dtype: torch.dtype,
     peers: tuple[str, ...],
 ) -> Case:
-    model = build_model(shape.model, device)
+    model = build_model(shape.model, device).to(dtype)
     items = random_catalogue(shape.items, VOCAB, device)
     case = Case(
         table,
@@ -60,8 +63,12 @@ def _build(
         dtype,
         partial(make_prompts, shape.prompts, shape.source, device),
         {"generate, float64": partial(_search_reference, model, items.trie, shape)},
-        judge=lambda result, wanted: judge_rankings(_search_ranking(result), wanted),
-        tolerance=SCORE_TOLERANCE,
+        judge=lambda result, wanted: (
+            judge_rankings(_search_ranking(result), wanted)
+            if dtype == torch.float32
+            else judge_scores(_search_ranking(result), wanted, LOW_TOLERANCE)
+        ),
+        tolerance=SCORE_TOLERANCE if dtype == torch.float32 else LOW_TOLERANCE,
     )
     per_prompt, per_token = token_flops(model, shape.source)
     # One start token, then every beam's first three.
@@ -151,5 +158,6 @@ register(
         SearchShape,
         on_cpu=_shapes((1, 8, 64)),
         on_gpu=_shapes((1, 8, 64, 512)),
+        low_precision=("cuda",),
     )
 )

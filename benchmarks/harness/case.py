@@ -66,6 +66,50 @@ class Variant:
                 self.prepare(inputs)
 
 
+Replay = Callable[[], None]
+
+
+def capture(work: Callable[[], Any]) -> tuple[Replay, Any]:
+    """A CUDA graph of the work, which runs once before on a stream of its own; and its results."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+    return graph.replay, result
+
+
+@dataclass(frozen=True)
+class GraphedVariant(Variant):
+    """One whose whole run, backward pass too, is captured for new inputs and then replayed."""
+
+    _held: list[Any] = field(default_factory=list, repr=False)
+
+    def get_ready(self, inputs: Inputs) -> None:
+        """Capture; the memory of the last graph is given back first."""
+        super().get_ready(inputs)
+        self._held.clear()
+
+        def work() -> Any:
+            inputs.clear()
+            return super(GraphedVariant, self).run(inputs)
+
+        replay, result = capture(work)
+        gradients = {name: leaf.grad for name, leaf in inputs.leaves.items()}
+        self._held.extend((replay, result, gradients))
+
+    def run(self, inputs: Inputs) -> Any:
+        """Replay; gradients are where the graph writes them."""
+        replay, result, gradients = self._held
+        replay()
+        for name, gradient in gradients.items():
+            inputs[name].grad = gradient
+        return result
+
+
 @dataclass
 class Case:
     """A table at a shape, on a device, in a dtype.
@@ -109,12 +153,21 @@ class Case:
         """A variant for each of our backends that runs here; the others in :attr:`missing`.
 
         ``ops`` is what the names of the registered ops begin with; ``suffix`` comes behind the
-        variant's name; ``more`` is the variant's.
+        variant's name; ``more`` is the variant's. On a GPU the free choice comes in a CUDA graph
+        too, unless ``graph`` is false.
         """
-        suffix = more.pop("suffix", "")
+        suffix, graph = more.pop("suffix", ""), more.pop("graph", True)
         found, missing = ours.usable_backends(ops, self.device, self.dtype)
         for backend in found:
             name = ours.variant_name(backend) + suffix
             self.variants.append(Variant(name, "", forward, reference, backend=backend, **more))
+        if self.device.type == "cuda" and graph:
+            name = f"gflowgr, CUDA graph{suffix}"
+            slow = ours.without_kernels(ops, self.device, self.dtype)
+            if slow:
+                reason = f"{slow[0]} runs its reference here, which waits for the device"
+                self.missing.append((name, reason))
+            else:
+                self.variants.append(GraphedVariant(name, "", forward, reference, **more))
         if not suffix:
             self.missing += missing

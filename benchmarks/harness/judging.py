@@ -25,8 +25,8 @@ class Ranking(NamedTuple):
     scores: Tensor | None
 
 
-def judge_rankings(found: Ranking, wanted: Ranking) -> Check:
-    """The same candidates in the same order, scores within :data:`SCORE_TOLERANCE`.
+def judge_rankings(found: Ranking, wanted: Ranking, tolerance: float = SCORE_TOLERANCE) -> Check:
+    """The same candidates in the same order, scores within the tolerance (nats).
 
     A candidate that the reference lacks passes only beside the last rank's score: there it may be
     as good as the reference's.
@@ -50,12 +50,33 @@ def judge_rankings(found: Ranking, wanted: Ranking) -> Check:
     own = torch.where(match, target.unsqueeze(-2), -torch.inf).amax(-1)
     last = torch.where(there, target, torch.inf).amin(-1, keepdim=True)
     away = torch.where(known, own, last) - target
-    places = int((away.abs() > SCORE_TOLERANCE)[there].sum())
+    places = int((away.abs() > tolerance)[there].sum())
     # `not <=`, so that NaN is wrong too.
-    if not error <= SCORE_TOLERANCE:
-        return Check("wrong", f"a score is off by {error:.2g}, over {SCORE_TOLERANCE:g}", error)
+    if not error <= tolerance:
+        return Check("wrong", f"a score is off by {error:.2g}, over {tolerance:g}", error)
     if places:
         return Check("wrong", f"{places} of {int(there.sum())} candidates are others", error)
+    return Check("ok", result_error=error)
+
+
+def judge_scores(found: Ranking, wanted: Ranking, tolerance: float) -> Check:
+    """Candidates as good as the reference's, rank by rank; they may be others.
+
+    For whole searches in 16 bits: a beam that rounding drops early leaves others below it. What
+    returns no scores is not judged by them.
+    """
+    assert wanted.scores is not None
+    if found.keys.shape != wanted.keys.shape:
+        return Check("wrong", f"shape {tuple(found.keys.shape)}, not {tuple(wanted.keys.shape)}")
+    if found.scores is None:
+        return Check("ok")
+    there = wanted.scores > -torch.inf
+    if not torch.equal(found.scores > -torch.inf, there):
+        return Check("wrong", "other numbers of candidates than in the reference")
+    difference = found.scores.double() - wanted.scores.double()
+    error = float(torch.where(there, difference, 0.0).abs().max())
+    if not error <= tolerance:
+        return Check("wrong", f"a score is off by {error:.2g}, over {tolerance:g}", error)
     return Check("ok", result_error=error)
 
 

@@ -60,6 +60,12 @@ def usable_backends(
     return found, missing
 
 
+def without_kernels(ops: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Ops whose names begin so and which the reference would run."""
+    names = [op for op in gflowgr.available_backends(device, dtype) if op.startswith(ops)]
+    return [op for op in names if backends.resolve(op, device, dtype) == "torch"]
+
+
 def variant_name(backend: str | None) -> str:
     """What the tables call a backend of ours."""
     return "gflowgr" if backend is None else f"gflowgr/{backend}"

@@ -35,7 +35,7 @@ class Table:
         shape: the kind of its shapes.
         on_cpu, on_gpu: shapes that are measured when none is asked for; without any of the latter
             it runs on the CPU only.
-        float32_only: whether it computes in float32 alone.
+        low_precision: devices on which it is measured in 16 bits too; elsewhere float32 alone.
         refuse: why it cannot be measured at a shape of its kind, or None.
     """
 
@@ -44,7 +44,7 @@ class Table:
     shape: type[Shape]
     on_cpu: Sequence[Shape]
     on_gpu: Sequence[Shape] = ()
-    float32_only: bool = True
+    low_precision: tuple[str, ...] = ()
     refuse: Callable[[Any], str | None] = lambda shape: None
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks.harness import checking, measuring, memory, report
 from benchmarks.harness.bars import judge_bars
-from benchmarks.harness.case import Case, Variant
+from benchmarks.harness.case import Case, GraphedVariant, Variant
 from benchmarks.harness.floors import Rates
 from benchmarks.harness.peers import read_peers
 from benchmarks.harness.plots import write_plots
@@ -20,6 +21,7 @@ from benchmarks.harness.registry import Table, read_shape, read_tables
 from benchmarks.harness.report import BenchRow
 from benchmarks.harness.shapes import DTYPES, Shape
 from gflowgr import files
+from gflowgr.ops import validation
 
 _CHECK_SEED = 1
 
@@ -108,7 +110,8 @@ class Settings:
         """What is measured, in order; a table that none of the given shapes fits is left out."""
         found = []
         for table in self.tables:
-            dtypes = (torch.float32,) if table.float32_only else self.dtypes
+            low = str(self.device) in table.low_precision
+            dtypes = self.dtypes if low else (torch.float32,)
             for shape in self.shapes or table.defaults(str(self.device)):
                 if table.fits(shape):
                     found += [(table, shape, dtype) for dtype in dtypes]
@@ -141,19 +144,29 @@ def run_benchmarks(settings: Settings) -> list[BenchRow]:
     return rows
 
 
+def timed_checks(device: torch.device) -> AbstractContextManager[None]:
+    """The data checks of our ops, while it is timed: off on a GPU, as in training there.
+
+    Each would wait for the GPU, and no peer looks at its data.
+    """
+    return validation(device.type != "cuda")
+
+
 def _measure(case: Case, settings: Settings) -> tuple[list[BenchRow], dict[str, Any]]:
     say = _Status(settings.progress)
     checks = _check_all(case, say)
     right = [v for v in case.variants if checks[v.name].status == "ok"]
-    times = measuring.time_case(
-        case, right, repeats=settings.repeats, seconds=settings.seconds, progress=say
-    )
+    with timed_checks(case.device):
+        times = measuring.time_case(
+            case, right, repeats=settings.repeats, seconds=settings.seconds, progress=say
+        )
     say(f"{case.title}: measuring the machine")
     rates = Rates(case.device, case.dtype)
     rows = []
     for variant in case.variants:
         extra, note = None, ""
-        if variant in right and settings.count_memory and not case.uncounted:
+        counted = settings.count_memory and not case.uncounted
+        if variant in right and counted and not isinstance(variant, GraphedVariant):
             say(f"{case.title}: memory of {variant.name}")
             extra, note = memory.peak_extra_bytes(case, variant, settings.peers)
         rows.append(report.make_row(case, variant, checks[variant.name], times, rates, extra, note))
