@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gflowgr.architectures import Architecture, read_architectures
+
 BACKENDS = ("torch", "cpp", "triton", "cuda")
 _FASTEST_FIRST = ("cuda", "triton", "cpp", "torch")
 ENVIRONMENT = "GFLOWGR_BACKEND"
@@ -229,6 +231,33 @@ def cuda_missing() -> str | None:
     return _load(path)
 
 
+@functools.cache
+def cuda_architectures() -> tuple[Architecture, ...]:
+    """What ``gflowgr/_C_cuda`` has code for; none where it was not built."""
+    path = _library_path("_C_cuda")
+    return () if path is None else read_architectures(path)
+
+
+@functools.cache
+def _wrong_architecture(index: int | None) -> str | None:
+    """Why ``_C_cuda`` has no code for a GPU, or None."""
+    built = cuda_architectures()
+    if not built or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    if any(each.runs_on(10 * major + minor) for each in built):
+        return None
+    return (
+        f"gflowgr/_C_cuda was built for {', '.join(map(str, built))}, this GPU is "
+        f"sm_{major}{minor}: build with GFLOWGR_CUDA_ARCHS={major}.{minor}"
+    )
+
+
+def capturing() -> bool:
+    """Whether the current stream is captured in a CUDA graph: nothing may be read from a GPU."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _load(path: Path) -> str | None:
     try:
         torch.ops.load_library(str(path))
@@ -278,9 +307,13 @@ def probe_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Probe of Triton: CUDA tensors, or any under TRITON_INTERPRET=1."""
     if device.type != "cuda" and not triton_interpreted():
         return "runs on CUDA tensors only (or anywhere under TRITON_INTERPRET=1)"
+    if torch.version.hip is not None and device.type == "cuda":
+        return "ROCm: the kernels' tile sizes are for NVIDIA's GPUs"
     return triton_missing()
 
 
 def probe_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     """Probe of the CUDA extension: CUDA tensors, extension built."""
-    return "runs on CUDA tensors only" if device.type != "cuda" else cuda_missing()
+    if device.type != "cuda":
+        return "runs on CUDA tensors only"
+    return cuda_missing() or _wrong_architecture(device.index)

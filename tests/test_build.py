@@ -177,18 +177,18 @@ def dense_tiles_calls(capability: int, dtype: str) -> list[tuple[str, int, str]]
 
 
 # Each dtype and each architecture in every run; all pairs of them among the slow tests.
-EVERY_RUN = {("fp32", 80), ("bf16", 90), ("fp16", 100), ("tf32", 120)}
+EVERY_RUN = {("fp32", 80), ("bf16", 90), ("fp16", 100), ("tf32", 120), ("tf32x3", 90)}
 
 
 @pytest.mark.parametrize(
     ("dtype", "capability"),
     [
         pytest.param(*pair, marks=() if pair in EVERY_RUN else pytest.mark.slow)
-        for pair in product(("fp32", "tf32", "bf16", "fp16"), SHARED_KIB)
+        for pair in product(("fp32", "tf32", "tf32x3", "bf16", "fp16"), SHARED_KIB)
     ],
 )
 def test_dense_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
-    """In the configuration that such a GPU takes first, aligned as a launch would be."""
+    """In the configuration that such a GPU takes first (or of three TF32 products), aligned."""
     if backends.triton_missing() is not None:
         pytest.skip(f"triton: {backends.triton_missing()}")
     if backends.triton_interpreted():
@@ -199,7 +199,7 @@ def test_dense_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
 
     from gflowgr.kernels.logprobs_dense import configs, launch, tiles
 
-    operand = "fp32" if dtype == "tf32" else dtype
+    operand = "fp32" if dtype.startswith("tf32") else dtype
     pointers = {
         **dict.fromkeys(("hidden", "weight", "bias"), f"*{operand}"),
         "targets": "*i64",
@@ -213,12 +213,15 @@ def test_dense_tiles_compile_without_a_gpu(dtype: str, capability: int) -> None:
         "GRAD": ("maxima", "sums", "picked"),
     }
     for epilogue, rows, other in dense_tiles_calls(capability, dtype):
-        name = configs.candidates(capability, 4 if operand == "fp32" else 2, rows)[0]
-        config = configs.CONFIGURATIONS[name]
+        names = configs.candidates(capability, 4 if operand == "fp32" else 2, rows)
+        thirds = dtype == "tf32x3"
+        config = next(
+            found for name in names if (found := configs.CONFIGURATIONS[name]).thirds == thirds
+        )
         even = other != "odd width"
         constants: dict[str, object] = {
             **launch.tile_constants(config, getattr(tiles, epilogue), 512 if even else 5),
-            "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+            "PRECISION": {"fp32": "ieee", "tf32x3": "tf32x3"}.get(dtype, "tf32"),
             "UPCAST": False,
             "bias_stride": 1,
             **dict.fromkeys(unused[epilogue]),

@@ -74,7 +74,7 @@ def values_readable() -> bool:
     """Whether Python may branch on values: not while tracing, under vmap or in a graph capture."""
     if torch.compiler.is_compiling() or transforms.batched():
         return False
-    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return not backends.capturing()
 
 
 def values_looked_at() -> bool:

@@ -48,6 +48,7 @@ def collect_info() -> dict[str, Any]:
             "_C": backends.cpp_missing(),
             "_C_cuda": backends.cuda_missing(),
         },
+        "cuda_architectures": [str(each) for each in backends.cuda_architectures()],
         "environment": {
             name: os.environ[name]
             for name in (
@@ -78,6 +79,8 @@ def format_info(info: dict[str, Any]) -> str:
     lines += ["", "compiled parts"]
     for name, reason in info["compiled"].items():
         lines.append(f"  {name:<14}{'yes' if reason is None else 'no: ' + reason}")
+    if info["cuda_architectures"]:
+        lines.append(f"  _C_cuda is for {', '.join(info['cuda_architectures'])}")
     if info["environment"]:
         lines += ["", "environment"]
         lines += [f"  {name}={value}" for name, value in info["environment"].items()]

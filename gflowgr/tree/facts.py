@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gflowgr import backends
 from gflowgr.tree.check import check_tree, largest_tokens, read_layout
 from gflowgr.tree.layout import WORDS, TreeLayout
 
@@ -58,6 +59,7 @@ def accept(buffer: Tensor, *, trust: bool = False) -> TreeLayout:
     known = _lookup(buffer)
     if known is None:
         _check_form(buffer)
+        _may_read("checked")
         on_cpu = buffer.detach().cpu().numpy()
         layout = read_layout(on_cpu)
         facts = None if trust else _facts(buffer, layout, check_tree(on_cpu, layout))
@@ -70,6 +72,7 @@ def tree_facts(buffer: Tensor) -> TreeFacts:
     layout = accept(buffer)
     known: _Known = _known[buffer]
     if known.facts is None:
+        _may_read("read")
         ends = largest_tokens(buffer.detach().cpu().numpy(), layout)
         known.facts = _facts(buffer, layout, ends)
     return known.facts
@@ -101,6 +104,15 @@ def check_head(buffer: Tensor, rows: int, what: str) -> None:
     if size > rows:
         raise ValueError(
             f"{what} must cover every token of the tree, at least {size} of them; got {rows}"
+        )
+
+
+def _may_read(what: str) -> None:
+    """Raise RuntimeError while a CUDA graph is captured: then the buffer cannot be copied."""
+    if backends.capturing():
+        raise RuntimeError(
+            "tree must be known before a CUDA graph is captured; got a buffer that was not "
+            f"{what} yet: call the op once, or gflowgr.tree.facts.tree_facts(tree.buffer), before"
         )
 
 

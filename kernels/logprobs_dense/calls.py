@@ -115,7 +115,8 @@ def dense_backward(
         it is not needed; exactly 0 in masked rows.
 
     Memory besides inputs and outputs, in bytes, s = 2 (float32: 4) per number: a block of about
-    max(2^28, 4 V d if need_weight), at least 256 rows of V; its states, (s + 4) d per row; if there
+    max(M, 4 V d if need_weight), M as of `launch.block_bytes`, at least 256 rows of V;
+    its states, (s + 4) d per row; if there
     are several blocks, 4 V d or (by slices) 4 T d for the sum. float16: a bfloat16 copy of
     `weight`.
     """
@@ -191,7 +192,8 @@ def dense_fused(
         of the inputs, [0] where not needed, exactly 0 in masked rows.
 
     Memory besides inputs and outputs, in bytes, s = 2 (float32: 4): scores of s R V, where
-    R = max(256, max(2^28, 4 V d if need_weight) / (s V)) in whole prompts; statistics of 8 R per
+    R = max(256, max(M, 4 V d if need_weight) / (s V)) in whole prompts, M as of
+    `launch.block_bytes`; statistics of 8 R per
     tile of 128 columns (s R V / 32 for 16 bit); states of (s + 4) R d; 4 V d for the sum of the
     weight gradient if T > R. float16: a bfloat16 copy of `weight`, and 4 V d also if T <= R.
     """

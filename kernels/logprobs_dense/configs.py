@@ -5,8 +5,9 @@ candidates on the call at hand, kept in memory, and kept on disk in ``$GFLOWGR_T
 folder; empty: not on disk; default: ``$TRITON_CACHE_DIR/gflowgr`` or ``~/.cache/gflowgr``).
 
 Nothing is timed, and the default runs, under the interpreter, while a CUDA graph is captured, with
-``GFLOWGR_TUNE=0``, and under ``torch.use_deterministic_algorithms(True)``: another tile size is
-another order of summation, and a run that must repeat another's bits cannot depend on a stopwatch.
+``GFLOWGR_TUNE=0``, in a group of several processes, whose ranks must agree, and under
+``torch.use_deterministic_algorithms(True)``: another tile size is another order of summation, and a
+run that must repeat another's bits cannot depend on a stopwatch.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Configuration(NamedTuple):
     warps: int
     stages: int
     group: int = 8
+    thirds: bool = False  # float32 as three products of TF32: errors of float32, on tensor cores
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the operands that are under way at once, at most."""
@@ -59,6 +61,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "single": Configuration(64, 64, 32, 4, 3),
     "single_wide": Configuration(64, 128, 32, 8, 3),
     "single_square": Configuration(128, 128, 32, 8, 3),
+    "single_thirds": Configuration(128, 64, 32, 8, 3, thirds=True),
     "single_slim": Configuration(16, 64, 32, 4, 3),
     # Enough to see several tiles of everything in small tests.
     "interpreted": Configuration(16, 32, 16, 4, 1, 2),
@@ -68,7 +71,7 @@ _BY_KIND = {
     ("16-bit", "many"): ("square", "square8", "tall", "wide", "plain", "broad"),
     ("16-bit", "some"): ("low", "plain", "broad"),
     ("16-bit", "few"): ("slim", "low"),
-    ("32-bit", "many"): ("single_square", "single_wide", "single"),
+    ("32-bit", "many"): ("single_square", "single_wide", "single", "single_thirds"),
     ("32-bit", "some"): ("single", "single_wide"),
     ("32-bit", "few"): ("single_slim", "single"),
 }
@@ -117,6 +120,7 @@ def choose(
     if (
         os.environ.get(TUNE, "1") == "0"
         or torch.are_deterministic_algorithms_enabled()
+        or _several_ranks()
         or len(names) == 1
     ):
         return CONFIGURATIONS[names[0]]
@@ -155,6 +159,21 @@ def matmul_precision(dtype: torch.dtype) -> str:
     return "tf32" if settings.allow_tf32 else "ieee"
 
 
+def precision(config: Configuration, dtype: torch.dtype) -> str:
+    """``input_precision`` of tl.dot for a configuration: "tf32x3" only in the place of "ieee"."""
+    found = matmul_precision(dtype)
+    return "tf32x3" if config.thirds and found == "ieee" else found
+
+
+def _several_ranks() -> bool:
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
 def _precision_key(dtype: torch.dtype) -> str:
     return matmul_precision(dtype) if dtype == torch.float32 else ""
 
@@ -184,7 +203,8 @@ def _fastest(names: list[str], run: Callable[[Configuration], None]) -> str:
 def _version() -> str:
     import triton
 
-    made_of = f"{triton.__version__} {torch.__version__} {CONFIGURATIONS}"
+    source = Path(__file__).with_name("tiles.py").read_text()
+    made_of = f"{triton.__version__} {torch.__version__} {CONFIGURATIONS} {source}"
     return hashlib.sha256(made_of.encode()).hexdigest()[:12]
 
 

@@ -5,6 +5,7 @@ See ``__init__.py`` for the whole and ``tiles.py`` for the notation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,11 +25,11 @@ from gflowgr.kernels.logprobs_dense import (
 )
 from gflowgr.kernels.logprobs_dense.configs import CONFIGURATIONS, Configuration
 
-# Bytes of scores or logit gradients held at a time, or more where the weight gradient is larger.
-BLOCK_BYTES = 2**28
 # Bytes of tile statistics held at a time where nothing else limits the rows.
 STATISTICS_BYTES = 2**26
 MIN_ROWS = 256
+# A multiple of every configuration's rows: a last tile of fewer would leave processors idle.
+TILE_ROWS = 256
 MIN_COLUMNS = 1024
 # Older versions of torch refuse to add a 16-bit product to a float32 sum.
 ADDS_WIDE = torch.__version__ >= (2, 10)
@@ -106,17 +107,31 @@ class Blocks:
             yield first, min(first + self.size, self.total)
 
 
+def block_bytes(device: torch.device) -> int:
+    """Bytes of scores or logit gradients held at a time: 1 GiB on large cards, at least 256 MiB.
+
+    Larger where the weight gradient is. With 16 bits and V = 33024 that is 16,000 rows: 8,000 tiles
+    of the product for 132 processors, and a sum of the weight gradient is read again for each.
+    """
+    if device.type != "cuda":
+        return 2**28
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(2**28, min(2**30, memory // 64))
+
+
 def _budget(head: DenseCall, sums_weight: bool) -> int:
     # Each block of rows reads and writes the whole sum of the weight gradient. A block of its size
     # in 16 bits has 2 d rows, enough products to outweigh that.
-    size = max(BLOCK_BYTES, 4 * head.weight.numel() if sums_weight else 0)
+    size = max(block_bytes(head.hidden.device), 4 * head.weight.numel() if sums_weight else 0)
     return size // head.block_dtype.itemsize
 
 
 def row_blocks(head: DenseCall, unit: int, sums_weight: bool) -> Blocks:
     """Blocks of rows, ``unit`` of them kept together, over all columns."""
     largest = _budget(head, sums_weight) // head.weight.shape[0]
-    return Blocks(head.hidden.shape[0], max(MIN_ROWS, largest), unit)
+    largest = max(MIN_ROWS, largest)
+    tiles = math.lcm(unit, TILE_ROWS)
+    return Blocks(head.hidden.shape[0], largest, tiles if tiles <= largest else unit)
 
 
 def column_blocks(head: DenseCall, sums_weight: bool) -> Blocks | None:
@@ -165,7 +180,7 @@ def _launch_tiles(
         head.first_column,
         head.scale,
         **tile_constants(config, epilogue, width),
-        PRECISION=dense_configs.matmul_precision(head.hidden.dtype),
+        PRECISION=dense_configs.precision(config, head.hidden.dtype),
         UPCAST=head.hidden.device.type == "cpu",
         num_warps=config.warps,
         num_stages=config.stages,

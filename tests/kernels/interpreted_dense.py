@@ -110,7 +110,7 @@ def joint(case: Case, grad: Tensor, *need: bool) -> tuple[Tensor, ...]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows or columns to a block."""
-    monkeypatch.setattr(dense_launch, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(dense_launch, "block_bytes", lambda device: 1)
     monkeypatch.setattr(dense_launch, "STATISTICS_BYTES", 1)
     monkeypatch.setattr(dense_launch, "MIN_ROWS", 8)
     monkeypatch.setattr(dense_launch, "MIN_COLUMNS", 16)

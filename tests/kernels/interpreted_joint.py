@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import gflowgr
+from gflowgr.kernels.logprobs_dense import launch
 from gflowgr.ops import fused_flow_loss
 
 
@@ -32,9 +33,23 @@ def make(kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return inputs, {"tokens": torch.randint(0, 70, shape, generator=g), "mask": mask}
 
 
+@pytest.mark.parametrize("blocks", ["one", "several"])
 @pytest.mark.parametrize("reduction", ["prompt", "mean", "sum"])
 @pytest.mark.parametrize("kind", ["tb", "db", "subtb", "vargrad"])
-def test_equals_the_reference(kind: str, reduction: str) -> None:
+def test_equals_the_reference(
+    kind: str, reduction: str, blocks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if blocks == "several":
+        monkeypatch.setattr(launch, "block_bytes", lambda device: 1)
+        monkeypatch.setattr(launch, "MIN_ROWS", 8)
+    sizes: list[int] = []
+    score = launch.score
+
+    def spy(part: launch.DenseCall, *rest: Tensor) -> Tensor:
+        sizes.append(len(part.hidden))
+        return score(part, *rest)
+
+    monkeypatch.setattr(launch, "score", spy)
     inputs, keywords = make(kind)
     keywords["residual_clip"] = None if kind == "subtb" else 2.0
     results = []
@@ -51,6 +66,8 @@ def test_equals_the_reference(kind: str, reduction: str) -> None:
             )
             (3 * loss).backward()
         results.append([loss.detach(), log_pf, *(x.grad for x in leaves.values())])
+    assert sum(sizes) == 5 * 3 * 2
+    assert (len(sizes) > 1) == (blocks == "several")
     for wanted, actual in zip(*results, strict=True):
         scale = float(wanted.abs().max())
         torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=2e-5 * scale)

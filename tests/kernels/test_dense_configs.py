@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ if backends.triton_missing() is not None:
     pytest.skip(f"triton: {backends.triton_missing()}", allow_module_level=True)
 
 from gflowgr.kernels.logprobs_dense import configs as dense_configs
+from gflowgr.kernels.logprobs_dense import launch
 from gflowgr.kernels.logprobs_dense.configs import CONFIGURATIONS, Configuration
 
 SHAPE = (4096, 33024, 512)
@@ -99,8 +101,64 @@ def test_nothing_is_timed_where_it_must_not_be(
     monkeypatch.delenv(dense_configs.TUNE)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert choose() == default
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    # Ranks that time by themselves may choose differently.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert choose() == default
     assert not timed
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_timed_with_other_kernels_is_timed_again(
+    timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose()
+    dense_configs.forget()
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda path: read(path) + ("# changed" if path.name == "tiles.py" else ""),
+    )
+    dense_configs._version.cache_clear()
+    choose()
+    dense_configs._version.cache_clear()
+    assert len(timed) == 2
+
+
+def test_three_products_of_tf32_stand_beside_float32_and_never_beside_tf32(monkeypatch) -> None:
+    names = dense_configs.candidates(90, 4, SHAPE[0])
+    thirds = [name for name in names if CONFIGURATIONS[name].thirds]
+    assert thirds
+    assert not CONFIGURATIONS[names[0]].thirds  # what runs where nothing may be timed
+    for name, allowed in ((thirds[0], "tf32x3"), (names[0], "ieee")):
+        monkeypatch.setattr(dense_configs, "matmul_precision", lambda dtype: "ieee")
+        assert dense_configs.precision(CONFIGURATIONS[name], torch.float32) == allowed
+        monkeypatch.setattr(dense_configs, "matmul_precision", lambda dtype: "tf32")
+        assert dense_configs.precision(CONFIGURATIONS[name], torch.float32) == "tf32"
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "mebibytes"), [(12, 256), (40, 640), (80, 1024), (141, 1024)]
+)
+def test_blocks_grow_with_the_memory_and_are_whole_tiles(
+    gibibytes: int, mebibytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(total_memory=gibibytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert launch.block_bytes(torch.device("cuda")) == mebibytes * 2**20
+    assert launch.block_bytes(torch.device("cpu")) == 2**28
+    monkeypatch.setattr(launch, "block_bytes", lambda device: mebibytes * 2**20)
+    hidden, weight = (
+        torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (65536, 33024)
+    )
+    call = launch.DenseCall(hidden, weight, None, torch.empty(65536, device="meta"), 1.0)
+    for unit in (1, 16, 12):  # rows that one prompt has
+        blocks = launch.row_blocks(call, unit, sums_weight=True)
+        assert blocks.size % unit == blocks.size % launch.TILE_ROWS == 0
+        assert blocks.size * 33024 * 2 <= mebibytes * 2**20
+    assert launch.row_blocks(call, 5000, sums_weight=False).size % 5000 == 0
 
 
 def test_memory_only(timed: list[list[str]], tmp_path: Path, monkeypatch) -> None:

@@ -140,7 +140,7 @@ def small_blocks(shape: str, device: str) -> Iterator[None]:
         return
     from gflowgr.kernels.logprobs_dense import launch
 
-    with mock.patch.multiple(launch, BLOCK_BYTES=1, STATISTICS_BYTES=1):
+    with mock.patch.multiple(launch, block_bytes=lambda device: 1, STATISTICS_BYTES=1):
         yield
 
 

@@ -141,67 +141,103 @@ def _loss_cpp(call: _Call, needs: _Needs) -> Outputs:
     return loss, log_pf, d_hidden, d_weight, d_bias, d_log_reward, d_balance
 
 
-def _loss_triton(call: _Call, needs: _Needs) -> Outputs:
-    from gflowgr.kernels.logprobs_dense.calls import dense_fused
+class _Upstream:
+    """The loss of the log-probabilities as they come, in one block or in several.
 
-    flow, log_reward, balance = call.flow, call.log_reward, call.balance
-    prompts, branches, steps = call.tokens.shape
-    mask = call.tokens >= 0
-    valid = mask.any(-1)
-    # A block is summed with the divisor of the whole batch, which no block can compute alone.
-    counted = (valid if flow.reduction == "mean" else valid.any(-1)).sum().clamp(min=1)
-    flow_scale = 1.0 if flow.reduction == "sum" else 1.0 / counted
-    nll_scale = 1.0 if flow.reduction == "sum" else 1.0 / valid.any(-1).sum().clamp(min=1)
-    in_blocks = flow._replace(reduction="none", nll_weight=0.0)
-    rewards = torch.zeros_like(log_reward)
-    balances = None if balance is None else torch.zeros_like(balance)
-    losses = log_reward.new_zeros(prompts)
+    Attributes:
+        loss: [], once all blocks have come.
+        rewards, balances: gradients of log_reward and balance, where they are needed.
+    """
 
-    def upstream(first_row: int, log_pf: Tensor) -> Tensor:
+    def __init__(self, call: _Call, needs: _Needs) -> None:
+        self._call, self._needs = call, needs
+        self._mask = call.tokens >= 0
+        self._wanted = (True, needs.log_reward, needs.balance and call.balance is not None)
+        self.loss = self.rewards = self.balances = call.log_reward.new_zeros(())
+        self._scales: tuple[Tensor | float, Tensor | float] | None = None
+
+    def __call__(self, first_row: int, log_pf: Tensor) -> Tensor:
         # The reductions have no Triton kernel, so this op lets them use the fastest backend.
         with backends.backend(None):
-            return block_upstream(first_row, log_pf)
+            if log_pf.shape[0] == self._call.tokens.numel():
+                return self._whole(log_pf)
+            return self._part(first_row, log_pf)
 
-    def block_upstream(first_row: int, log_pf: Tensor) -> Tensor:
+    def _whole(self, log_pf: Tensor) -> Tensor:
+        """All rows at once: the loss's own reduction, two launches."""
+        call = self._call
+        block = log_pf.view(call.tokens.shape)
+        arguments = (block, call.log_reward, call.balance, self._mask, *call.flow)
+        self.loss = torch.ops.gflowgr.flow_loss(*arguments)
+        slopes, self.rewards, self.balances = torch.ops.gflowgr.flow_loss_backward(
+            torch.ones_like(self.loss), *arguments, *self._wanted
+        )
+        return slopes.view(-1)
+
+    def _part(self, first_row: int, log_pf: Tensor) -> Tensor:
+        """Some prompts: summed with the divisor of the whole batch, which no block can compute."""
+        call, needs, flow = self._call, self._needs, self._call.flow
+        _, branches, steps = call.tokens.shape
+        if self._scales is None:
+            self._scales = self._divisors()
+            self.rewards = torch.zeros_like(call.log_reward)
+            self.balances = self.rewards if call.balance is None else torch.zeros_like(call.balance)
+        flow_scale, nll_scale = self._scales
         begin = first_row // (branches * steps)
         part = slice(begin, begin + log_pf.shape[0] // (branches * steps))
-        block = log_pf.view(-1, branches, steps)
-        own_balance = None if balance is None else balance[part]
-        arguments = (block, log_reward[part], own_balance, mask[part], *in_blocks)
+        block, mask = log_pf.view(-1, branches, steps), self._mask[part]
+        own_balance = None if call.balance is None else call.balance[part]
+        in_blocks = flow._replace(reduction="none", nll_weight=0.0)
+        arguments = (block, call.log_reward[part], own_balance, mask, *in_blocks)
         flow_part = torch.ops.gflowgr.flow_loss(*arguments)
         grad = torch.ones_like(flow_part) * flow_scale
         slopes, d_reward, d_balance = torch.ops.gflowgr.flow_loss_backward(
-            grad, *arguments, True, needs.log_reward, needs.balance and balance is not None
+            grad, *arguments, *self._wanted
         )
-        slopes[:, 0] -= flow.nll_weight * nll_scale * mask[part, 0]
-        nll = -block[:, 0].masked_fill(~mask[part, 0], 0.0).sum(-1)
-        losses[part] = flow_part.sum(-1) * flow_scale + flow.nll_weight * nll_scale * nll
+        slopes[:, 0] -= flow.nll_weight * nll_scale * mask[:, 0]
+        nll = -block[:, 0].masked_fill(~mask[:, 0], 0.0).sum(-1)
+        summed = flow_part.sum(-1) * flow_scale + flow.nll_weight * nll_scale * nll
+        self.loss = self.loss + summed.sum()
         if needs.log_reward:
-            rewards[part] = d_reward
-        if balances is not None and needs.balance:
-            balances[part] = d_balance
+            self.rewards[part] = d_reward
+        if self._wanted[2]:
+            self.balances[part] = d_balance
         return slopes.view(-1)
 
+    def _divisors(self) -> tuple[Tensor | float, Tensor | float]:
+        """What the flow loss and the supervised term are multiplied with."""
+        reduction = self._call.flow.reduction
+        if reduction == "sum":
+            return 1.0, 1.0
+        valid = self._mask.any(-1)
+        prompts = 1.0 / valid.any(-1).sum().clamp(min=1)
+        return 1.0 / valid.sum().clamp(min=1) if reduction == "mean" else prompts, prompts
+
+
+def _loss_triton(call: _Call, needs: _Needs) -> Outputs:
+    from gflowgr.kernels.logprobs_dense.calls import dense_fused
+
+    upstream = _Upstream(call, needs)
     log_pf, d_hidden, d_weight, d_bias = dense_fused(
         call.hidden.flatten(0, 2),
         call.weight,
         call.bias,
         call.tokens.flatten(),
         call.temperature,
-        branches * steps,
+        call.tokens.shape[1] * call.tokens.shape[2],
         upstream,
         needs.hidden,
         needs.weight,
         needs.bias,
     )
     return (
-        losses.sum(),
+        upstream.loss,
         log_pf.view(call.tokens.shape),
         d_hidden.view(call.hidden.shape) if needs.hidden else d_hidden,
         d_weight,
         d_bias,
-        rewards,
-        rewards if balances is None else balances,
+        upstream.rewards,
+        upstream.balances,
     )
 
 

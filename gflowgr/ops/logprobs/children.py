@@ -224,6 +224,11 @@ def _forward(
 ) -> Outputs:
     transforms.refuse_forward_mode("children_logprobs")
     check_head(tree, weight.shape[0], "the rows of weight")
+    if sparse_grad and backends.capturing():
+        raise RuntimeError(
+            "sparse_grad must be False while a CUDA graph is captured; got True: how many rows the "
+            "gradient has is read from the GPU"
+        )
     inputs = (hidden, weight, bias, tokens, mask, tree, temperature, saved)
     name = backends.resolve("children_logprobs", hidden.device, compute_dtype(hidden, weight, bias))
     if name == "torch":
