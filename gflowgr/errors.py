@@ -23,6 +23,7 @@ _EXTRAS = {
     ),
     "peft": "lora",
     "sentence_transformers": "text",
+    "ray": "ray",
 }
 """Which extra of the package brings a module, see pyproject.toml."""
 

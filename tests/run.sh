@@ -2,6 +2,7 @@
 # Set up a virtual environment (in .venv, or where VENV says) and run all tests that this machine can
 # run, on all cores (WORKERS=0: in one process). Arguments go to pytest: bash tests/run.sh tests/ops -x
 # What is left out as slow: bash tests/run.sh -m slow
+# Tests that need Ray, which takes a minute to install, are skipped without it: EXTRAS=dev,ray installs it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
@@ -11,11 +12,12 @@ venv=${VENV:-.venv}
 state() {
   find pyproject.toml setup.py csrc -type f -print0 | sort -z | xargs -0 sha256sum
   find gflowgr -name '*.so' | sort
+  echo "${EXTRAS:-dev}"
   "$venv/bin/python" -c "import torch; print(torch.__version__)"
   pwd
 }
 if [ "$(state)" != "$(cat "$venv/installed" 2>/dev/null)" ]; then
-  "$venv/bin/pip" install --quiet -e ".[dev]"
+  "$venv/bin/pip" install --quiet -e ".[${EXTRAS:-dev}]"
   state >"$venv/installed"
 fi
 # A process per core, each with one thread: more threads would only wait for one another. What takes

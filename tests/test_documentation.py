@@ -212,6 +212,10 @@ def parse_curl(words: list[str]) -> None:
         json.loads(words[words.index("--json") + 1])
 
 
+def parse_ray(words: list[str]) -> None:
+    assert words[0] in ("start", "stop")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "gflowgr": parse_gflowgr,
     "torchrun": parse_torchrun,
@@ -222,6 +226,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "conda": parse_conda,
     "docker": parse_docker,
     "curl": parse_curl,
+    "ray": parse_ray,
     "pre-commit": lambda words: None,
 }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ._parsers import Commands, add_overrides, command
 
 if TYPE_CHECKING:
-    from ..runs import ExperimentSpec, Resources
+    from ..runs import CellPool, ExperimentSpec
 
 __all__ = ["add_experiment", "carry_out"]
 
@@ -23,10 +23,10 @@ examples:
   gflowgr experiment small --out runs/small --rehearse  minutes, before the hours
   gflowgr experiment small --out runs/small --dry-run   what is done and what is left
   gflowgr experiment --out runs/small --report          the report of what is there
+  gflowgr experiment small --out /shared/small --ray auto    on all machines of a Ray cluster
 
 A cell is one training with its evaluation, in a process and a folder of its own. The same command
-goes on where an earlier one stopped; given on several machines that share the folder, or twice on
-one, the cells are divided among them."""
+goes on where an earlier one stopped, also with other workers or on another cluster."""
 
 
 def add_experiment(commands: Commands) -> None:
@@ -44,6 +44,18 @@ def add_experiment(commands: Commands) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="where everything goes")
     parser.add_argument("--workers", type=int, metavar="K", help="cells at a time (default: GPUs)")
     parser.add_argument("--threads", type=int, metavar="T", help="CPU threads of each cell")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="work on the cells on this Ray cluster, or auto: the one that this machine is in; the "
+        "folder is at the same place on all its machines",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=float,
+        metavar="G",
+        help="with --ray: GPUs of each cell, such as 0.5 (default: 1 if the cluster has any)",
+    )
     parser.add_argument("--only", metavar="PATTERN", help="cells whose id matches, and their needs")
     add_overrides(parser, "base.sft.max_steps=200")
     parser.add_argument("--dry-run", action="store_true", help="show the cells; do nothing")
@@ -66,7 +78,6 @@ def _experiment(args: argparse.Namespace) -> int:
     from ..runs import (
         ConfigError,
         ExperimentSpec,
-        Resources,
         cell_states,
         rehearsal_of,
         select_cells,
@@ -97,14 +108,38 @@ def _experiment(args: argparse.Namespace) -> int:
             print(f"{state:<8}{cell}")
         print(", ".join(f"{count} {state}" for state, count in Counter(states.values()).items()))
         return 0
-    resources = Resources.of_machine(args.workers, args.threads)
-    return carry_out(spec, out, resources, only=args.only, progress=not args.no_progress)
+    pool = _pool(args.ray, args.workers, args.threads, args.gpus)
+    return carry_out(spec, out, pool, only=args.only, progress=not args.no_progress)
+
+
+def _pool(
+    ray: str | None, workers: int | None, threads: int | None, gpus: float | None
+) -> CellPool:
+    """Processes of this machine, or a Ray cluster.
+
+    Raises:
+        ConfigError: an option is out of range, or is for the other one.
+    """
+    from ..runs import ConfigError, LocalPool, Resources
+
+    if ray is None:
+        if gpus is not None:
+            raise ConfigError(f"--gpus must come with --ray; got --gpus {gpus:g} without it")
+        return LocalPool(Resources.of_machine(workers, threads))
+    from ..runs.ray_pool import RayPool
+
+    if workers is not None:
+        raise ConfigError(
+            "--workers must be left out with --ray, which starts as many cells as the cluster has "
+            f"room for; got {workers}"
+        )
+    return RayPool(ray, threads=1 if threads is None else threads, gpus=gpus)
 
 
 def carry_out(
     spec: ExperimentSpec,
     out: Path,
-    resources: Resources,
+    pool: CellPool,
     *,
     only: str | None = None,
     progress: bool = True,
@@ -112,7 +147,7 @@ def carry_out(
     """Run an experiment, write and show its report; the exit status."""
     from ..runs import run_experiment
 
-    outcome = run_experiment(spec, out, resources, only=only, say=_say, progress=progress)
+    outcome = run_experiment(spec, out, pool, only=only, say=_say, progress=progress)
     _report(out)
     if outcome.failed:
         print(f"gflowgr: failed: {outcome.message}", file=sys.stderr)

@@ -44,7 +44,7 @@ def add_quickstart(commands: Commands) -> None:
 
 def _quickstart(args: argparse.Namespace) -> int:
     from ..data import load_dataset
-    from ..runs import quickstart_resources, quickstart_spec
+    from ..runs import LocalPool, quickstart_resources, quickstart_spec
 
     spec = quickstart_spec(
         data=args.data,
@@ -55,7 +55,8 @@ def _quickstart(args: argparse.Namespace) -> int:
         behaviour_values=dict(args.behaviour_values),
     )
     out = Path(args.output_dir)
-    status = carry_out(spec, out, quickstart_resources(), progress=not args.no_progress)
+    pool = LocalPool(quickstart_resources())
+    status = carry_out(spec, out, pool, progress=not args.no_progress)
     if status == 0:
         (name,) = spec.datasets
         data = args.data or out / name / "data"

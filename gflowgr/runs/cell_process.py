@@ -1,13 +1,16 @@
-"""One cell in a process of its own: ``python -m gflowgr.runs.cell_process < job.json``.
+"""One cell in a process of its own: ``python -m gflowgr.runs.cell_process``.
 
-The process ends with 0 when the cell is complete, with :data:`.cells.BUSY` when another has it, and
-otherwise with a traceback.
+The first line of standard input is the job, in JSON. The process ends with 0 when the cell is
+complete, and otherwise with a traceback; it is ended when standard input is closed before.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -16,32 +19,50 @@ from .. import files
 from ..evaluation import analyse, measure_calibration
 from ..rewards import BehaviourAwareReward, CatalogueReward, make_signals
 from ..training.cross_fitting import calibrate_temperature
-from .cells import BUSY, Cell, locked
+from .cells import Cell
 from .config import ConfigError
 from .processes import quiet_transformers
 from .stages import Console
 from .work import CellInputs, CellWork, prepare_inputs, run_cell
 
-__all__ = ["analyse_cell"]
+__all__ = ["analyse_cell", "end_with_caller", "work_on_cell"]
 
 _CALIBRATION_USERS = 32
 
 
 def main() -> int:
     """Work on the cell that standard input describes."""
-    job = json.load(sys.stdin)
-    cell, out = Cell.from_dict(job["cell"]), Path(job["out"])
-    torch.set_num_threads(job["threads"])
-    console = Console(_say, progress=False)
-    with locked(cell, out) as mine:
-        if not mine:
-            return BUSY
-        if not cell.is_complete(out):
-            quiet_transformers()
-            inputs = prepare_inputs(cell, out, console)
-            work = run_cell(cell, inputs, out, console)
-            analyse_cell(cell, inputs, work, out, console)
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=end_with_caller, args=(sys.stdin.fileno(),), daemon=True).start()
+    work_on_cell(Cell.from_dict(job["cell"]), Path(job["out"]), job["threads"])
     return 0
+
+
+def end_with_caller(standard_input: int) -> None:
+    """End this process when the one that started it is gone, however it ended.
+
+    Nobody but the caller has the pipe's other end. Otherwise the next call for the same folder
+    would work on the same cell at the same time.
+    """
+    while os.read(standard_input, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def work_on_cell(cell: Cell, out: Path, threads: int) -> None:
+    """Do a cell's work and analyse its results, or go on with it; what is said is printed.
+
+    Args:
+        cell: what to do; the cells that it needs must be complete.
+        out: the output folder.
+        threads: CPU threads of this process.
+    """
+    torch.set_num_threads(threads)
+    console = Console(_say, progress=False)
+    quiet_transformers()
+    inputs = prepare_inputs(cell, out, console)
+    work = run_cell(cell, inputs, out, console)
+    analyse_cell(cell, inputs, work, out, console)
 
 
 def _say(text: str) -> None:

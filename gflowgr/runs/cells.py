@@ -1,24 +1,19 @@
-"""The cells of a run or an experiment, the folders that they fill, and their locks."""
+"""The cells of a run or an experiment, and the folders that they fill."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
 from ..models.settings import FlowSettings
 from .config import RunConfig
 from .sections import collaborative_names
 from .spec import ExperimentSpec, Method, Values, Variant
 
-__all__ = ["BUSY", "Cell", "alone", "cells_of", "cells_of_run", "folders_of", "locked"]
-
-BUSY = 75
-"""Exit status of a process whose cell is being worked on elsewhere."""
+__all__ = ["Cell", "cells_of", "cells_of_run", "folders_of"]
 
 _OF_START = ("seed", "data", "collaborative", "model", "sft")
 _READS = {
@@ -216,33 +211,3 @@ def folders_of(cells: list[Cell]) -> dict[str, Values]:
         for folder, values in cell.made_from().items():
             folders.setdefault(folder, values)
     return folders
-
-
-@contextlib.contextmanager
-def locked(cell: Cell, out: Path) -> Iterator[bool]:
-    """Whether the cell is this process's to work on; the lock goes with the process.
-
-    Machines that share the folder see each other's locks, if its file system has them (NFS 4 has).
-    """
-    with _lock_file(out, cell.id) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-@contextlib.contextmanager
-def alone(folder: str, out: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block of the same folder: one prepares, all read."""
-    with _lock_file(out, folder) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _lock_file(out: Path, name: str) -> TextIO:
-    # No folder's name has a %, so that different folders have different locks.
-    path = out / ".locks" / name.replace("/", "%")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a")

@@ -12,6 +12,7 @@ import torch
 from ..folders import output_lock
 
 __all__ = [
+    "alone",
     "device",
     "first_process_first",
     "is_first_process",
@@ -45,6 +46,16 @@ def working_alone(folder: Path) -> Iterator[None]:
         OutputError: another run works there; the message says which.
     """
     with output_lock(folder) if is_first_process() else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block of ``folder``: one prepares, all read."""
+    from filelock import FileLock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".prepare.lock"):
         yield
 
 

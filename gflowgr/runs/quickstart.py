@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ..data import Dataset, generate_builtin, load_dataset
+from .pool import Resources
 from .prepare import split_of
-from .runner import Resources
 from .spec import ExperimentSpec, Values, merge, shipped_specs
 from .work import check_reward
 from .yaml_file import read_yaml

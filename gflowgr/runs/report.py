@@ -25,7 +25,7 @@ from ..report.machine import command_as_typed, machine_summary
 from ..report.plots import Styles, method_styles
 from ..report.tables import TableRow, format_table
 from . import figures
-from .cells import alone
+from .processes import alone
 from .publish import without_places
 from .results import GRID, MAIN, REFERENCE, START, ExperimentResults, read_results
 from .setting_section import MAIN_GROUPS, picture, setting_section, short_rules
@@ -59,7 +59,7 @@ def write_report(out: Path | str) -> tuple[Path, str]:
     results = read_results(out)
     settings = summarise(results)
     facts = _facts(results)
-    with alone("report", out):  # several callers of an experiment end at the same time
+    with alone(out):  # --report may be asked for when the experiment ends
         document = _document(results, settings, facts, out)
         files.write_json(out / "results.json", facts | {"settings": to_json(settings)})
         files.write_text(out / "results.csv", _csv(results, settings))

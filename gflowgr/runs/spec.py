@@ -32,7 +32,7 @@ _OF_EXPERIMENT = {
 _OF_SEED = {"collaborative": "the collaborative model"}
 _OF_VARIANT = {"sft": "the start", "digests.json": "the variant's own digests.json"}
 _MAX_FOLDER = 64
-"""Bytes of a folder's name; a lock's file name is made of three of them, and has 255 at most."""
+"""Bytes of a folder's name; file systems allow 255, and paths of three such folders get long."""
 
 
 def shipped_specs() -> dict[str, Path]:

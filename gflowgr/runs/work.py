@@ -18,7 +18,7 @@ from ..evaluation.generative import GenerativeRecommender
 from ..extensions import is_outside, load_outside
 from ..models.gflow_model import FlowSettings, GFlowModel
 from ..rewards import CatalogueReward, default_behaviour_values, make_signals
-from .cells import Cell, alone
+from .cells import Cell
 from .config import ConfigError, RunConfig
 from .generator import add_adapters, check_generator, make_generator
 from .prepare import (
@@ -29,7 +29,7 @@ from .prepare import (
     published_identifiers,
     split_data,
 )
-from .processes import first_process_first, is_first_process
+from .processes import alone, first_process_first, is_first_process
 from .same_inputs import check_same_data, digest_of, record_inputs
 from .sections import EvaluationConfig
 from .stages import (
@@ -90,7 +90,7 @@ def prepare_inputs(cell: Cell, out: Path, console: Console) -> CellInputs:
     config = cell.config
     data_folder = out / cell.data_folder
     built_in = str(Path(cell.data_folder) / "data")
-    with first_process_first(), alone(built_in, out):
+    with first_process_first(), alone(data_folder):
         _record(cell, built_in, out)
         dataset = load_data(config.data, data_folder, cell.data_seed)
         split = split_data(dataset, config.data, data_folder)

@@ -19,7 +19,7 @@ import pytest
 from support.experiment_folder import BASELINE, FULL, METHODS, method, write_experiment
 
 from gflowgr.cli import main
-from gflowgr.runs.cells import alone
+from gflowgr.runs.processes import alone
 from gflowgr.runs.report import write_report
 from gflowgr.runs.results import read_results
 from gflowgr.runs.summary import Setting, summarise, verdict
@@ -203,7 +203,7 @@ def test_one_seed_of_several_is_said(tmp_path: Path) -> None:
 def test_callers_that_end_together_write_one_after_the_other(tmp_path: Path) -> None:
     out = write_experiment(tmp_path / "out", seeds=(42,))
     with ThreadPoolExecutor(1) as pool:
-        with alone("report", out):
+        with alone(out):
             other = pool.submit(write_report, out)
             assert not wait([other], timeout=1).done
             assert not (out / "report.md").exists()

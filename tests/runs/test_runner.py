@@ -6,54 +6,53 @@ A small program stands in for the cells' own; :mod:`test_experiment_run` runs th
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.tiny_experiment import tiny_experiment
 
+from gflowgr.errors import OutputError
 from gflowgr.runs import (
     ConfigError,
     ExperimentSpec,
+    LocalPool,
     Outcome,
     Resources,
     cell_states,
     cells_of,
+    pool,
     run_experiment,
-    runner,
     select_cells,
 )
-from gflowgr.runs.cells import alone, locked
+from gflowgr.runs.cell_process import end_with_caller
+from gflowgr.runs.processes import alone, working_alone
 
 pytestmark = pytest.mark.process
 
 _STAND_IN = """
-import fcntl, json, os, sys, time
+import json, os, sys, time
 from pathlib import Path
 
-job = json.load(sys.stdin)
+job = json.loads(sys.stdin.readline())
 out, cell = Path(job["out"]), job["cell"]["id"]
-lock = open(out / ".locks" / cell.replace("/", "__"), "a")
-try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError:
-    sys.exit(75)
 part = "evaluation/popularity" if cell.endswith("collaborative") else "evaluation"
 last = out / cell / part / "analysis.json"
-if last.is_file():
-    sys.exit(0)
+(out / cell).mkdir(parents=True, exist_ok=True)
 with open(out / "order.txt", "a") as file:
     file.write(f"{cell} {os.environ.get('CUDA_VISIBLE_DEVICES', '-')} {job['threads']}\\n")
 if cell in os.environ.get("FAILING", "").split():
     raise ArithmeticError("the loss is nan")
 if cell in os.environ.get("DYING", "").split():
     os.kill(os.getpid(), 9)
-time.sleep(0.05)
-last.parent.mkdir(parents=True)
+time.sleep(600 if cell in os.environ.get("SLOW", "").split() else 0.05)
+last.parent.mkdir(parents=True, exist_ok=True)
 last.write_text("{}")
 """
 
@@ -62,8 +61,8 @@ last.write_text("{}")
 def _stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "stand_in.py"
     program.write_text(_STAND_IN)
-    monkeypatch.setattr(runner, "_WORK", (sys.executable, str(program)))
-    monkeypatch.setattr(runner, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(pool, "_WORK", (sys.executable, str(program)))
+    monkeypatch.setattr(pool, "_POLL_SECONDS", 0.01)
 
 
 def two_seeds() -> ExperimentSpec:
@@ -74,7 +73,7 @@ def carry_out(out: Path, workers: int = 2, **options: Any) -> tuple[Outcome, lis
     said: list[str] = []
     resources = options.pop("resources", Resources(workers, threads=1))
     outcome = run_experiment(
-        two_seeds(), out, resources, say=said.append, progress=False, **options
+        two_seeds(), out, LocalPool(resources), say=said.append, progress=False, **options
     )
     return outcome, said
 
@@ -102,18 +101,49 @@ def test_the_same_call_again_does_nothing(tmp_path: Path) -> None:
     assert len(order(tmp_path / "out")) == len(cells_of(two_seeds()))
 
 
-def test_two_callers_in_one_folder_divide_the_cells(tmp_path: Path) -> None:
-    out, outcomes = tmp_path / "out", list[Outcome]()
-    callers = [
-        threading.Thread(target=lambda: outcomes.append(carry_out(out)[0])) for _ in range(2)
-    ]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert sorted(order(out)) == sorted(cell.id for cell in cells_of(two_seeds()))
-    assert len(outcomes) == 2, "both returned"
-    assert set(outcomes[0].done) | set(outcomes[1].done) == set(order(out))
+def test_a_second_caller_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(1) as other, working_alone(out):
+        second = other.submit(carry_out, out)
+        with pytest.raises(OutputError, match="is working in this folder; wait for its end"):
+            second.result(timeout=60)
+    assert not (out / "order.txt").exists()
+    assert len(carry_out(out)[0].done) == len(cells_of(two_seeds()))
+
+
+def test_a_cell_ends_with_the_process_that_started_it() -> None:
+    """However that ends: the pipe between them closes."""
+    theirs, ours = os.pipe()
+    cell = os.fork()
+    if cell == 0:
+        os.close(ours)
+        end_with_caller(theirs)
+        os._exit(0)
+    assert os.waitpid(cell, os.WNOHANG) == (0, 0), "it works while the pipe is open"
+    os.close(ours)
+    assert os.WTERMSIG(os.waitpid(cell, 0)[1]) == signal.SIGTERM
+
+
+def test_closing_the_iterator_ends_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C does; what had been done stays done."""
+    first = cells_of(two_seeds())[0]
+    monkeypatch.setenv("SLOW", first.id)
+    local = LocalPool(Resources(1, threads=1))
+    shown: list[str] = []
+
+    def show(text: str) -> None:
+        shown.append(text)
+        if (tmp_path / "order.txt").is_file():
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(local.work([first], tmp_path, show))
+    assert set(shown) == {first.id}
+    assert time.monotonic() - began < 60, "it was not waited for"
+    assert not first.is_complete(tmp_path)
 
 
 def test_a_failure_leaves_only_what_needs_it(
@@ -166,38 +196,23 @@ def test_no_worker_or_thread_is_an_error(name: str) -> None:
         Resources.of_machine(**{name: 0})
 
 
-def test_states_tell_what_is_done_running_and_left(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    carry_out(out, only="*/seed_1/*")
-    cells = cells_of(two_seeds())
-    holder = (
-        "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
-        "print('held', flush=True); sys.stdin.read()"
-    )
-    with locked(cells[-1], out):
-        pass  # makes the file
-    lock = next((out / ".locks").glob("*seed_2*gflowgr_tb"))
-    with subprocess.Popen(
-        [sys.executable, "-c", holder, str(lock)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        states = cell_states(cells, out)
-        process.communicate("")
+def test_states_tell_what_is_done_begun_and_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, cells = tmp_path / "out", cells_of(two_seeds())
+    monkeypatch.setenv("FAILING", "shop/seed_2/default/sft")
+    carry_out(out)
+    states = cell_states(cells, out)
     assert states["shop/seed_1/default/gflowgr_tb"] == "done"
-    assert states["shop/seed_2/default/gflowgr_tb"] == "running"
-    assert states["shop/seed_2/default/sft"] == "to do"
-    assert cell_states(cells, out)["shop/seed_2/default/gflowgr_tb"] == "to do"
+    assert states["shop/seed_2/default/sft"] == "begun"
+    assert states["shop/seed_2/default/gflowgr_tb"] == "to do"
 
 
 def test_one_process_prepares_a_dataset_while_the_others_wait(tmp_path: Path) -> None:
     inside, seen = list[int](), list[int]()
 
     def prepare(who: int) -> None:
-        with alone("shop", tmp_path):
+        with alone(tmp_path / "shop"):
             inside.append(who)
             time.sleep(0.02)
             seen.append(len(inside))

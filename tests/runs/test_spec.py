@@ -12,7 +12,7 @@ import yaml
 from support.tiny_experiment import tiny_experiment
 
 from gflowgr.runs import ConfigError, ExperimentSpec, cells_of, shipped_specs
-from gflowgr.runs.cells import Cell, alone, folders_of
+from gflowgr.runs.cells import Cell, folders_of
 from gflowgr.runs.same_inputs import check_same_inputs, record_inputs
 
 
@@ -223,19 +223,6 @@ def test_names_of_any_script_have_folders_of_their_own() -> None:
     assert len(set(ids)) == len(ids) == 2 * (2 + 4)
     assert "数据/seed_1/default/方法" in ids
     assert all(".." not in Path(id_).parts and Path(id_).name for id_ in ids)
-
-
-def test_different_cells_have_different_locks(tmp_path: Path) -> None:
-    spec = spec_of(datasets={"a": {}, "a__seed_1": {}})
-    folders = {name for cell in cells_of(spec) for name in (cell.id, *map(str, _above(cell.id)))}
-    for name in folders:
-        with alone(name, tmp_path):
-            pass
-    assert len(list((tmp_path / ".locks").iterdir())) == len(folders)
-
-
-def _above(cell: str) -> list[Path]:
-    return list(Path(cell).parents)[:-1]
 
 
 def test_where_the_data_lie_is_not_what_results_are_made_from() -> None:

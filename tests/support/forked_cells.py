@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
@@ -11,51 +10,41 @@ from typing import Any, TextIO
 
 import pytest
 
-from gflowgr.runs import cell_process, runner
-
-
-class _Pipe(io.StringIO):
-    """The cell's standard input; it starts when this is closed."""
-
-    def __init__(self, process: ForkedCell) -> None:
-        super().__init__()
-        self.process = process
-
-    def close(self) -> None:
-        if not self.closed:
-            self.process.begin(self.getvalue())
-        super().close()
+from gflowgr.runs import cell_process, pool
 
 
 class ForkedCell:
-    """What the runner uses of ``subprocess.Popen``, for its own command only."""
+    """What the pool uses of ``subprocess.Popen``, for its own command only."""
 
     def __init__(self, command: Any, *, stdout: TextIO, env: dict[str, str], **_: Any) -> None:
-        assert command == runner._WORK
-        self.out, self.env, self.pid = os.dup(stdout.fileno()), env, 0
+        assert command == pool._WORK
         self.returncode: int | None = None
-        self.stdin = _Pipe(self)
-
-    def begin(self, job: str) -> None:
+        theirs, ours = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            status = 1
-            try:
-                os.dup2(self.out, 1)
-                os.dup2(self.out, 2)
-                sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
-                os.environ |= self.env
-                sys.stdin = io.StringIO(job)
-                status = cell_process.main()
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        os.close(self.out)
+            os.close(ours)
+            self._work(theirs, stdout.fileno(), env)
+        os.close(theirs)
+        self.stdin = os.fdopen(ours, "w")
+
+    def _work(self, job: int, out: int, env: dict[str, str]) -> None:
+        """The rest of the fork's life."""
+        status = 1
+        try:
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
+            os.environ |= env
+            sys.stdin = os.fdopen(job)
+            status = cell_process.main()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
 
     def poll(self) -> int | None:
         self._wait(os.WNOHANG)
@@ -78,5 +67,5 @@ class ForkedCell:
 
 @pytest.fixture
 def forked_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runner forks; :mod:`test_experiment_run` starts the cells' own program."""
-    monkeypatch.setattr(runner.subprocess, "Popen", ForkedCell)
+    """The local pool forks; :mod:`test_experiment_run` starts the cells' own program."""
+    monkeypatch.setattr(pool.subprocess, "Popen", ForkedCell)
