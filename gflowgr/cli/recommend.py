@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from ._parsers import Commands, add_model_and_data, command
@@ -28,7 +29,9 @@ examples:
   gflowgr recommend runs/a/gflowgr/model --data data --input users.jsonl --output top.parquet
   gflowgr recommend runs/a/gflowgr/model --data data --input users.parquet --with-scores \\
       --available in_stock.txt --output top.jsonl
-  produce | gflowgr recommend runs/a/gflowgr/model --data data --batch-size 1 | consume"""
+  produce | gflowgr recommend runs/a/gflowgr/model --data data --batch-size 1 | consume
+  gflowgr recommend MODEL --data data --input users.parquet --output answers/
+  gflowgr recommend MODEL --data data --input users/ --output /shared/answers/ --ray auto"""
 
 
 def add_recommend(commands: Commands) -> None:
@@ -54,7 +57,8 @@ def add_recommend(commands: Commands) -> None:
         "--input",
         metavar="FILE",
         help="JSON lines or .parquet, or - for JSON lines from standard input, which is the "
-        "default without --user and --history; read a batch at a time",
+        "default without --user and --history; read a batch at a time. For an --output folder also "
+        "a folder of .parquet files",
     )
     search = parser.add_argument_group("what is recommended")
     search.add_argument(
@@ -87,7 +91,16 @@ def add_recommend(commands: Commands) -> None:
     written.add_argument(
         "--output",
         metavar="FILE",
-        help=".jsonl or .parquet, written whole or not at all (default: standard output)",
+        help=".jsonl or .parquet, written whole or not at all (default: standard output); or a "
+        "folder, with a / at its end: a Parquet file for every --shard-rows requests, where the "
+        "same command goes on after an interruption",
+    )
+    written.add_argument(
+        "--shard-rows",
+        type=int,
+        default=10_000,
+        metavar="R",
+        help="for an --output folder: requests in a file of answers (default: 10000)",
     )
     written.add_argument(
         "--with-scores", action="store_true", help="log P of each item (SASRec: its score), too"
@@ -97,30 +110,66 @@ def add_recommend(commands: Commands) -> None:
         "--json", action="store_true", help="for --user and --history: JSON lines, not a table"
     )
     written.add_argument("--no-progress", action="store_true", help="no progress, no users/s")
+    cluster = parser.add_argument_group("on many machines, for an --output folder")
+    cluster.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="answer on this Ray cluster, or auto: the one that this machine is in; model, data, "
+        "input and output are at the same places on all its machines",
+    )
+    cluster.add_argument(
+        "--threads", type=int, default=1, metavar="T", help="CPUs of each process (default: 1)"
+    )
+    cluster.add_argument(
+        "--gpus",
+        type=float,
+        metavar="G",
+        help="GPUs of each process, such as 0.5 (default: 1 if the cluster has any)",
+    )
     parser.set_defaults(run=_recommend)
 
 
 def _recommend(args: argparse.Namespace) -> int:
     from ..serving.answers import AnswerFields
     from ..serving.recommend import RecommendOptions, recommend_from_checkpoint
+    from ..serving.shards import Cluster, recommend_in_shards
 
+    options = RecommendOptions(
+        top=args.top,
+        beams=args.beams,
+        mask_seen=args.mask_seen,
+        available=args.available,
+        temperature=args.temperature,
+        normalize=args.normalize,
+        batch_size=args.batch_size,
+        fields=AnswerFields(scores=args.with_scores, titles=args.with_titles),
+    )
     named = bool(args.user or args.history)
+    if args.output is not None and (args.output.endswith("/") or os.path.isdir(args.output)):
+        if named or args.input is None:
+            raise ValueError("an --output folder takes its requests from --input, Parquet files")
+        recommend_in_shards(
+            args.model,
+            args.data,
+            options,
+            source=args.input,
+            folder=args.output,
+            shard_rows=args.shard_rows,
+            cluster=None if args.ray is None else Cluster(args.ray, args.threads, args.gpus),
+            progress=not args.no_progress,
+        )
+        return 0
+    if args.ray is not None:
+        raise ValueError(
+            f"--output must be a folder, with a / at its end, for --ray; got {args.output!r}"
+        )
     source = args.input if named or args.input else "-"
     if source == "-" and sys.stdin.isatty():
         print("gflowgr: reading JSON lines from the terminal; Ctrl-D ends them", file=sys.stderr)
     recommend_from_checkpoint(
         args.model,
         args.data,
-        RecommendOptions(
-            top=args.top,
-            beams=args.beams,
-            mask_seen=args.mask_seen,
-            available=args.available,
-            temperature=args.temperature,
-            normalize=args.normalize,
-            batch_size=args.batch_size,
-            fields=AnswerFields(scores=args.with_scores, titles=args.with_titles),
-        ),
+        options,
         users=args.user,
         histories=args.history,
         source=source,

@@ -228,7 +228,7 @@ def read_parts(folder: Path, *, decode_only: bool = False) -> dict[str, Any]:
             "it. The finished model is in the folder 'model' of its stage"
         )
     with damage_named(folder):
-        parts["tree"] = PrefixTree.load(folder / "tree.safetensors")
+        parts["tree"] = PrefixTree.load(folder / "tree.safetensors", mmap=True)
         parts["item_ids"] = ItemIds.load(folder)
         backbone = read_bare(folder) if decode_only else None
         parts |= _library_parts(folder) if backbone is None else {"backbone": backbone}

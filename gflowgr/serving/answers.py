@@ -65,7 +65,9 @@ class AnswerWriter(Protocol):
 def check_output(output: str) -> None:
     """Raise ValueError for a file whose name does not say its format."""
     if not output.endswith(_SUFFIXES):
-        raise ValueError(f"--output {output}: the name must end in {', '.join(_SUFFIXES)}")
+        raise ValueError(
+            f"--output {output}: the name must end in {', '.join(_SUFFIXES)}, or in / for a folder"
+        )
 
 
 @contextmanager

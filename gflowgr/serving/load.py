@@ -16,7 +16,7 @@ from ..evaluation.generative import GenerativeRecommender
 from ..models.gflow_model import GFlowModel
 from ..report.tables import TableRow, format_table
 
-__all__ = ["check_counts", "evaluate_checkpoint", "load_collaborative_for", "load_for"]
+__all__ = ["check_counts", "evaluate_checkpoint", "load_collaborative_for", "load_for", "model_in"]
 
 
 def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
@@ -25,7 +25,7 @@ def load_for(model_folder: str, data_folder: str) -> tuple[GFlowModel, Dataset]:
     Raises:
         DataError: either is damaged, or they have different numbers of items or other ids.
     """
-    folder = _model_in(Path(model_folder))
+    folder = model_in(Path(model_folder))
     dataset = load_dataset(data_folder)
     model = GFlowModel.from_pretrained(folder, decode_only=True)
     if model.tree.num_items != dataset.num_items:
@@ -48,7 +48,7 @@ def _device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def _model_in(folder: Path) -> Path:
+def model_in(folder: Path) -> Path:
     """A saved model's own folder; of a run's, or that of quickstart, its method ``gflowgr``."""
     if not (folder / "gflowgr.json").is_file():
         for pattern in ("gflowgr/model", "*/seed_*/*/gflowgr/model"):

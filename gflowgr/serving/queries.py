@@ -71,7 +71,7 @@ class QueryReader:
         if source == "-":
             yield from self._lines(sys.stdin.buffer, "standard input")
         elif source.endswith(".parquet"):
-            yield from self._parquet(source)
+            yield from self.from_rows(source, 0, parquet_rows(source))
         else:
             with regular_file(source).open("rb") as handle:
                 yield from self._lines(handle, source)
@@ -92,17 +92,31 @@ class QueryReader:
                 raise DataError(f"{where}: the query must be {_WANTED}; got {shown(record)}")
             yield self._query(record, row, where)
 
-    def _parquet(self, source: str) -> Iterator[Query]:
-        row = 0
+    def from_rows(self, source: str, first: int, rows: int) -> Iterator[Query]:
+        """The requests of some rows of a Parquet file; only row groups with such rows are read.
+
+        Args:
+            source: the file.
+            first: the first row, from 0.
+            rows: how many.
+        """
         with _parquet_file(source) as file:
             columns = [name for name in ("user", "history") if name in file.schema_arrow.names]
             if not columns:
                 names = ", ".join(file.schema_arrow.names) or "none"
                 raise DataError(f"{source}: no column user or history; its columns: {names}")
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for record in batch.to_pylist():
-                    row += 1
+            sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+            ends = list(itertools.accumulate(sizes))
+            groups = [
+                n for n, end in enumerate(ends) if end > first and end - sizes[n] < first + rows
+            ]
+            begin = ends[groups[0]] - sizes[groups[0]] if groups else 0
+            for batch in file.iter_batches(1024, row_groups=groups, columns=columns):
+                skipped = max(0, first - begin)
+                wanted = batch.slice(skipped, max(0, first + rows - begin - skipped))
+                for row, record in enumerate(wanted.to_pylist(), begin + skipped + 1):
                     yield self._query(record, row, f"{source}: row {row}")
+                begin += len(batch)
 
     def _query(self, record: dict[str, Any], row: int, where: str) -> Query:
         user, history = record.get("user"), record.get("history")

@@ -17,11 +17,11 @@ from ..evaluation import Recommender, ScoringRecommender
 from ..evaluation.generative import GenerativeRecommender
 from ..files import regular_file
 from ..models.settings import Normalize
-from .answers import Answer, AnswerFields, check_output, open_answers
+from .answers import Answer, AnswerFields, AnswerWriter, check_output, open_answers
 from .load import check_counts, load_collaborative_for, load_for
 from .queries import Query, QueryReader, parquet_rows, read_available
 
-__all__ = ["RecommendOptions", "recommend_from_checkpoint"]
+__all__ = ["Answerer", "RecommendOptions", "recommend_from_checkpoint", "throughput"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,37 @@ class RecommendOptions:
         check_counts({"--top": self.top, "--beams": self.beams, "--batch-size": self.batch_size})
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--temperature must be above 0 and finite; got {self.temperature}")
+
+
+class Answerer:
+    """A model with its data, which answers queries: the one way, for one process and for many.
+
+    Attributes:
+        dataset: names the items.
+        reader: makes queries of requests.
+        score: what the scores are called.
+    """
+
+    def __init__(self, model_folder: str, data_folder: str, options: RecommendOptions) -> None:
+        """Load what answers; see :func:`recommend_from_checkpoint`."""
+        self._options = options
+        self._recommender, self.dataset = _recommender(model_folder, data_folder, options)
+        self.reader = QueryReader(self.dataset)
+        self.score = "log P" if isinstance(self._recommender, GenerativeRecommender) else "score"
+
+    def answer(self, queries: Iterable[Query], write: AnswerWriter) -> Iterator[int]:
+        """Answer queries batch by batch; yields how many each batch had, when they are written."""
+        for batch in _batches(queries, self._options.batch_size):
+            past = [query.history for query in batch]
+            seen = past if self._options.mask_seen else None
+            found = self._recommender.recommend(past, self._options.top, seen)
+            write(
+                [
+                    Answer(query, items[items >= 0], scores[items >= 0])
+                    for query, items, scores in zip(batch, *found, strict=True)
+                ]
+            )
+            yield len(batch)
 
 
 def recommend_from_checkpoint(
@@ -96,19 +127,18 @@ def recommend_from_checkpoint(
     elif source not in (None, "-"):
         with regular_file(source).open("rb"):
             pass
-    recommender, dataset = _recommender(model_folder, data_folder, options)
-    score = "log P" if isinstance(recommender, GenerativeRecommender) else "score"
-    reader = QueryReader(dataset)
+    answerer = Answerer(model_folder, data_folder, options)
+    reader = answerer.reader
     queries: Iterable[Query] = (
         reader.from_arguments(users, histories) if source is None else reader.from_file(source)
     )
+    fields, dataset, score = options.fields, answerer.dataset, answerer.score
     with (
-        open_answers(output, dataset, options.fields, table=table, score=score) as write,
+        open_answers(output, dataset, fields, table=table, score=score) as write,
         _Progress(rows, bar=progress and (output is not None or not sys.stdout.isatty())) as bar,
     ):
-        for batch in _batches(queries, options.batch_size):
-            write(_answers(recommender, batch, options))
-            bar.advance(len(batch))
+        for count in answerer.answer(queries, write):
+            bar.advance(count)
     if progress and not table:
         print(f"gflowgr: {bar.summary()}", file=sys.stderr)
 
@@ -141,17 +171,6 @@ def _available(options: RecommendOptions, dataset: Dataset) -> torch.Tensor | No
     if options.available is None:
         return None
     return torch.from_numpy(read_available(options.available, dataset))
-
-
-def _answers(
-    recommender: Recommender, batch: list[Query], options: RecommendOptions
-) -> list[Answer]:
-    past = [query.history for query in batch]
-    found = recommender.recommend(past, options.top, past if options.mask_seen else None)
-    return [
-        Answer(query, items[items >= 0], scores[items >= 0])
-        for query, items, scores in zip(batch, *found, strict=True)
-    ]
 
 
 def _batches(queries: Iterable[Query], size: int) -> Iterator[list[Query]]:
@@ -200,6 +219,10 @@ class _Progress:
 
     def summary(self) -> str:
         """What was done, in a line."""
-        seconds = time.perf_counter() - self.begin
-        rate = self.users / max(seconds, 1e-9)
-        return f"{self.users:,} users in {seconds:.1f} s ({rate:,.1f} users/s)"
+        return throughput(self.users, time.perf_counter() - self.begin)
+
+
+def throughput(users: int, seconds: float) -> str:
+    """How many users were answered in how long, in a line."""
+    rate = users / max(seconds, 1e-9)
+    return f"{users:,} users in {seconds:.1f} s ({rate:,.1f} users/s)"
