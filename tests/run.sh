@@ -8,7 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/python" -c "import torch" 2>/dev/null || "$venv/bin/pip" install "torch==${TORCH_VERSION:-2.13.0}"
-# An install takes minutes, most of them to compile: only where what it depends on has changed.
+# An install takes minutes: only where what it depends on has changed. The compiler works while pip
+# downloads and unpacks what the package needs.
 state() {
   find pyproject.toml setup.py csrc -type f -print0 | sort -z | xargs -0 sha256sum
   find gflowgr -name '*.so' | sort
@@ -17,7 +18,10 @@ state() {
   pwd
 }
 if [ "$(state)" != "$(cat "$venv/installed" 2>/dev/null)" ]; then
-  "$venv/bin/pip" install --quiet -e ".[${EXTRAS:-dev}]"
+  "$venv/bin/pip" install --quiet "setuptools>=77" ninja "pybind11>=2.13"
+  "$venv/bin/python" setup.py -q build_ext --inplace >"$venv/build.log" 2>&1 &
+  GFLOWGR_NO_EXT=1 "$venv/bin/pip" install --quiet -e ".[${EXTRAS:-dev}]"
+  wait $! || { cat "$venv/build.log" && exit 1; }
   state >"$venv/installed"
 fi
 # A process per core, each with one thread: more threads would only wait for one another. What takes

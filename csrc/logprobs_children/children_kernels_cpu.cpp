@@ -55,11 +55,14 @@ GFLOWGR_INLINE void dot_block(const float* const* a, const float* const* b, int6
     }
   }
   if (x < d) {
+    Floats u[M];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) u[i] = load_end<S>(left[i], d, d - x);
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
       const Floats v = load_end<S>(right[j], d, d - x);
 #pragma GCC unroll 8
-      for (int i = 0; i < M; ++i) sum[i][j] += load_end<S>(left[i], d, d - x) * v;
+      for (int i = 0; i < M; ++i) sum[i][j] += u[i] * v;
     }
   }
 #pragma GCC unroll 8

@@ -108,7 +108,7 @@ def test_unaligned_tensors() -> None:
     )
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     items=st.integers(1, 80),
     codes=st.lists(st.sampled_from([1, 2, 7, 30, 300]), min_size=1, max_size=4),

@@ -79,7 +79,7 @@ def assert_all_close(actual: list[Tensor], expected: list[Tensor], rtol: float) 
 # float32: 24 bits, sums of up to 30 terms of a few nats and a square of their residual.
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_the_reference(
     device: str, kind: str, dtype: torch.dtype, rtol: float, data: st.DataObject
@@ -224,8 +224,13 @@ def test_rewards_and_log_probabilities_at_the_extremes(device: str, kind: str) -
     )
 
 
-@pytest.mark.parametrize("lam", [1e-300, 1e-30, 1e-4, 0.999999, 1.000001, 1e4, 1e30, 1e300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "lam"),
+    [
+        *((torch.float32, lam) for lam in (1e-300, 1e-30, 1e-4, 0.999999, 1.000001, 1e4, 1e300)),
+        *((torch.float64, lam) for lam in (1e-300, 0.999999, 1e300)),
+    ],
+)
 def test_lambda_at_the_extremes(device: str, dtype: torch.dtype, lam: float) -> None:
     """No weight under- or overflows where it matters, up to 40 tokens."""
     case = make_loss_case(3, 2, 40, seed=7)

@@ -21,8 +21,6 @@ def trained(folder: Path, objective: str, backend: str | None) -> GFlowGRTrainer
         torch_compile_backend=backend,  # with one, torch_compile is on
         save_strategy="steps",
         save_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
     )
     trainer = make_trainer(args, make_model(objective=objective))
     with warnings.catch_warnings():
