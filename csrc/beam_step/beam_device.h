@@ -1,5 +1,5 @@
-// Shared by the kernels of a beam step: the beams and what they may take, a log-sum-exp, and the best keys of a
-// block. Functions that hold a barrier are for whole blocks of kThreads.
+// Shared by the kernels of a beam step: beams and masks, a log-sum-exp, and the best keys of a block. Whole blocks
+// of kThreads must call the functions that hold a barrier.
 #pragma once
 
 #include "beam_step/beam_step.h"
@@ -9,7 +9,7 @@ namespace gflowgr {
 
 // ------------------------------------------------------------------ beams
 
-// A beam that can be continued; children.size() == 0: none.
+// A beam that can be continued; children.size() == 0 where it cannot.
 struct Beam {
   NodeSpan children;
   int64_t depth;
@@ -60,7 +60,7 @@ struct Keys {
   }
 };
 
-// Which children a prompt may take.
+// The children that a prompt's masks allow.
 struct Masks {
   const BeamStepCall& call;
   Keys barred;   // those of the beam's children
@@ -118,7 +118,7 @@ __device__ inline LogSum combine(LogSum a, LogSum b, float rate) {
   return {largest, scaled(a) + scaled(b)};
 }
 
-// Adds values; a NaN comes out as NaN in the end.
+// Adds values; a NaN among them makes the result NaN.
 template <int kCount>
 __device__ inline void add(LogSum& total, const float (&values)[kCount], float rate) {
   float top = values[0];
@@ -226,10 +226,10 @@ class Best {
     __syncthreads();
   }
 
-  // Smaller keys are not among the best.
+  // Keys below this are not among the best.
   __device__ uint64_t threshold() const { return threshold_; }
 
-  // At most kTurn times by each thread, then `settle`. By whole warps.
+  // Each thread calls it at most kTurn times before `settle`. Whole warps call it together.
   __device__ void offer(bool taken, uint64_t key) {
     const unsigned votes = __ballot_sync(kAll, taken);
     if (votes == 0) return;
@@ -244,11 +244,11 @@ class Best {
   __device__ void settle(bool any) {
     if (!__syncthreads_or(any)) return;
     const unsigned n = *count_;
-    __syncthreads();  // all have read it
+    __syncthreads();  // all threads have read it
     if (n + kRound > capacity_) cut(n);
   }
 
-  // Sorts them; how many there are.
+  // Sorts them and returns how many there are.
   __device__ unsigned sorted() {
     const unsigned n = *count_;
     sort_keys(keys_, n);

@@ -61,7 +61,7 @@ class NeededLogits {
   }
 
  private:
-  // Of one thread.
+  // Buffers of one thread.
   struct Scratch {
     Buffer<float> head, states, packed, tile;
     std::vector<int64_t> tokens;

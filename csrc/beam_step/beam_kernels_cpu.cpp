@@ -11,11 +11,11 @@ namespace gflowgr {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 1024;  // values read twice while they are in the first cache
+constexpr int64_t kBlock = 1024;  // values read twice while they are in the L1 cache
 constexpr int64_t kGroups = 4;    // summed side by side
 static_assert(kBlock % (kGroups * kGroup) == 0, "whole groups");
 
-// NaN is passed over.
+// NaN is ignored.
 template <typename S>
 GFLOWGR_INLINE float block_top(const float* x, int64_t count) {
   typedef typename S::Floats Floats;
@@ -71,7 +71,7 @@ GFLOWGR_INLINE float log_sum_exp_body(const void* values, Dtype type, int64_t co
       reference = top;
     }
     if (reference == kInfinity) {
-      // The sum would be NaN of infinity already: look for NaN itself.
+      // Infinity makes the sum NaN too, so look for NaN itself.
       for (int64_t i = begin; i < count; i += kBlock) {
         const int64_t rest = std::min(kBlock, count - i);
         widen(element(values, type, i), type, rest, copy);

@@ -3,12 +3,12 @@
 //
 // Beams side by side are taken 64 at a time. Where at least 8 of them are live and all of these need the same tokens
 // (at the root; for a codebook: at one depth) a dense product of 64 beams with 64 tokens reads the head's rows once
-// for all. Else a warp takes one beam and four tokens at a time. Both kernels run over all beams and
-// each leaves the other's: which it is, only the device knows.
+// for all. Otherwise a warp takes one beam and four tokens at a time. Only the device knows which case a beam is, so
+// both kernels run over all beams and each skips the other's.
 //
 // Speed of light: d numbers per beam and per token that any of them needs, from memory; per (beam, token) where the
-// tokens differ, from the second cache. 64 prompts x 20 beams with 40 children each, d 512 in bf16: 52 MB from the
-// second cache (10 us at 5 TB/s), 52 MFLOP. At the root 64 x 256 x 512: nothing. A codebook of 8192 for 1280 beams:
+// tokens differ, from the L2 cache. 64 prompts x 20 beams with 40 children each, d 512 in bf16: 52 MB from the
+// L2 cache (10 us at 5 TB/s), 52 MFLOP. At the root 64 x 256 x 512: nothing. A codebook of 8192 for 1280 beams:
 // 10.7 GFLOP in float32 (200 us at 55 TFLOP/s): there the tensor cores would be faster, in bf16. Not measured.
 #include "beam_step/beam_device.h"
 #include "common/cuda_launch.h"
@@ -42,8 +42,8 @@ __device__ int64_t group_of(const BeamStepCall& call, int64_t row) {
   return call.normalize == Normalize::children ? beam.children.begin : beam.depth;
 }
 
-// A beam that needs what all live ones of the tile need, -1 if a dense product is not for them. By whole warps; the
-// answer is the same for all.
+// A beam that needs the tokens that all live ones of the tile need, -1 if a dense product does not fit. Whole warps
+// call it; all lanes get the same answer.
 __device__ int64_t dense_row(const BeamStepCall& call, int64_t tile) {
   const int64_t first = tile * kTile + threadIdx.x % 32;
   const int64_t low = group_of(call, first), high = group_of(call, first + 32);

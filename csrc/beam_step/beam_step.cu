@@ -5,12 +5,12 @@
 //   merge    a block per prompt and kind of result: the best `width` of the beams' lists.
 //
 // Where there are too few beams to fill a GPU and the rows are long, each is cut into up to 256 shares, a block
-// per share, and one more launch before the two, `sum`, leaves the shares' log-sum-exp. Nothing is read by the
-// host, nothing is added in an order of chance, and all sizes follow from the shapes.
+// per share, and one more launch before the two, `sum`, leaves the shares' log-sum-exp. The host reads
+// nothing, the order of additions is fixed, and all sizes follow from the shapes.
 //
 // The best of a block: keys (score, number of the candidate) that beat the worst of the best so far are put in a
-// buffer, which is sorted and cut to `width` when it might not hold another round. In order of chance all n children
-// are met with about width * ln(n / width) of them put there: a sort or two. The worst case, scores that ascend,
+// buffer, which is sorted and cut to `width` when it might not hold another round. In random order, about
+// width * ln(n / width) of the n children are put there: a sort or two. The worst case, scores that ascend,
 // sorts once per 512 children. Up to a width of 3584 the buffer is in shared memory, beyond it in the workspace.
 //
 // Speed of light: the logits that the normaliser sums over, once, and one sector per child that is not among them.
@@ -154,7 +154,7 @@ struct Row {
   }
 };
 
-// What block `part` of a row does of n things.
+// The range that block `part` of a row takes of n elements.
 __device__ NodeSpan share_of(int64_t n, unsigned parts, unsigned part) {
   if (parts == 1) return {0, n};
   const int64_t size = max(int64_t{(static_cast<unsigned>(n) + parts - 1) / parts}, kLeastShare);

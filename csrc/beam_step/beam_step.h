@@ -1,5 +1,5 @@
 // Launchers of csrc/beam_step/beam_step.cu and beam_logits.cu: a step of a beam search down a prefix tree.
-// gflowgr/ops/beam_step/op.py says what it computes. `stream` is a cudaStream_t; results are cudaError_t.
+// gflowgr/ops/beam_step/op.py documents the result. `stream` is a cudaStream_t; results are cudaError_t.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // Per prompt, beam after beam: the normaliser (a log-sum-exp over a row of logits), the children's scores,
-// and a comparison of them, a register at a time, with the worst score that is still kept. What is above
-// goes through the masks and into a list that is cut to the best `width` now and then. A key is score and number of the
+// and a comparison of them, a register at a time, with the worst score that is still kept. Better ones pass the
+// masks and enter a list, which is cut to the best `width` whenever it is full. A key is score and number of the
 // candidate in one integer; candidates are numbered by beam, then by child, so equal scores keep that order.
 #include "beam_step/beam_step_cpu.h"
 
@@ -116,7 +116,7 @@ class Step {
 
   void run() {
     const int64_t rows = p_.prompts * p_.beams;
-    // Few prompts for the threads: share out the beams of each.
+    // Few prompts per thread: divide the beams of each prompt.
     if (p_.normalize != Normalize::children && p_.threads > 1 && p_.prompts < 2 * p_.threads &&
         rows * p_.vocabulary > kSharedWork) {
       normalisers_.resize(rows);
@@ -138,7 +138,7 @@ class Step {
   static constexpr int64_t kPrefetched = 8;        // children of a beam
   static constexpr int64_t kLine = 64;             // bytes
 
-  // Of one thread.
+  // Buffers of one thread.
   struct Scratch {
     explicit Scratch(const BeamStepPass& pass)
         : open(pass.width), ended(pass.width), ranges(pass.beams), first(pass.beams + 1), depth(pass.beams) {}

@@ -1,4 +1,4 @@
-// One step of a beam search down a prefix tree, on the CPU. gflowgr/ops/beam_step/op.py says what it computes.
+// One step of a beam search down a prefix tree, on the CPU. gflowgr/ops/beam_step/op.py documents the result.
 // Bare C++17: no torch, no Python.
 #pragma once
 

@@ -66,8 +66,8 @@ struct Step {
     call.scores = values<float>("scores", scores, ScalarType::Float, scores);
     call.nodes = values<int64_t>("nodes", nodes, ScalarType::Long, scores);
     STD_TORCH_CHECK(nodes.numel() == scores.numel(), "nodes must be [B, K] as scores");
-    // The tree is on the device: gflowgr/tree/facts.py has proved it and compared its tokens with the head;
-    // reading it here would wait for the GPU. So the sizes of the masks are not checked either.
+    // The tree is on the device: gflowgr/tree/facts.py has validated it and compared its tokens with the
+    // head; reading it here would synchronise with the GPU. So the sizes of the masks are not checked either.
     call.tree = values<uint8_t>("tree", tree, ScalarType::Byte, scores);
     STD_TORCH_CHECK(tree.dim() == 1 && tree.numel() >= 8 * gflowgr::kTreeWords,
                     "tree must be the buffer of a prefix tree (uint8, 1-D)");
@@ -168,7 +168,7 @@ Outputs beam_step_hidden(const Tensor& hidden, const Tensor& weight, const std::
   call.layout = call.normalize == Normalize::level ? LogitLayout::codebook : LogitLayout::children;
   call.pitch = most;
 
-  // As many prompts at a time as the logits of fit into the memory for them.
+  // As many prompts at a time as fit into the memory for their logits.
   const int64_t bytes_each = std::max<int64_t>(1, 4 * call.beams * most), total = call.prompts;
   const int64_t group = std::max<int64_t>(1, std::min(total, kMostLogits / bytes_each));
   const Tensor logits =

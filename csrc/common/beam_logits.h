@@ -3,7 +3,7 @@
 
 namespace gflowgr {
 
-// What a beam's probabilities add up to 1 over: all tokens, those of its depth's codebook, its node's children.
+// The tokens over which a beam's probabilities sum to 1: all, those of its depth's codebook, or its node's children.
 enum class Normalize : int { vocab, level, children };
 
 // Where the logits of a beam are: element t belongs to token t; to the t-th token of the codebook of the beam's

@@ -46,7 +46,7 @@ bool tried(Encode encode, bool pairs, Multiply multiply) {
   }
   try {
     multiply(m, n, k, a.data(), b.data(), c.data());
-  } catch (const std::exception&) {  // how torch says that the machine cannot
+  } catch (const std::exception&) {  // torch throws where the machine has no such product
     return false;
   }
   for (int64_t i = 0; i < m; ++i) {
@@ -74,7 +74,7 @@ bool gemm_float_available() {
 }
 
 bool gemm_bfloat16_available() {
-  // Without the instructions oneDNN emulates them, slower than in float32.
+  // Without these instructions oneDNN emulates them, which is slower than float32.
   static const bool works = bfloat16_gemm != nullptr && at::native::cpublas::brgemm_release != nullptr &&
 #if defined(__x86_64__)
       __builtin_cpu_supports("avx512bf16") &&

@@ -1,8 +1,8 @@
 // Small matrix products on one thread: C [M, N] (+)= A [M, K] B [K, N], row-major, float32 accumulation.
 //
 // They are oneDNN's batch-reduce kernels, just-in-time compiled for the machine (AVX2, AVX-512, AMX), as
-// torch exports them. The export is no part of torch's stable ABI: it is bound weakly and tried out once,
-// and where it is missing or wrong these products are not available and PyTorch's own ops do the work.
+// torch exports them. The export is not part of torch's stable ABI, so it is bound as a weak symbol and tested
+// once; where it is missing or wrong, these products are unavailable and the callers use PyTorch's own ops.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ void gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc
 void gemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
           const uint16_t* a, const uint16_t* b, float* c);
 
-// To be called by a thread after its last bfloat16 product: gives the tile registers back (AMX).
+// Releases the AMX tile registers; each thread calls it after its last bfloat16 product.
 void gemm_release();
 
 }  // namespace gflowgr

@@ -28,7 +28,7 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-// Vectors are passed between functions that are all inlined: how that would be done otherwise is no matter.
+// GCC warns that the ABI of vector arguments depends on flags; all functions here are inlined, so no ABI is used.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
@@ -52,8 +52,8 @@ namespace gflowgr {
 
 enum class SimdLevel { portable, avx2, avx512 };
 
-// What the machine has, or less where ATEN_CPU_CAPABILITY says so: PyTorch's own variable, so that one setting
-// holds for all kernels of a process.
+// The machine's instruction set, or a smaller one where ATEN_CPU_CAPABILITY asks for it. That is PyTorch's own
+// variable, so one setting holds for all kernels of a process.
 inline SimdLevel simd_level() {
 #ifdef GFLOWGR_X86
   static const SimdLevel level = [] {
@@ -133,7 +133,7 @@ struct Simd : SimdTypes<kBytes> {
   static constexpr int64_t kParts = kGroup / kLanes;  // registers of a group
 
   static GFLOWGR_INLINE Floats broadcast(float x) { return Floats{} + x; }
-  static GFLOWGR_INLINE Floats maximum(const Floats& x, const Floats& y) { return x > y ? x : y; }  // y where x is NaN
+  static GFLOWGR_INLINE Floats maximum(const Floats& x, const Floats& y) { return x > y ? x : y; }  // returns y where x is NaN
 
   // ---------------------------------------------------------------- across lanes
 
@@ -294,7 +294,7 @@ struct Simd : SimdTypes<kBytes> {
     return load(some);
   }
   // The `count` < kLanes numbers before `end` in the last lanes, 0 in the others; kLanes numbers before `end` are
-  // read. Faster than load_some, which waits for its own stores.
+  // read. Faster than load_some, whose load depends on its own stores.
   static GFLOWGR_INLINE Floats load_last(const float* end, int64_t count) {
     return first_lanes(kLanes - count) ? Floats{} : load(end - kLanes);
   }
@@ -343,7 +343,7 @@ struct Simd : SimdTypes<kBytes> {
     const Shorts bits = Types::shorts(x);
     std::memcpy(to, &bits, sizeof(bits));
   }
-  // In powers of two: a copy of any length would be a call.
+  // Copies in powers of two, because memcpy with a variable length would be a function call.
   template <typename Element>
   static GFLOWGR_INLINE void copy_some(Element* to, const Element* from, int64_t count) {
     if (count == kLanes) {

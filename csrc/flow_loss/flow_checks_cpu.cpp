@@ -1,5 +1,5 @@
 // gflowgr_cpp::flow_inputs_ok: whether a mask is a prefix of every row and all log-rewards are usable, in
-// one pass. What is wrong, and where, is then found and said by gflowgr/ops/checks.py.
+// one pass. If not, gflowgr/ops/checks.py finds the first fault and raises.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

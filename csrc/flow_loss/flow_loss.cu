@@ -3,7 +3,7 @@
 //
 // Speed of light: forward and backward read log_pf, log_reward and the target once and write what is asked for
 // once; at B 4096, N 8, L 4 that is 0.6 MB, 0.2 us of an H100's bandwidth, so launches (about 2 us each) and a
-// chain of dependent additions are what counts. A block's prompts are copied to shared memory by neighbouring
+// chain of dependent additions bound the time. A block's prompts are copied to shared memory by neighbouring
 // threads, so that nothing is read in strides; where a prompt is too large for that, threads read memory
 // directly. Prediction at that size, not measured: 3 us for the backward pass, 5 us for the forward pass.
 //
@@ -141,7 +141,7 @@ Plan<T> make_plan(const FlowCall& call, const FlowArrays<T>& arrays) {
   int64_t bytes = copies * staged_pitch(values, sizeof(T)) * static_cast<int64_t>(sizeof(T));
   if (arrays.mask != nullptr) bytes += staged_pitch(values, 1);
   Plan<T> plan{};
-  // Few prompts: small blocks, so that they spread over the GPU.
+  // Few prompts: small blocks, so that all multiprocessors get some.
   plan.threads = call.B <= 16384 ? 32 : 128;
   const int64_t room = kMostShared - 1024;
   while (plan.threads > 32 && plan.threads * bytes > room) plan.threads /= 2;

@@ -3,8 +3,8 @@
 // The reference is gflowgr/ops/flow_loss/reference.py. No allocation, no torch, any N and L. The mask is
 // a prefix of each row (one trajectory); what is under it takes no part in the arithmetic, so padding
 // may hold anything. A row whose mask is no prefix counts as one of L tokens with the reward NaN, so that
-// its loss is NaN and does not look valid. All arithmetic is in T. Rows of ragged length are common: where that is cheap they
-// are run to L with selections instead of branches, which the processor could not predict.
+// its loss is NaN and does not look valid. All arithmetic is in T. Rows of ragged length are common: where it is
+// cheap, loops run to L with selections instead of branches, which the processor could not predict.
 #pragma once
 
 #include <cmath>
@@ -129,7 +129,7 @@ GFLOWGR_HD inline FlowEnd<T> flow_end(const FlowParams& params, const FlowArrays
   return {arrays.L, {static_cast<T>(NAN), T(1)}};
 }
 
-// The value, or 0 where it is not to be used, be it NaN. Compilers make no branch of it.
+// The value, or 0 where it is not used, even if it is NaN; compiled without a branch.
 GFLOWGR_HD inline float flow_keep(bool used, float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
@@ -181,7 +181,7 @@ GFLOWGR_HD inline FlowResult<T> tb_row(const FlowParams& params, const FlowRow<T
   return {flow_square(params, residual), shift - slope, slope};
 }
 
-// What token l does to the flow: the residual of the step, also the unit that SubTB's are made of.
+// Detailed-balance residual of token l; SubTB's residuals are sums of these.
 template <typename T>
 GFLOWGR_HD inline T flow_step(const FlowRow<T>& row, int64_t l) {
   return row.flow[l] + row.log_pf[l] - (l + 1 < row.length ? row.flow[l + 1] : row.reward);
@@ -271,7 +271,7 @@ GFLOWGR_HD inline FlowRow<T> flow_row(const FlowParams& params, const FlowArrays
   return row;
 }
 
-// VarGrad's estimate of log Z, and the gradient of the losses to it shared out among the
+// VarGrad's estimate of log Z, and the gradient of the losses to it shared among the
 // trajectories it is the mean of.
 template <typename T>
 struct VarGradPrompt {

@@ -14,7 +14,7 @@ struct Numbers {
   Dtype type;
 };
 
-// What the forward pass remembers of a row, 4 words of int64: written by the walk, and by the softmax.
+// What the forward pass saves for a row, 4 words of int64, written by the walk and by the softmax.
 enum PlanWord : int {
   kFirstChild = 0,  // of the row's node
   kChildren,        // children of the row's node (0: no node or masked) << 32 | position of the row's token among
@@ -66,7 +66,7 @@ int64_t children_workspace_capacity(const ChildrenCall& call);
 // Fills touched, rank, used, counts and buckets; needed before children_backward_weight_cuda.
 int children_find_used_cuda(const ChildrenCall& call, const ChildrenWorkspace& workspace, void* stream);
 
-// counts[0] on the host: waits for the stream.
+// counts[0] on the host; synchronises the stream.
 int children_read_used_cuda(const ChildrenWorkspace& workspace, int64_t* used, void* stream);
 
 int children_backward_hidden_cuda(const ChildrenCall& call, const ChildrenGradients& out, void* stream);

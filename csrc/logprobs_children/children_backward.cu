@@ -14,11 +14,11 @@
 //
 // Sizes are known on the device only: the blocks of the weight's gradient and of the last launch take work until
 // there is none, and the number of shares follows from the workspace's capacity. Only a sparse gradient, whose
-// number of rows is part of its shape, waits for the device.
+// number of rows is part of its shape, synchronises.
 //
 // Speed of light, in the terms of children_forward.cu: 2 x 2 d (C0 T/L + E) operations, hidden states read for
 // the weight and their gradient written (2 x 33 MB), and in the deeper part of `hidden` again E d s bytes of the head
-// from the second cache. Deeper rows in the weight's product cost 64 ranks each per bucket that they touch. At
+// from the L2 cache. Deeper rows in the weight's product cost 64 ranks each per bucket that they touch. At
 // the size given there: 2 x 4.3 GFLOP at the root and about 4.3 deeper, 230 us in float32, 140 us of second
 // cache; up to 32 MiB of shares, 15 us. Prediction, not measured: 450 us.
 #include "logprobs_children/children_device.h"
@@ -46,7 +46,7 @@ __global__ void mark_kernel(ChildrenCall call, ChildrenWorkspace workspace) {
   if (!row.chooses()) return;
   for (int64_t child = threadIdx.x % 32; child < row.children; child += 32) {
     const int64_t token = row.tokens[child];
-    // Read first: at the root all rows have the same children. All that write write the same.
+    // Read before writing, because at the root all rows have the same children. All writers write the same value.
     if (workspace.touched[token] == 0) workspace.touched[token] = 1;
   }
 }

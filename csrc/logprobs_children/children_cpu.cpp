@@ -85,7 +85,7 @@ void parallel(int64_t count, const std::function<void(int64_t)>& body) {
   });
 }
 
-// No row of the head is touched because a header says that it is there.
+// Checks every token that is used: the header of a damaged tree must not lead to reads beyond the head.
 void check_token(int64_t token, const Tensor& head) {
   STD_TORCH_CHECK(token >= 0 && token < head.size(0), "weight: the tree holds token ", token, ", beyond its ",
                   head.size(0), " rows");
@@ -105,7 +105,7 @@ void forbid_only_children(const Arguments& given, const Tensor& weight, const gf
   }
 }
 
-// The rows that the products leave out: masked ones, those off the tree, and the children that are alone.
+// The rows that need no product: masked ones, those off the tree, and those whose node has one child.
 void diverge_only_children(const Arguments& given, const int64_t* nodes, const gflowgr::ChildrenPlan& plan,
                            const float* log_pf, const gflowgr::ChildrenDivergence& divergence) {
   gflowgr::FlowScratch scratch;

@@ -53,8 +53,8 @@ ChildrenCall read_call(const Tensor& hidden, const Tensor& weight, const std::op
                     "mask must be bool [B, N, L], contiguous, on the device of hidden");
     call.mask = static_cast<const bool*>(mask->data_ptr());
   }
-  // The tree is on the device: gflowgr/tree/facts.py has proved it and compared its tokens with the head;
-  // reading it here would wait for the GPU.
+  // The tree is on the device: gflowgr/tree/facts.py has validated it and compared its tokens with the
+  // head; reading it here would synchronise with the GPU.
   STD_TORCH_CHECK(tree.scalar_type() == ScalarType::Byte && tree.dim() == 1 && tree.is_contiguous() &&
                       tree.numel() >= 8 * gflowgr::kTreeWords && on_device_of(tree, hidden),
                   "tree must be the buffer of a prefix tree (uint8, 1-D, contiguous), on the device of hidden");

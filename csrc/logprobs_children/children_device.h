@@ -90,7 +90,7 @@ struct Rows {
   }
 };
 
-// `aligned` for a tensor at `data`; asked on the host.
+// Whether rows at `data` are aligned; called on the host.
 inline Rows make_rows(const Numbers& numbers, int64_t d, const void* data) {
   const int64_t bytes = d * bytes_of(numbers.type);
   const auto address = reinterpret_cast<uintptr_t>(numbers.data) | reinterpret_cast<uintptr_t>(data);
@@ -120,7 +120,7 @@ __device__ inline int64_t pack(Softmax softmax) {
   return static_cast<int64_t>(high << 32 | __float_as_uint(softmax.largest));
 }
 
-// A row as the walk left it. `target` < 0: no gradient comes from it.
+// A row as the walk saved it. `target` < 0: no gradient comes from it.
 struct Row {
   int64_t t, level, slopes;
   int children, target;

@@ -7,9 +7,9 @@
 // The backward pass is that of the log-probabilities, children_backward.cu.
 //
 // Speed of light beside theirs, for E products: 8 E bytes of logits and slopes, 4 bytes for every reward under a row's
-// node but the root's; a prompt's rewards are read again by each of its rows, from the second cache. T 65536, L 4, 60
+// node but the root's; a prompt's rewards are read again by each of its rows, from the L2 cache. T 65536, L 4, 60
 // items under a node at level 1: 4 MB, and 34 MB at the root (20 us at 3.3 TB/s). Prediction, not measured: 60 us,
-// bound by what a lane with the most items waits for.
+// bound by the lane with the most items.
 #include "logprobs_children/children_device.h"
 #include "logprobs_children/children_flow_kl.h"
 #include "tree/tree_flows_device.h"
@@ -17,7 +17,7 @@
 namespace gflowgr {
 namespace {
 
-// p log p and the like: what is not there adds nothing, whatever its logarithm.
+// p * value; 0 where p is 0, whatever the value is, as in p log p.
 __device__ float weighted(float p, float value) { return p > 0.0f ? p * value : 0.0f; }
 
 __global__ void __launch_bounds__(kThreads) flow_kl_kernel(ChildrenCall call, DivergenceCall flow) {
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) flow_kl_kernel(ChildrenCall call, Di
   float* const out = call.slopes + row.slopes;
   float* const p = flow.policy + row.slopes;
   const int64_t root_width = 1 + child_begin(call.tree, 1) - child_begin(call.tree, 0);
-  // Beside log Z the numbers are small, and float32 says them well.
+  // Relative to log Z the numbers are small, so float32 is precise enough.
   const double log_z = load_reward(flow.rewards, flow.rewards.root, prompt * root_width);
   float top = -INFINITY;
   for (int child = lane; child < row.children; child += 32) {

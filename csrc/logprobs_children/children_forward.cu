@@ -3,16 +3,16 @@
 // One launch walks the tree (a thread per trajectory) and writes a plan of the rows. Then
 //   the root   a dense product of 64 rows with 64 children at a time, softmax within the block, since all
 //              trajectories choose there: the head's rows are read once per 64 rows;
-//   deeper     a warp per row: its hidden state stays in the first cache while it meets four children at a
+//   deeper     a warp per row: its hidden state stays in the L1 cache while it meets four children at a
 //              time, 16 bytes a lane. Rows at a node with one child have log-probability 0 and return at once.
 // Slopes d log_pf / d logit are left for the backward pass where wanted, or the logits for children_flow_kl.cu.
 //
 // Speed of light, for T rows of d numbers of s bytes, T/L of them at the root with C0 children, and E products
-// (row, child) deeper: memory T d s for the rows that choose; the head's rows come from the second cache:
+// (row, child) deeper: memory T d s for the rows that choose; the head's rows come from the L2 cache:
 // T/L/64 C0 d s at the root, E d s deeper; 4 (C0 T/L + E) bytes of slopes, written twice. Arithmetic: 2 d (C0 T/L
 // + E) operations. T 65536, L 4, d 512 in bf16, C0 256, 40 children at level 1 and few below: 33 MB of hidden
-// states (10 us at 3.3 TB/s), 34 MB + 700 MB from the second cache (140 us at 5 TB/s), 4.3 + 0.7 GFLOP in float32
-// (90 us at 55 TFLOP/s). Prediction, not measured: about 250 us, bound by the second cache and the float32
+// states (10 us at 3.3 TB/s), 34 MB + 700 MB from the L2 cache (140 us at 5 TB/s), 4.3 + 0.7 GFLOP in float32
+// (90 us at 55 TFLOP/s). Prediction, not measured: about 250 us, bound by the L2 cache and the float32
 // units, not by memory. To come nearer to it the root's product has to go to the tensor cores, and the rows
 // of a level have to be grouped by node.
 #include "logprobs_children/children_device.h"
@@ -64,7 +64,7 @@ __global__ void plan_kernel(ChildrenCall call) {
   }
   // `last` is where the unmasked part ended; 0, the root, if all of it is masked; -1 after a hole in the mask.
   const bool wrong = last < 0 || (last > 0 && node_leaf(tree, last) < 0);
-  // All that write it write the same.
+  // All writers write the same value.
   if (wrong) *call.invalid = 1;
 }
 
@@ -103,7 +103,7 @@ __device__ float slope(const Finished& done, float logit, bool is_target) {
   return logit == -INFINITY ? 0.0f : -expf(logit - done.softmax.largest) / done.softmax.sum;
 }
 
-// By one thread per row.
+// Called by one thread per row.
 __device__ void write_row(const ChildrenCall& call, const Row& row, const Finished& done) {
   call.log_pf[row.t] = done.log_pf;
   call.plan[kPlanWords * row.t + kSoftmax] = pack(done.softmax);
@@ -187,10 +187,10 @@ __global__ void __launch_bounds__(kThreads) root_kernel(ChildrenCall call, Rows 
     if (target[i] < 0) continue;
     const Row row = read_row(call, (first + warp * (kTile / kWarps) + i) * call.L);
     const Finished done = finish(running[i]);
-    __syncwarp();  // all have read the row
+    __syncwarp();  // all lanes have read the row
     if (lane == 0) write_row(call, row, done);
     if (call.slopes == nullptr || call.keeps_logits || done.log_pf == -INFINITY) continue;
-    // Each lane wrote the very logits that it now replaces.
+    // Each lane replaces the logits that it wrote itself.
     float* const out = call.slopes + row.slopes;
     for (int64_t child = lane; child < count; child += 32) out[child] = slope(done, out[child], child == row.target);
   }
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 3) deeper_kernel(ChildrenCall call, 
       } else {
         running.others += running.term(logits[u]);
       }
-      // The lane that will replace it.
+      // The lane that will replace this logit.
       if (call.slopes != nullptr && child + u < row.children && lane == (child + u) % 32) {
         call.slopes[row.slopes + child + u] = logits[u];
       }

@@ -95,7 +95,7 @@ template <typename S>
 GFLOWGR_INLINE void dots(const float* const* a, int64_t m, const float* const* b, int64_t n, int64_t d,
                          float* out, int64_t stride) {
   const int64_t rows = even_block(m, kDotRows<S>), columns = even_block(n, kDotColumns<S>);
-  // The rows of one block of columns stay in the first cache while the rows of `a` pass.
+  // The rows of one block of columns stay in the L1 cache while the rows of `a` pass.
   for (int64_t j = 0; j < n; j += columns) {
     const int64_t wide = n - j < columns ? n - j : columns;
     for (int64_t i = 0; i < m; i += rows) {

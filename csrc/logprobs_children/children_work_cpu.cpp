@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kTaskRows = 64;
 constexpr int64_t kTaskProducts = 1 << 18;  // at most, unless one row has more children
 constexpr int64_t kPanel = 1 << 24;         // slopes held at once when they are computed again
-constexpr int64_t kSlice = 512;             // columns: what is added to stays in the second cache
+constexpr int64_t kSlice = 512;             // columns: what is added to stays in the L2 cache
 
 // Memory of one thread that keeps its size from block to block; not set to zero.
 class Scratch {
@@ -59,7 +59,7 @@ class Rows {
   Scratch scratch_;
 };
 
-// Children at a time: of a 16-bit head no more are converted at once than the second cache holds.
+// Children at a time: rows of a 16-bit head are converted in pieces that fit the L2 cache.
 int64_t child_block(const ChildrenHead& head, int64_t columns) {
   if (head.weight_type == Dtype::float32) return int64_t{1} << 16;
   return std::clamp<int64_t>((1 << 17) / std::max<int64_t>(columns, 1), 12, 256);
@@ -175,7 +175,7 @@ void ChildrenWork::backward_slice(int64_t first_task, int64_t end_task, const fl
     float* const products = scaled.get(task.rows * c);
     for (int64_t i = 0; i < task.rows; ++i) {
       const float factor = gradients.upstream[rows[i]] / head_.temperature;
-      if (gradients.log_pf[rows[i]] == -INFINITY) {  // its upstream gradient may be anything
+      if (gradients.log_pf[rows[i]] == -INFINITY) {  // its upstream gradient is not defined
         std::fill(products + i * c, products + (i + 1) * c, 0.0f);
       } else {
         for (int64_t j = 0; j < c; ++j) products[i * c + j] = slope[i * c + j] * factor;

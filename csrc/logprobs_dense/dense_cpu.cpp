@@ -63,7 +63,7 @@ class DenseRun {
   }
 
  private:
-  // Of one thread.
+  // Buffers of one thread.
   struct Scratch {
     Buffer<T> states, exps_by_token, head;
     Buffer<float> logits, head_sums, bias, factor;
@@ -206,7 +206,7 @@ class DenseRun {
       p_.log_pf[row] = -kInfinity;
     } else {
       const auto value = static_cast<float>((target_logit - lse) * kLn2);
-      p_.log_pf[row] = value > 0.0f ? 0.0f : value;  // in this order a NaN stays one
+      p_.log_pf[row] = value > 0.0f ? 0.0f : value;  // in this order NaN stays NaN
     }
   }
 
@@ -262,7 +262,7 @@ class DenseRun {
     });
   }
 
-  // A tile's exponentials as product 3 takes them: relative to the final references, targets patched in.
+  // A tile's exponentials as product 3 takes them: relative to the final references, with the targets' own values.
   void restore(int64_t tile, int64_t rows, T* exps, float* row) {
     const int64_t first = tile * kTile;
     std::memcpy(exps, held(first), rows * stride_ * sizeof(T));
@@ -295,7 +295,7 @@ class DenseRun {
     }
   }
 
-  // Results of the rows that no block has.
+  // Zeros for masked rows, which are in no block.
   void clear_masked() const {
     const int64_t bytes = d_ * bytes_of(p_.grad_hidden_type);
     for (int64_t row = 0; row < p_.rows; ++row) {

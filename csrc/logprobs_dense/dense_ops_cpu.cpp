@@ -1,4 +1,4 @@
-// gflowgr_cpp::dense_*: the dense output head, bound to torch. gflowgr/ops/logprobs/dense.py says what they compute.
+// gflowgr_cpp::dense_*: the dense output head, bound to torch. gflowgr/ops/logprobs/dense.py documents them.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

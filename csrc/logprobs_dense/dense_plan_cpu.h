@@ -51,7 +51,7 @@ struct DensePlan {
       if (pass.targets[row] >= 0) valid.push_back(row);
     }
     const auto count = static_cast<int64_t>(valid.size());
-    const int64_t most = pass.width <= 512 ? 256 : 128;  // what stays in the caches next to a tile
+    const int64_t most = pass.width <= 512 ? 256 : 128;  // fits the caches beside a tile
     tiles = (pass.vocabulary + kTile - 1) / kTile;
     holds = pass.grad_weight != nullptr || pass.grad_bias != nullptr;
     // A tile of the gradient is written after the tile's exponentials were read for the last time.

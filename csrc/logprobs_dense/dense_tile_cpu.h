@@ -1,4 +1,4 @@
-// The vector parts of the dense head on the CPU: what happens to a tile of logits between the products.
+// The vector parts of the dense head on the CPU: the work on a tile of logits between the products.
 //
 // A tile holds the logits transposed, [vocabulary rows, tokens]: every token is a lane, so maxima and sums
 // over the vocabulary need no horizontal reduction. Logits are in units of log 2. Each function is

@@ -30,7 +30,7 @@ using gflowgr::kGroup;
 // About 50 us of work: less is not worth a second thread.
 constexpr int64_t kLogitsPerThread = 65536;
 
-// Logits whose maximum is taken before their exponentials are summed: they stay in the first cache.
+// Logits whose maximum is taken before their exponentials are summed: they stay in the L1 cache.
 constexpr int64_t kBlock = 2048;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();

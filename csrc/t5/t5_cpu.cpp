@@ -12,7 +12,7 @@
 namespace gflowgr {
 namespace {
 
-constexpr int64_t kMaxLanes = 64;     // tokens of a block: its activations stay in the second cache
+constexpr int64_t kMaxLanes = 64;     // tokens of a block: its activations stay in the L2 cache
 constexpr int64_t kHiddenTile = 512;  // features of the feed-forward layer at a time
 
 int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
@@ -59,14 +59,14 @@ struct Queries {
   int64_t bias_stride;
 };
 
-// Some tokens on their way through the layers, on one thread.
+// The activations of some tokens, taken through the layers on one thread.
 class Block {
  public:
   Block(const T5Pass& pass, int64_t count)
       : p_(pass), s_(pass.sizes), count_(count), lanes_(round_up(count, kT5Lanes)) {
     const int64_t tile = std::min(s_.hidden, kHiddenTile), keys = p_.padded();
     const int64_t depth = std::max({s_.width, s_.inner(), tile});
-    // Kept by the thread: fresh pages on every call would cost as much as a layer.
+    // Kept per thread: fresh pages on every call would cost as much as a layer.
     thread_local Floats memory;
     float* at = memory.reserve((2 * s_.width + 4 * s_.inner() + 2 * tile + keys + 2 * s_.size + 1) * lanes_ +
                                round_up(depth, kT5Lanes) * lanes_ / kT5Lanes);
@@ -101,7 +101,7 @@ class Block {
     transpose(normed_, lanes_, s_.width, count_, rows, s_.width);
   }
 
-  // Keys and values of the block's tokens, normed, at place `first` of a prompt.
+  // Keys and values of the block's tokens, normalised, at position `first` of a prompt.
   void write_keys(const float* key, const float* value, const float* states, int64_t first, float* keys,
                   float* values) {
     const int64_t padded = p_.padded();
@@ -182,11 +182,11 @@ class Block {
       gemm(rows, lanes_, depth, stride, lanes_, lanes_, add, weight, from, to);
       return;
     }
-    // One token alone (the first step of one prompt): 15 of 16 lanes would be for nothing.
+    // One token alone (the first step of one prompt): 15 of 16 lanes would be unused.
     for (int64_t i = 0; i < depth; ++i) alone_[i] = from[i * lanes_];
     t5_kernels().one({weight, rows, depth, stride, alone_, add, to, lanes_});
   }
-  // Lanes without a token hold numbers, if any.
+  // Zeroes the matrix where some lanes have no token, so that these lanes hold finite numbers.
   void clear_rest(float* matrix) const {
     if (count_ < lanes_) std::memset(matrix, 0, static_cast<size_t>(s_.inner() * lanes_) * sizeof(float));
   }
@@ -281,7 +281,7 @@ class Encoder {
 
 void t5_encode(const T5Pass& pass, const float* embedded, const float* bias, float* encoded) {
   const Parallel alone = [](int64_t items, const std::function<void(int64_t, int64_t)>& body) { body(0, items); };
-  // As many prompts for each thread as there are; the rest by all threads together, layer by layer.
+  // Whole prompts per thread as far as they divide evenly; all threads share the rest, layer by layer.
   const int64_t shared = pass.prompts % pass.threads, apart = pass.prompts - shared;
   pass.parallel(apart, [&](int64_t begin, int64_t end) {
     Encoder encoder(pass, embedded, bias, encoded, 1);

@@ -1,4 +1,4 @@
-// The vector parts of T5 on the CPU: what happens between its matrix products.
+// The vector parts of T5 on the CPU: norms, softmaxes and activations between its matrix products.
 //
 // Tokens are lanes: matrices are transposed, [features, lanes], with a multiple of 16 lanes. Norms and
 // softmaxes then need no horizontal reduction. Each function is compiled for AVX-512, AVX2 and the

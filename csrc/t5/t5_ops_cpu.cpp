@@ -98,8 +98,8 @@ gflowgr::T5Pass make_pass(const Tensor& states, int64_t heads, int64_t inner) {
   return pass;
 }
 
-// The pass of a whole stack; the first of `weights` are norm and query, the last but one goes out of the
-// feed-forward layer.
+// The sizes of a whole stack, read from its weights: the first are norm and query, the last but one is the output
+// of the feed-forward layer.
 gflowgr::T5Pass stack_pass(const Tensor& states, const std::vector<Tensor>& weights, bool decoder, int64_t heads,
                            bool gated, const std::string& activation, double epsilon) {
   STD_TORCH_CHECK(weights.size() > 3 && weights[1].dim() == 2 && weights[weights.size() - 2].dim() == 2,

@@ -1,4 +1,4 @@
-// gflowgr._host: the host-side parts for Python, NumPy in and out.
+// gflowgr._host: building and checking the tree, for Python; NumPy arrays in and out.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -61,7 +61,7 @@ gflowgr::TreeInput input_of(const py::array& tokens, const py::object& items, bo
   return input;
 }
 
-// (buffer, None), or (None, (kind, row, column)) for what is wrong.
+// (buffer, None), or (None, (kind, row, column)) of the first fault.
 py::tuple result_of(gflowgr::TreeBuffer buffer, const gflowgr::TreeError& error) {
   if (error.fault != gflowgr::TreeFault::none) {
     return py::make_tuple(py::none(), py::make_tuple(name_of(error.fault), error.row, error.column));

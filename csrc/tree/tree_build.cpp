@@ -53,7 +53,7 @@ TreeError measure(const Token* tokens, int64_t rows, int64_t columns, Levels& le
     }
     bool clean = length > 0;
     for (int64_t column = length; column < columns; ++column) clean &= token[column] == -1;
-    if (!clean) {  // say what is wrong, a token out of range first
+    if (!clean) {  // find the first fault; a token out of range comes first
       for (int64_t column = 0; column < columns; ++column) {
         const int64_t value = token[column];
         if (value < -1 || value > kMaxToken) return {TreeFault::token, row, column};
@@ -204,7 +204,7 @@ void fill(SortedRows& rows, const Counts& counts, const std::vector<int64_t>& wo
   }
 }
 
-// Rows in sorted order, and what they are read from.
+// Rows in sorted order, and the arrays they are read from.
 struct Sorted {
   Levels levels;
   std::vector<KeyRow> order;  // by item; empty for items 0, 1, 2, ...

@@ -34,7 +34,7 @@ struct TreeInput {
   int index_bytes = 0;           // of child_begin: 4, 8, or 0 to choose by the number of nodes
 };
 
-// Faults of an identifier; then of an update: an item that is there already, one that is not, no item left.
+// Faults of an identifier, then those of an update: an added item exists already, a removed one does not, none is left.
 enum class TreeFault { none, empty, hole, token, present, absent, nothing };
 
 struct TreeError {
@@ -51,7 +51,7 @@ TreeBuffer build_tree(const TreeInput& input, TreeError* error);
 // The buffer of the tree without `removed` (distinct ids), with the rows of `added` (`items` given; rows
 // may be 0) merged in: the same bits as a build of those rows, in one pass over the old tree to count and
 // one to write, O(nodes) beside sorting what is added. The old buffer, whose
-// header was checked, is only read. An item may be removed and added at once. Throws std::invalid_argument
+// header was checked, is only read. One call may remove and add the same item. Throws std::invalid_argument
 // for a damaged tree (check_tree).
 TreeBuffer update_tree(const uint8_t* tree, const TreeInput& added, const int64_t* removed,
                        int64_t num_removed, TreeError* error);

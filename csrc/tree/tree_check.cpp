@@ -19,7 +19,7 @@ std::string at(const char* name, int64_t index, int64_t value) {
   return std::string(name) + "[" + std::to_string(index) + "] = " + std::to_string(value);
 }
 
-// `required`: the value that was due, or a bound of it.
+// `required`: the value that is expected, or a bound of it.
 std::string must_be(const char* name, int64_t index, int64_t value, const std::string& required) {
   return std::string(name) + "[" + std::to_string(index) + "] must be " + required + "; got " + std::to_string(value);
 }
@@ -45,8 +45,8 @@ struct Header {
   const int64_t* words;
 };
 
-// Loops over all values only count what is wrong, so that they run at the speed of memory; where the first of it
-// is, is looked for when something is.
+// Loops over all values only count faults, so that they run at the speed of memory. Only when there is one, a
+// second loop finds the first.
 
 template <typename Index>
 void check_child_begin(const Header& head, const Index* begins) {
@@ -134,7 +134,7 @@ int64_t check_tokens(const Header& head, int64_t depth, const Index* begins, con
   }
   // A node's first child follows another node's last: only there may a token fall.
   for (int64_t node = head.first(depth); node < first; ++node) {
-    const int64_t begin = std::min<int64_t>(begins[node] - first, count - 1);  // count: no child, nor has who follows
+    const int64_t begin = std::min<int64_t>(begins[node] - first, count - 1);  // count: no children follow
     const bool follows = (begin > 0) & (begins[node] < begins[node + 1]);
     allowed += follows & (stored[begin] <= stored[begin - (begin > 0)]);
   }
@@ -188,7 +188,7 @@ void check_items(const Header& head) {
   if (high + int64_t{1} != ids) {
     damaged("num_items = " + std::to_string(ids) + ", but the largest item id is " + std::to_string(high));
   }
-  // Ids may be few and far apart: of fresh memory the system hands out only the pages that are touched.
+  // Ids may be few and far apart: the system allocates only those pages of fresh memory that are written.
   const std::unique_ptr<uint64_t, decltype(&std::free)> seen(
       static_cast<uint64_t*>(std::calloc(static_cast<size_t>(ids) / 64 + 1, sizeof(uint64_t))), &std::free);
   if (seen == nullptr) throw std::bad_alloc();

@@ -1,5 +1,5 @@
-// Reading the prefix tree's buffer on the device. Its header stands there too: branches on what it says are
-// taken alike by all threads.
+// Reading the prefix tree's buffer on the device. Its header is on the device too; all threads take the same
+// branches on its values.
 #pragma once
 
 #include <cstdint>

@@ -38,7 +38,7 @@ GFLOWGR_INLINE double sum_of_exp(const float* x, int64_t count, float top) {
   Floats part{};
   int64_t i = 0;
   for (; i + S::kLanes <= count; i += S::kLanes) part += S::exp_not_positive(S::load(x + i) - top);
-  if (i < count) {  // what is behind them belongs to others
+  if (i < count) {  // the numbers after them belong to other children
     const Floats last = S::exp_not_positive(S::load(x + i) - top);
     part += S::first_lanes(count - i) ? last : Floats{};
   }

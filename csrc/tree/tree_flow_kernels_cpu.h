@@ -8,14 +8,14 @@
 
 namespace gflowgr {
 
-// What is gathered has room for this many more numbers behind it, which are read and mean nothing.
+// Gathered arrays have room for this many more numbers at the end; kernels read them and ignore their values.
 constexpr int64_t kFlowPadding = 16;
 
 // to[i] = from[ids[i]]
 void gather(const float* from, const int32_t* ids, int64_t count, float* to);
 void gather(const double* from, const int32_t* ids, int64_t count, double* to);
 
-// NaN is passed over; -inf of none.
+// The largest value, ignoring NaN; -inf if there is none.
 float largest(const float* x, int64_t count);
 double largest(const double* x, int64_t count);
 

@@ -1,4 +1,4 @@
-// The rewards that flows are summed from, as tensors: checked.
+// Checks the tensors of the rewards that flows are summed from, and collects them in a FlowRewards.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

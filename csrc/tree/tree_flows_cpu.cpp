@@ -42,7 +42,7 @@ void each_range(const TreeView& view, const ItemsMap& map, int64_t node, const V
 
 // ------------------------------------------------------------------ rewards of every item
 
-// Collects what lies under siblings, child after child, from identifiers of any lengths.
+// Collects the entries under siblings, child after child, from identifiers of any lengths.
 template <typename Number>
 void gather_levels(const TreeView& view, const ItemsMap& map, const Number* from, NodeRange children,
                    std::vector<Number>& memory, std::vector<int64_t>& stops) {
@@ -87,7 +87,7 @@ double sums_of_all(const FlowRewards& rewards, FlowScratch& scratch, std::vector
   const TreeView view(rewards.tree);
   const ItemsMap map(rewards.tree);
   const auto* const from = static_cast<const Number*>(rewards.log_reward) + prompt * rewards.columns;
-  // Where every item is asked for, the rewards are read in their own order first, and then from the cache.
+  // Where every item is asked for, the rewards are first read in memory order, so that the gather finds them in cache.
   const bool all = children.begin == 1 && children.end == view.children(0).end && map.entry(view.leaves()) == rewards.columns;
   Number top = all ? largest(from, rewards.columns) : Number{0};
   scratch.stops.resize(children.size());
@@ -100,7 +100,7 @@ double sums_of_all(const FlowRewards& rewards, FlowScratch& scratch, std::vector
   const int64_t count = scratch.stops.back();
   if (!all) top = largest(values, count);
   if (top == -INFINITY) {
-    double wrong = 0;  // a NaN is larger than nothing
+    double wrong = 0;  // NaN where a reward is NaN: `largest` ignores those
     for (int64_t i = 0; i < count; ++i) wrong = values[i] == values[i] ? wrong : NAN;
     std::fill(sums, sums + children.size(), wrong);
     return top;
@@ -230,7 +230,7 @@ void write_root(const FlowRewards& rewards, FlowScratch& scratch, int64_t prompt
   for (int64_t c = 0; c < children.size(); ++c) {
     whole += sums[c];
     if (sums[c] >= 1e-25 || sums[c] != sums[c]) continue;
-    // Much smaller than the largest: takes out its own largest.
+    // Much smaller than the largest: subtract the child's own maximum instead.
     const bool any = !sparse || scratch.counts[c] > 0;
     out[1 + c] = static_cast<Number>(any ? node_flow(rewards, scratch, prompt, children.begin + c) : -INFINITY);
   }

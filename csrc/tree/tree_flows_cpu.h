@@ -1,8 +1,8 @@
 // Exact flows of a prefix tree, summed from the rewards of the items under a node when they are asked for.
 // One thread. Bare C++17: no torch.
 //
-// F(s) = sum of R(i) over the items i whose identifier starts with s, in logs: the largest term of a sum is
-// taken out, so nothing under- or overflows, and nothing is subtracted.
+// F(s) = sum of R(i) over the items i whose identifier starts with s. Sums are taken in log space relative to
+// their largest term, so nothing under- or overflows.
 #pragma once
 
 #include <cstdint>

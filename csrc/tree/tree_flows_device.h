@@ -1,6 +1,6 @@
 // Exact flows of a prefix tree on the device, summed by one thread when they are asked for.
 //
-// As in tree_flows_cpu.h, with the largest term so far taken out of a sum, and the rest added in float64.
+// As in tree_flows_cpu.h; a sum is kept relative to its largest term so far, and is added up in float64.
 #pragma once
 
 #include "logprobs_children/children_flow_kl.h"

@@ -1,5 +1,5 @@
-// Layout of a prefix tree in one buffer. gflowgr/tree/layout.py describes it; this file says the same
-// to C++ and CUDA. All offsets are in bytes from the start of the buffer, all header words are int64.
+// Layout of a prefix tree in one buffer, for C++ and CUDA; gflowgr/tree/layout.py describes the same layout.
+// All offsets are in bytes from the start of the buffer, all header words are int64.
 #pragma once
 
 #include <cstdint>

@@ -32,7 +32,7 @@ class ItemSet {
 
 // The rows of a tree, from its first identifier to its last, ascending items within one: a walk from the
 // root, depth first. Nodes of a level come in that very order, so every array is read once from front to
-// back. The tree was proved by check_tree.
+// back. The tree has passed check_tree.
 class TreeRows {
  public:
   explicit TreeRows(const uint8_t* tree)
@@ -174,7 +174,7 @@ class MergedRows final : public SortedRows {
     const int before = length;
     length = from_tree ? tree_.length() : added_->length;
     item = from_tree ? tree_.item : added_->item;
-    // Of a tree's row after a tree's row it is known what they share.
+    // Two successive rows of the tree: the reader knows how many tokens they share.
     shared = from_tree && last_from_tree_ ? std::min(tree_shared_, length) : 0;
     bool same = !first_ && !(from_tree && last_from_tree_);
     for (int level = shared; level < length; ++level) {
@@ -212,7 +212,7 @@ class MergedRows final : public SortedRows {
   }
 
   std::vector<int64_t> base;
-  // Of the rows so far: the smallest and the largest token of each level, lengths, the highest item.
+  // Statistics of the rows so far: smallest and largest token of each level, lengths, highest item.
   std::vector<int64_t> low, high;
   int longest = 0, shortest;
   int64_t top_item = -1;
@@ -230,7 +230,7 @@ class MergedRows final : public SortedRows {
     } while (has_tree_ && removed_.has(tree_.item));
   }
 
-  // Of the two rows' identifiers; one sorts before its extensions.
+  // Compares the two rows' identifiers; an identifier sorts before its extensions.
   int compare() const {
     const int common = std::min(tree_.length(), added_->length);
     for (int level = 0; level < common; ++level) {

@@ -59,8 +59,8 @@ void radix_sort(std::vector<Entry>& entries, int low, int high) {
   }
 }
 
-// What the sorted rows are asked: for row after row, how many levels it shares with the one before, how
-// long it is, its codes (token - base + 1; 0 where it has ended) and the item that it stands for.
+// Interface of sorted rows. For one row after another: how many levels it shares with the row before, its
+// length, its codes (token - base + 1; 0 beyond its end) and its item.
 class SortedRows {
  public:
   virtual ~SortedRows() = default;

@@ -25,7 +25,7 @@ int64_t find(const Stored* first, int64_t n, int64_t code) {
   // children of a full node are indexed directly, and those of a nearly full one nearly so.
   int64_t low = std::max<int64_t>(0, n - 1 - (static_cast<int64_t>(first[n - 1]) - code));
   const int64_t high = std::min<int64_t>(n - 1, code - static_cast<int64_t>(first[0]));
-  // Halving without a branch: the outcome of a comparison is a coin toss that no predictor learns.
+  // Branch-free binary search: the outcomes of the comparisons are random, so a branch would be mispredicted.
   for (int64_t left = high - low + 1; left > 1;) {
     const int64_t half = left >> 1;
     low += static_cast<int64_t>(first[low + half - 1]) < code ? half : 0;

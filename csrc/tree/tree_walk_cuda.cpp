@@ -8,7 +8,7 @@ namespace {
 using gflowgr::binding::on_device_of;
 
 Tensor tree_walk(const Tensor& tokens, const std::optional<Tensor>& mask, const Tensor& tree) {
-  // The header is on the device; PrefixTree has checked it, and reading it here would wait for the GPU.
+  // The header is on the device; PrefixTree has checked it, and reading it here would synchronise with the GPU.
   STD_TORCH_CHECK(tree.scalar_type() == ScalarType::Byte && tree.dim() == 1 && tree.is_contiguous() &&
                       tree.numel() >= 8 * gflowgr::kTreeWords,
                   "tree must be the buffer of a prefix tree (uint8, 1-D, contiguous)");

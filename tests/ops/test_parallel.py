@@ -14,13 +14,22 @@ from gflowgr.ops.logprobs.vocab_parallel import partial_logprobs
 
 pytestmark = pytest.mark.process
 
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_two_processes_equal_one(tmp_path: Path, dtype: torch.dtype) -> None:
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes have saved, of every dtype."""
+    found = tmp_path_factory.mktemp("shards")
     mp.start_processes(
-        run_shard, args=(str(tmp_path), dtype), nprocs=len(SHARDS), start_method="fork"
+        run_shard, args=(str(found), DTYPES), nprocs=len(SHARDS), start_method="fork"
     )
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(SHARDS))]
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_processes_equal_one(folder: Path, dtype: torch.dtype) -> None:
+    results = [torch.load(folder / f"{dtype}.{rank}.pt") for rank in range(len(SHARDS))]
 
     x = inputs(dtype)
     leaves = [x[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]

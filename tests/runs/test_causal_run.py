@@ -37,7 +37,10 @@ def train(config: Path) -> int:
     return main(["train", "--config", str(config), "--no-progress"])
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "lora"])
+@pytest.mark.parametrize(
+    "lora",
+    [pytest.param(None, id="all weights", marks=pytest.mark.slow), pytest.param(LORA, id="lora")],
+)
 def test_interrupted_run_ends_with_the_same_results_and_serves(
     lora: dict[str, Any] | None,
     tmp_path: Path,

@@ -32,10 +32,17 @@ def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     }
 
 
-def run_shard(rank: int, folder: str, dtype: torch.dtype) -> None:
+def run_shard(rank: int, folder: str, dtypes: list[torch.dtype]) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SHARDS)
     )
+    for dtype in dtypes:
+        torch.save(shard_results(rank, dtype), f"{folder}/{dtype}.{rank}.pt")
+    dist.destroy_process_group()
+
+
+def shard_results(rank: int, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """Log-probabilities and the gradients of hidden states and of this rank's rows of the head."""
     x = inputs(dtype)
     first = sum(SHARDS[:rank])
     part = slice(first, first + SHARDS[rank])
@@ -51,5 +58,4 @@ def run_shard(rank: int, folder: str, dtype: torch.dtype) -> None:
         temperature=0.7,
     )
     tb_loss(log_pf, x["log_reward"], x["log_z"], mask=x["mask"]).backward()
-    torch.save([log_pf.detach(), *(t.grad for t in leaves)], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return [log_pf.detach(), *(t.grad for t in leaves)]

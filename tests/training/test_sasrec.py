@@ -273,7 +273,7 @@ def _history(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 @pytest.mark.process
 def test_killed_process_resumes_to_the_same_model(tmp_path: Path) -> None:
-    folder, options = tmp_path / "cut", {**OPTIONS, "epochs": 12, "patience": 12}
+    folder, options = tmp_path / "cut", {**OPTIONS, "epochs": 6, "patience": 6}
     kill_when(
         lambda: any(folder.glob("*/checkpoint-*")),
         lambda: train_sasrec(make_split(), CONFIG, folder, **options),
