@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from gflowgr import files
 from gflowgr.evaluation.metrics import gains, hits
+from gflowgr.report import plots
 from gflowgr.report.tables import markdown_table
 
 METRICS = ("R@5", "R@10", "N@5", "N@10", "utility@10")
@@ -38,7 +40,7 @@ def main() -> None:
     _check_equal(args.runs, results, seeds)
     differences = [_paired(*each) for each in zip(args.runs, results, seeds, strict=True)]
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "table.md").write_text(_tables(results, seeds, differences))
+    files.write_text(args.out / "table.md", _tables(results, seeds, differences))
     _write_json(args.out / "seeds.json", results, seeds, differences)
     _plot(args.out / "differences.png", seeds, differences)
 
@@ -137,26 +139,22 @@ def _write_json(
         "differences": dict(zip(map(str, seeds), differences, strict=True)),
         "of": f"{METHOD} less {BASELINE}: mean, low, high",
     }
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    files.write_json(path, facts)
 
 
 def _plot(path: Path, seeds: list[int], differences: list[dict[str, list[float]]]) -> None:
     """Differences in the metrics' own units, one panel each."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, len(METRICS)), METRICS, strict=True):
+    figure, all_axes = plots.panels(len(METRICS), 1.8, 2.2, columns=len(METRICS))
+    for axes, metric in zip(all_axes, METRICS, strict=True):
         mean, low, high = np.array([row[metric] for row in differences]).T
         places = np.arange(len(seeds))
         axes.errorbar(places, mean, yerr=[mean - low, high - mean], fmt="o", capsize=3)
-        axes.axhline(0, color="#7F7F7F", linewidth=0.8)
+        axes.axhline(0, color=plots.GREY, linewidth=0.8)
         axes.set_xticks(places, [str(seed) for seed in seeds])
         axes.set_xlim(-0.5, len(seeds) - 0.5)
-        axes.set_title(metric, fontsize=9)
-        axes.tick_params(labelsize=7)
-    figure.supxlabel("seed", fontsize=8)
+        plots.frame(axes, title=metric, x="seed")
     figure.suptitle(f"{METHOD} less {BASELINE}, 95 % bootstrap over users", fontsize=9)
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path)
 
 
 if __name__ == "__main__":

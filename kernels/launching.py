@@ -1,4 +1,4 @@
-"""What every function that launches a Triton kernel is wrapped in."""
+"""Decorator of every function that launches a Triton kernel: device, autograd and autocast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def on_device(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Run on the device of the first tensor, without autograd, and with autocast off.
 
     Triton launches on the current device, whatever the tensors' is. Autocast would turn a kernel's
-    float32 products beside it into 16-bit ones.
+    float32 matrix products around it into 16-bit ones.
     """
 
     @functools.wraps(function)

@@ -15,9 +15,9 @@ git ls-files -z --cached --others --exclude-standard setup.py pyproject.toml REA
 cd "$copy"
 GFLOWGR_SANITIZE=1 GFLOWGR_CUDA=0 python setup.py -q build_ext --inplace
 [ $# -gt 0 ] || set -- tests/tree/test_prefix_tree.py tests/tree/test_check.py tests/tree/test_fuzz.py tests/tree/test_update.py \
-  tests/ops/test_children.py tests/ops/test_children_op.py tests/ops/test_beam_step.py \
-  tests/ops/test_beam_step_traps.py tests/ops/test_dense.py tests/ops/test_flow.py tests/ops/test_fused.py \
-  tests/ops/test_logits.py
+  tests/ops/logprobs_children/test_children.py tests/ops/logprobs_children/test_children_op.py tests/ops/beam_step/test_beam_step.py \
+  tests/ops/beam_step/test_beam_step_traps.py tests/ops/logprobs_dense/test_dense.py tests/ops/flow_loss/test_flow.py tests/ops/test_fused.py \
+  tests/ops/logprobs_logits/test_logits.py
 # The interpreter is not built with the sanitizers: their library comes first, and what Python itself leaks is its own.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gflowgr import files
+from gflowgr.report import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from benchmarks.harness.report import BenchRow
 
-# Okabe and Ito's blue for ours, their orange for peers: told apart in grey print, too.
-_OURS, _PEER = "#0072B2", "#E69F00"
-_COLUMNS = 2
+_OURS, _PEER = plots.colour(0), plots.colour(1)
 
 
 def write_plots(folder: Path, summaries: list[dict[str, Any]], rows: list[BenchRow]) -> list[Path]:
@@ -56,34 +53,22 @@ def _height(row: BenchRow, key: str, floor: float | None) -> float | None:
 def _draw(
     panels: list[tuple[str, list[tuple[str, str, float | None]]]], label: str, path: Path
 ) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(_COLUMNS, len(panels))
-    lines = math.ceil(len(panels) / columns)
     most = max(len(bars) for _, bars in panels)
-    figure = Figure((6.2 * columns, (0.9 + 0.24 * most) * lines), dpi=110, layout="constrained")
-    for place, (title, bars) in enumerate(panels):
-        axes = figure.add_subplot(lines, columns, place + 1)
+    figure, all_axes = plots.panels(len(panels), 6.2, 0.9 + 0.24 * most, columns=2)
+    for axes, (title, bars) in zip(all_axes, panels, strict=True):
         _bars(axes, title, bars, label)
-    FigureCanvasAgg(figure)
-    with files.atomic_path(path) as temporary:
-        # No version or date in the file: the same data gives the same bytes.
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+    plots.save(figure, path)
 
 
 def _bars(axes: Axes, title: str, bars: list[tuple[str, str, float | None]], label: str) -> None:
     heights = [value or 0.0 for _, _, value in bars]
     colours = [_PEER if family else _OURS for _, family, _ in bars]
     drawn = axes.barh(range(len(bars)), heights, color=colours)
-    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=7)
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
     axes.invert_yaxis()
     positive = [height for height in heights if height > 0]
     if positive and max(positive) > 30 * min(positive):
         axes.set_xscale("log")
     axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=2)
     axes.margins(x=0.15)
-    axes.set_title(title, fontsize=8, loc="left")
-    axes.set_xlabel(label, fontsize=8)
-    axes.tick_params(axis="x", labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
+    plots.frame(axes, title=title, x=label, grid="x")

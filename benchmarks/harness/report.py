@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import os
-import platform
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -20,7 +19,7 @@ from benchmarks.harness.case import Case, Variant
 from benchmarks.harness.checking import TOLERANCES, Check
 from benchmarks.harness.floors import Rates
 from benchmarks.harness.measuring import Times, quartiles
-from gflowgr import __version__, files
+from gflowgr import files
 from gflowgr.report.info import collect_info
 from gflowgr.report.tables import Table, TableCell, render_table
 
@@ -94,9 +93,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": ", ".join(names),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "gflowgr": __version__,
-        "torch": torch.__version__,
+        "python": info["python"],
+        "gflowgr": info["gflowgr"],
+        "torch": info["packages"]["torch"],
         "packages": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "environment": ", ".join(
             f"{name}={os.environ[name]}"

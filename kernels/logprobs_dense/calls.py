@@ -1,8 +1,9 @@
 """The dense head on a GPU: log-probabilities, gradients, and both in three matrix products.
 
 Triton forms the logits tile by tile and reduces or scores them where they are; the products of the
-backward pass are plain ones (cuBLAS), over blocks of d loss / d logits. Nothing waits for the host,
-nothing is atomic: every call can be captured in a CUDA graph and repeats its bits.
+backward pass are plain ones (cuBLAS), over blocks of d loss / d logits. No call
+synchronises with the host or uses atomics: each can be captured in a CUDA graph, and repeats its
+bits.
 
 **Three products.** ``dense_fused`` and the Jacobian need the softmax of a block of rows before its
 normaliser is known. Rescaling the block in place afterwards would read and write it once more

@@ -7,7 +7,7 @@ folder; empty: not on disk; default: ``$TRITON_CACHE_DIR/gflowgr`` or ``~/.cache
 Nothing is timed, and the default runs, under the interpreter, while a CUDA graph is captured, with
 ``GFLOWGR_TUNE=0``, in a group of several processes, whose ranks must agree, and under
 ``torch.use_deterministic_algorithms(True)``: another tile size is another order of summation, and a
-run that must repeat another's bits cannot depend on a stopwatch.
+run that must repeat another's bits must not depend on timings.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "single_square": Configuration(128, 128, 32, 8, 3),
     "single_thirds": Configuration(128, 64, 32, 8, 3, thirds=True),
     "single_slim": Configuration(16, 64, 32, 4, 3),
-    # Enough to see several tiles of everything in small tests.
+    # Small, so that small tests have several tiles in every dimension.
     "interpreted": Configuration(16, 32, 16, 4, 1, 2),
 }
 

@@ -1,6 +1,6 @@
 """Parts of the dense head's calls: blocks, kernel launches and matrix products.
 
-See ``__init__.py`` for the whole and ``tiles.py`` for the notation.
+See ``calls.py`` for the whole and ``tiles.py`` for the notation.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DenseCall:
         return replace(self, weight=self.weight[first:last], bias=bias, first_column=first)
 
     def new_block(self, rows: int, columns: int) -> Tensor:
-        # Rows on a boundary of 128 bytes or more: an odd V would leave cuBLAS its slowest kernels.
+        # Rows are aligned to 128 bytes or more: with an odd V cuBLAS would use its slowest kernels.
         stride = triton.cdiv(columns, 64) * 64
         return self.hidden.new_empty((rows, stride), dtype=self.block_dtype)[:, :columns]
 

@@ -1,10 +1,10 @@
 """Triton kernels of the dense head: logit tiles, their combination, and what scales them.
 
-``__init__.py`` launches them and says what the whole costs. Notation: R rows of hidden states, C
-columns (vocabulary entries, or a slice of them), x[r, c] = (hidden[r] . weight[c] + bias[c]) *
-scale, scale = 1 / temperature; a row with a negative target is masked, and what its hidden state
-holds reaches no output. Statistics are in natural units: at logits of 1e4 a base-2 scale would cost
-a digit.
+``launch.py`` launches them, and ``calls.py`` states the cost of the whole. Notation: R rows of
+hidden states, C columns (vocabulary entries, or a slice of them), x[r, c] =
+(hidden[r] . weight[c] + bias[c]) * scale, scale = 1 / temperature; a row with a negative target is
+masked, and its hidden state reaches no output. Statistics are in natural units: at logits of 1e4 a
+base-2 scale would cost a digit.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def dense_tiles_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Tiles of logits, [ROWS, COLUMNS] each, and one of three things to do with them.
+    """Tiles of logits, [ROWS, COLUMNS] each, with one of three epilogues.
 
     - STATS: ``maxima``, ``sums`` [column tiles, R]: a tile row's maximum and its sum of
       exp(x - that maximum); ``picked`` [R]: x at the row's target, where that is a column here.

@@ -1,7 +1,7 @@
 """Walk token sequences down a prefix tree: one row per lane, one binary search per level.
 
 Every level costs a row two loads for the child range and ``log2(children)`` for the search, each
-waiting for the one before, so the kernel waits on memory; it hides that with many rows in flight
+dependent on the one before, so memory latency bounds it; many rows in flight hide the latency
 (small blocks, many programs). The tree describes itself (see ``gflowgr/tree/layout.py``), so the
 launch reads nothing back to the host.
 """

@@ -1,8 +1,8 @@
 """Runs the CUDA kernels on the CPU, in the emulator of emulate.h, without a GPU.
 
-The very kernel files (``csrc/*/*.cu``) and their bindings are compiled by g++ with AddressSanitizer
-and UndefinedBehaviorSanitizer, and ``FILES`` run in a process of their own (the sanitizer must be
-loaded before everything else), where ``gflowgr_cuda`` takes CPU tensors.
+The kernel files themselves (``csrc/*/*.cu``) and their bindings are compiled by g++ with
+AddressSanitizer and UndefinedBehaviorSanitizer, and ``FILES`` run in a process of their own (the
+sanitizer must be loaded before everything else), where ``gflowgr_cuda`` takes CPU tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from support import emulation
 pytestmark = pytest.mark.process
 
 HERE = Path(__file__).parent
-FILES = [*sorted(HERE.glob("emulated_*.py")), HERE.parent / "ops" / "test_beam_step_traps.py"]
+TESTS = HERE.parent
+FILES = [
+    *sorted(TESTS.glob("ops/*/emulated.py")),
+    TESTS / "tree" / "emulated_walk.py",
+    TESTS / "ops" / "beam_step" / "test_beam_step_traps.py",
+]
 # Fresh memory is NaN; a leak report would be about Python's own allocations.
 ASAN = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824"
 
@@ -55,7 +60,7 @@ def test_in_the_emulator(gxx: str, library: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     for file in FILES:
-        assert re.search(rf"{file.name}::.* PASSED", done.stdout), (file, done.stdout)
+        assert re.search(rf"{file.relative_to(TESTS)}::.* PASSED", done.stdout), (file, done.stdout)
     assert "skipped" not in done.stdout, done.stdout
 
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from support.raw_children import ChildrenCase
-from support.raw_children import check_raw_op as check_children
-from support.raw_flow import KINDS, REDUCTIONS, FlowCase
-from support.raw_flow import check_raw_op as check_flow
-from support.step_cases import NORMALIZERS, TOLERANCE, StepCase
+from ops.beam_step.cases import NORMALIZERS, TOLERANCE, StepCase
+from ops.flow_loss.cases import KINDS, REDUCTIONS, FlowCase
+from ops.flow_loss.cases import check_raw_op as check_flow
+from ops.logprobs_children.cases import ChildrenCase, shop
+from ops.logprobs_children.cases import check_raw_op as check_children
 from torch import Tensor
 
 import gflowgr
@@ -32,13 +31,6 @@ def cuda() -> Any:
     if backends.cuda_missing() is not None:
         pytest.skip(f"cuda: {backends.cuda_missing()}")
     return torch.ops.gflowgr_cuda
-
-
-def shop(items: int, codes: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
-    """Identifiers [items, L] at random; each level has tokens of its own."""
-    random = np.random.default_rng(seed)
-    offsets = np.cumsum([0, *codes[:-1]])
-    return np.stack([random.integers(0, n, items) for n in codes], 1) + offsets
 
 
 @contextmanager

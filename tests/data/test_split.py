@@ -1,4 +1,4 @@
-"""Splits against naive loops, and leaks that must be found."""
+"""Splits against naive loops; planted leaks are found."""
 
 from __future__ import annotations
 

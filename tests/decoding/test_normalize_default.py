@@ -1,4 +1,4 @@
-"""With a tree the default is its children, everywhere; a model that says otherwise is heeded."""
+"""With a tree, the default normaliser is its children everywhere, unless the model has another."""
 
 from __future__ import annotations
 

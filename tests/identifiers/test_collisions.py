@@ -1,4 +1,4 @@
-"""What becomes of items whose codes are all the same."""
+"""How items with equal codes get distinct identifiers, or share one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the ``interpreted_*.py`` files beside this one under Triton's interpreter, without a GPU.
+"""Runs the ``interpreted*.py`` files of tests/ops and tests/tree in Triton's interpreter.
 
 In a process of their own: whether Triton interprets or compiles is settled when it is imported.
 """
@@ -17,7 +17,8 @@ from gflowgr import backends
 
 pytestmark = pytest.mark.process
 
-FILES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
+TESTS = Path(__file__).parents[1]
+FILES = sorted([*TESTS.glob("ops/*/interpreted*.py"), *TESTS.glob("tree/interpreted*.py")])
 
 
 def test_under_the_interpreter() -> None:
@@ -26,12 +27,12 @@ def test_under_the_interpreter() -> None:
         pytest.skip(f"triton: {backends.triton_missing()}")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *map(str, FILES)],
-        cwd=Path(__file__).parents[2],
+        cwd=TESTS.parent,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     for file in FILES:
-        assert re.search(rf"{file.name}::.* PASSED", done.stdout), (file, done.stdout)
+        assert re.search(rf"{file.relative_to(TESTS)}::.* PASSED", done.stdout), (file, done.stdout)
     assert "skipped" not in done.stdout, done.stdout

@@ -1,4 +1,4 @@
-"""Prompts, pooled states, vocabularies, and a model in evaluation mode for a while."""
+"""Prompts, pooled states, vocabularies, and models temporarily in evaluation mode."""
 
 from __future__ import annotations
 

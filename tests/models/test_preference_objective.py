@@ -1,4 +1,4 @@
-"""DPO, S-DPO and GRPO of a model, against what it was when the fine-tuning began."""
+"""DPO, S-DPO and GRPO of a model, against the model as it was when fine-tuning began."""
 
 from __future__ import annotations
 

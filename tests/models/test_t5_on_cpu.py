@@ -1,4 +1,4 @@
-"""The changes to T5 and dropout as a whole: one switch, and nothing of them stays."""
+"""The changes to T5 and dropout as a whole: one switch, and undoing them restores the model."""
 
 from __future__ import annotations
 

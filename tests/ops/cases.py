@@ -1,4 +1,4 @@
-"""Random inputs for the tests of the ops: ragged trajectories, rewards, flows, small trees."""
+"""Random inputs for tests of several ops: ragged trajectories of a small tree, states, a head."""
 
 from __future__ import annotations
 
@@ -27,55 +27,9 @@ IDENTIFIERS = [
 VOCABULARY = 17
 
 
-@dataclass
-class LossCase:
-    """Inputs of the losses on log-probabilities, in float64."""
-
-    log_pf: Tensor
-    log_reward: Tensor
-    log_z: Tensor
-    log_flow: Tensor
-    mask: Tensor
-
-    def target(self, kind: str) -> tuple[Tensor, ...]:
-        """What the loss balances against."""
-        if kind == "vargrad":
-            return ()
-        return (self.log_z,) if kind == "tb" else (self.log_flow,)
-
-
 def prefix_mask(lengths: Tensor, steps: int) -> Tensor:
     """[B, N, L] true for the first `lengths` [B, N] positions."""
     return torch.arange(steps) < lengths[..., None]
-
-
-def make_loss_case(
-    prompts: int, branches: int, steps: int, seed: int, *, padding: bool = True
-) -> LossCase:
-    """Random log-probabilities, rewards and flows; with `padding`, lengths from 0 to L."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float) -> Tensor:
-        return scale * torch.randn(shape, generator=g, dtype=torch.float64)
-
-    low = 0 if padding else max(steps, 0)
-    lengths = torch.randint(low, steps + 1, (prompts, branches), generator=g)
-    return LossCase(
-        log_pf=-normal(prompts, branches, steps, scale=2.0).abs(),
-        log_reward=normal(prompts, branches, scale=3.0),
-        log_z=normal(prompts, scale=3.0),
-        log_flow=normal(prompts, branches, steps, scale=3.0),
-        mask=prefix_mask(lengths, steps),
-    )
-
-
-loss_cases = st.builds(
-    make_loss_case,
-    st.integers(0, 4),
-    st.integers(0, 4),
-    st.integers(1, 5),
-    st.integers(0, 2**20),
-)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The losses and log-probabilities once more, as plain float64 Python loops over the method's text.
+"""The losses and log-probabilities as plain float64 Python loops that follow the method's text.
 
 Nothing here shares code with the package: scalars, lists and `math` only.
 """

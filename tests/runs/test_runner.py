@@ -1,4 +1,4 @@
-"""Cells are done once each, in order, by several processes, and a failure stops only what needs it.
+"""Each cell is done once, in order, by several processes; a failure stops only what needs it.
 
 A small program stands in for the cells' own; :mod:`test_experiment_run` runs those.
 """

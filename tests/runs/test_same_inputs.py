@@ -1,4 +1,4 @@
-"""An output folder goes on with its own run only, and says what must go for another one."""
+"""An output folder is resumed by its own run only; the error lists what to delete for another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages: kinds of collaborative models; a result that was damaged is made again, which is said."""
+"""Stages: kinds of collaborative models; a damaged result is made again, with a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is barred where only the example's own past may be read, and draws from the teacher."""
+"""Items barred where only the example's own past may be read, and draws from the teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dynamic batching: what comes together is answered together, each with its own answer."""
+"""Dynamic batching: requests at the same time share a batch, and each gets its own answer."""
 
 from __future__ import annotations
 

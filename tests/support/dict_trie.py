@@ -1,4 +1,4 @@
-"""A prefix tree of dictionaries and lists: slow, obvious, and the oracle of the real one."""
+"""A prefix tree of dictionaries and lists: the oracle of PrefixTree, simple and slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Build the CUDA kernels for the emulator (emulate.h) and load them in the place of _C_cuda."""
+"""Build the CUDA kernels for the emulator (emulate.h) and load them in place of _C_cuda."""
 
 from __future__ import annotations
 

@@ -15,7 +15,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from ops import children_cases
+from ops.beam_step.cases import NORMALIZERS, StepCase
+from ops.flow_loss import cases as flow_cases
+from ops.logprobs_children import cases as children_cases
+from ops.logprobs_dense import cases as dense_cases
 from torch import Tensor
 
 import gflowgr
@@ -24,9 +27,7 @@ from gflowgr.ops import fused_flow_kl, fused_flow_loss
 from gflowgr.ops.beam_step.op import beam_step, beam_step_hidden
 from gflowgr.ops.logprobs import children
 from gflowgr.tree import PrefixTree
-from support import dense_case, raw_flow
 from support.small_models import padded_prompts, small_model
-from support.step_cases import NORMALIZERS, StepCase
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORM_TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2**-6, torch.float16: 2**-6}
@@ -145,7 +146,7 @@ def small_blocks(shape: str, device: str) -> Iterator[None]:
 
 
 def dense_head(shape: str, dtype: torch.dtype, bias: str, device: str) -> None:
-    case = dense_case.make_case(*BLOCKS[shape], dtype=dtype, bias=bias != "no bias")
+    case = dense_cases.make_case(*BLOCKS[shape], dtype=dtype, bias=bias != "no bias")
     if bias == "forbidden":
         assert case.bias is not None
         case.bias[::3] = -torch.inf
@@ -155,7 +156,7 @@ def dense_head(shape: str, dtype: torch.dtype, bias: str, device: str) -> None:
         )
     with small_blocks(shape, device):
         for backend in kernels("dense_logprobs", device, dtype):
-            dense_case.check(case, backend, device=device)
+            dense_cases.check(case, backend, device=device)
 
 
 def loss_inputs(dtype: torch.dtype, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -230,11 +231,11 @@ def over_flows(dtype: torch.dtype, device: str) -> None:
 def flow_losses(kind: str, dtype: torch.dtype, device: str) -> None:
     for backend in kernels("flow_loss", device, dtype):
         with gflowgr.backend(backend):
-            for reduction, masked in product(raw_flow.REDUCTIONS, (False, True)):
-                case = raw_flow.FlowCase.make(
+            for reduction, masked in product(flow_cases.REDUCTIONS, (False, True)):
+                case = flow_cases.FlowCase.make(
                     kind, (70, 3, 4), masked=masked, reduction=reduction, dtype=dtype
                 )
-                raw_flow.check_raw_op(torch.ops.gflowgr, case, device)
+                flow_cases.check_raw_op(torch.ops.gflowgr, case, device)
 
 
 def walks(device: str) -> None:
@@ -319,7 +320,7 @@ def replay_children(dtype: torch.dtype, device: str) -> None:
 
 
 def replay_flow_loss(kind: str, device: str) -> None:
-    one, other = (raw_flow.FlowCase.make(kind, (900, 3, 4), masked=True, seed=k) for k in (0, 1))
+    one, other = (flow_cases.FlowCase.make(kind, (900, 3, 4), masked=True, seed=k) for k in (0, 1))
     names = [k for k, v in vars(one).items() if isinstance(v, Tensor)]
 
     def work(given: list[Tensor]) -> list[Tensor]:
@@ -364,7 +365,7 @@ def gpu_cases() -> list[GpuCase]:
         found.append(GpuCase(group, name, partial(function, *values)))
 
     add("tree", walks)
-    for kind, dtype in product(raw_flow.KINDS, (torch.float32, torch.float64)):
+    for kind, dtype in product(flow_cases.KINDS, (torch.float32, torch.float64)):
         if dtype == torch.float32 or kind == "tb":
             add("flow_loss", flow_losses, kind, dtype)
     for dtype, gradient, slopes in product(DTYPES, ("dense", "sparse"), ("kept", "recomputed")):
@@ -377,14 +378,14 @@ def gpu_cases() -> list[GpuCase]:
         group = f"dense {str(dtype).removeprefix('torch.')}"
         for shape, bias in product(BLOCKS, ("bias", "no bias", "forbidden")):
             add(group, dense_head, shape, dtype, bias)
-        for kind in raw_flow.KINDS if dtype == torch.float32 else ("tb",):
+        for kind in flow_cases.KINDS if dtype == torch.float32 else ("tb",):
             add(group, fused, kind, dtype, "one block")
     for family, dtype in product(("t5", "gpt2", "qwen3"), (torch.float32, torch.bfloat16)):
         add("search", search, family, dtype)
     for dtype in (torch.float32, torch.bfloat16):
         add("replay", replay_dense, dtype)
         add("replay", replay_children, dtype)
-    for kind in raw_flow.KINDS:
+    for kind in flow_cases.KINDS:
         add("replay", replay_flow_loss, kind)
     for normalize in NORMALIZERS:
         add("replay", replay_beams, normalize)

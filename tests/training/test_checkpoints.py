@@ -1,4 +1,4 @@
-"""Only a checkpoint that was written to its end is gone on from."""
+"""Training resumes only from a complete checkpoint."""
 
 from __future__ import annotations
 

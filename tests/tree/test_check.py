@@ -1,4 +1,4 @@
-"""A tree is proved before anything relies on it, whatever door it comes through."""
+"""Every way of loading a tree validates it before use."""
 
 from __future__ import annotations
 

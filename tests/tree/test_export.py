@@ -1,4 +1,4 @@
-"""Exports of a tree, each read back as its other readers do it."""
+"""Exports of a tree, read back as their consumers read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Randomly damaged tree files end neither the process nor in a hang, whatever is done with them.
+"""Randomly damaged tree files neither crash nor hang the process, whatever is done with them.
 
 ``GFLOWGR_FUZZ_CASES=100000 python -m pytest tests/tree/test_fuzz.py`` looks longer (and with
 ``GFLOWGR_FUZZ_SEED`` elsewhere); a case is repeated alone by ``tests/support/tree_fuzz.py``.

@@ -1,4 +1,4 @@
-"""Trees with items added and removed: the very bits of a tree built from what is left."""
+"""Trees with items added and removed: bit-identical to a tree built from the remaining items."""
 
 from __future__ import annotations
 

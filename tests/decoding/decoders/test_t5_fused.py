@@ -1,4 +1,4 @@
-"""T5 in C++ on the CPU: what the model says of whole sequences, and when it is left to PyTorch."""
+"""T5 in C++ on the CPU: equal to the model over whole sequences, and when PyTorch runs instead."""
 
 from __future__ import annotations
 

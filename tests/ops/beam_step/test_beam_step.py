@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.step_cases import NORMALIZERS, TOLERANCE, StepCase, catalogues
 from torch import Tensor
 
 import gflowgr
 from gflowgr.ops.beam_step.op import beam_step, beam_step_hidden
 from gflowgr.tree import PrefixTree
 from gflowgr.tree.layout import build_numpy
+
+from .cases import NORMALIZERS, TOLERANCE, StepCase, catalogues
 
 
 @pytest.fixture(params=["torch", "cpp"])

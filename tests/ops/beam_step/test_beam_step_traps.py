@@ -1,4 +1,4 @@
-"""Known mistakes of constrained decoders in one step, each a test."""
+"""Known mistakes of constrained decoders in one step, a test for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tile sizes the dense head runs with, without a GPU: a fake one and a fake stopwatch."""
+"""Which tile sizes the dense head runs with, tested with a fake GPU and fake timings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Cases of the flow losses for a raw backend (``gflowgr_cuda``), and their float64 values."""
+"""Cases of the flow losses, and what they give in float64.
+
+``LossCase`` has the inputs of the public functions in float64; ``FlowCase`` is for the raw ops of
+one backend.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,64 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gflowgr.ops.flow_loss.reference import FlowOptions, loss_reference
 
+from ..cases import prefix_mask
+
 KINDS = ("tb", "db", "subtb", "vargrad")
 REDUCTIONS = ("prompt", "mean", "sum", "none")
+
+
+@dataclass
+class LossCase:
+    """Inputs of the losses on log-probabilities, in float64."""
+
+    log_pf: Tensor
+    log_reward: Tensor
+    log_z: Tensor
+    log_flow: Tensor
+    mask: Tensor
+
+    def target(self, kind: str) -> tuple[Tensor, ...]:
+        """What the loss balances against."""
+        if kind == "vargrad":
+            return ()
+        return (self.log_z,) if kind == "tb" else (self.log_flow,)
+
+
+def make_loss_case(
+    prompts: int, branches: int, steps: int, seed: int, *, padding: bool = True
+) -> LossCase:
+    """Random log-probabilities, rewards and flows; with `padding`, lengths from 0 to L."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        return scale * torch.randn(shape, generator=g, dtype=torch.float64)
+
+    low = 0 if padding else max(steps, 0)
+    lengths = torch.randint(low, steps + 1, (prompts, branches), generator=g)
+    return LossCase(
+        log_pf=-normal(prompts, branches, steps, scale=2.0).abs(),
+        log_reward=normal(prompts, branches, scale=3.0),
+        log_z=normal(prompts, scale=3.0),
+        log_flow=normal(prompts, branches, steps, scale=3.0),
+        mask=prefix_mask(lengths, steps),
+    )
+
+
+loss_cases = st.builds(
+    make_loss_case,
+    st.integers(0, 4),
+    st.integers(0, 4),
+    st.integers(1, 5),
+    st.integers(0, 2**20),
+)
+
+
+# ------------------------------------------------------------------ the raw ops of a backend
 
 
 @dataclass(frozen=True)

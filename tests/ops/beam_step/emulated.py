@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import emulation
-from support.step_cases import NORMALIZERS, TOLERANCE, StepCase, catalogues
 from torch import Tensor
 
 import gflowgr
 from gflowgr.ops.beam_step.op import BeamStep, beam_step, beam_step_hidden
 from gflowgr.tree import PrefixTree
+
+from .cases import NORMALIZERS, TOLERANCE, StepCase, catalogues
 
 
 @pytest.fixture(autouse=True)

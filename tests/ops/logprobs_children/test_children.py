@@ -17,7 +17,7 @@ from gflowgr.ops.inputs import HeadInputs
 from gflowgr.ops.logprobs import children
 from gflowgr.tree import PrefixTree
 
-from .children_cases import FLOATS, TOLERANCE, check, define, make_case, run
+from .cases import FLOATS, TOLERANCE, check, define, make_case, run
 
 # ------------------------------------------------------------------ values and gradients
 

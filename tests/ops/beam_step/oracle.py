@@ -1,4 +1,4 @@
-"""One step of a constrained beam search in plain Python: slow, obvious, the oracle of beam_step."""
+"""One step of a constrained beam search in plain Python: beam_step's oracle, simple and slow."""
 
 from __future__ import annotations
 

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
-from support.dense_case import Case
 from torch import Tensor
 
 from gflowgr.kernels.logprobs_dense import calls as head
 from gflowgr.kernels.logprobs_dense import launch as dense_launch
 
+from . import cases
+from .cases import Case
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+make_case = partial(cases.make_case, scale=2.0)
 # Rows, width, vocabulary and dtype: every shape in float32, larger and smaller ones in 16 bits.
 CASES = [
     ((1, 1, 1), torch.float32),
@@ -31,30 +35,6 @@ CASES = [
     ((40, 33, 100), torch.bfloat16),
     ((33, 16, 65), torch.float16),
 ]
-
-
-def make_case(
-    rows: int,
-    width: int,
-    vocabulary: int,
-    dtype: torch.dtype = torch.float32,
-    *,
-    bias: bool = True,
-    seed: int = 0,
-) -> Case:
-    """Inputs of the head; every third row is masked and poisoned."""
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, width, generator=g) / math.sqrt(width)
-    targets = torch.randint(0, vocabulary, (rows,), generator=g)
-    hidden[2::3], targets[2::3] = torch.nan, -1
-    weight = 2 * torch.randn(vocabulary, width, generator=g)
-    return Case(
-        hidden.to(dtype),
-        weight.to(dtype),
-        torch.randn(vocabulary, generator=g).to(dtype) if bias else None,
-        targets,
-        temperature=0.7,
-    )
 
 
 @dataclass
@@ -137,7 +117,7 @@ def redone(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_logprobs(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    case = make_case(*shape, dtype)
+    case = make_case(*shape, dtype=dtype)
     expected = define(case)
     for jacobian in (False, True):
         log_pf, lse, derivative = head.dense_logprobs(*case.arguments, jacobian)
@@ -154,7 +134,7 @@ def test_logprobs(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("run", [backward, joint])
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_gradients(shape: tuple[int, int, int], dtype: torch.dtype, run) -> None:
-    case = make_case(*shape, dtype)
+    case = make_case(*shape, dtype=dtype)
     grad = random_grad(case)
     expected = define(case)
     *log_pf, d_hidden, d_weight, d_bias = run(case, grad, True, True, True)
@@ -184,7 +164,7 @@ def test_several_blocks(
         gradient(block, out, *rest)
 
     monkeypatch.setattr(dense_launch, "gradient", spy)
-    case = make_case(*shape, dtype)
+    case = make_case(*shape, dtype=dtype)
     grad = random_grad(case)
     expected = define(case).gradients(clean(grad))
     for run in (backward, joint):
@@ -329,7 +309,7 @@ def test_confident_rows_keep_their_gradient(run) -> None:
 def test_joint_loss_over_whole_prompts(dtype: torch.dtype) -> None:
     """The variance over each prompt's trajectories, whose gradient needs all of its rows."""
     prompts, branches, steps = 7, 3, 4
-    case = make_case(prompts * branches * steps, 4, 70, dtype)
+    case = make_case(prompts * branches * steps, 4, 70, dtype=dtype)
     reward = torch.randn(prompts, branches, generator=torch.Generator().manual_seed(5))
     blocks: list[tuple[int, int]] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -13,24 +12,16 @@ import gflowgr
 from gflowgr.kernels.logprobs_dense import launch
 from gflowgr.ops import fused_flow_loss
 
+from .cases import joint_inputs
+
 
 def make(kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Floating inputs and keywords; ragged trajectories, one prompt without any."""
-    g = torch.Generator().manual_seed(0)
-    shape = (5, 3, 2)
-    lengths = torch.randint(0, 3, shape[:2], generator=g)
-    lengths[1] = 0
-    mask = torch.arange(2) < lengths[..., None]
-    inputs = {
-        "hidden": torch.randn(*shape, 20, generator=g).masked_fill(~mask[..., None], math.nan),
-        "weight": torch.randn(70, 20, generator=g) / 4,
-        "bias": torch.randn(70, generator=g),
-        "log_reward": 3 * torch.randn(shape[:2], generator=g),
-    }
-    if kind != "vargrad":
-        target = torch.randn(shape[:1] if kind == "tb" else shape, generator=g)
-        inputs["log_z" if kind == "tb" else "log_flow"] = target
-    return inputs, {"tokens": torch.randint(0, 70, shape, generator=g), "mask": mask}
+    inputs, keywords = joint_inputs(
+        kind, torch.float32, seed=0, prompts=5, width=20, size=70, length=2
+    )
+    keywords["mask"][1] = False
+    return inputs, keywords
 
 
 # Every kind and every reduction with one block and with several.

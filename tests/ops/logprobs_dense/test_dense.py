@@ -9,13 +9,11 @@ multiplied exactly, but their gradients pass through probabilities and states ro
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.dense_case import GRADIENT_TOLERANCE, Case, assert_close, check, exact, make_case
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +21,16 @@ import gflowgr
 from gflowgr import backends
 from gflowgr.ops import fused_flow_loss
 from gflowgr.ops.logprobs import dense as dense_ops
+
+from .cases import (
+    GRADIENT_TOLERANCE,
+    Case,
+    assert_close,
+    check,
+    exact,
+    joint_inputs,
+    make_case,
+)
 
 KINDS = ["tb", "db", "subtb", "vargrad"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -225,29 +233,6 @@ def test_only_the_gradients_asked_for(backend: str, needs: tuple[bool, bool, boo
 
 
 # ------------------------------------------------------------------ the joint losses
-
-
-def joint_inputs(
-    kind: str, dtype: torch.dtype, seed: int, *, prompts: int = 7, width: int = 16, size: int = 90
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Floating inputs (bf16 or float32 states and head, float32 targets) and keywords."""
-    g = torch.Generator().manual_seed(seed)
-    shape = (prompts, 3, 4)
-    lengths = torch.randint(0, 5, shape[:2], generator=g)
-    mask = torch.arange(4) < lengths[..., None]
-    inputs = {
-        "hidden": torch.randn(*shape, width, generator=g).to(dtype),
-        "weight": (torch.randn(size, width, generator=g) / 4).to(dtype),
-        "bias": torch.randn(size, generator=g),
-        # Rewards from e^-30 to e^30.
-        "log_reward": torch.linspace(-30, 30, prompts * 3).view(prompts, 3),
-    }
-    if kind != "vargrad":
-        target = torch.randn(shape[:1] if kind == "tb" else shape, generator=g)
-        inputs["log_z" if kind == "tb" else "log_flow"] = target
-    inputs["hidden"] = inputs["hidden"].masked_fill(~mask[..., None], math.nan)
-    tokens = torch.randint(0, size, shape, generator=g).masked_fill(~mask, -7)
-    return inputs, {"tokens": tokens, "mask": mask}
 
 
 @pytest.mark.parametrize("reduction", ["prompt", "mean", "sum"])

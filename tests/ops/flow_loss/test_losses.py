@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gflowgr.ops import db_loss, subtb_loss, tb_loss, vargrad_log_z, vargrad_loss
 
-from . import oracles
-from .cases import LossCase, loss_cases, make_loss_case, prefix_mask
+from .. import oracles
+from ..cases import prefix_mask
+from .cases import LossCase, loss_cases, make_loss_case
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "tb": tb_loss,

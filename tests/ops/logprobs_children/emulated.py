@@ -11,21 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import emulation
-from support.raw_children import ChildrenCase, check_raw_op
 from torch import Tensor
 
 import gflowgr
 from gflowgr.ops.flow_kl import op as flow_kl_op
 
+from .cases import ChildrenCase, check_raw_op, shop
+
 CUDA = torch.ops.gflowgr_cuda
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def shop(items: int, codes: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
-    """Identifiers [items, L] at random; each level has tokens of its own."""
-    random = np.random.default_rng(seed)
-    offsets = np.cumsum([0, *codes[:-1]])
-    return np.stack([random.integers(0, n, items) for n in codes], 1) + offsets
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -15,8 +15,8 @@ from gflowgr.ops import trajectory_logprobs
 from gflowgr.ops.logprobs import children
 from gflowgr.tree import PrefixTree
 
-from .cases import make_head_case, prefix_mask
-from .children_cases import Case, make_case, run
+from ..cases import make_head_case, prefix_mask
+from .cases import Case, make_case, run
 
 # ------------------------------------------------------------------ what is computed, and how
 

@@ -1,4 +1,4 @@
-"""Rows for the dense head, what they give in float64, and a backend compared with that."""
+"""Cases of the dense head and of losses through it, what they give in float64, and comparisons."""
 
 from __future__ import annotations
 
@@ -104,3 +104,33 @@ def check(case: Case, backend: str, *, tolerance: float | None = None, device: s
         assert actual.dtype == like.dtype
         assert_close(actual, wanted, bound)
     assert not found[0][~valid].any()
+
+
+def joint_inputs(
+    kind: str,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    prompts: int = 7,
+    width: int = 16,
+    size: int = 90,
+    length: int = 4,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Floating inputs (bf16 or float32 states and head, float32 targets) and keywords."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (prompts, 3, length)
+    lengths = torch.randint(0, length + 1, shape[:2], generator=g)
+    mask = torch.arange(length) < lengths[..., None]
+    inputs = {
+        "hidden": torch.randn(*shape, width, generator=g).to(dtype),
+        "weight": (torch.randn(size, width, generator=g) / 4).to(dtype),
+        "bias": torch.randn(size, generator=g),
+        # Rewards from e^-30 to e^30.
+        "log_reward": torch.linspace(-30, 30, prompts * 3).view(prompts, 3),
+    }
+    if kind != "vargrad":
+        target = torch.randn(shape[:1] if kind == "tb" else shape, generator=g)
+        inputs["log_z" if kind == "tb" else "log_flow"] = target
+    inputs["hidden"] = inputs["hidden"].masked_fill(~mask[..., None], math.nan)
+    tokens = torch.randint(0, size, shape, generator=g).masked_fill(~mask, -7)
+    return inputs, {"tokens": tokens, "mask": mask}

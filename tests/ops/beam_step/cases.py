@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
+from support.dict_trie import DictTrie
 from torch import Tensor
 
 from gflowgr.ops.beam_step.op import BeamStep, beam_step, beam_step_hidden
 from gflowgr.tree import PrefixTree
-from support.dict_trie import DictTrie
-from support.step_oracle import Allowed, Candidate, step_oracle
+
+from .oracle import Allowed, Candidate, step_oracle
 
 NORMALIZERS = ("vocab", "level", "children")
 TOLERANCE = 3e-5

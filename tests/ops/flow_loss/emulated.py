@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import emulation
-from support.raw_flow import KINDS, REDUCTIONS, FlowCase, check_raw_op
 
 import gflowgr
 from gflowgr.ops.flow_loss.reference import FlowOptions, gradient_reference, loss_reference
+
+from .cases import KINDS, REDUCTIONS, FlowCase, check_raw_op
 
 CUDA = torch.ops.gflowgr_cuda
 
