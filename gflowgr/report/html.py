@@ -40,12 +40,15 @@ td { min-width: 6rem; }
 td[style] { min-width: 0; }
 thead th { background: var(--head); }
 thead th:empty { padding: 0; }
-tbody th { font-weight: 400; }
+tbody th { font-weight: 400; background: var(--paper); }
+.wide th:first-child { position: sticky; left: 0; }
 tbody tr:hover { background: var(--head); }
 .wide + p:has(> strong:first-child) { color: var(--quiet); font-size: .82rem; max-width: 60rem;
   margin: .3rem 0 1.4rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; padding: .5rem;
   border: 1px solid var(--line); border-radius: .4rem; }
+p:has(> img:only-child) { overflow-x: auto; }
+@media (max-width: 40rem) { p > img:only-child { width: 44rem; max-width: none; } }
 pre { overflow-x: auto; padding: .8rem; background: var(--head); border-radius: .4rem;
   font-size: .82rem; overflow-wrap: normal; }
 """

@@ -110,6 +110,8 @@ def test_a_page_scrolls_wide_tables_and_heads_rows_and_columns(tmp_path: Path) -
     assert re.search(r"\.wide \{[^}]*overflow-x: auto", page)
     assert re.search(r"img \{[^}]*max-width: 100%", page)
     assert '<meta name="viewport" content="width=device-width' in page
+    # There, pictures keep a size at which they can be read, and scroll in a box of their own.
+    assert "p:has(> img:only-child) { overflow-x: auto; }" in page
     links = '<ul><li><a href="#s1">A</a><ul><li><a href="#s1-1">B</a></li></ul></li><li>'
     assert f'{links}<a href="#s2">C</a></li></ul>' in page
     for anchor in ("s1", "s1-1", "s2"):
