@@ -250,7 +250,8 @@ def flow_inputs_ok(log_reward: Tensor, mask: Tensor | None, floor: float | None)
     if transforms.active():
         return False
     if backends.forced_backend() not in (None, "cpp") or backends.cpp_missing() is not None:
-        return False
+        # A sum is finite only where all of its terms are.
+        return mask is None and floor is None and math.isfinite(log_reward.detach().sum())
     if not log_reward.is_contiguous() or not (mask is None or mask.is_contiguous()):
         return False
     ok: bool = torch.ops.gflowgr_cpp.flow_inputs_ok(log_reward, mask, floor is not None)

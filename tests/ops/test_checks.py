@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import gflowgr
 from gflowgr import ops
 from gflowgr.tree import PrefixTree
 
@@ -367,3 +368,12 @@ def test_padding_may_hold_what_would_be_an_error() -> None:
     for kind in TAKES:
         assert call_loss(kind, **bad) == 0
         assert call_fused(kind, **bad, tokens=torch.full((B, N, L), -5)) == 0
+
+
+def test_rewards_whose_sum_overflows_are_looked_at_one_by_one() -> None:
+    huge = torch.full((1, 3), 3e38)
+    log_pf = torch.zeros(1, 3, 2)
+    with gflowgr.backend("torch"):
+        assert gflowgr.tb_loss(log_pf, huge, torch.zeros(1)).isinf()
+        with pytest.raises(ValueError, match=r"log_reward\[0, 1\]"):
+            gflowgr.tb_loss(log_pf, huge.index_fill(1, torch.tensor(1), torch.inf), torch.zeros(1))

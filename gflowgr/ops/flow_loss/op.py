@@ -40,8 +40,9 @@ def flow_loss(
     Returns:
         A scalar, or [B, N] for "none"; float64 if any input is, else float32.
 
-    Second derivatives raise RuntimeError. Forward-mode ones, and the transforms of ``torch.func``,
-    are left to the reference.
+    Second derivatives raise RuntimeError where a kernel runs. Forward-mode ones, and the transforms
+    of ``torch.func``, are left to the reference. So is all on the backend ``torch``: autograd keeps
+    the residuals for the backward pass, which the op would compute again.
     """
     dtype = compute_dtype(log_pf, log_reward, balance)
     if log_pf.dtype != dtype:  # tested first: a .to() that changes nothing costs 1 us
@@ -50,10 +51,17 @@ def flow_loss(
         log_reward = log_reward.to(dtype)
     if balance is not None and balance.dtype != dtype:
         balance = balance.to(dtype)
-    if transforms.reference_only("flow_loss"):
+    if transforms.reference_only("flow_loss") or _runs_as_reference(log_pf):
         return loss_reference(log_pf, log_reward, balance, mask, flow)
     loss: Tensor = torch.ops.gflowgr.flow_loss.default(log_pf, log_reward, balance, mask, *flow)
     return loss
+
+
+def _runs_as_reference(log_pf: Tensor) -> bool:
+    # While torch.compile traces, the op stays in the graph: which backend runs is decided later.
+    if torch.compiler.is_compiling():
+        return False
+    return backends.resolve("flow_loss", log_pf.device, log_pf.dtype) == "torch"
 
 
 def _flow_loss(

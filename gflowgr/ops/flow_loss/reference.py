@@ -61,9 +61,11 @@ class Trajectories:
         return counted.sum().clamp(min=1)
 
     def reduced(self, losses: Tensor, reduction: str) -> Tensor:
-        """:func:`reduce_trajectories` of losses [B, N]."""
+        """:func:`reduce_trajectories` of losses [B, N], or of tokens [B, N, L]."""
         if self.whole and reduction in ("prompt", "mean") and self.valid.numel() > 0:
             return losses.sum() / self.divisor(reduction)
+        if losses.dim() == 3:
+            losses = losses.sum(-1)
         return reduce_trajectories(losses, self.valid, reduction)
 
     def zeroed(self, x: Tensor) -> Tensor:
@@ -100,9 +102,9 @@ def prepare(
     checks its loss is then NaN, and not a number that looks right.
     """
     if mask is None and log_pf.shape[-1] > 0:
-        # Seven passes over the trajectories less, and the plain formula has none of them.
-        mask = full_mask(log_pf, None)
-        valid = torch.ones(log_pf.shape[:-1], dtype=torch.bool, device=log_pf.device)
+        # Nine passes over the trajectories less, and the plain formula has none of them.
+        mask = log_pf.new_ones((), dtype=torch.bool).expand(log_pf.shape)
+        valid = mask[..., 0]
         reward = log_reward.to(dtype)
         if beta != 1.0:
             reward = beta * reward
@@ -159,7 +161,9 @@ def tb_reference(t: Trajectories, log_z: Tensor, clip: float | None = None) -> T
 
 def tb_residual(t: Trajectories, log_z: Tensor) -> Tensor:
     """Residual of every trajectory [B, N], zero at padding."""
-    log_z = t.zeroed_rows(log_z.to(t.log_pf.dtype)[:, None].expand_as(t.valid))
+    log_z = log_z.to(t.log_pf.dtype)[:, None]
+    if not t.whole:
+        log_z = t.zeroed_rows(log_z.expand_as(t.valid))
     return log_z + t.log_pf.sum(-1) - t.log_reward
 
 
@@ -171,9 +175,11 @@ def db_reference(t: Trajectories, log_flow: Tensor, clip: float | None = None) -
 def db_residual(t: Trajectories, log_flow: Tensor) -> Tensor:
     """Residual of every token [B, N, L], zero at padding."""
     flow = t.zeroed(log_flow.to(t.log_pf.dtype))
-    after = torch.where(
-        _last(t.mask), t.log_reward[..., None], _shift_left(flow)
-    )  # the flow of the state each token leads to: R at the last one
+    # The flow of the state each token leads to: R at the last one.
+    if t.whole:
+        after = torch.cat([flow[..., 1:], t.log_reward[..., None]], -1)
+    else:
+        after = torch.where(_last(t.mask), t.log_reward[..., None], _shift_left(flow))
     return flow + t.log_pf - after
 
 
@@ -236,7 +242,7 @@ def vargrad_reference(t: Trajectories, clip: float | None = None) -> Tensor:
 def vargrad_residual(t: Trajectories) -> Tensor:
     """Residual of every trajectory against its prompt's estimate [B, N], zero at padding."""
     gap = t.log_reward - t.log_pf.sum(-1)
-    estimate = valid_mean(gap, t.valid)
+    estimate = gap.mean(-1) if t.whole else valid_mean(gap, t.valid)
     return t.zeroed_rows(estimate[:, None] - gap)
 
 
@@ -289,7 +295,7 @@ def loss_reference(
         if flow.kind == "tb":
             losses = tb_reference(t, balance, flow.clip)
         elif flow.kind == "db":
-            losses = db_reference(t, balance, flow.clip)
+            losses = huber(db_residual(t, balance), flow.clip)
         else:
             losses = subtb_reference(t, balance, flow.lam)
     loss = t.reduced(losses, flow.reduction)

@@ -59,6 +59,12 @@ def arguments(
     return [*floating, case.mask.to(device)]
 
 
+def op(flow: FlowOptions, *inputs: Tensor | None) -> Tensor:
+    """The op itself, which the front door leaves out on the backend ``torch``."""
+    loss: Tensor = torch.ops.gflowgr.flow_loss.default(*inputs, *flow)
+    return loss
+
+
 def value_and_gradients(
     inputs: list[Tensor | None], loss: Tensor, upstream: Tensor
 ) -> list[Tensor]:
@@ -99,7 +105,7 @@ def test_equals_the_reference(
     expected = loss_reference(*oracle, case.mask, FlowOptions(kind, **options))
     upstream = torch.randn_like(expected)
     inputs = arguments(kind, case, device, dtype)
-    actual = flow_loss(FlowOptions(kind, **options), *inputs)
+    actual = op(FlowOptions(kind, **options), *inputs)
     assert_all_close(
         value_and_gradients(inputs, actual, upstream),
         value_and_gradients(oracle, expected, upstream),
@@ -117,7 +123,7 @@ def test_gradcheck(device: str, kind: str, reduction: str) -> None:
     options["clip"] = None if kind == "subtb" else 1.5
 
     def loss(*x: Tensor) -> Tensor:
-        return flow_loss(FlowOptions(kind, **options), *x, *[None] * (3 - len(x)), mask)
+        return op(FlowOptions(kind, **options), *x, *[None] * (3 - len(x)), mask)
 
     assert torch.autograd.gradcheck(loss, floating)
 
@@ -126,13 +132,13 @@ def test_gradcheck(device: str, kind: str, reduction: str) -> None:
 def test_no_mask_and_gradients_that_are_not_needed(device: str, kind: str) -> None:
     case = make_loss_case(3, 2, 4, seed=2, padding=False)
     inputs = arguments(kind, case, device)
-    everything = value_and_gradients(inputs, flow_loss(FlowOptions(kind), *inputs), torch.ones(()))
+    everything = value_and_gradients(inputs, op(FlowOptions(kind), *inputs), torch.ones(()))
     for asked in range(len(everything) - 1):
         only = arguments(kind, case, device)
         for i, x in enumerate(only[:3]):
             if x is not None and i != asked:
                 x.requires_grad_(False)
-        loss = flow_loss(FlowOptions(kind), *only[:3], None)
+        loss = op(FlowOptions(kind), *only[:3], None)
         loss.backward()
         assert torch.equal(loss, everything[0])
         assert torch.equal(only[asked].grad, everything[1 + asked])
@@ -145,7 +151,7 @@ def test_empty_and_one_element_inputs(device: str, kind: str, shape: tuple[int, 
     case = make_loss_case(*shape, seed=3, padding=False)
     for reduction in REDUCTIONS:
         inputs = arguments(kind, case, device)
-        loss = flow_loss(FlowOptions(kind, reduction=reduction, nll_weight=0.5), *inputs)
+        loss = op(FlowOptions(kind, reduction=reduction, nll_weight=0.5), *inputs)
         assert loss.shape == (shape[:2] if reduction == "none" else ())
         gradients = value_and_gradients(inputs, loss, torch.ones(loss.shape))[1:]
         wanted = [x for x in inputs[:3] if x is not None]
@@ -169,7 +175,7 @@ def test_inputs_need_not_be_contiguous(device: str, kind: str) -> None:
     assert not apart[0].is_contiguous()
     upstream = torch.randn(4, 3, dtype=torch.float64).T
     actual, expected = (
-        value_and_gradients(x, flow_loss(FlowOptions(kind, reduction="none"), *x), upstream)
+        value_and_gradients(x, op(FlowOptions(kind, reduction="none"), *x), upstream)
         for x in (apart, inputs)
     )
     for a, e in zip(actual, expected, strict=True):
@@ -196,7 +202,7 @@ def test_padding_is_never_read(device: str, kind: str) -> None:
         upstream = torch.rand(5, 4) if reduction == "none" else torch.tensor(0.7)
         options = {"lam": 2.0, "nll_weight": 0.5, "reduction": reduction}
         expected, actual = (
-            value_and_gradients(x, flow_loss(FlowOptions(kind, **options), *x), upstream)
+            value_and_gradients(x, op(FlowOptions(kind, **options), *x), upstream)
             for x in (clean, poisoned)
         )
         for a, e in zip(actual, expected, strict=True):
@@ -315,12 +321,26 @@ def test_opcheck(device: str, kind: str, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_second_derivatives_are_refused(device: str, kind: str) -> None:
+def test_second_derivatives_of_the_op_are_refused(device: str, kind: str) -> None:
     inputs = arguments(kind, make_loss_case(2, 3, 4, seed=12), device)
-    loss = flow_loss(FlowOptions(kind), *inputs)
+    loss = op(FlowOptions(kind), *inputs)
     (gradient,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="gflowgr::flow_loss has no second derivative"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_torch_backend_is_the_reference_under_autograd(kind: str) -> None:
+    """So it has second derivatives, and costs what the formula costs in plain PyTorch."""
+    inputs = arguments(kind, make_loss_case(2, 3, 4, seed=12), "cpu")
+    with backends.backend("torch"):
+        loss = flow_loss(FlowOptions(kind), *inputs)
+    assert loss.grad_fn is not None
+    assert loss.grad_fn.name() == "DivBackward0"
+    (gradient,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), inputs[0])
+    assert bool(second.isfinite().all())
+    assert bool(second.any())
 
 
 def test_compiles_with_aot_autograd_as_one_graph(device: str) -> None:
