@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -48,7 +48,7 @@ class CellPool(Protocol):
 
     def work(
         self, cells: Sequence[Cell], out: Path, show: Callable[[str], None]
-    ) -> Iterator[CellEnd]:
+    ) -> Generator[CellEnd, None, None]:
         """Work on cells, and yield each as it ends.
 
         One that needs another of them begins when that is complete; if that failed, it is neither
@@ -118,7 +118,7 @@ class LocalPool:
 
     def work(
         self, cells: Sequence[Cell], out: Path, show: Callable[[str], None]
-    ) -> Iterator[CellEnd]:
+    ) -> Generator[CellEnd, None, None]:
         """See :meth:`CellPool.work`."""
         waiting = list(cells)
         incomplete = {cell.id for cell in cells}

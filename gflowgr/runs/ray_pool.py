@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class RayPool:
 
     def work(
         self, cells: Sequence[Cell], out: Path, show: Callable[[str], None]
-    ) -> Iterator[CellEnd]:
+    ) -> Generator[CellEnd, None, None]:
         """See :meth:`.pool.CellPool.work`."""
         if not cells:
             return

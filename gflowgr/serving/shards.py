@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -152,7 +153,7 @@ def recommend_in_shards(
     shards = plan_shards(source, shard_rows)
     out = Path(folder).resolve()
     with output_lock(out):
-        _check_same_request(out, _request(model_folder, data_folder, options, shards))
+        _check_same_request(out, _request(model_folder, data_folder, options, shards, shard_rows))
         for left in out.glob(".*.tmp.parquet"):  # of a process that was killed
             left.unlink()
         to_do = [shard for shard in shards if not (out / shard.name).is_file()]
@@ -191,8 +192,9 @@ def _there(shards: Sequence[Shard], arguments: tuple[Any, ...], cluster: Cluster
             **vars(options) | {"available": str(Path(options.available).resolve())}
         )
     with connected(cluster.address):
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # there is one for users
+        # There is a bar of users; what goes wrong is still said.
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         gpus = min(1.0, gpus_of_cluster()) if cluster.gpus is None else cluster.gpus
         room = min(len(shards), room_in_cluster(cluster.threads, gpus))
         rows = [asdict(shard) | {"source": str(Path(shard.source).resolve())} for shard in shards]
@@ -249,7 +251,11 @@ def make_actor(*arguments: Any) -> Any:
 
 
 def _request(
-    model_folder: str, data_folder: str, options: RecommendOptions, shards: Sequence[Shard]
+    model_folder: str,
+    data_folder: str,
+    options: RecommendOptions,
+    shards: Sequence[Shard],
+    shard_rows: int,
 ) -> dict[str, Any]:
     """What answers depend on, JSON-ready and without places: files by names and contents."""
     chosen = asdict(options)
@@ -262,7 +268,7 @@ def _request(
         "data": _folder_digest(Path(data_folder)),
         "options": chosen,
         "input": {Path(source).name: _footer_digest(Path(source)) for source in sources},
-        "shards": {shard.name: shard.rows for shard in shards},
+        "shard_rows": shard_rows,
     }
 
 

@@ -107,7 +107,7 @@ def test_another_request_in_the_same_folder_is_refused(recommend: Command, tmp_p
     for options, model, changed in (
         (("--top", 3), "model0", "options"),
         ((), "model1", "model"),
-        (("--shard-rows", 2), "model0", "shards"),
+        (("--shard-rows", 2), "model0", "shard_rows"),
     ):
         code, said = recommend(*asked, *options, model=model)
         assert code == 2
