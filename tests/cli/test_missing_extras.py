@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.served_shop import write_folders
 
 pytestmark = pytest.mark.process
 
@@ -49,6 +50,8 @@ def test_every_command_and_name_says_what_to_install(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("output_dir: run")
     data = tmp_path / "data"
+    saved = write_folders(tmp_path / "saved")
+    model = [saved["model0"], "--data", saved["data"]]
     works = [
         ["info"],
         ["data", "builtin", "--out", str(data), "--users", "50", "--items", "200"],
@@ -58,8 +61,8 @@ def test_every_command_and_name_says_what_to_install(tmp_path: Path) -> None:
         ["train", "--config", str(config)],
         ["quickstart", "--output-dir", str(tmp_path / "quick")],
         ["experiment", "smoke", "--out", str(tmp_path / "smoke")],
-        ["evaluate", str(tmp_path), "--data", str(data)],
-        ["recommend", str(tmp_path), "--data", str(data), "--user", "0"],
+        ["evaluate", *model],
+        ["recommend", *model, "--user", "0"],
     ]
     arguments = [json.dumps(sorted(_EXTRAS)), json.dumps([*works, *train])]
     done = subprocess.run(
