@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,7 @@ from gflowgr.files import read_json
 from gflowgr.models import output_head, trajectory_hidden_states
 from gflowgr.rewards import SignalContext, make_signals
 from gflowgr.runs import ConfigError, RunConfig
-from gflowgr.samplers import Candidates, SampleRequest, TrajectorySampler
+from gflowgr.samplers import CandidatePool, Candidates, SampleRequest, TrajectorySampler
 
 ASKED: list[SampleRequest] = []
 
@@ -76,6 +77,29 @@ def test_a_sampler_and_a_signal_from_outside_train(
     logged = steps(trainer)[-1]
     assert math.isfinite(logged["loss"])
     assert 1.0 <= logged["reward/r_even"] <= 2.0
+
+
+def test_a_sampler_with_arguments_of_its_own_is_given_to_the_trainer(tmp_path: Path) -> None:
+    class Every(NextDoor):
+        def __init__(self, pool: CandidatePool, num_trajectories: int, step: int) -> None:
+            super().__init__(pool, num_trajectories)
+            self.step = step
+
+        def candidates(self, request: SampleRequest) -> Candidates:
+            following = self.step * np.arange(1, self.num_trajectories)
+            items = (request.targets[:, None] + following) % self.pool.num_items
+            return Candidates.augmented(items)
+
+    args = make_args(tmp_path, num_trajectories=3, max_steps=1)
+    options = {"scorer": False, "sampler": partial(Every, step=7)}
+    trainer = make_trainer(args, make_model(signals=["r_sim"]), **options)
+    sampler = trainer._flow_inputs.sampler
+    assert isinstance(sampler, Every)
+    assert (sampler.step, sampler.num_trajectories) == (7, 3)
+    trainer.train()
+    assert math.isfinite(steps(trainer)[-1]["loss"])
+    with pytest.raises(ValueError, match=r"sampler must be a TrajectorySampler; got .*Even"):
+        make_trainer(args, scorer=False, sampler=lambda pool, count: Even())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..extensions import is_outside
 from ._parsers import Commands, command
 
 if TYPE_CHECKING:
@@ -29,7 +30,11 @@ examples:
       --collisions extra --output index.kmeans.json.gz
 
 Item vectors are TF-IDF of words and word pairs, reduced by SVD; --encoder names a pretrained
-one instead, --embeddings a file. Nothing is downloaded unless --allow-download is given."""
+one instead, --embeddings a file. Nothing is downloaded unless --allow-download is given.
+
+A function of yours, --method module:function, is called with the dataset, the vectors of
+--embeddings or --cf-embeddings (or None) and the seed, and gives integer codes [items, L],
+padded with -1; its module may be in the current folder. It has no tokeniser for new items."""
 
 _COMPARE = """\
 example:
@@ -87,7 +92,13 @@ def _add_make(actions: Commands) -> None:
     parser = command(actions, "make", "learn identifiers from texts or item vectors", _MAKE)
     parser.add_argument("--output", required=True, metavar="FILE", help="index.NAME.json.gz")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
-    parser.add_argument("--method", choices=METHODS, default="rqvae", help="default: %(default)s")
+    parser.add_argument(
+        "--method",
+        type=_method,
+        default="rqvae",
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}, or a function of yours as module:function (default: rqvae)",
+    )
     parser.add_argument("--levels", type=int, default=4, help="tokens (default: %(default)s)")
     parser.add_argument(
         "--codes", type=int, default=256, help="codes per level (default: %(default)s)"
@@ -112,6 +123,14 @@ def _add_make(actions: Commands) -> None:
     training.add_argument("--diversity", type=float, metavar="BETA", help="letter: its weight")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     parser.set_defaults(run=_make)
+
+
+def _method(name: str) -> str:
+    if name not in METHODS and not is_outside(name):
+        raise argparse.ArgumentTypeError(
+            f"must be one of {', '.join(METHODS)}, or 'module:function'; got {name!r}"
+        )
+    return name
 
 
 def _add_extend(actions: Commands) -> None:
@@ -163,6 +182,8 @@ def _make(args: argparse.Namespace) -> int:
     )
 
     output = _output(args)
+    if is_outside(args.method):
+        return _make_own(args, output)
     if args.data is None and args.embeddings is None:
         raise ValueError("give --data FOLDER (item texts) or --embeddings FILE.npy")
     if args.save_embeddings and args.embeddings:
@@ -202,6 +223,31 @@ def _make(args: argparse.Namespace) -> int:
         {name: from_codes(codes) for name, codes in shown.items()},
         {"text" if args.embeddings is None else "embeddings": vectors, "cf": collaborative},
     )
+    print(f"\nwritten to {output}")
+    return 0
+
+
+def _make_own(args: argparse.Namespace, output: Path) -> int:
+    """By a function of the user's."""
+    from .. import files
+    from ..identifiers import outside_identifiers, tokeniser_path, write_index
+
+    unused = [name for name in _TRAINING if getattr(args, name) is not None]
+    if unused:
+        raise ValueError(f"--method {args.method} has no option {', '.join(unused)}")
+    dataset = _dataset(args)
+    if dataset is None:
+        raise ValueError(f"--method {args.method} needs --data FOLDER")
+    files.ensure_writable(output.parent)
+    vectors = {
+        space: _load_vectors(getattr(args, name), f"--{name.replace('_', '-')}", dataset.num_items)
+        for space, name in (("embeddings", "embeddings"), ("cf", "cf_embeddings"))
+    }
+    given = next((each for each in vectors.values() if each is not None), None)
+    made = outside_identifiers(args.method, dataset, given, args.seed, setting="--method")
+    write_index(output, made)
+    tokeniser_path(output).unlink(missing_ok=True)  # of another index that had this name
+    _print_table({args.method: made}, vectors)
     print(f"\nwritten to {output}")
     return 0
 

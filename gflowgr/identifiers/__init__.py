@@ -3,7 +3,7 @@
 from gflowgr.data.index import Identifiers, from_codes, raw_codes, read_index, write_index
 from gflowgr.identifiers.collisions import resolve_collisions
 from gflowgr.identifiers.kmeans import fit_kmeans, residual_kmeans
-from gflowgr.identifiers.learn import METHODS, learn_codes
+from gflowgr.identifiers.learn import METHODS, learn_codes, outside_identifiers
 from gflowgr.identifiers.letter import LetterConfig, fit_letter
 from gflowgr.identifiers.quality import (
     Agreement,
@@ -35,6 +35,7 @@ __all__ = [
     "learn_codes",
     "measure_quality",
     "nearest_neighbours",
+    "outside_identifiers",
     "quality_table",
     "raw_codes",
     "read_index",

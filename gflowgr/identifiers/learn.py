@@ -1,4 +1,4 @@
-"""One function for every method of learning codes: RQ-VAE, k-means, LETTER."""
+"""One function for every method of learning codes (RQ-VAE, k-means, LETTER), one for your own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from gflowgr.data import Dataset
+from gflowgr.data.index import Identifiers, from_codes
+from gflowgr.extensions import load_outside
 from gflowgr.identifiers.kmeans import fit_kmeans
 from gflowgr.identifiers.letter import LetterConfig, fit_letter
 from gflowgr.identifiers.quantisation import Quantisation
@@ -60,3 +63,32 @@ def learn_codes(
         config = LetterConfig(**training)
         return fit_letter(embeddings, collaborative, config, seed=seed, progress=progress)
     return fit_rqvae(embeddings, RqVaeConfig(**training), seed=seed, progress=progress)
+
+
+def outside_identifiers(
+    method: str, dataset: Dataset, vectors: np.ndarray | None, seed: int, *, setting: str
+) -> Identifiers:
+    """Identifiers by a function of the user's.
+
+    Args:
+        method: ``"module:function"``; it is called with the dataset, the vectors and the seed, and
+            gives integer codes [items, L], padded with -1.
+        dataset: the data.
+        vectors: float32 [items, d] that it may use, or None.
+        seed: handed through.
+        setting: what errors call ``method``.
+
+    Raises:
+        ValueError: there is no such function, or what it gives are no codes of these items.
+    """
+    make = load_outside(method, setting)
+    try:
+        identifiers = from_codes(make(dataset, vectors, seed))
+    except ValueError as error:
+        raise ValueError(f"{setting}: {method}: {error}") from error
+    if identifiers.num_items != dataset.num_items:
+        raise ValueError(
+            f"{setting}: {method} must give codes of {dataset.num_items} items; got "
+            f"{identifiers.num_items}"
+        )
+    return identifiers

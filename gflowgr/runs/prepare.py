@@ -20,12 +20,13 @@ from ..data import (
     save_dataset,
 )
 from ..errors import DataError
-from ..extensions import is_outside, load_outside
+from ..extensions import is_outside
 from ..identifiers import (
     METHODS,
     Identifiers,
     from_codes,
     learn_codes,
+    outside_identifiers,
     read_index,
     residual_kmeans,
     resolve_collisions,
@@ -218,17 +219,11 @@ def _outside_identifiers(
     path = folder / f"index.{method.replace(':', '.')}.json.gz" if folder is not None else None
     if path is not None and path.is_file():
         return method, read_index(path, num_items=dataset.num_items)
-    make = load_outside(method, "data.identifiers")
     given = None if vectors is None else vectors.detach().cpu().numpy().astype(np.float32)
     try:
-        identifiers = from_codes(make(dataset, given, seed))
+        identifiers = outside_identifiers(method, dataset, given, seed, setting="data.identifiers")
     except ValueError as error:
-        raise ConfigError(f"data.identifiers: {method}: {error}") from error
-    if identifiers.num_items != dataset.num_items:
-        raise ConfigError(
-            f"data.identifiers: {method} must give codes of {dataset.num_items} items; got "
-            f"{identifiers.num_items}"
-        )
+        raise ConfigError(str(error)) from error
     if path is not None:
         write_index(path, identifiers)
     return method, identifiers

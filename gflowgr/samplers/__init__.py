@@ -15,7 +15,7 @@ from .pool import CandidatePool, Exclude
 from .proposer import BackboneProposer, Proposals, Proposer
 from .replay import ReplayBuffer, ReplaySampler
 from .schedules import Schedule
-from .settings import SamplerSettings, make_sampler
+from .settings import MakeSampler, SamplerSettings, make_sampler
 from .strategies import (
     CurriculumSampler,
     ImpressionSampler,
@@ -37,6 +37,7 @@ __all__ = [
     "Exclude",
     "ImpressionSampler",
     "LogSampler",
+    "MakeSampler",
     "MixtureSampler",
     "OnPolicySampler",
     "PopularitySampler",

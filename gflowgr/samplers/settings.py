@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from ..data import Split
     from ..models.gflow_model import GFlowModel
 
-__all__ = ["KINDS", "SamplerSettings", "make_sampler"]
+__all__ = ["KINDS", "MakeSampler", "SamplerSettings", "make_sampler"]
+
+MakeSampler = Callable[[CandidatePool, int], TrajectorySampler]
+"""Makes a sampler of a pool and N, as the class of one does."""
 
 KINDS = (
     "curriculum",
@@ -165,6 +168,7 @@ def make_sampler(
     split: Split,
     model: GFlowModel | None = None,
     has_scores: bool = False,
+    own: MakeSampler | None = None,
 ) -> TrajectorySampler:
     """Build what the settings describe.
 
@@ -175,12 +179,13 @@ def make_sampler(
         split: the data, for logs, impressions and popularity.
         model: the backbone, for on-policy samplers.
         has_scores: whether requests will carry a collaborative model's scores.
+        own: makes the sampler, in place of the settings' ``kind``.
 
     Raises:
         ValueError: the settings need a collaborative model or a backbone that is not there, or do
             not fit N or the data.
     """
-    if settings.needs_scores and not has_scores:
+    if own is None and settings.needs_scores and not has_scores:
         name = next((n for n in settings.weights if n in _SCORED), settings.fallback)
         raise ValueError(
             f"sampler={name!r} needs a collaborative model; pass one, or sampler='random'"
@@ -210,7 +215,7 @@ def make_sampler(
         if name == "impressions":
             return ImpressionSampler(pool, count, split, settings.side)
         if name not in KINDS:
-            return _load(name, pool, count, has_scores)
+            return _made(load_outside(name, "sampler"), repr(name), pool, count, has_scores)
         fallback = build(settings.fallback or ("curriculum" if has_scores else "random"))
         if name == "on_policy":
             return OnPolicySampler(
@@ -231,7 +236,9 @@ def make_sampler(
 
     weights = settings.weights
     sampler: TrajectorySampler
-    if len(weights) == 1:
+    if own is not None:
+        sampler = _made(own, repr(own), pool, count, has_scores)
+    elif len(weights) == 1:
         sampler = build(next(iter(weights)))
     else:
         sampler = MixtureSampler({name: build(name) for name in weights}, weights)
@@ -245,15 +252,16 @@ def make_sampler(
     return sampler
 
 
-def _load(path: str, pool: CandidatePool, count: int, has_scores: bool) -> TrajectorySampler:
+def _made(
+    make: MakeSampler, name: str, pool: CandidatePool, count: int, has_scores: bool
+) -> TrajectorySampler:
     """A sampler from outside the package."""
-    make = load_outside(path, "sampler")
     try:
         made = make(pool, count)
     except TypeError as error:
-        raise ValueError(f"sampler: cannot make {path!r}: {error}") from error
+        raise ValueError(f"sampler: cannot make {name}: {error}") from error
     if not isinstance(made, TrajectorySampler):
-        raise ValueError(f"sampler must be a TrajectorySampler; got {path!r}, a {type(made)}")
+        raise ValueError(f"sampler must be a TrajectorySampler; got {name}, a {type(made)}")
     if made.needs_scores and not has_scores:
-        raise ValueError(f"sampler={path!r} needs a collaborative model; pass one")
+        raise ValueError(f"sampler={name} needs a collaborative model; pass one")
     return made

@@ -21,6 +21,7 @@ from ..samplers import (
     AUGMENTED,
     CandidatePool,
     Exclude,
+    MakeSampler,
     SampleRequest,
     TrajectorySampler,
     TrajectorySet,
@@ -49,6 +50,7 @@ class FlowInputs:
         args: configuration.
         split: the data.
         collaborative: scores items for the sampler and for r_yhat; optional.
+        sampler: makes the sampler, in place of the one that ``args`` name.
 
     Raises:
         ValueError: the sampler or the reward cannot be made of these.
@@ -60,6 +62,7 @@ class FlowInputs:
         args: GFlowGRConfig,
         split: Split,
         collaborative: CollaborativeModel | None,
+        sampler: MakeSampler | None = None,
     ) -> None:
         self.item_tokens = model.item_tokens().to(args.device)
         self.collaborative = collaborative
@@ -90,6 +93,7 @@ class FlowInputs:
             split=split,
             model=model,
             has_scores=collaborative is not None,
+            own=sampler,
         )
         if model.settings.has_exact_flows:
             self.rewards = PromptRewards(model.settings, args, split, collaborative)

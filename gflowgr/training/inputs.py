@@ -7,6 +7,7 @@ from typing import Any
 from ..collaborative import CollaborativeModel
 from ..data import Split
 from ..models.gflow_model import GFlowModel
+from ..samplers import MakeSampler
 from .batches import PromptCollator
 from .config import GFlowGRConfig
 from .flow_inputs import FlowInputs
@@ -20,6 +21,7 @@ def make_inputs(
     args: GFlowGRConfig,
     split: Split,
     collaborative: CollaborativeModel | None,
+    sampler: MakeSampler | None = None,
 ) -> tuple[FlowInputs | SequenceInputs, Any, PromptCollator | SequenceCollator]:
     """Whole sequences if the configuration asks for them, else prompts.
 
@@ -28,6 +30,7 @@ def make_inputs(
         args: configuration.
         split: the data.
         collaborative: scores items; optional where nothing reads scores.
+        sampler: makes the sampler, in place of the one that ``args`` name.
 
     Returns:
         What makes the model's inputs of a batch, the examples (with their ``lengths``), and what
@@ -35,10 +38,10 @@ def make_inputs(
     """
     max_history, layout = model.settings.max_history, model.prompt
     if args.sequences:
-        of_sequences = SequenceInputs(model, args, split, collaborative)
+        of_sequences = SequenceInputs(model, args, split, collaborative, sampler)
         item_tokens = of_sequences.item_tokens.cpu()
         examples = SequenceExamples(split, max_history)
         return of_sequences, examples, SequenceCollator(item_tokens, layout)
-    of_prompts = FlowInputs(model, args, split, collaborative)
+    of_prompts = FlowInputs(model, args, split, collaborative, sampler)
     item_tokens = of_prompts.item_tokens.cpu()
     return of_prompts, split.train, PromptCollator(item_tokens, max_history, layout)

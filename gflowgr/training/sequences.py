@@ -17,7 +17,7 @@ from ..data import Split, pad_histories
 from ..models.gflow_model import GFlowModel
 from ..models.prompts import PromptLayout, prompt_tokens
 from ..models.sequences import check_sequences, sequence_prompts
-from ..samplers import SampleRequest
+from ..samplers import MakeSampler, SampleRequest
 from ..transfer import to_device
 from .augmentation import augmented_batch, draw_items, random_positions
 from .catalogue import PromptRewards, position_histories
@@ -118,6 +118,7 @@ class SequenceInputs:
         args: GFlowGRConfig,
         split: Split,
         collaborative: CollaborativeModel | None,
+        sampler: MakeSampler | None = None,
     ) -> None:
         settings = model.settings
         if settings.objective != "sft" and not settings.has_exact_flows:
@@ -151,7 +152,7 @@ class SequenceInputs:
         if args.positions_per_sequence is None:
             self.rewards = PromptRewards(settings, args, split, collaborative)
             return
-        self.prompts = FlowInputs(model, args, split, collaborative)
+        self.prompts = FlowInputs(model, args, split, collaborative, sampler)
         self.rewards = self.prompts.rewards
         # Of each training example where among all events its positive is.
         self._ends = np.asarray(split.train.bounds[:, 1], np.int64)

@@ -31,6 +31,7 @@ from ..models.lora import has_lora
 from ..models.objective import flow_start
 from ..models.t5_on_cpu import rewired
 from ..ops import validation, validation_enabled
+from ..samplers import MakeSampler
 from ..transfer import to_device
 from .averaging import WeightAverage
 from .batches import JointExamples, LengthBucketSampler, ProcessBatches
@@ -42,7 +43,7 @@ from .rounds import FreezeReference, Rounds
 from .saving import SavingTrainer
 from .sequences import SequenceInputs
 from .step_log import Logs, StepLog, check_finite, of_model
-from .trainer_surface import refused_method
+from .trainer_surface import check_processes, refused_method
 
 __all__ = ["GFlowGRTrainer"]
 
@@ -70,6 +71,8 @@ class GFlowGRTrainer(SavingTrainer):
         args: configuration.
         split: the data, and what of them is held out.
         collaborative: scores items for the curriculum and for r_yhat; optional.
+        sampler: makes a sampler of one's own, in place of the one that ``args`` name: a subclass of
+            :class:`~gflowgr.samplers.TrajectorySampler`, or a function of the pool and N.
         callbacks: further callbacks.
 
     Raises:
@@ -88,19 +91,10 @@ class GFlowGRTrainer(SavingTrainer):
         split: Split,
         *,
         collaborative: CollaborativeModel | None = None,
+        sampler: MakeSampler | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel; "
-                "start one process per GPU with torchrun or accelerate launch, or show one GPU "
-                "with CUDA_VISIBLE_DEVICES=0"
-            )
-        if args.auto_find_batch_size and args.world_size > 1:
-            raise ValueError(
-                "auto_find_batch_size must be False with several processes, each of which would "
-                f"find its own; got True with {args.world_size} processes"
-            )
+        check_processes(args)
         num_items = split.dataset.num_items
         for name, other in (("tree", model.tree), ("collaborative", collaborative)):
             if other is not None and other.num_items != num_items:
@@ -112,7 +106,8 @@ class GFlowGRTrainer(SavingTrainer):
         for part in getattr(collaborative, "models", [collaborative]):
             if isinstance(part, nn.Module):
                 part.to(args.device).eval().requires_grad_(False)
-        self._flow_inputs, self._examples, collator = make_inputs(model, args, split, collaborative)
+        inputs = make_inputs(model, args, split, collaborative, sampler)
+        self._flow_inputs, self._examples, collator = inputs
         # One order for all numbers of processes that share a step's prompts.
         prompts = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.seed if args.data_seed is None else args.data_seed

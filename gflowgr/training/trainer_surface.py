@@ -16,6 +16,7 @@ __all__ = [
     "HONOURED_METHODS",
     "REFUSED_ARGUMENTS",
     "REFUSED_METHODS",
+    "check_processes",
     "refuse_arguments",
     "refused_method",
 ]
@@ -111,6 +112,26 @@ HONOURED_METHODS = _names(
     training_step
     """
 )
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Check what depends on how many processes and devices there are.
+
+    Raises:
+        ValueError: several GPUs are visible to this one process, or several processes would each
+            find a batch size.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel; "
+            "start one process per GPU with torchrun or accelerate launch, or show one GPU "
+            "with CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise ValueError(
+            "auto_find_batch_size must be False with several processes, each of which would "
+            f"find its own; got True with {args.world_size} processes"
+        )
 
 
 def refuse_arguments(args: TrainingArguments) -> None:

@@ -78,6 +78,40 @@ def test_identifiers_are_made_from_vectors_without_a_dataset(
     assert read_index(output).codes.shape == (200, 3)
 
 
+def test_identifiers_are_made_by_a_function_of_ones_own(
+    data: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the current folder; it is told the dataset, the vectors and the seed."""
+    (tmp_path / "own_codes.py").write_text(
+        "import numpy as np\n"
+        "def by_number(dataset, vectors, seed):\n"
+        "    assert (dataset.num_items, vectors.shape, seed) == (200, (200, 6), 3)\n"
+        "    items = np.arange(dataset.num_items)\n"
+        "    return np.stack([items // 16, items % 16], axis=1)\n"
+        "def too_few(dataset, vectors, seed):\n"
+        "    return np.zeros((2, 2), np.int64)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "index.own.json.gz"
+    options = ("--cf-embeddings", data / "cf.npy", "--seed", 3, "--output", output)
+    own = ("make", "--method", "own_codes:by_number", *options)
+    code, out, error = call(capsys, *own, "--data", data)
+    assert (code, error) == (0, "")
+    assert "own_codes:by_number" in out
+    assert read_index(output, num_items=200).num_unique() == 200
+    again = (*options, "--overwrite", "--data", data)
+    for arguments, message in [
+        ((*own, "--overwrite"), "--method own_codes:by_number needs --data FOLDER"),
+        ((*own, "--overwrite", "--data", data, "--steps", 3), "has no option steps"),
+        (("make", "--method", "own_codes:none", *again), "has no 'none'"),
+        (("make", "--method", "own_codes:too_few", *again), "codes of 200 items; got 2"),
+        (("make", "--method", "rqvea", *options), "or 'module:function'; got 'rqvea'"),
+    ]:
+        code, _, error = call(capsys, *arguments)
+        assert code == 2
+        assert message in error
+
+
 def test_vectors_of_texts_are_kept(data: Path, tmp_path: Path, capsys: Capture) -> None:
     kept, output = tmp_path / "text.npy", tmp_path / "index.x.json.gz"
     options = ("--method", "kmeans", "--codes", 8, "--dim", 12, "--save-embeddings", kept)

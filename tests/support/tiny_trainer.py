@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from gflowgr.data import LeaveOneOut
 from gflowgr.models import GFlowModel
+from gflowgr.samplers import MakeSampler
 from gflowgr.training import GFlowGRConfig, GFlowGRTrainer
 from support.tiny_shop import make_model, make_scorer, shop
 
@@ -37,12 +38,14 @@ def make_trainer(
     *callbacks: TrainerCallback,
     split: LeaveOneOut | None = None,
     scorer: bool = True,
+    sampler: MakeSampler | None = None,
 ) -> GFlowGRTrainer:
     trainer = GFlowGRTrainer(
         make_model() if model is None else model,
         args,
         shop() if split is None else split,
         collaborative=make_scorer() if scorer else None,
+        sampler=sampler,
         callbacks=list(callbacks),
     )
     trainer.pop_callback("PrinterCallback")
