@@ -54,6 +54,10 @@ LOG_Z = {
 }
 
 
+_LINES_AT_MOST = 6
+"""Methods in one panel of lines."""
+
+
 @dataclass(frozen=True)
 class Point:
     """A value, the ends of its bar, and the single values (one per seed) shown behind it."""
@@ -186,10 +190,14 @@ def plot_breakdown(
     *,
     metric: str = "R@10",
 ) -> bool:
-    """A metric per part of the users: a panel per division, a line per method."""
+    """A metric per part of the users: a panel per division, a line per method; of more methods than
+    lines can be told apart, a panel per part and a row per method."""
     titles = {title: methods for title, methods in titles.items() if methods}
     if not titles:
         return False
+    names = list(dict.fromkeys(name for found in titles.values() for name in found))
+    if len(names) > _LINES_AT_MOST:
+        return plot_points(names, _points_of_parts(titles, metric), path, styles)
     figure, all_axes = plots.panels(len(titles), 5.2, 3.4, columns=2)
     for axes, (title, found) in zip(all_axes, titles.items(), strict=True):
         parts = list(dict.fromkeys(g.name for groups in found.values() for g in groups))
@@ -203,6 +211,21 @@ def plot_breakdown(
         axes.set_ylim(bottom=0)
     plots.legend_above(figure, all_axes)
     return plots.save(figure, path)
+
+
+def _points_of_parts(
+    titles: Mapping[str, Mapping[str, Sequence[UserGroup]]], metric: str
+) -> dict[str, dict[str, Point]]:
+    """Division and part to the methods' points."""
+    panels: dict[str, dict[str, Point]] = {}
+    for title, found in titles.items():
+        for name, groups in found.items():
+            for group in groups:
+                if metric in group.metrics:
+                    value = group.metrics[metric].mean
+                    label = f"{title.split(' (')[0]}: {group.name}"
+                    panels.setdefault(label, {})[name] = Point(value, value, value)
+    return panels
 
 
 def plot_curves(

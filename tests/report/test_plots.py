@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from gflowgr.report import plots
 from gflowgr.runs import figures
 from gflowgr.runs.figures import Point
+from gflowgr.runs.summary import Spread, UserGroup
 
 LOGS = [{"step": step, "loss_gr": 5.0 - step / 50, "eval_N@10": 0.1} for step in range(10, 100)]
 
@@ -40,6 +41,28 @@ def test_a_method_has_one_colour_in_all_figures(
         (axes,) = figure.axes
         colours = {line.get_color() for line in axes.lines} - {"black", plots.GREY}
         assert colours == {styles["TB"]["color"]}
+
+
+@pytest.mark.parametrize(("count", "panels"), [(6, 1), (10, 2)])
+def test_ten_methods_have_a_row_each_per_part_of_the_users(
+    count: int, panels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: bool(drawn.append(figure)) or True)
+    names = [f"method {place}" for place in range(count)]
+    groups = [UserGroup(part, 5, {"R@10": Spread.of({42: 0.1})}) for part in ("tail", "head")]
+    titles = {"Popularity (interactions)": dict.fromkeys(names, groups)}
+    styles = plots.method_styles(names)
+    assert figures.plot_breakdown(titles, tmp_path / "x.png", styles)
+    (figure,) = drawn
+    assert len(figure.axes) == panels
+    if panels == 2:
+        assert [axes.get_title("left") for axes in figure.axes] == [
+            "Popularity: tail",
+            "Popularity: head",
+        ]
+        shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        assert shown == names
 
 
 def test_calibration_is_the_same_bytes_and_needs_pairs(tmp_path: Path) -> None:
