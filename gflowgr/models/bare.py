@@ -188,7 +188,7 @@ class _T5Stack(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         """An encoder's states [B, S, d] of prompts [B, S]."""
-        layers: list[Any] = [block.layer for block in self.block]  # type: ignore[union-attr]
+        layers: list[Any] = [block.layer for block in self.block]
         length = input_ids.shape[1]
         bias = layers[0][0].SelfAttention.compute_bias(length, length, device=input_ids.device)
         pads = (attention_mask == 0)[:, None, None, :]
@@ -220,7 +220,7 @@ class _T5Norm(nn.Module):
         self.variance_epsilon = float(config["layer_norm_epsilon"])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
+        return rms_norm(hidden, list(self.weight.shape), self.weight, self.variance_epsilon)
 
 
 class _T5Attention(nn.Module):

@@ -231,7 +231,10 @@ def read_parts(folder: Path, *, decode_only: bool = False) -> dict[str, Any]:
         parts["tree"] = PrefixTree.load(folder / "tree.safetensors", mmap=True)
         parts["item_ids"] = ItemIds.load(folder)
         backbone = read_bare(folder) if decode_only else None
-        parts |= _library_parts(folder) if backbone is None else {"backbone": backbone}
+        if backbone is None:
+            parts |= _library_parts(folder)
+        else:
+            parts["backbone"] = backbone
     return parts
 
 
