@@ -36,7 +36,7 @@ cuda() {
             "-gencode=arch=compute_$arch,code=sm_$arch -c $source -o $parts/objects/$(basename "$source").o"
     done >>"$parts/commands"
     xargs -P "${MAX_JOBS:-2}" -I{} sh -c '{}' <"$parts/commands" || return 1
-    "$nvcc" -shared "$parts"/objects/*.o -o "$parts/_C_cuda.abi3.so" -L"$parts/empty" -L"$torch/lib" \
+    "$nvcc" -shared "-gencode=arch=compute_$arch,code=sm_$arch" "$parts"/objects/*.o -o "$parts/_C_cuda.abi3.so" -L"$parts/empty" -L"$torch/lib" \
         -ltorch -ltorch_cpu -lc10 -Xlinker --no-as-needed -ltorch_cuda
 }
 cpp() {

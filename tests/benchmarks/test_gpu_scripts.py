@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gflowgr.architectures import read_architectures
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "benchmarks").glob("gpu_*.sh"))
 STEP = re.compile(r"^step (\w+) (\d+) ", re.MULTILINE)
@@ -69,4 +71,5 @@ def test_prepared_parts_hold_the_architecture_asked_for() -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "not made: _C_cuda" not in done.stdout
-    assert (ROOT / "build" / "gpu" / "_C_cuda.abi3.so").is_file()
+    built = read_architectures(ROOT / "build" / "gpu" / "_C_cuda.abi3.so")
+    assert list(map(str, built)) == ["sm_90"]

@@ -9,7 +9,7 @@ import torch
 from support.small_models import FAST, SLOW, VOCAB, padded_prompts, small_model
 from torch import Tensor
 
-from gflowgr.decoding.decoders import GenericDecoder, StepDecoder, decoder_for, decoder_kind
+from gflowgr.decoding.decoders import GenericDecoder, StepDecoder, causal, decoder_for, decoder_kind
 
 
 def walk(decoder: StepDecoder, *, seed: int = 0) -> list[Tensor]:
@@ -35,6 +35,29 @@ def test_fast_decoders_equal_whole_sequences(name: str, side: str) -> None:
     assert type(fast) is not GenericDecoder
     for quick, whole in zip(walk(fast), walk(slow), strict=True):
         torch.testing.assert_close(quick, whole, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "norms"), [("qwen3", 9), ("olmo2", 9), ("gemma", 0)])
+@torch.no_grad()
+def test_norms_of_one_op_equal_the_models_own(name: str, norms: int) -> None:
+    """9 of two layers: two and two of the heads (or behind the parts) in each, and the last."""
+    base = small_model(name).base_model
+    own = dict(base.named_modules())
+    view = causal._view_of(base)
+    found = {n: m for n, m in view.named_modules() if isinstance(m, causal._RMSNorm)}
+    assert len(found) == norms
+    assert not any(isinstance(module, causal._RMSNorm) for module in own.values())
+    generator = torch.Generator().manual_seed(0)
+    for place, norm in found.items():
+        norm.weight.normal_(generator=generator)
+        hidden = torch.randn(3, 2, *norm.weight.shape, generator=generator)
+        torch.testing.assert_close(norm(hidden), own[place](hidden))
+        mixed = hidden.bfloat16()  # with a weight in float32, as some keep their norms
+        assert torch.equal(norm(mixed), own[place](mixed))
+    base.bfloat16()
+    for place, norm in found.items():
+        hidden = torch.randn(3, 2, *norm.weight.shape, generator=generator).bfloat16()
+        torch.testing.assert_close(norm(hidden), own[place](hidden), rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("name", ["t5", "gpt2", "qwen3", "gemma2"])
