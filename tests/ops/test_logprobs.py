@@ -131,9 +131,10 @@ def test_strides_do_not_matter() -> None:
 # ------------------------------------------------------------------ gradients
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.4])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("normalize", NORMALISERS)
+@pytest.mark.parametrize(
+    ("normalize", "bias", "temperature"),
+    [("vocab", True, 0.4), ("level", False, 0.4), ("level", True, 1.0), ("children", True, 0.4)],
+)
 def test_gradcheck(normalize: str, bias: bool, temperature: float) -> None:
     case = make_head_case(2, 2, 2, seed=4)
     assert case.mask.any()

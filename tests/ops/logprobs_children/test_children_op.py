@@ -201,8 +201,7 @@ def test_opcheck(backend: str, plain: bool, kept: bool, sparse: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("graph", ["eager", "aot_eager"])
-@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize(("graph", "sparse"), [("eager", True), ("aot_eager", False)])
 def test_compiles_as_one_graph(backend: str, graph: str, sparse: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(trajectory_logprobs, fullgraph=True, backend=graph)
