@@ -191,7 +191,7 @@ def _reference(catalogue: RandomCatalogue, step: Step, inputs: Inputs) -> Rankin
 def _children_floor(
     inputs: Inputs, catalogue: RandomCatalogue, bare: str | None, dtype: torch.dtype
 ) -> Floor:
-    """States and the children's rows of the head are read; a product for each child. Of a draw."""
+    """Reads states and the children's rows of the head; a product per child, for one draw."""
     pairs = rows = 0
     for depth in DEPTHS:
         tokens, _, valid = catalogue.csr.children(inputs[f"nodes {depth}"], depth)
@@ -235,7 +235,7 @@ def _kept(found: BeamStep, depth: int) -> Kept:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """In float32 at least, as careful code has it."""
+    """At least float32, as careful code computes it."""
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -260,7 +260,7 @@ def _masked_step(catalogue: RandomCatalogue, inputs: Inputs, depth: int) -> Kept
     logp = _log_softmax(inputs["logits"])
     vocab = logp.shape[-1]
     tokens, after, valid = catalogue.csr.children(nodes, depth)
-    # What is no candidate lands in a column of its own: it may share its token with one.
+    # Entries that are no candidates may share a candidate's token: they get a column of their own.
     mask = torch.zeros(*nodes.shape, vocab + 1, dtype=torch.bool, device=nodes.device)
     mask.scatter_(-1, torch.where(valid, tokens, vocab), True)
     total = torch.where(mask[..., :vocab], logp, -torch.inf) + scores.unsqueeze(-1)

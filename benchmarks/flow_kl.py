@@ -68,7 +68,7 @@ def _build(
 
 
 def _make_inputs(base: MakeInputs, items: int, seed: int) -> Inputs:
-    """Those of a fused loss, with log-rewards of all items; log Z is given."""
+    """Inputs of a fused loss with log-rewards of all items and log Z."""
     inputs = base(seed)
     g = torch.Generator().manual_seed(seed)
     rewards = _REWARD_NATS * torch.randn(len(inputs["tokens"]), items, generator=g)
@@ -120,7 +120,7 @@ class _PlainFlowKL(PlainRestriction):
         self.flows = sums.log() + top
 
     def held_loss(self, inputs: Inputs) -> Tensor:
-        """With flows that are there."""
+        """The loss with flows made before."""
         hidden, tokens, flows = inputs["hidden"], inputs["tokens"], self.flows
         assert flows is not None
         prompt = torch.arange(len(tokens), device=tokens.device)
@@ -143,7 +143,7 @@ class _PlainFlowKL(PlainRestriction):
         return loss / len(tokens)
 
     def made_loss(self, inputs: Inputs) -> Tensor:
-        """With flows that it makes."""
+        """The loss, flows included."""
         self.hold(inputs)
         return self.held_loss(inputs)
 

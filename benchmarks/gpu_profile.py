@@ -1,4 +1,4 @@
-"""What one call of the dense head and one search spend their time on: torch.profiler, to a file.
+"""Profile one call of the dense head and one search with torch.profiler, to a file.
 
 python benchmarks/gpu_profile.py --out FILE [--device cuda]
 """

@@ -88,7 +88,7 @@ class SeparateForwards(GFlowModel):
 
 @dataclass(frozen=True)
 class _World:
-    """What all variants of a case share."""
+    """Model, data and inputs that all variants of a case share."""
 
     shape: StepShape
     device: torch.device
@@ -204,7 +204,7 @@ class _Trainer:
     # ---- parts of a step ----
 
     def hold(self, inputs: Inputs) -> None:
-        """Have what the parts of a step on these inputs begin with."""
+        """Prepare what the parts of a step on these inputs start from."""
         self._flow = self.flow(inputs)
         make = self._inputs
         if make.sampler is not None:
@@ -219,7 +219,7 @@ class _Trainer:
         return made
 
     def parts(self) -> dict[str, Callable[[Inputs], object]]:
-        """What a step consists of, each alone, on the inputs held."""
+        """The parts of a step, each alone, on the inputs held."""
         make = self._inputs
 
         def forward(inputs: Inputs) -> Tensor:
@@ -317,7 +317,7 @@ def _judge(found: Outcome, wanted: tuple[Tensor, Tensor]) -> Check:
 
 
 def _flops(trainer: _Trainer, one: Inputs) -> float:
-    """Of matrix products and attention of one prompt's step; not of the head's fused loss."""
+    """FLOPs of matrix products and attention of one prompt's step, without the fused loss."""
     with FlopCounterMode(display=False) as counter:
         trainer.step(one)
     return float(counter.get_total_flops())

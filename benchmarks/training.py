@@ -70,13 +70,13 @@ class TrainingShape(Shape):
 
     @property
     def examples(self) -> int:
-        """Of all steps."""
+        """Examples of all steps."""
         return self.prompts * self.steps
 
 
 @dataclass(frozen=True)
 class _World:
-    """What all variants share."""
+    """Data, model and arguments that all variants share."""
 
     shape: TrainingShape
     device: torch.device
@@ -138,7 +138,7 @@ class _Row(ABC):
 
     @property
     def precision(self) -> str:
-        """Of the products."""
+        """The dtype of the matrix products."""
         return "bfloat16" if self.trainer.args.bf16 else "float32"
 
     @abstractmethod
@@ -179,7 +179,7 @@ class _Row(ABC):
 
     @abstractmethod
     def ready(self, model: GFlowModel) -> None:
-        """What the trainer does to a model."""
+        """The trainer's changes to a model."""
 
 
 class _Ours(_Row):
@@ -218,7 +218,7 @@ class _Plain(_Row):
         return Trainer(backbone, args, train_dataset=split.train, data_collator=collator)
 
     def ready(self, model: GFlowModel) -> None:
-        """Nothing."""
+        """No changes."""
 
     def loss(self, model: GFlowModel, batch: Mapping[str, Tensor]) -> Tensor:
         tokens = self.world.model.item_tokens().to(model.device)[batch["target"]]
@@ -313,7 +313,7 @@ def _judge(found: Callable[[], tuple[Tensor, str]], wanted: Tensor) -> Check:
 
 
 def _flops(world: _World) -> float:
-    """Of forward and backward of all examples without padding: one prompt of each length."""
+    """FLOPs of forward and backward of all examples without padding: one prompt of each length."""
     lengths, counts = np.unique(world.split(_SEED).train.lengths, return_counts=True)
     model = copy.deepcopy(world.model).train()
     tokens = model.item_tokens()[:1]

@@ -39,7 +39,7 @@ _CPU = torch.device("cpu")
 _VOCAB = LENGTH * CODES  # nothing but codes
 _WALKS = 1_000_000
 _AVAILABLE = 0.2
-_SLOW_ITEMS = 1_000_000  # what is built in Python or NumPy is not tried on more
+_SLOW_ITEMS = 1_000_000  # larger catalogues are not built in Python or NumPy
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TreeShape(Shape):
 
 
 class Structure(Protocol):
-    """Ours, the dict trie or the CSR matrix."""
+    """The package's tree, the dict trie or the CSR matrix."""
 
     @property
     def level_sizes(self) -> tuple[int, ...]:

@@ -92,7 +92,7 @@ class Bar:
 
     @property
     def text(self) -> str:
-        """A line that says it."""
+        """The bar as one line."""
         sign = "at most" if self.most else "at least"
         end = " (CONTENDED)" if self.contended else ""
         state = "met" if self.met else "MISSED"
@@ -100,7 +100,7 @@ class Bar:
 
 
 def judge_bars(rows: Sequence[BenchRow], wanted: Sequence[Wanted] = BARS) -> list[Bar]:
-    """The bars that the rows can tell, in the order of ``wanted``.
+    """The bars that the rows have figures for, in the order of ``wanted``.
 
     Ours is its fastest variant at a shape; what is wrong has no time, and no bar.
     """

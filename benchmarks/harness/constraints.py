@@ -55,7 +55,7 @@ def packed(tokens: npt.NDArray[Any], first_code: int) -> npt.NDArray[np.uint32]:
 
 
 class DictTrie:
-    """Nested dicts, as code around ``prefix_allowed_tokens_fn`` usually has them."""
+    """Nested dicts, the usual form behind ``prefix_allowed_tokens_fn``."""
 
     def __init__(self, tokens: npt.NDArray[Any]) -> None:
         self.root: dict[int, Any] = {}
@@ -164,17 +164,17 @@ class RandomCatalogue:
 
     @functools.cached_property
     def tree(self) -> PrefixTree:
-        """Ours."""
+        """The package's prefix tree."""
         return PrefixTree.from_identifiers(self.tokens).to(self.device)
 
     @functools.cached_property
     def csr(self) -> CsrMatrix:
-        """STATIC's."""
+        """The CSR matrix that STATIC describes."""
         return CsrMatrix(self.tokens.numpy(), self.first_code).to(self.device)
 
     @functools.cached_property
     def trie(self) -> DictTrie:
-        """What most code has. Without the garbage collector, which would count its dicts often."""
+        """Nested dicts, as most code has them; built without the garbage collector, for speed."""
         gc.disable()
         try:
             return DictTrie(self.tokens.numpy())

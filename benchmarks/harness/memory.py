@@ -77,7 +77,7 @@ def _cuda_peak(case: Case, variant: Variant) -> int:
 
 
 def _count(request: dict[str, object]) -> int:
-    """In the process of its own."""
+    """Count in the child process."""
     torch.set_num_threads(int(str(request["threads"])))
     shape = read_shape(str(request["shape"]))
     device, dtype = torch.device("cpu"), getattr(torch, str(request["dtype"]))

@@ -81,7 +81,7 @@ def weight_bytes(model: PreTrainedModel) -> float:
 
 
 def token_flops(model: Any, source: int) -> tuple[float, float]:
-    """FLOPs of matrix products: (of a prompt of ``source`` tokens, of one more token behind it)."""
+    """FLOPs of matrix products: (of a prompt of ``source`` tokens, of one more token after it)."""
     counts: list[float] = []
     lengths: Sequence[int] = (4, 8)
     for length in lengths:

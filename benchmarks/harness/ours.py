@@ -67,7 +67,7 @@ def without_kernels(ops: str, device: torch.device, dtype: torch.dtype) -> list[
 
 
 def variant_name(backend: str | None) -> str:
-    """What the tables call a backend of ours."""
+    """The name of one of our backends in the tables."""
     return "gflowgr" if backend is None else f"gflowgr/{backend}"
 
 

@@ -36,7 +36,7 @@ def token_logprobs(inputs: Inputs, logprobs: LogProbs) -> Tensor:
 
 
 def log_softmax_gather(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What most code does: all logits, log-softmax in float32 at least, the target's entry."""
+    """The usual way: all logits, log-softmax in float32 at least, the target's entry."""
     return gather_log_softmax(hidden @ weight.T, targets)
 
 

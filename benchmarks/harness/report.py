@@ -175,7 +175,7 @@ def fill_ratios(rows: list[BenchRow]) -> None:
 
 
 def make_summary(case: Case, times: Times, rates: Rates) -> dict[str, Any]:
-    """What a case has beside its rows."""
+    """Facts of a case apart from its rows."""
     bare = {}
     for name in case.bare:
         first, median, third = quartiles(times.samples[name])

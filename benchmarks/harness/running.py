@@ -147,7 +147,7 @@ def run_benchmarks(settings: Settings) -> list[BenchRow]:
 def timed_checks(device: torch.device) -> AbstractContextManager[None]:
     """The data checks of our ops, while it is timed: off on a GPU, as in training there.
 
-    Each would wait for the GPU, and no peer looks at its data.
+    Each would synchronise with the GPU, and no peer checks its data.
     """
     return validation(device.type != "cuda")
 
