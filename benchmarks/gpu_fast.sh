@@ -15,8 +15,9 @@ mkdir -p "$OUT"
 : >"$OUT/fast.log"
 : >"$OUT/status.txt"
 if [ "${GFLOWGR_GPU_REHEARSE:-0}" = 1 ]; then
-    # Processors are slower, and shared: it is the steps that are rehearsed, not the time.
-    slower=4 device=cpu dtype=float32 sizes=(2x2x4x16x1100 beam_step:2x4x1100x1k search-t5:1x8x4x1k train_step-t5:2x8x2x1k)
+    # Processors are slower, and others may share them: it is the steps that are rehearsed, not the time.
+    slower=20 device=cpu dtype=float32
+    sizes=(2x2x4x16x1100 beam_step:2x4x1100x1k search-t5:1x8x4x1k train_step-t5:2x8x2x1k)
     quick=(--repeats 1 --seconds 1 --no-memory --peers none) most=2
 else
     slower=1 device=cuda dtype=bfloat16
@@ -38,7 +39,8 @@ parts() {
     [ -e gflowgr/kernels ] || ln -s ../kernels gflowgr/kernels
     if [ "$device" = cpu ]; then
         echo "rehearsal: what is built here is used"
-    elif [ -f build/gpu/_C_cuda.abi3.so ] && [ "$(bash benchmarks/gpu_sources.sh)" = "$(cat build/gpu/made_of.txt)" ]; then
+    elif [ -f build/gpu/_C_cuda.abi3.so ] &&
+        [ "$(bash benchmarks/gpu_sources.sh)" = "$(cat build/gpu/made_of.txt)" ]; then
         cp build/gpu/*.so gflowgr/
     else
         echo "build/gpu is not there, or made of other sources: building"

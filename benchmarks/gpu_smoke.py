@@ -16,18 +16,21 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+Row = Callable[[str, float, str], None]
+"""(case, seconds, what is wrong or "")."""
 
-def run_here(names: Sequence[str], device: str) -> int:
-    """In the process of its own: a line of JSON for every case; returns the exit status."""
+
+def run_here(names: Sequence[str], device: str, show: Row) -> int:
+    """Run cases in this process; how many failed."""
     import torch
     from support.gpu_cases import gpu_cases
 
     torch.set_num_threads(1)
-    failed = False
+    failed = 0
     for case in gpu_cases():
         if case.name not in names:
             continue
@@ -39,19 +42,32 @@ def run_here(names: Sequence[str], device: str) -> int:
         except Exception as error:  # whatever it is, the other cases are still to run
             problem = f"{type(error).__name__}: {error}".strip()
             traceback.print_exc()
-        failed = failed or bool(problem)
-        line = {"case": case.name, "seconds": time.perf_counter() - begin, "problem": problem}
-        print(json.dumps(line), flush=True)
-    return int(failed)
+        failed += bool(problem)
+        show(case.name, time.perf_counter() - begin, problem)
+    return failed
 
 
-def show_group(groups: Sequence[str], names: Sequence[str], device: str, most: int) -> int:
-    """Print a row for each of some groups' cases as a new process ends it; how many failed."""
+def show_line(name: str, seconds: float, problem: str) -> None:
+    """A line of JSON, for the process that started this one."""
+    print(json.dumps({"case": name, "seconds": seconds, "problem": problem}), flush=True)
+
+
+def run_apart(groups: dict[str, list[str]], device: str, most: int, jobs: int) -> int:
+    """Run each group in a process of its own, some at once; how many cases failed."""
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [
+            pool.submit(show_group, group, names, device, most) for group, names in groups.items()
+        ]
+    return sum(future.result() for future in running)
+
+
+def show_group(group: str, names: Sequence[str], device: str, most: int) -> int:
+    """Print a row for each of a group's cases as a new process ends it; how many failed."""
     command = [sys.executable, __file__, "--device", device, "--most", str(most), "--here"]
     failed = done = 0
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [*command, "--groups", *groups], stdout=subprocess.PIPE, stderr=errors, text=True
+            [*command, "--groups", group], stdout=subprocess.PIPE, stderr=errors, text=True
         )
         assert process.stdout is not None
         for line in process.stdout:
@@ -89,20 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--here", action="store_true", help="in this process, as lines of JSON")
     args = parser.parse_args(argv)
     wanted = {group: groups[group][: args.most] for group in args.groups}
+    names = [name for group in wanted.values() for name in group]
     if args.here:
-        return run_here([name for names in wanted.values() for name in names], args.device)
-    # On a CPU a process starts slower than a group runs.
-    shares = [args.groups] if args.device == "cpu" else [[group] for group in args.groups]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        running = [
-            pool.submit(
-                *(show_group, share, [name for g in share for name in wanted[g]]),
-                *(args.device, args.most),
-            )
-            for share in shares
-        ]
-    failed, total = sum(future.result() for future in running), sum(map(len, wanted.values()))
-    print(f"{total - failed} of {total} cases passed on {args.device}")
+        return int(run_here(names, args.device, show_line) > 0)
+    if args.device == "cpu":  # a process starts slower than a group runs
+        failed = run_here(names, args.device, show_row)
+    else:
+        failed = run_apart(wanted, args.device, args.most, args.jobs)
+    print(f"{len(names) - failed} of {len(names)} cases passed on {args.device}")
     return int(failed > 0)
 
 

@@ -37,6 +37,7 @@ def test_every_step_has_a_timeout_and_all_fit_into_500_seconds() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.process
 def test_a_rehearsal_on_the_cpu_does_every_step(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -59,6 +60,7 @@ def test_a_rehearsal_on_the_cpu_does_every_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.process
 def test_prepared_parts_hold_the_architecture_asked_for() -> None:
     if shutil.which("nvcc") is None:
