@@ -185,7 +185,12 @@ def exact_flows(root: Path) -> str:
         rows, corrected = {row["method"]: row for row in setting["rows"]}, _corrected(setting)
         models = [name for name, row in rows.items() if row["group"] == "reference"]
         teachers = [name for name in models if name != "Popularity"]
-        for name in (*EXACT_METHODS, found["baseline"], *EXACT_REFERENCES, *teachers):
+        together = setting.get("also", {}).get("summed", {"rows": []})
+        for row in together["rows"]:
+            if row["method"] in EXACT_METHODS:
+                rows[f"{row['method']} + {teachers[0]}"] = row
+        both = [f"{name} + {teacher}" for name in EXACT_METHODS for teacher in teachers]
+        for name in (*EXACT_METHODS, found["baseline"], *EXACT_REFERENCES, *teachers, *both):
             if name not in rows:
                 continue
             row = rows[name]
@@ -203,8 +208,9 @@ def exact_flows(root: Path) -> str:
     return (
         markdown_table(lines, "llrrrrrr")
         + f"\n\nTest users, full ranking; seen items {seen}. CPU s: of the training and those that "
-        f"it needs. p: the largest of the four metrics', against {found['baseline']}, paired "
-        "bootstrap over users, seeds pooled, Holm-corrected. "
+        "it needs. A sum (+): the generator's beams in the order of both log-probabilities' sum. "
+        f"p: the largest of the four metrics', against {found['baseline']}, paired bootstrap over "
+        "users, seeds pooled, Holm-corrected. "
         f"{len(found['missing'])} results of the experiment are missing.\n"
     )
 
