@@ -127,6 +127,7 @@ def test_shipped_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> N
         "beauty",
         "behaviours",
         "exact_flows",
+        "exposure",
         "paper_ablation",
         "paper_grid",
         "paper_main",
