@@ -198,7 +198,7 @@ def exact_flows(root: Path) -> str:
             ps = [corrected[name, metric] for metric in METRICS if (name, metric) in corrected]
             cells = [f"{row['metrics'][metric]['mean']:.4f}" for metric in METRICS]
             cells.append("" if cpu is None else f"{cpu['mean']:,.0f}")
-            cells.append(format_p(max(ps)) if ps else "")
+            cells.append(", ".join(map(format_p, ps)))
             seeds = len(row["seeds"])
             lines.append([setting["dataset"], f"{name}, {seeds} seed{'s' * (seeds > 1)}", *cells])
         notes.append(setting["rules"].get("Seen items", ""))
@@ -206,11 +206,11 @@ def exact_flows(root: Path) -> str:
         return "Results of `exact_flows` are not complete yet.\n"
     seen = "; ".join(dict.fromkeys(notes))
     return (
-        markdown_table(lines, "llrrrrrr")
+        markdown_table(lines, "llrrrrrl")
         + f"\n\nTest users, full ranking; seen items {seen}. CPU s: of the training and those that "
         "it needs. A sum (+): the generator's beams in the order of both log-probabilities' sum. "
-        f"p: the largest of the four metrics', against {found['baseline']}, paired bootstrap over "
-        "users, seeds pooled, Holm-corrected. "
+        f"p: of the four metrics' differences to {found['baseline']}, paired bootstrap over users, "
+        "seeds pooled, Holm-corrected. "
         f"{len(found['missing'])} results of the experiment are missing.\n"
     )
 
