@@ -84,6 +84,14 @@ def find_torch() -> ModuleType | None:
     return torch
 
 
+def reason(error: BaseException) -> str:
+    """Why nothing was compiled: the error, which hardly names a compiler that is not there."""
+    named = os.environ.get("CXX", "").split() or ["c++", "g++", "clang++"]
+    if os.name == "nt" or any(map(shutil.which, named)):
+        return str(error)
+    return f"no C++ compiler was found, such as g++: install one and install again ({error})"
+
+
 def compile_flags() -> list[str]:
     if os.name == "nt":
         return ["/O2", "/std:c++17"]
@@ -264,12 +272,13 @@ def build_command(torch: ModuleType | None) -> type[build_ext]:
             path.unlink(missing_ok=True)
             if error is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(" ".join(str(error).split())[-400:] + "\n", encoding="utf-8")
+                path.write_text(" ".join(reason(error).split())[-400:] + "\n", encoding="utf-8")
 
         def give_up(self, what: str, error: BaseException) -> None:
             if switch("GFLOWGR_CUDA", "auto") == "1" and what != "gflowgr._host":
                 raise SystemExit(f"GFLOWGR_CUDA=1, but {what} failed to build: {error}")
-            warn(f"{what} failed to build and is left out; slower code will do its work.\n{error}")
+            slower = "failed to build and is left out; slower code will do its work."
+            warn(f"{what} {slower}\n{reason(error)}")
 
         def get_export_symbols(self, ext: Extension) -> list[str]:
             # _C and _C_cuda are no Python modules and have no PyInit function to export.

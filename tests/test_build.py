@@ -340,6 +340,8 @@ def test_installs_and_works_without_compiled_parts(
     packages = [folder.parent for folder in tmp_path.glob("lib*/gflowgr")]
     assert len(packages) == 1
     assert not list(packages[0].rglob("*.so"))
+    for note in packages[0].glob("*.not_built.txt"):
+        assert note.read_text().startswith("no C++ compiler was found, such as g++"), note
     script = (
         "import torch, gflowgr\n"
         f"assert gflowgr.__file__.startswith({str(tmp_path)!r}), gflowgr.__file__\n"

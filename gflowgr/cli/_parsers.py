@@ -40,7 +40,12 @@ def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 
 def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     """Declare the saved model, its dataset and the beams."""
-    parser.add_argument("model", metavar="MODEL", help="a saved model, such as RUN/gflowgr/model")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a saved model, such as RUN/gflowgr/model; a folder of a run or an experiment stands "
+        "for its model of the method gflowgr, if there is exactly one",
+    )
     parser.add_argument("--data", required=True, metavar="FOLDER", help="the dataset")
     parser.add_argument("--beams", type=int, default=20, help="beams (default: %(default)s)")
 

@@ -89,6 +89,8 @@ def encode_texts(
             if local
             else "is the name right, and the network there?"
         )
+        if importlib.util.find_spec("sentence_transformers") is None:
+            way += "; a model of sentence-transformers needs pip install 'gflowgr[text]', too"
         raise ValueError(
             f"encoder {encoder!r} cannot be loaded: {way} ({_first(error)})"
         ) from error

@@ -23,6 +23,7 @@ __all__ = [
 
 _FIRST = ("R@5", "R@10", "N@5", "N@10")
 _DECIMALS = {"entropy": 3, "num_users": 0}
+_LEGEND = "* the best of a column"
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,16 @@ def format_table(
     Args:
         rows: the methods, in the order shown.
         columns: metrics to show; by default all, without the number of users (a rule).
-        style: "text" (aligned for a terminal; the best of a column is marked \\*) or "markdown"
-            (the best is bold). A metric that a row does not have is shown as "-".
+        style: "text" (aligned for a terminal; the best of a column is marked \\*, as a last line
+            says) or "markdown" (the best is bold). A metric that a row does not have is "-".
 
     Raises:
         ValueError: unknown style, or no rows.
     """
-    return render_table(results_table(rows, columns=columns), style)
+    table = results_table(rows, columns=columns)
+    text = render_table(table, style)
+    marked = any(cell.strong for row in table.rows for cell in row)
+    return f"{text}\n{_LEGEND}" if marked and style == "text" else text
 
 
 def results_table(rows: Sequence[TableRow], *, columns: Sequence[str] | None = None) -> Table:

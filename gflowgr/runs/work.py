@@ -298,7 +298,8 @@ def check_reward(config: RunConfig, split: Split) -> str:
             signals = config.flow.signals
             make_signals(signals, behaviour_values=given, behaviour_names=names, side=side)
     except ValueError as error:
-        raise ConfigError(f"flow.signals, finetune.behaviour_values: {error}") from error
+        setting = "flow." if str(error).startswith("signals") else "finetune.behaviour_values: "
+        raise ConfigError(f"{setting}{error}") from error
     if "r_a" not in config.flow.signals or not names:
         return ""
     values = default_behaviour_values([name for name in names if name not in given]) | given

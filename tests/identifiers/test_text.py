@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,8 @@ def test_nothing_is_downloaded_unasked() -> None:
     with pytest.raises(ValueError, match="encoder 'no-such/encoder' cannot be loaded") as caught:
         encode_texts(["x"], "no-such/encoder")
     assert "--allow-download" in str(caught.value)
+    without = importlib.util.find_spec("sentence_transformers") is None
+    assert ("gflowgr[text]" in str(caught.value)) == without
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

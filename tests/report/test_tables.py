@@ -24,6 +24,8 @@ def test_text_table_is_aligned_and_marks_the_best() -> None:
     assert lines[2].split() == ["SFT", "0.0413", "0.0343", "7.200*"]
     assert lines[3].split() == ["GFlowGR-TB", "0.0433", "±", "0.0011*", "0.0363*", "-"]
     assert lines[2].index("0.0343") == lines[3].index("0.0363")
+    assert lines[4:] == ["* the best of a column"]
+    assert "*" not in format_table(ROWS[:1])
 
 
 def test_markdown_table() -> None:

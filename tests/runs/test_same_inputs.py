@@ -204,6 +204,13 @@ def test_a_behaviour_without_a_reward_is_found_before_any_training(tmp_path: Pat
     assert not [line for line in said if line.startswith("Stage")]
 
 
+def test_a_wrong_signal_is_said_to_be_of_its_setting(tmp_path: Path) -> None:
+    values = tiny_run(tmp_path / "run")
+    values["flow"] = {"signals": ["r_a", "nowhere:Fresh"]}
+    with pytest.raises(ConfigError, match=r"^flow\.signals: cannot make 'nowhere:Fresh'"):
+        run(RunConfig.from_dict(values), say=lambda text: None, progress=False)
+
+
 def test_missing_identifiers_are_found_before_any_training(tmp_path: Path) -> None:
     values = tiny_run(tmp_path / "run")
     values["data"]["identifiers"] = "published"
