@@ -89,7 +89,7 @@ def reason(error: BaseException) -> str:
     named = os.environ.get("CXX", "").split() or ["c++", "g++", "clang++"]
     if os.name == "nt" or any(map(shutil.which, named)):
         return str(error)
-    return f"no C++ compiler was found, such as g++: install one and install again ({error})"
+    return f"{error}: no C++ compiler was found; install one, such as g++, and install again"
 
 
 def compile_flags() -> list[str]:
