@@ -163,7 +163,13 @@ def parse_python(words: list[str]) -> None:
         for shape in map(read_shape, args.shapes):
             assert any(table.fits(shape) for table in tables), shape.text
     elif words[:2] == ["-m", "pytest"]:
-        for word in words[2:]:
+        words = words[2:]
+        if "-m" in words:
+            marks = words.index("-m")
+            known = (ROOT / "pyproject.toml").read_text()
+            assert f'"{words[marks + 1]}: ' in known, f"no marker {words[marks + 1]}"
+            del words[marks : marks + 2]
+        for word in words:
             assert word.startswith("-") or (ROOT / word).exists(), word
     else:
         assert (ROOT / words[0]).is_file(), words[0]
