@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -32,7 +33,7 @@ def head_call(device: torch.device) -> Callable[[], object]:
 def search_call(device: torch.device) -> Callable[[], object]:
     """A beam search of eight prompts with the decoder-only model."""
     prompts, source, items = (1, 8, 1000) if device.type == "cpu" else (8, 512, BEAUTY_ITEMS)
-    model = build_model("qwen3", device)
+    model: Any = build_model("qwen3", device)
     if device.type == "cuda":
         model = model.to(torch.bfloat16)
     tree = random_catalogue(items, VOCAB, device).tree

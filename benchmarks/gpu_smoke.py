@@ -27,7 +27,7 @@ Row = Callable[[str, float, str], None]
 def run_here(names: Sequence[str], device: str, show: Row) -> int:
     """Run cases in this process; how many failed."""
     import torch
-    from support.gpu_cases import gpu_cases
+    from support.gpu_cases import gpu_cases  # type: ignore[import-not-found]  # of the tests
 
     torch.set_num_threads(1)
     failed = 0

@@ -54,7 +54,8 @@ def _build(
     dtype: torch.dtype,
     peers: tuple[str, ...],
 ) -> Case:
-    model = build_model(shape.model, device).to(dtype)
+    model: Any = build_model(shape.model, device)
+    model = model.to(dtype)
     items = random_catalogue(shape.items, VOCAB, device)
     case = Case(
         table,

@@ -173,7 +173,7 @@ def test_an_index_without_dataset_is_checked_for_itself(data: Path, capsys: Capt
         (("check", "nothing", "--data", "DATA"), "no file index.nothing.json.gz"),
         (("check", "nothing"), "there is no such file, and no --data"),
         (("compare", "DATA/index.hierarchy.json.gz", "hierarchy", "--data", "DATA"), "another one"),
-        (("make", "--method", "bert", "--output", "x"), "invalid choice: 'bert'"),
+        (("make", "--method", "bert", "--output", "x"), "'module:function'; got 'bert'"),
         ((), "required: ACTION"),
     ],
 )

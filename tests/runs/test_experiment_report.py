@@ -284,12 +284,17 @@ def test_the_readme_gets_the_exact_flows_that_are_there(
     write_report(folder)
     assert generate(monkeypatch, "--root", str(tmp_path)) == 0
     text = page.read_text()
-    (beauty, yelp) = (line for line in text.splitlines() if "Flow KL joint" in line)
+    rows = [line for line in text.splitlines() if "Flow KL joint" in line]
+    (beauty, together, yelp, yelp_together) = rows
+    p = r"(0\.00\d|< 0\.001)"
     assert re.fullmatch(
-        r"\| Beauty \| Flow KL joint, 1 seed \|( 0\.\d{4} \|){4} 17 \| 0\.00\d \|", beauty
+        rf"\| Beauty \| Flow KL joint, 1 seed \|( 0\.\d{{4}} \|){{4}} 17 \| {p}(, {p}){{3}} \|",
+        beauty,
     )
     assert yelp.endswith("| 17 |  |")  # no control there yet
-    assert "against SFT continued" in text
+    for line in (together, yelp_together):
+        assert "| Flow KL joint + SASRec, 1 seed |" in line
+    assert "differences to SFT continued" in text
     assert "1 results of the experiment are missing" in text
 
 

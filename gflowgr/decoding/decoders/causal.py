@@ -158,6 +158,9 @@ class _RMSNorm(nn.Module):
     It takes the place of a module with ``weight`` [d] and ``variance_epsilon``.
     """
 
+    _own: Any
+    variance_epsilon: float
+
     def forward(self, hidden: Tensor) -> Tensor:
         weight: Any = self.weight
         if weight.dtype != hidden.dtype:  # what the result is then, models differ in
