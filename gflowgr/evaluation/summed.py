@@ -24,6 +24,9 @@ class SummedRecommender:
         model: the collaborative model.
         width: candidates per history; at least as many as are asked for.
         name: how tables call it.
+
+    Raises:
+        ValueError: ``width`` below 1.
     """
 
     def __init__(

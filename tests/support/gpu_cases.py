@@ -22,6 +22,7 @@ from ops.logprobs_dense import cases as dense_cases
 from torch import Tensor
 
 import gflowgr
+from benchmarks.harness.case import capture
 from gflowgr.decoding import constrained_beam_search
 from gflowgr.ops import fused_flow_kl, fused_flow_loss
 from gflowgr.ops.beam_step.op import beam_step, beam_step_hidden
@@ -98,15 +99,7 @@ def captured(
                 to.copy_(new)
 
         return again, outputs
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = work()
-    return graph.replay, outputs
+    return capture(work)
 
 
 def check_replay(
