@@ -14,7 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +188,7 @@ def _there(shards: Sequence[Shard], arguments: tuple[Any, ...], cluster: Cluster
     model_folder, data_folder, options, out = arguments
     places = (str(Path(model_folder).resolve()), str(Path(data_folder).resolve()))
     if options.available is not None:
-        options = RecommendOptions(
-            **vars(options) | {"available": str(Path(options.available).resolve())}
-        )
+        options = replace(options, available=str(Path(options.available).resolve()))
     with connected(cluster.address):
         # There is a bar of users; what goes wrong is still said.
         ray.data.DataContext.get_current().enable_progress_bars = False
