@@ -14,6 +14,8 @@ needs: pip install gflowgr[serve]
 
 examples:
   gflowgr serve runs/a/gflowgr/model --data data
+  gflowgr serve runs/a/gflowgr/model --data data --beside runs/a/sft/model \\
+      --collaborative runs/a/sasrec
   gflowgr serve runs/a/gflowgr/model --data data --host 0.0.0.0 --api-key-file key.txt
 
   curl -s localhost:8000/recommend --json '{"history": [3, 14, 15], "k": 5, "with_titles": true}'
@@ -38,6 +40,17 @@ def add_serve(commands: Commands) -> None:
         metavar="FILE",
         help="index.NAME.json.gz that the model was trained with, made by gflowgr identifiers; "
         "new items may then come with a vector instead of an identifier",
+    )
+    parser.add_argument(
+        "--beside",
+        metavar="MODEL2",
+        help="a second model of the same items and identifiers; the page shows the answers of both",
+    )
+    parser.add_argument(
+        "--collaborative",
+        metavar="FOLDER",
+        help="the collaborative model, such as RUN/sasrec, whose scores the reward is made of; the "
+        "page shows the flow of the reward beside the model's",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port (default: %(default)s)")
@@ -71,5 +84,14 @@ def _serve(args: argparse.Namespace) -> int:
     )
     folder = Path(args.model)
     state = args.state or str(folder.with_name(f"{folder.name}-catalogue"))
-    serve(args.model, args.data, state, config, num_beams=args.beams, index=args.index)
+    serve(
+        args.model,
+        args.data,
+        state,
+        config,
+        num_beams=args.beams,
+        index=args.index,
+        beside=args.beside,
+        collaborative=args.collaborative,
+    )
     return 0

@@ -106,10 +106,11 @@ class Catalogue:
         return np.where((codes < 0) | (codes >= sizes), -1, codes)
 
     @cached_property
-    def beginnings(self) -> Tensor:
-        """The first two tokens of identifiers, each pair once [pairs, 2], padded with -1."""
+    def beginnings(self) -> PrefixTree:
+        """The first two tokens of identifiers, each pair once, as the items of a tree."""
         identifiers = self.tree.identifiers(self.tree.item_ids)
-        return identifiers[:, :2].unique(dim=0).cpu()
+        pairs = identifiers[:, :2].unique(dim=0).cpu()
+        return PrefixTree.from_identifiers(pairs).to(self.model.device)
 
     @cached_property
     def available(self) -> npt.NDArray[np.bool_]:
@@ -239,6 +240,14 @@ class Catalogue:
             model = load(change.model)
         except (DataError, OSError) as error:
             raise RequestError("model", f"model: {error}") from None
+        return self.with_model(model)
+
+    def with_model(self, model: GFlowModel) -> Catalogue:
+        """The same items and changes, answered for by another model.
+
+        Raises:
+            RequestError: items were added, and the model has other codebooks than they.
+        """
         mine, its = self.model.vocabulary, model.vocabulary
         same = (mine.codebook_sizes, mine.ragged) == (its.codebook_sizes, its.ragged)
         if self.identifiers and not same:

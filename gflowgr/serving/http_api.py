@@ -98,10 +98,11 @@ class _Body(BaseModel):
 
 
 class Asked(_Body):
-    """Who asks: a user of the dataset, or a history of items, oldest first."""
+    """Who asks, a user of the dataset or a history of items, oldest first; and which model."""
 
     user: Item | None = None
     history: list[Item] | None = Field(None, max_length=MAX_HISTORY)
+    beside: StrictBool = False
 
 
 class RecommendBody(Asked):
@@ -241,9 +242,10 @@ def make_app(service: Service, config: ServerConfig) -> FastAPI:
 
     @app.post("/tree", dependencies=keyed)
     def tree(body: Asked) -> dict[str, Any]:
-        """The history with its titles, and P of the most probable beginnings of identifiers."""
+        """The history with its titles, and the flow through the first two levels of the tree."""
         history = None if body.history is None else tuple(body.history)
-        return service.beginnings(Recommend(None if body.user is None else str(body.user), history))
+        user = None if body.user is None else str(body.user)
+        return service.beginnings(Recommend(user, history, beside=body.beside))
 
     @app.post("/items", dependencies=keyed)
     def add(body: ItemBody, request: Request) -> dict[str, int]:

@@ -44,6 +44,7 @@ class Recommend:
         mask_seen: leave out the items of the history.
         with_scores: log P of each item, too (nats).
         with_titles: the title of each item, too.
+        beside: ask the model beside the served one.
     """
 
     user: str | None = None
@@ -54,6 +55,7 @@ class Recommend:
     mask_seen: bool = True
     with_scores: bool = False
     with_titles: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)

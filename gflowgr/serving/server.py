@@ -27,6 +27,8 @@ def serve(
     *,
     num_beams: int,
     index: str | None = None,
+    beside: str | None = None,
+    collaborative: str | None = None,
 ) -> None:
     """Answer requests until the process is told to end (SIGINT, SIGTERM).
 
@@ -37,6 +39,8 @@ def serve(
         config: address, key and batches.
         num_beams: beams of the search.
         index: the index file whose tokeniser codes new items.
+        beside: the folder of a second model, which the page shows beside the first.
+        collaborative: the folder of the model whose reward's flows are shown beside the model's.
 
     Raises:
         DataError: model, dataset and journal do not belong together.
@@ -44,7 +48,15 @@ def serve(
     """
     import uvicorn
 
-    service = Service(model, data, state, num_beams=num_beams, index=index)
+    service = Service(
+        model,
+        data,
+        state,
+        num_beams=num_beams,
+        index=index,
+        beside=beside,
+        collaborative=collaborative,
+    )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="gflowgr: %(message)s")
     logging.getLogger("gflowgr.serving").setLevel(logging.INFO)  # a line for each change
     shown = f"[{config.host}]" if ":" in config.host else config.host

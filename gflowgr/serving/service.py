@@ -13,23 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import shown
-from ..evaluation.generative import GenerativeRecommender
+from ..errors import DataError, shown
 from ..models.gflow_model import GFlowModel
-from ..tree import PrefixTree
+from .beginnings import TargetPolicy, beginnings
 from .catalogue import Catalogue
 from .coding import ItemCoder
 from .journal import Journal
-from .load import load_for
+from .load import load_collaborative_for, load_for
 from .requests import Add, AddVector, Change, Recommend, RequestError, SwapModel
 
 __all__ = ["Service"]
 
-_BEGINNINGS = 256
-"""Beginnings of identifiers that are looked for."""
-
-Search = tuple[int, tuple[int, ...] | None]
-"""What the requests of one search share: beams, and the only items that may come back."""
+Search = tuple[int, tuple[int, ...] | None, bool]
+"""What the requests of one search share: beams, the only items that may come back, and whether it
+is by the model beside."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +55,43 @@ class Service:
         num_beams: beams of the search; at least as many as items are wanted are used.
         index: the index file that the model was trained with, whose tokeniser codes new items;
             None: they come with their identifiers.
+        beside: the folder of a second model of the same items and identifiers, for comparison; it
+            answers from the same catalogue.
+        collaborative: the folder of the model whose scores the reward is made of; its exact flows
+            are then shown beside the model's.
 
     Raises:
         DataError: the model, the dataset or the journal is damaged, or they do not belong together.
     """
 
     def __init__(
-        self, model: str, data: str, state: str, *, num_beams: int = 20, index: str | None = None
+        self,
+        model: str,
+        data: str,
+        state: str,
+        *,
+        num_beams: int = 20,
+        index: str | None = None,
+        beside: str | None = None,
+        collaborative: str | None = None,
     ) -> None:
         loaded, self.dataset = load_for(model, data)
         self._load: Callable[[str], GFlowModel] = partial(_model_of, data=data)
         self._lock = threading.RLock()
         self._catalogue = Catalogue.of(loaded, self.dataset, num_beams)
         self._coder = None if index is None else ItemCoder(index, self._catalogue)
+        self._beside = None if beside is None else load_for(beside, data)[0]
+        if self._beside is not None:
+            its = self._catalogue.with_model(self._beside).codes()
+            if not np.array_equal(its, self._catalogue.codes()):
+                raise DataError(
+                    f"--beside {beside} must have the identifiers of {model}; it has others"
+                )
+        self._pair: tuple[Catalogue | None, Catalogue] = (None, self._catalogue)
+        self._target = None
+        if collaborative is not None:
+            scorer, _ = load_collaborative_for(collaborative, data)
+            self._target = TargetPolicy.of(scorer, self.dataset, loaded.settings)
         self._journal = Journal(state)
         self.catalogue()  # catches up
 
@@ -104,6 +125,8 @@ class Service:
             if isinstance(change, AddVector):
                 change = self._coded(change)
             changed = self.catalogue().after(change, self._load)
+            if self._beside is not None:
+                self._of_beside(changed)  # what cannot be done there changes nothing, either
             line = self._journal.append(change, by)
             self._catalogue = changed
         return line
@@ -138,8 +161,9 @@ class Service:
                 answers[place] = error
             else:
                 groups.setdefault(asked.search, []).append(asked)
-        for (_, only), group in groups.items():
-            items, scores = catalogue.recommender(only).recommend(
+        for (_, only, beside), group in groups.items():
+            asked_model = self._of_beside(catalogue) if beside else catalogue
+            items, scores = asked_model.recommender(only).recommend(
                 [asked.history for asked in group],
                 max(asked.request.k for asked in group),
                 [asked.excluded for asked in group],
@@ -163,44 +187,34 @@ class Service:
         """The history of a request, and where the model's probability goes in the tree.
 
         Returns:
-            ``history`` (id and title of each item), and ``beginnings``: the most probable first two
-            codes of identifiers, each with its ``codes`` and ``probability``, normalised over the
-            children of each node: they sum to 1 over all beginnings that there are.
+            ``history`` (id and title of each item); ``beginnings``, see
+            :func:`~gflowgr.serving.beginnings.beginnings`; ``models``, what the served one and the
+            one beside it were trained by; ``version`` of the catalogue.
 
         Raises:
             RequestError: an id that no item has, no such user, neither of them.
         """
         catalogue = self.catalogue()
         history = self._find(catalogue, 0, request).history
-        tokens = catalogue.beginnings
-        search = GenerativeRecommender(
-            catalogue.model,
-            num_beams=min(len(tokens), _BEGINNINGS),
-            normalize="children",
-            tree=PrefixTree.from_identifiers(tokens).to(catalogue.model.device),
-            item_tokens=catalogue.item_tokens,
-        )
-        found, log_p = search.recommend([history], search.num_beams)
-        offsets = catalogue.model.vocabulary.level_offsets
+        models = [catalogue.model, *([] if self._beside is None else [self._beside])]
+        of_model = self._of_beside(catalogue) if request.beside else catalogue
         return {
             "history": [
                 {"id": catalogue.ids[item], "title": catalogue.titles[item]}
                 for item in history.tolist()
             ],
-            "beginnings": [
-                {
-                    "codes": [
-                        token - offset
-                        for token, offset in zip(tokens[row].tolist(), offsets, strict=False)
-                        if token >= offset
-                    ],
-                    "probability": math.exp(score),
-                }
-                for row, score in zip(found[0].tolist(), log_p[0].tolist(), strict=True)
-                if row >= 0
-            ],
+            "beginnings": beginnings(of_model, history, self._target),
+            "models": [model.settings.label for model in models],
             "version": catalogue.version,
         }
+
+    def _of_beside(self, catalogue: Catalogue) -> Catalogue:
+        """The same catalogue of the model beside, made once for each version."""
+        with self._lock:
+            if self._pair[0] is not catalogue:
+                assert self._beside is not None  # _find has refused the request otherwise
+                self._pair = catalogue, catalogue.with_model(self._beside)
+            return self._pair[1]
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -210,6 +224,8 @@ class Service:
         def numbers(items: tuple[Any, ...], field: str) -> npt.NDArray[np.int64]:
             return np.array([catalogue.number(item, field) for item in items], dtype=np.int64)
 
+        if request.beside and self._beside is None:
+            raise RequestError("beside", "beside: this server was started without --beside")
         if request.history is not None:
             history = numbers(request.history, "history")
         elif request.user is not None:
@@ -225,7 +241,7 @@ class Service:
         if request.available is not None:
             only = tuple(np.unique(numbers(request.available, "available")).tolist())
         beams = max(request.k, catalogue.num_beams)
-        return _Asked(place, request, history, excluded, (beams, only))
+        return _Asked(place, request, history, excluded, (beams, only, request.beside))
 
 
 def _record(

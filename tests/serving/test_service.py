@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from support.served_shop import free_identifiers, serve, write_folders
-from support.tiny_shop import make_model, shop
+from support.tiny_shop import make_model, make_scorer, shop
 
+from gflowgr.collaborative import EmbeddingScorer
 from gflowgr.errors import DataError
 from gflowgr.evaluation.generative import GenerativeRecommender
 from gflowgr.identifiers import Tokeniser, tokeniser_path, write_index
+from gflowgr.models import GFlowModel
+from gflowgr.rewards import CatalogueReward
+from gflowgr.serving.beginnings import TargetPolicy
 from gflowgr.serving.requests import (
     Add,
     AddVector,
@@ -27,6 +31,7 @@ from gflowgr.serving.requests import (
     SwapModel,
 )
 from gflowgr.serving.service import Service
+from gflowgr.tree import PrefixTree
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +197,79 @@ def test_the_beginnings_of_identifiers_have_the_probability_of_their_items(
     assert got.keys() == wanted.keys()
     for pair, probability in wanted.items():
         assert got[pair] == pytest.approx(probability, rel=1e-4)
+
+
+def test_the_target_beside_a_beginning_is_the_reward_of_its_items(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    """Also of items that the collaborative model does not know, and of removed ones."""
+    scorer = make_scorer()
+    scorer.save(tmp_path / "scorer")
+    make_model(objective="flow_kl", reward_temperature=0.5).save_pretrained(tmp_path / "model")
+    service = Service(
+        str(tmp_path / "model"),
+        folders["data"],
+        str(tmp_path / "state"),
+        collaborative=str(tmp_path / "scorer"),
+    )
+    service.change(Add("new", free_identifiers()[0]), "me")
+    service.change(Remove("5"), "me")
+    found = service.beginnings(Recommend(history=(3, "new", 7)))
+    reward = (scorer.score(torch.tensor([[3, 7]])).double() / 0.5).exp()[0]
+    reward[[3, 5, 7]] = 0.0
+    codes = make_model(objective="sft").item_tokens().numpy()
+    codes = codes - np.array(make_model(objective="sft").vocabulary.level_offsets)
+    wanted: dict[tuple[int, ...], float] = {}
+    for item in range(200):
+        pair = tuple(codes[item, :2].tolist())
+        wanted[pair] = wanted.get(pair, 0.0) + float(reward[item] / reward.sum())
+    got = {tuple(each["codes"]): each["target"] for each in found["beginnings"]}
+    assert sum(got.values()) == pytest.approx(1, abs=1e-5)
+    assert got == pytest.approx({pair: wanted[pair] for pair in got}, rel=1e-4, abs=1e-9)
+    assert found["models"] == ["GFlowGR-FlowKL"]
+    everyone = service.beginnings(Recommend(history=tuple(range(200))))
+    assert "target" in everyone["beginnings"][0]  # the model reads the last 8 alone
+    catalogue = service.catalogue()
+    tokens = catalogue.beginnings.identifiers(catalogue.beginnings.item_ids)
+    two = TargetPolicy(EmbeddingScorer(torch.ones(2, 2)), CatalogueReward())
+    assert two.shares(catalogue, np.array([0]), tokens) is not None
+    assert two.shares(catalogue, np.array([0, 1]), tokens) is None  # no reward is left
+
+
+def test_a_model_beside_answers_from_the_same_catalogue(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    state = str(tmp_path / "state")
+    service = Service(
+        folders["model0"], folders["data"], state, num_beams=8, beside=folders["model1"]
+    )
+    service.change(Add("new", free_identifiers()[0]), "me")
+    service.change(Remove("5"), "me")
+    alone = Service(folders["model1"], folders["data"], state, num_beams=8)
+    request = {"history": (3, "new"), "k": 6, "with_scores": True}
+    first, second = service.answer([Recommend(**request), Recommend(**request, beside=True)])
+    assert second == answer(alone, **request)
+    assert first != second
+    assert service.beginnings(Recommend(history=(3,), beside=True)) == {
+        **alone.beginnings(Recommend(history=(3,))),
+        "models": ["SFT", "SFT"],
+    }
+    service.change(SwapModel(folders["model1"]), "me")
+    first, second = service.answer([Recommend(**request), Recommend(**request, beside=True)])
+    assert first == second
+    (refused,) = alone.answer([Recommend(**request, beside=True)])
+    assert isinstance(refused, RequestError)
+    assert (refused.field, str(refused)) == (
+        "beside",
+        "beside: this server was started without --beside",
+    )
+    other = make_model(objective="sft")
+    rows = other.item_tokens().flip(0)
+    GFlowModel(
+        other.backbone, PrefixTree.from_identifiers(rows), other.vocabulary, other.settings
+    ).save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match=r"--beside .*other must have the identifiers of"):
+        Service(folders["model0"], folders["data"], state, beside=str(tmp_path / "other"))
 
 
 def test_an_item_with_a_vector_is_coded_by_the_frozen_tokeniser(
