@@ -26,7 +26,7 @@ from benchmarks.harness.models import (
 )
 from benchmarks.harness.registry import Table, register
 from benchmarks.harness.shapes import BEAUTY_ITEMS, LENGTH, Shape
-from gflowgr.decoding import constrained_beam_search
+from gflowgr.decoding import GraphedSearch, constrained_beam_search
 
 LOW_TOLERANCE = 0.3
 """Of the sum of four log-probabilities of a model in 16 bits, in nats."""
@@ -89,6 +89,17 @@ def _build(
         return found.tokens, found.scores
 
     case.variants = [Variant("gflowgr", "", ours, "generate, float64", "model", trains=False)]
+    if device.type == "cuda":
+        graphed = GraphedSearch(model, items.tree, num_beams=shape.beams, normalize="vocab")
+
+        def replayed(inputs: Inputs) -> tuple[Tensor, Tensor]:
+            found = graphed(inputs["input_ids"], inputs["mask"])
+            return found.tokens, found.scores
+
+        name = "gflowgr, CUDA graph of the steps"
+        case.variants.append(
+            Variant(name, "", replayed, "generate, float64", "model", trains=False)
+        )
     if "transformers" in peers:
         case.variants.append(
             Variant(

@@ -15,7 +15,7 @@ from ..models.wrapped import unwrapped
 
 # Also registers torch.ops.gflowgr.beam_step and beam_step_hidden.
 from ..ops.beam_step.op import BeamStep
-from ..ops.checks import validation_enabled
+from ..ops.checks import validation_enabled, values_looked_at
 from ..ops.topk import stable_topk
 from ..tree import PrefixTree
 from ..tree.admissible import Admissible, admissible_for
@@ -102,10 +102,10 @@ def constrained_beam_search(
     model = unwrapped(model)
     normalize = chosen_normalize(model, normalize)
     input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
-    _check(input_ids, tree, num_beams, num_return, normalize, temperature)
+    check_search(input_ids, tree, num_beams, num_return, normalize, temperature)
     count = num_beams if num_return is None else num_return
     batch, device = input_ids.shape[0], input_ids.device
-    admissible = admissible_for(tree, batch, available, exclude)
+    admissible = admissible_for(tree, batch, available, exclude, look=values_looked_at())
     if batch == 0:
         items = torch.empty(0, count, dtype=torch.long, device=device)
         tokens = torch.empty(0, count, tree.max_length, dtype=torch.long, device=device)
@@ -113,18 +113,20 @@ def constrained_beam_search(
             items, torch.empty(0, count, dtype=torch.float32, device=device), tokens
         )
     decoder = decoder_for(model, input_ids, attention_mask, encoded)
-    search = _Search(decoder, tree, admissible, num_beams, normalize, temperature)
-    nodes, scores = search.run(wanted=min(count, num_beams))
-    nan = scores.isnan().any(1)
-    if validation_enabled() and bool(
-        nan.any()
-    ):  # NaN sorts before every number, so checking the kept scores is enough
+    search = Search(decoder, tree, admissible, num_beams, normalize, temperature)
+    found, nan = search.answer(count)
+    check_scores(nan)
+    return found
+
+
+def check_scores(nan: Tensor) -> None:
+    """Raise FloatingPointError where ``nan`` [B] is true, with the data checks on."""
+    if validation_enabled() and bool(nan.any()):
         row = int(nan.nonzero()[0])
         raise FloatingPointError(f"the model's scores are NaN (first in prompt {row})")
-    return _to_items(nodes, scores, tree, count, admissible)
 
 
-class _Search:
+class Search:
     """One search; beams are [B, K], an empty slot has score -inf and node -1."""
 
     def __init__(
@@ -136,7 +138,7 @@ class _Search:
         normalize: str,
         temperature: float,
     ) -> None:
-        self.decoder, self.tree = decoder, tree
+        self.decoder, self.tree, self.admissible = decoder, tree, admissible
         self.num_beams = num_beams
         barred, leaves = admissible.barred_nodes, admissible.barred_leaves
         self.options = (
@@ -146,6 +148,13 @@ class _Search:
             None if barred is None else barred.keys,
         )
         self.leaf_options = (admissible.leaves, None if leaves is None else leaves.keys)
+
+    def answer(self, count: int) -> tuple[BeamSearchOutput, Tensor]:
+        """The ``count`` best items of each prompt, and where their scores are NaN, bool [B]."""
+        nodes, scores = self.run(wanted=min(count, self.num_beams))
+        # NaN sorts before every number, so looking at the kept scores is enough.
+        nan = scores.isnan().any(1)
+        return _to_items(nodes, scores, self.tree, count, self.admissible), nan
 
     def run(self, wanted: int) -> tuple[Tensor, Tensor]:
         """Nodes and scores of the best identifiers [B, F]; only the first ``wanted`` count."""
@@ -232,7 +241,7 @@ def _to_items(
     return BeamSearchOutput(items, scores.masked_fill(empty, -torch.inf), tokens)
 
 
-def _check(
+def check_search(
     input_ids: Tensor,
     tree: PrefixTree,
     num_beams: int,
@@ -240,6 +249,7 @@ def _check(
     normalize: str,
     temperature: float,
 ) -> None:
+    """Raise ValueError for an argument of a search that is out of range."""
     if num_beams < 1:
         raise ValueError(f"num_beams must be >= 1; got {num_beams}")
     if num_return is not None and num_return < 1:

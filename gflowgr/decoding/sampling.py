@@ -19,6 +19,7 @@ from ..models.backbone import evaluating, real_prompt
 from ..models.normalization import chosen_normalize
 from ..models.settings import Normalize
 from ..models.wrapped import unwrapped
+from ..ops.checks import values_looked_at
 from ..ops.precision import compute_dtype
 from ..tree import PrefixTree
 from ..tree.admissible import admissible_for
@@ -142,7 +143,7 @@ def sample_items(
     input_ids, attention_mask = real_prompt(model, input_ids, attention_mask)
     _check(input_ids, tree, num_samples, normalize, temperature, top_p, keys)
     batch, device = input_ids.shape[0], input_ids.device
-    admissible = admissible_for(tree, batch, available, exclude)
+    admissible = admissible_for(tree, batch, available, exclude, look=values_looked_at())
     if isinstance(seed, torch.Generator):
         seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
     rows = prompt_keys(input_ids, attention_mask) if keys is None else keys.to(device).long()

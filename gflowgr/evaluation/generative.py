@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import pad_histories
-from ..decoding.beam import constrained_beam_search
+from ..decoding import BeamSearchOutput, GraphedSearch, constrained_beam_search
 from ..models.backbone import evaluating
 from ..models.gflow_model import GFlowModel
 from ..models.prompts import prompt_tokens
@@ -33,6 +35,8 @@ class GenerativeRecommender:
         tree: the catalogue, where it is no longer that of the model (items added or removed since).
         item_tokens: identifiers [items, L] of all items that histories may hold, also of those that
             are no longer in ``tree``; by default the model's.
+        graphs: search by a :class:`~gflowgr.decoding.GraphedSearch`, which is for many batches of
+            few shapes on a GPU; the model's parameters must stay where they are.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class GenerativeRecommender:
         available: Tensor | None = None,
         tree: PrefixTree | None = None,
         item_tokens: Tensor | None = None,
+        graphs: bool = False,
     ) -> None:
         self.model = model
         self.num_beams = num_beams
@@ -54,6 +59,7 @@ class GenerativeRecommender:
         self.temperature, self.available = temperature, available
         self._item_tokens = model.item_tokens() if item_tokens is None else item_tokens
         self._tree = tree
+        self._searches: dict[int, GraphedSearch] | None = {} if graphs else None  # by k
 
     def recommend(
         self,
@@ -78,19 +84,23 @@ class GenerativeRecommender:
         if exclude is not None:
             barred = pad_histories(exclude).to(model.device)
         with evaluating(model):
-            output = constrained_beam_search(
-                model.backbone,
-                input_ids,
-                attention_mask,
-                model.tree if self._tree is None else self._tree,
-                num_beams=max(self.num_beams, k),
-                num_return=k,
-                normalize=self.normalize,
-                temperature=self.temperature,
-                available=self.available,
-                exclude=barred,
-            )
+            output = self._search(k)(input_ids, attention_mask, exclude=barred)
         return output.items.cpu().numpy(), output.scores.float().cpu().numpy()
+
+    def _search(self, k: int) -> Callable[..., BeamSearchOutput]:
+        options: dict[str, Any] = {
+            "tree": self.model.tree if self._tree is None else self._tree,
+            "num_beams": max(self.num_beams, k),
+            "num_return": k,
+            "normalize": self.normalize,
+            "temperature": self.temperature,
+            "available": self.available,
+        }
+        if self._searches is None:
+            return partial(constrained_beam_search, self.model.backbone, **options)
+        if k not in self._searches:
+            self._searches[k] = GraphedSearch(self.model.backbone, **options)
+        return self._searches[k]
 
     def leaf_of(self) -> npt.NDArray[np.int64]:
         """Identifier (leaf) of each item [items], for the ``string`` collision rule."""

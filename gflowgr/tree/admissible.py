@@ -14,23 +14,41 @@ if TYPE_CHECKING:
     from gflowgr.tree.prefix_tree import PrefixTree
 
 
-__all__ = ["Admissible", "admissible_for", "any_in_ranges", "check_available", "live_nodes"]
+__all__ = [
+    "Admissible",
+    "admissible_for",
+    "any_in_ranges",
+    "check_available",
+    "check_rules",
+    "live_nodes",
+]
+
+
+_NONE = torch.iinfo(torch.int64).max
+"""Key of no pair; it comes after all others."""
 
 
 class _Pairs:
-    """A set of (prompt, id) pairs with ids in 0..size - 1, as sorted int64 keys."""
+    """A set of (prompt, id) pairs with ids in 0..size - 1, as sorted int64 keys.
 
-    def __init__(self, rows: Tensor, ids: Tensor, size: int) -> None:
+    A ``static`` one may end in empty places, where ``present`` is false, and row and id are 0.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        ids: Tensor,
+        size: int,
+        real: Tensor,
+        *,
+        static: bool,
+        most: int | None = None,
+    ) -> None:
         self.size = size
-        self.keys, self.counts = (rows * size + ids).unique(return_counts=True)
-
-    @property
-    def rows(self) -> Tensor:
-        return self.keys // self.size
-
-    @property
-    def ids(self) -> Tensor:
-        return self.keys % self.size
+        self.keys, self.counts = _distinct(rows * size + ids, real, most, static)
+        self.present = self.keys != _NONE
+        known = torch.where(self.present, self.keys, 0)
+        self.rows, self.ids = known // size, known % size
 
     def find(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each pair is in the set, and where; ids outside the range are not."""
@@ -45,6 +63,23 @@ class _Pairs:
         """Whether (b, ids[b, ...]) is in the set, bool of the shape of ``ids`` [B, ...]."""
         rows = torch.arange(ids.shape[0], device=ids.device)
         return self.find(rows.reshape(-1, *[1] * (ids.dim() - 1)), ids)[0]
+
+
+def _distinct(keys: Tensor, real: Tensor, most: int | None, static: bool) -> tuple[Tensor, Tensor]:
+    """The distinct real keys, ascending, and how often each occurs.
+
+    Static: without reading how many there are. That would wait for a GPU, and the shapes could not
+    be those of the next call. So there are as many places as keys, or ``most``, and the last ones
+    are empty.
+    """
+    if not static:
+        once, counts = keys[real].unique(return_counts=True)
+        return once, counts
+    keys = torch.where(real, keys, _NONE).flatten().sort().values
+    again = torch.zeros_like(keys, dtype=torch.bool)
+    again[1:] = keys[1:] == keys[:-1]
+    once = keys.masked_fill(again, _NONE).sort().values[:most]
+    return once, torch.searchsorted(keys, once, right=True) - torch.searchsorted(keys, once)
 
 
 @dataclass(frozen=True)
@@ -73,7 +108,13 @@ class Admissible:
 
 
 def admissible_for(
-    tree: PrefixTree, batch: int, available: Tensor | None, exclude: Tensor | None
+    tree: PrefixTree,
+    batch: int,
+    available: Tensor | None,
+    exclude: Tensor | None,
+    *,
+    look: bool = True,
+    static: bool = False,
 ) -> Admissible:
     """Prune the tree: once by ``available``, then for each prompt by ``exclude``, leaves upwards.
 
@@ -84,13 +125,18 @@ def admissible_for(
         batch: number of prompts B.
         available: true for items that any prompt may get [items], or None for all.
         exclude: items that a prompt may not get [B, E], -1 for padding, or None.
+        look: whether to read ``exclude`` for items that do not exist, which waits for a GPU; else
+            they count as padding.
+        static: whether shapes are to depend on shapes alone, and nothing is read, at some more
+            work; always so on a GPU.
 
     Raises:
         TypeError: ``available`` is not bool, or ``exclude`` not of integers.
         ValueError: one is of a wrong shape, or ``exclude`` names an item that does not exist.
     """
-    _check(tree, batch, available, exclude)
+    check_rules(tree, batch, available, exclude, look)
     device = tree.device
+    static = static or device.type != "cpu"
     items = None if available is None else available.to(device)
     nodes = None if items is None else tree.available_nodes(items)
     left_items = None if items is None else _counts_before(items[tree.item_ids.long()])
@@ -104,41 +150,56 @@ def admissible_for(
 
     exclude = exclude.to(device).long()
     rows = torch.arange(exclude.shape[0], device=device).unsqueeze(1).expand_as(exclude)
-    barred_items = _Pairs(rows[exclude >= 0], exclude[exclude >= 0], tree.num_items)
+    known = (exclude >= 0) & (exclude < tree.num_items)
+    barred_items = _Pairs(rows, exclude, tree.num_items, known, static=static)
     rows, ids = barred_items.rows, barred_items.ids
-    leaf = tree.leaf_of(ids)
-    counted = leaf >= 0 if items is None else (leaf >= 0) & items[ids]
-    touched = _Pairs(rows[counted], leaf[counted], tree.num_leaves)
+    leaf = tree.leaf_map()[ids].long()  # which reads nothing, and the ids are there
+    counted = barred_items.present & (leaf >= 0)
+    if items is not None:
+        counted &= items[ids]
+    touched = _Pairs(rows, leaf, tree.num_leaves, counted, static=static)
     full = touched.counts == _in_range(left_items, *tree.leaf_items(touched.ids))
-    barred_leaves = _Pairs(touched.rows[full], touched.ids[full], tree.num_leaves)
+    full &= touched.present
+    barred_leaves = _Pairs(touched.rows, touched.ids, tree.num_leaves, full, static=static)
 
+    # A barred node has a barred leaf, and nodes of one level share none: no level has more of them.
+    most = touched.keys.numel()
     leaf_rows, leaf_nodes = barred_leaves.rows, tree.leaf_nodes(barred_leaves.ids)
-    below = _Pairs(rows[:0], rows[:0], tree.num_nodes)  # the barred nodes one level deeper
+    nothing = torch.zeros_like(leaf_rows)
+    # The barred nodes one level deeper.
+    below = _Pairs(nothing, nothing, tree.num_nodes, nothing.bool(), static=static)
     levels = []
     bounds = tree.layout.node_begin
     for depth in range(tree.max_length, 0, -1):
-        parents = _Pairs(below.rows, tree.parents(below.ids), tree.num_nodes)
+        above = tree.parents(below.ids)
+        parents = _Pairs(below.rows, above, tree.num_nodes, below.present, static=static)
         here = (leaf_nodes >= bounds[depth]) & (leaf_nodes < bounds[depth + 1])
         suspects = _Pairs(
-            torch.cat([parents.rows, leaf_rows[here]]),
-            torch.cat([parents.ids, leaf_nodes[here]]),
+            torch.cat([parents.rows, leaf_rows]),
+            torch.cat([parents.ids, leaf_nodes]),
             tree.num_nodes,
+            torch.cat([parents.present, here & barred_leaves.present]),
+            static=static,
+            most=most,
         )
         rows, ids = suspects.rows, suspects.ids
         found, place = parents.find(rows, ids)
         gone = torch.zeros_like(ids)
-        gone[found] = parents.counts[place[found]]
+        if parents.keys.numel():
+            gone = torch.where(found, parents.counts[place], 0)
         own = tree.terminal(ids)
         ends = (own >= 0) & ~barred_leaves.find(rows, own)[0]
         if leaves is not None:
             ends &= leaves[own.clamp_min(0)]
         barred = (gone == _in_range(left_nodes, *tree.child_ranges(ids))) & ~ends
-        below = _Pairs(rows[barred], ids[barred], tree.num_nodes)
+        below = _Pairs(rows, ids, tree.num_nodes, barred & suspects.present, static=static)
         levels.append(below)
     barred_nodes = _Pairs(
         torch.cat([level.rows for level in levels]),
         torch.cat([level.ids for level in levels]),
         tree.num_nodes,
+        torch.cat([level.present for level in levels]),
+        static=static,
     )
     return Admissible(items, leaves, nodes, barred_items, barred_leaves, barred_nodes)
 
@@ -153,7 +214,10 @@ def _in_range(counts_before: Tensor | None, begin: Tensor, end: Tensor) -> Tenso
     return end - begin if counts_before is None else counts_before[end] - counts_before[begin]
 
 
-def _check(tree: PrefixTree, batch: int, available: Tensor | None, exclude: Tensor | None) -> None:
+def check_rules(
+    tree: PrefixTree, batch: int, available: Tensor | None, exclude: Tensor | None, look: bool
+) -> None:
+    """Raise what :func:`admissible_for` raises."""
     if available is not None:
         if available.dtype != torch.bool:
             raise TypeError(f"available must be bool [items]; got {available.dtype}")
@@ -167,7 +231,11 @@ def _check(tree: PrefixTree, batch: int, available: Tensor | None, exclude: Tens
         raise TypeError(f"exclude must hold integer item ids; got {exclude.dtype}")
     if exclude.dim() != 2 or exclude.shape[0] != batch:
         raise ValueError(f"exclude must be [B, E] with B = {batch}; got {tuple(exclude.shape)}")
-    if exclude.numel() and not -1 <= int(exclude.min()) <= int(exclude.max()) < tree.num_items:
+    if (
+        look
+        and exclude.numel()
+        and not -1 <= int(exclude.min()) <= int(exclude.max()) < tree.num_items
+    ):
         raise ValueError(
             f"exclude must hold items 0..{tree.num_items - 1}, or -1; "
             f"got {int(exclude.min())}..{int(exclude.max())}"

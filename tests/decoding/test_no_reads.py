@@ -10,7 +10,7 @@ import torch
 from support.small_models import padded_prompts, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gflowgr.decoding.beam import _Search, _to_items
+from gflowgr.decoding.beam import Search, _to_items
 from gflowgr.decoding.decoders import decoder_for
 from gflowgr.tree import PrefixTree
 from gflowgr.tree.admissible import admissible_for
@@ -48,7 +48,7 @@ def test_no_step_reads_values(name: str, shared: bool) -> None:
     rules = admissible_for(tree, 2, None, None)
     for _ in range(2):  # the first search checks the tree, whose facts are kept
         decoder = decoder_for(small_model(name), *padded_prompts("left"))
-        search = _Search(decoder, tree, rules, 3, "children", 1.0)
+        search = Search(decoder, tree, rules, 3, "children", 1.0)
         with torch.no_grad(), Reads() as reads:
             found = _to_items(*search.run(3), tree, 3, rules)
     assert (found.items >= 0).all()

@@ -188,7 +188,7 @@ def test_a_search_that_is_settled_stops_and_finds_the_same(
             quick = constrained_beam_search(model, ids, mask, tree, **options)
             steps.setdefault(beams, []).append(Counted.steps)
             with monkeypatch.context() as patch:
-                patch.setattr(beam._Search, "_settled", lambda *_: False)
+                patch.setattr(beam.Search, "_settled", lambda *_: False)
                 whole = constrained_beam_search(model, ids, mask, tree, **options)
             assert Counted.steps == 5
             assert torch.equal(quick.items, whole.items)
@@ -205,7 +205,7 @@ def test_identifiers_of_one_length_are_searched_without_reading_the_scores(
     tree = PrefixTree.from_identifiers([(3 + k, 20, 31 + k) for k in range(9)])
     looks: list[torch.Size] = []
     look = Tensor.__bool__
-    run = beam._Search.run
+    run = beam.Search.run
 
     def counting(self: Any, wanted: int) -> Any:
         with monkeypatch.context() as patch:
@@ -214,7 +214,7 @@ def test_identifiers_of_one_length_are_searched_without_reading_the_scores(
             )
             return run(self, wanted)
 
-    monkeypatch.setattr(beam._Search, "run", counting)
+    monkeypatch.setattr(beam.Search, "run", counting)
     assert constrained_beam_search(model, ids, mask, tree, num_beams=4).valid.all()
     assert looks == []
 
@@ -244,9 +244,11 @@ def test_temperatures_must_be_positive_and_finite(temperature: float) -> None:
 
 
 def test_a_recommender_searches_with_as_many_beams_as_items_are_asked_for() -> None:
-    recommender = GenerativeRecommender(make_model(), num_beams=2)
-    items, scores = recommender.recommend([np.array([5, 6, 7]), np.array([100])], 10)
+    model, histories = make_model(), [np.array([5, 6, 7]), np.array([100])]
+    items, scores = GenerativeRecommender(model, num_beams=2).recommend(histories, 10)
     for row in items.tolist():
         assert min(row) >= 0
         assert len(set(row)) == 10
     assert np.isfinite(scores).all()
+    replayed = GenerativeRecommender(model, num_beams=2, graphs=True).recommend(histories, 10)
+    assert np.array_equal(replayed[0], items)

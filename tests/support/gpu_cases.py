@@ -23,7 +23,7 @@ from torch import Tensor
 
 import gflowgr
 from benchmarks.harness.case import capture
-from gflowgr.decoding import constrained_beam_search
+from gflowgr.decoding import GraphedSearch, constrained_beam_search
 from gflowgr.ops import fused_flow_kl, fused_flow_loss
 from gflowgr.ops.beam_step.op import beam_step, beam_step_hidden
 from gflowgr.ops.logprobs import children
@@ -257,18 +257,22 @@ def beams(normalize: str, device: str) -> None:
 # ---------------------------------------------------------------------- searches and replays
 
 
-def search(family: str, dtype: torch.dtype, device: str) -> None:
-    """Scores of all items; in float32 their order, too."""
+def search_tree() -> PrefixTree:
     rows = torch.randint(0, 4, (40, 3), generator=torch.Generator().manual_seed(0))
     codes = sorted({tuple(row) for row in (rows + torch.tensor([3, 15, 30])).tolist()})
-    tree = PrefixTree.from_identifiers(codes)
+    return PrefixTree.from_identifiers(codes)
+
+
+def search(family: str, dtype: torch.dtype, device: str) -> None:
+    """Scores of all items; in float32 their order, too."""
+    tree = search_tree()
     ids, mask = padded_prompts("left")
     results = []
     for where, kind in (("cpu", torch.float64), (device, dtype)):
         found = constrained_beam_search(
             *(small_model(family).to(where, kind), ids.to(where), mask.to(where)),
             tree.to(where),
-            num_beams=len(codes),
+            num_beams=tree.num_items,
             normalize="vocab",
         )
         order = found.items.argsort(1)
@@ -277,6 +281,19 @@ def search(family: str, dtype: torch.dtype, device: str) -> None:
     assert torch.equal(items, found_items), "not every item was found"
     tolerance = 1e-4 if dtype == torch.float32 else 0.3
     torch.testing.assert_close(scores.double(), wanted.double(), rtol=0, atol=tolerance)
+
+
+def replay_search(family: str, device: str) -> None:
+    """A graph of the steps, captured for other prompts and excluded items; in float32."""
+    tree, model = search_tree(), small_model(family)
+    ids, mask = padded_prompts("left")
+    seen = torch.tensor([[0, 5, -1]]).expand(len(ids), -1)
+    wanted = constrained_beam_search(model, ids, mask, tree, num_beams=8, exclude=seen)
+    found = GraphedSearch(model.to(device), tree.to(device), num_beams=8, multiple=4)
+    found(ids.flip(0).to(device), mask.flip(0).to(device), exclude=(seen + 1).to(device))
+    again = found(ids.to(device), mask.to(device), exclude=seen.to(device))
+    assert torch.equal(again.items.cpu(), wanted.items), "the items of a replay differ"
+    torch.testing.assert_close(again.scores.cpu(), wanted.scores, rtol=0, atol=1e-4)
 
 
 def replay_dense(dtype: torch.dtype, device: str) -> None:
@@ -378,6 +395,8 @@ def gpu_cases() -> list[GpuCase]:
     for dtype in (torch.float32, torch.bfloat16):
         add("replay", replay_dense, dtype)
         add("replay", replay_children, dtype)
+    for family in ("t5", "gpt2", "qwen3"):
+        add("replay", replay_search, family)
     for kind in flow_cases.KINDS:
         add("replay", replay_flow_loss, kind)
     for normalize in NORMALIZERS:

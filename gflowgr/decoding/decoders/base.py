@@ -49,6 +49,20 @@ class StepDecoder(ABC):
             Hidden states that predict the next token [B, K, d]; meaningless for empty beams.
         """
 
+    def prompt_tensors(self) -> list[Tensor]:
+        """What the steps read of the prompts: always as many, of shapes that [B, S] decides.
+
+        With those of other prompts of that shape copied into them, a decoder that has not begun
+        continues the other prompts.
+
+        Raises:
+            ValueError: the steps of this decoder do more than read tensors.
+        """
+        raise ValueError(
+            f"the steps of a {type(self).__name__} cannot be kept for other prompts; see "
+            "gflowgr.decoding.decoders.decoder_kind for why a model is decoded by it"
+        )
+
     def fork(self) -> StepDecoder:
         """A second decoder at the same beams; each goes on without the other.
 

@@ -69,6 +69,9 @@ class CausalDecoder(StepDecoder):
         self._cache = IdentifierCache(len(prompt))
         self._width = 1
 
+    def prompt_tensors(self) -> list[Tensor]:
+        return [self._first, self._pads, self._next, *(part for kv in self._prompt for part in kv)]
+
     def fork(self) -> CausalDecoder:
         twin = copy.copy(self)
         twin._cache = self._cache.fork()

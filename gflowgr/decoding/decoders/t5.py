@@ -98,6 +98,12 @@ class T5Decoder(StepDecoder):
             values,
         )
 
+    def prompt_tensors(self) -> list[Tensor]:
+        return [
+            self._mask,
+            *(part for layer in self._layers for part in (layer.keys, layer.values)),
+        ]
+
     def fork(self) -> T5Decoder:
         twin = copy.copy(self)
         twin._cache = self._cache.fork()

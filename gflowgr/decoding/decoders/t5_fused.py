@@ -131,6 +131,9 @@ class FusedT5Decoder(T5Decoder):
         self._cache = IdentifierCache(0)  # of ancestors only
         self._stored: list[Tensor] = []
 
+    def prompt_tensors(self) -> list[Tensor]:
+        return [self._mask, *self._prompt]
+
     def _encode(self, encoder: Any, input_ids: Tensor) -> Tensor:
         stack = _Stack.of(encoder, self._heads)
         bias = _encoder_bias(encoder.block[0].layer[0].SelfAttention, input_ids.shape[1])
