@@ -18,11 +18,16 @@ __all__ = [
     "caller_facts",
     "connected",
     "gpus_of_cluster",
+    "own_instance",
     "room_in_cluster",
+    "stay_on_loopback",
     "take_over",
 ]
 
 _VARIABLES = ("GFLOWGR_", "HF_", "TRANSFORMERS_", "WANDB_", "MLFLOW_", "TENSORBOARD_")
+
+_OBJECT_STORE = 80 << 20
+"""Bytes: about the least that Ray takes; nothing large passes through it."""
 
 
 @contextlib.contextmanager
@@ -42,6 +47,39 @@ def connected(address: str) -> Iterator[None]:
         yield
         return
     ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def stay_on_loopback() -> None:
+    """Let the processes of an instance of this process's own listen on 127.0.0.1 alone.
+
+    To be called before Ray is imported. The variable is named after the systems where it is so by
+    default.
+    """
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+@contextlib.contextmanager
+def own_instance(cpus: int) -> Iterator[None]:
+    """A Ray instance of this process's own, which ends with the block, or when the process dies.
+
+    Args:
+        cpus: what its tasks and actors may demand together.
+    """
+    stay_on_loopback()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE,
+        logging_level="ERROR",
+    )
     try:
         yield
     finally:

@@ -180,8 +180,9 @@ def parse_pip(words: list[str]) -> None:
     text = (ROOT / "pyproject.toml").read_text()
     extras = text.partition("[project.optional-dependencies]")[2].partition("[project.scripts]")[0]
     for word in words[1:]:
-        for extra in re.findall(r"\[(.+)\]", word):
-            assert re.search(rf"^{extra} = ", extras, re.MULTILINE), word
+        for named in re.findall(r"\[(.+)\]", word):
+            for extra in named.split(","):
+                assert re.search(rf"^{extra} = ", extras, re.MULTILINE), word
 
 
 def parse_bash(words: list[str]) -> None:

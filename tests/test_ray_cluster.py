@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ import pytest
 import yaml
 from pyarrow import parquet
 from support.forked_cells import forked_cells  # noqa: F401  # a fixture
-from support.served_shop import write_folders
+from support.served_shop import serve, write_folders
 from support.tiny_experiment import tiny_experiment
 
 from gflowgr.cli import main
 from gflowgr.files import read_json
 from gflowgr.ray_cluster import caller_facts, take_over
 from gflowgr.runs import ExperimentSpec, cells_of, run_experiment
+from gflowgr.serving.requests import Recommend
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install ".[ray]"')
 if TYPE_CHECKING:
@@ -205,6 +207,34 @@ def test_answers_are_those_of_one_process_though_an_actor_is_killed(
     asked[asked.index(f"{there}/")] = f"{tmp_path / 'bad'}/"
     assert main(asked) == 2
     assert f"{source}: row 1: user 'nobody' is not in" in capsys.readouterr().err
+
+
+def test_a_server_on_a_cluster_answers_and_is_the_only_one_there(
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    httpx = pytest.importorskip("httpx", reason='httpx is not installed: pip install ".[dev]"')
+    add_node(cluster)
+    folders = write_folders(tmp_path / "shop")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    asked = ["serve", folders["model0"], "--data", folders["data"], "--state", str(tmp_path)]
+    asked += ["--beams", "8", "--ray", cluster.address, "--port"]
+    found: list[Any] = []
+
+    def ask_and_end() -> None:
+        address = f"http://127.0.0.1:{port}/recommend"
+        found.append(httpx.post(address, json={"user": "17"}, trust_env=False, timeout=60).json())
+        found.append(main([*asked, "1024", "--replicas", "1"]))
+
+    monkeypatch.setattr("gflowgr.serving.replicas.wait_for_the_end", ask_and_end)
+    assert main([*asked, str(port), "--replicas", "3"]) == 2
+    assert "3 replicas must find 1 CPUs and 0 GPUs each; Ray has 2 CPUs" in capsys.readouterr().err
+    assert main([*asked, str(port), "--replicas", "1"]) == 0
+    assert found == [*serve(folders, tmp_path).answer([Recommend(user="17")]), 2]
+    assert "a cluster without Ray Serve; it runs there already" in capsys.readouterr().err
 
 
 # ---- usage ----

@@ -10,13 +10,14 @@ from ._parsers import Commands, add_model_and_data, command
 __all__ = ["add_serve"]
 
 _EPILOG = """\
-needs: pip install gflowgr[serve]
+needs: pip install gflowgr[serve], and for replicas gflowgr[serve,ray]
 
 examples:
   gflowgr serve runs/a/gflowgr/model --data data
   gflowgr serve runs/a/gflowgr/model --data data --beside runs/a/sft/model \\
       --collaborative runs/a/sasrec
   gflowgr serve runs/a/gflowgr/model --data data --host 0.0.0.0 --api-key-file key.txt
+  gflowgr serve runs/a/gflowgr/model --data data --replicas 4
 
   curl -s localhost:8000/recommend --json '{"history": [3, 14, 15], "k": 5, "with_titles": true}'
 
@@ -66,16 +67,53 @@ def add_serve(commands: Commands) -> None:
         metavar="N",
         help="requests that are searched for together (default: %(default)s)",
     )
+    several = parser.add_argument_group("several processes, by Ray Serve")
+    several.add_argument(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that answer, behind a proxy that shares requests among them "
+        "(default: %(default)s: this process itself)",
+    )
+    several.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="answer on this Ray cluster, or auto: the one that this machine is in; model, data, "
+        "state and index are at the same places on all its machines (default: an instance of Ray "
+        "of this command's own)",
+    )
+    several.add_argument(
+        "--threads",
+        type=int,
+        metavar="T",
+        help="CPUs of each replica (default: an equal share of this machine; 1 with --ray)",
+    )
+    several.add_argument(
+        "--gpus",
+        type=float,
+        metavar="G",
+        help="GPUs of each replica, such as 0.5 (default: an equal share, at most 1)",
+    )
     parser.set_defaults(run=_serve)
 
 
 def _serve(args: argparse.Namespace) -> int:
     from importlib.util import find_spec
 
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if not find_spec(name)]
-    if missing:
-        raise ValueError(f"gflowgr serve needs {', '.join(missing)}: pip install 'gflowgr[serve]'")
     from ..serving.load import check_counts
+
+    several = args.replicas != 1 or args.ray is not None
+    if not several and (args.threads, args.gpus) != (None, None):
+        raise ValueError("--threads and --gpus must come with --replicas or --ray")
+    wanted = ["fastapi", "uvicorn", "prometheus_client", *(["ray"] if several else [])]
+    missing = [name for name in wanted if not find_spec(name)]
+    if missing:
+        extras = "serve,ray" if several else "serve"
+        raise ValueError(
+            f"gflowgr serve needs {', '.join(missing)}: pip install 'gflowgr[{extras}]'"
+        )
+    from ..serving.replicas import Replicas, serve_replicas
     from ..serving.server import ServerConfig, read_api_key, serve
 
     check_counts({"--beams": args.beams})
@@ -84,14 +122,12 @@ def _serve(args: argparse.Namespace) -> int:
     )
     folder = Path(args.model)
     state = args.state or str(folder.with_name(f"{folder.name}-catalogue"))
-    serve(
-        args.model,
-        args.data,
-        state,
-        config,
-        num_beams=args.beams,
-        index=args.index,
-        beside=args.beside,
-        collaborative=args.collaborative,
-    )
+    places = (args.model, args.data, state, config)
+    options = {"num_beams": args.beams, "index": args.index}
+    options |= {"beside": args.beside, "collaborative": args.collaborative}
+    if several:
+        replicas = Replicas(args.replicas, args.ray, args.threads, args.gpus)
+        serve_replicas(*places, replicas, **options)
+    else:
+        serve(*places, **options)
     return 0

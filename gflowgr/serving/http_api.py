@@ -7,7 +7,7 @@ import ipaddress
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -17,7 +17,13 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from fastapi.security import APIKeyHeader
-from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from .. import __version__
@@ -34,7 +40,15 @@ from .requests import (
 )
 from .service import Service
 
-__all__ = ["MAX_BODY", "MAX_HISTORY", "MAX_K", "ServerConfig", "is_loopback", "make_app"]
+__all__ = [
+    "MAX_BODY",
+    "MAX_HISTORY",
+    "MAX_K",
+    "Metrics",
+    "ServerConfig",
+    "is_loopback",
+    "make_app",
+]
 
 MAX_K = 200
 """Items that one request may ask for."""
@@ -145,7 +159,7 @@ class ModelBody(_Body):
     model: StrictStr = Field(min_length=1, max_length=4096)
 
 
-class _Metrics:
+class Metrics:
     """What Prometheus reads; each app has its own registry."""
 
     def __init__(self) -> None:
@@ -171,17 +185,44 @@ class _Metrics:
         self.version = Gauge(
             "gflowgr_catalogue_version", "Changes of the catalogue so far", registry=self.registry
         )
+        ProcessCollector(registry=self.registry)
+
+    def families(self, labels: dict[str, str]) -> list[Any]:
+        """What has been counted, as prometheus_client has it; every series gets the labels."""
+        families = list(self.registry.collect())
+        for family in families:
+            family.samples = [
+                sample._replace(labels={**sample.labels, **labels}) for sample in family.samples
+            ]
+        return families
 
 
-def make_app(service: Service, config: ServerConfig) -> FastAPI:
+class _Collected:
+    """Families in the place of a registry."""
+
+    def __init__(self, families: Iterable[Any]) -> None:
+        self.families = families
+
+    def collect(self) -> Iterable[Any]:
+        return self.families
+
+
+def make_app(
+    service: Service,
+    config: ServerConfig,
+    metrics: Metrics | None = None,
+    collect: Callable[[], Awaitable[Sequence[Any]]] | None = None,
+) -> FastAPI:
     """The application, for any ASGI server.
 
     Args:
         service: the model and its catalogue.
         config: who may ask, and how many requests are searched for together.
+        metrics: what this application counts; None: new ones.
+        collect: gives the families of the metrics of all replicas; None: there is this one alone.
     """
     app = FastAPI(title="gflowgr", version=__version__, docs_url="/docs", redoc_url=None)
-    metrics = _Metrics()
+    metrics = Metrics() if metrics is None else metrics
     batcher = Batcher(
         service.answer,
         max_batch=config.max_batch,
@@ -279,9 +320,10 @@ def make_app(service: Service, config: ServerConfig) -> FastAPI:
         return {"status": "ok", "version": catalogue.version, "items": len(catalogue.tree.item_ids)}
 
     @app.get("/metrics", dependencies=keyed)
-    def prometheus() -> Response:
-        """Latency, batch sizes and queue, for Prometheus."""
-        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+    async def prometheus() -> Response:
+        """Latency, batch sizes, queue and memory of every replica, for Prometheus."""
+        source: Any = metrics.registry if collect is None else _Collected(await collect())
+        return Response(generate_latest(source), media_type="text/plain; version=0.0.4")
 
     @app.get("/", include_in_schema=False)
     def page() -> HTMLResponse:

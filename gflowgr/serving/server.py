@@ -9,7 +9,7 @@ from ..files import regular_file
 from .http_api import ServerConfig, is_loopback, make_app
 from .service import Service
 
-__all__ = ["ServerConfig", "read_api_key", "serve"]
+__all__ = ["ServerConfig", "announce", "log_changes", "read_api_key", "serve"]
 
 
 def read_api_key(path: str | None) -> str | None:
@@ -57,11 +57,8 @@ def serve(
         beside=beside,
         collaborative=collaborative,
     )
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="gflowgr: %(message)s")
-    logging.getLogger("gflowgr.serving").setLevel(logging.INFO)  # a line for each change
-    shown = f"[{config.host}]" if ":" in config.host else config.host
-    if is_loopback(config.host):
-        print(f"gflowgr: http://{shown}:{config.port}/ (page: /, interface: /docs)", flush=True)
+    log_changes()
+    announce(config)
     uvicorn.run(
         make_app(service, config),
         host=config.host,
@@ -70,3 +67,16 @@ def serve(
         server_header=False,
         proxy_headers=False,  # the journal's "by" is whom the socket says, not what a header says
     )
+
+
+def log_changes() -> None:
+    """A line on standard error for each change of the catalogue."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="gflowgr: %(message)s")
+    logging.getLogger("gflowgr.serving").setLevel(logging.INFO)
+
+
+def announce(config: ServerConfig) -> None:
+    """Say where the page and the interface are, if it is this machine that answers."""
+    shown = f"[{config.host}]" if ":" in config.host else config.host
+    if is_loopback(config.host):
+        print(f"gflowgr: http://{shown}:{config.port}/ (page: /, interface: /docs)", flush=True)
