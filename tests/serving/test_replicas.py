@@ -26,6 +26,7 @@ pytest.importorskip("fastapi", reason='fastapi is not installed: pip install ".[
 from gflowgr.serving.http_api import Metrics  # noqa: E402
 from gflowgr.serving.replicas import Replicas, merged, with_honest_client  # noqa: E402
 from gflowgr.serving.requests import Recommend  # noqa: E402
+from gflowgr.serving.service import Service  # noqa: E402
 
 # On a busy machine the start of a process of Ray takes half a minute.
 pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
@@ -76,7 +77,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "gflowgr", "serve", folders["model0"]]
     command += ["--data", folders["data"], "--state", str(root / "state"), "--port", str(port)]
-    command += ["--beams", "8", "--replicas", "2", "--threads", "1"]
+    command += ["--beams", "8", "--replicas", "2", "--threads", "1", "--beside", folders["model1"]]
     environment = {**os.environ, "RAY_worker_niceness": "0"}
     with log.open("wb") as written:
         process = subprocess.Popen(command, stdout=written, stderr=written, env=environment)
@@ -105,8 +106,13 @@ def test_replicas_share_the_requests_and_answer_as_the_offline_search(server: Se
         assert isinstance(other, dict)
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
         assert one["items"] == other["items"]
+    beside = Service(
+        server.folders["model1"], server.folders["data"], str(server.state), num_beams=8
+    )
+    (wanted_beside,) = beside.answer([Recommend(history=(3, 4), k=5)])
+    assert server.ask("/recommend", {"history": [3, 4], "k": 5, "beside": True}) == wanted_beside
     counts = server.replicas()
-    assert sum(counts.values()) == 40
+    assert sum(counts.values()) == 41
     assert len(counts) == 2
     assert all(count > 0 for count in counts.values())
     memory = [line for line in server.ask("/metrics").splitlines() if line.startswith("process_re")]
