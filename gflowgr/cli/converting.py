@@ -138,6 +138,11 @@ def add_convert(actions: Commands) -> None:
             column = "-column" if parameter in _COLUMNS else ""
             flag = f"--{parameter.replace('_', '-')}{column}"
             importer.add_argument(flag, dest=parameter, **options)
+        importer.add_argument(
+            "--items-of",
+            metavar="FOLDER",
+            help="an earlier dataset, whose items keep their numbers; new ones come after them",
+        )
         add_overwrite(importer)
         importer.set_defaults(run=_run)
 
@@ -159,13 +164,16 @@ def import_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..data import check_target, importers, save_dataset
+    from ..data import check_target, importers, load_dataset, save_dataset, with_items_of
 
     check_target(args.out, overwrite=args.overwrite)  # before the hours that an import may take
+    earlier = None if args.items_of is None else load_dataset(args.items_of)
     options = import_arguments(args)
     options["name"] = args.name or Path(args.out).name
     load = getattr(importers, f"import_{FORMATS[args.format].importer}")
     dataset, report = load(args.source, args.meta, **options)
+    if earlier is not None:
+        dataset = with_items_of(dataset, earlier)
     save_dataset(dataset, args.out, overwrite=args.overwrite)
     print(report)
     print_facts(dataset.summary())

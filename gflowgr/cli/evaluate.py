@@ -32,6 +32,12 @@ def add_evaluate(commands: Commands) -> None:
         help="how items that share an identifier are scored (default: %(default)s)",
     )
     parser.add_argument("--mask-seen", action="store_true", help="never recommend the history")
+    parser.add_argument(
+        "--index",
+        metavar="FILE",
+        help="index.NAME.json.gz of gflowgr identifiers extend: the dataset may then have items "
+        "that came after the training",
+    )
     parser.add_argument("--max-users", type=int, help="a fixed random subset of the users")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.set_defaults(run=_evaluate)
@@ -52,5 +58,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         mask_seen=args.mask_seen,
         max_users=args.max_users,
         progress=not args.no_progress,
+        index=args.index,
     )
     return 0

@@ -14,6 +14,7 @@ from gflowgr.data.importers import (
 )
 from gflowgr.data.padding import pad_histories
 from gflowgr.data.ragged import Ragged
+from gflowgr.data.renumber import with_items_of
 from gflowgr.data.split import LeaveOneOut, Split
 from gflowgr.data.temporal import TemporalSplit, make_split
 
@@ -36,4 +37,5 @@ __all__ = [
     "make_split",
     "pad_histories",
     "save_dataset",
+    "with_items_of",
 ]

@@ -16,17 +16,29 @@ from gflowgr.evaluation import metrics as m
 from gflowgr.evaluation.calibration import Calibration
 from gflowgr.evaluation.evaluate import Evaluation
 
-__all__ = ["BY_HISTORY", "BY_POPULARITY", "Analysis", "Diversity", "UserGroup", "analyse"]
+__all__ = [
+    "BY_HISTORY",
+    "BY_INTERACTIONS",
+    "BY_POPULARITY",
+    "Analysis",
+    "Diversity",
+    "UserGroup",
+    "analyse",
+    "cold_start_groups",
+]
 
 BY_POPULARITY = (
     "Popularity of the target (interactions in training; new: none; of the other items, "
     "head: the 20 % most popular, mid: the next 30 %, tail: the rest; equal counts stay together)"
 )
+BY_INTERACTIONS = "Cold start: interactions of the target in training"
 BY_HISTORY = "Length of the user's history (all events before the target)"
 
 _POPULARITY_GROUPS = ("new", "tail", "mid", "head")
 _HEAD, _HEAD_AND_MID = 0.2, 0.5
 _PLACES = 10  # of each list that diversity is measured of, however long the lists are
+_INTERACTION_GROUPS = ("none", "1 to 4", "5 to 19", "20 or more")
+_INTERACTION_EDGES = (1, 5, 20)
 _HISTORY_GROUPS = ("up to 4", "5 to 9", "10 to 19", "20 or more")
 _HISTORY_EDGES = (5, 10, 20)
 
@@ -115,28 +127,61 @@ def analyse(
         raise ValueError(
             f"item_tokens must be [items, L] with {split.num_items} items; got {item_tokens.shape}"
         )
-    everyone = split.eval_users(evaluation.which)
-    if not np.isin(evaluation.users, everyone).all():
-        other = evaluation.users[~np.isin(evaluation.users, everyone)][0]
-        raise ValueError(
-            f"evaluation.users holds {other}, for whom {split.dataset.name} has no target"
-        )
+    rows = _rows(evaluation, split)
     if evaluation.items.max(initial=-1) >= split.num_items:
         raise ValueError(
             f"evaluation.items holds {evaluation.items.max()}; {split.dataset.name} has "
             f"{split.num_items} items"
         )
-    rows = np.searchsorted(everyone, evaluation.users)
     targets = split.targets(evaluation.which)[rows]
     events = split.past_lengths(evaluation.which)[rows]
     breakdown = {
         BY_POPULARITY: _groups(
             evaluation, _popularity_group(split.item_counts)[targets], _POPULARITY_GROUPS
         ),
+        BY_INTERACTIONS: cold_start_groups(evaluation, split),
         BY_HISTORY: _groups(evaluation, np.digitize(events, _HISTORY_EDGES), _HISTORY_GROUPS),
     }
     first = evaluation.items[:, :_PLACES]
     return Analysis(_diversity(first, split, item_tokens), breakdown, calibration)
+
+
+def cold_start_groups(
+    evaluation: Evaluation, split: Split, trained_items: int | None = None
+) -> list[UserGroup]:
+    """Metrics by the interactions of the target in training: none, few, and more.
+
+    Args:
+        evaluation: of a recommender on ``split``.
+        split: the data; its training part is counted.
+        trained_items: items from this number on came after the training, and count none; None: no
+            item did.
+
+    Returns:
+        "none", "1 to 4", "5 to 19" and "20 or more", without the empty ones.
+
+    Raises:
+        ValueError: the evaluation is of other data, or ``trained_items`` is out of range.
+    """
+    if trained_items is not None and not 0 <= trained_items <= split.num_items:
+        raise ValueError(f"trained_items must be 0 to {split.num_items}; got {trained_items}")
+    counts = split.item_counts.copy()
+    counts[split.num_items if trained_items is None else trained_items :] = 0
+    targets = split.targets(evaluation.which)[_rows(evaluation, split)]
+    return _groups(
+        evaluation, np.digitize(counts[targets], _INTERACTION_EDGES), _INTERACTION_GROUPS
+    )
+
+
+def _rows(evaluation: Evaluation, split: Split) -> np.ndarray:
+    """Places of the evaluated users among those of the split."""
+    everyone = split.eval_users(evaluation.which)
+    if not np.isin(evaluation.users, everyone).all():
+        other = evaluation.users[~np.isin(evaluation.users, everyone)][0]
+        raise ValueError(
+            f"evaluation.users holds {other}, for whom {split.dataset.name} has no target"
+        )
+    return np.searchsorted(everyone, evaluation.users)
 
 
 def _popularity_group(counts: np.ndarray) -> np.ndarray:

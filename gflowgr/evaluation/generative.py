@@ -104,5 +104,5 @@ class GenerativeRecommender:
 
     def leaf_of(self) -> npt.NDArray[np.int64]:
         """Identifier (leaf) of each item [items], for the ``string`` collision rule."""
-        items = torch.arange(self.model.tree.num_items, device=self.model.tree.device)
-        return self.model.tree.leaf_of(items).cpu().numpy()
+        tree = self.model.tree if self._tree is None else self._tree
+        return tree.leaf_of(torch.arange(tree.num_items, device=tree.device)).cpu().numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -297,6 +298,8 @@ def test_evaluate_gives_the_runs_own_numbers(
     )
     assert code == 0
     assert "Users: 200, all of them" in out
+    groups = re.findall(r"^(?:none|1 to 4|5 to 19|20 or more) \((\d+) users\)", out, re.MULTILINE)
+    assert sum(map(int, groups)) == 200
 
 
 @pytest.mark.parametrize(

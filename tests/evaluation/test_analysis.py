@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 from gflowgr.data import Dataset, LeaveOneOut, Ragged, generate_builtin
 from gflowgr.evaluation import Evaluation, analyse
 from gflowgr.evaluation import metrics as m
-from gflowgr.evaluation.analysis import BY_HISTORY, BY_POPULARITY
+from gflowgr.evaluation.analysis import (
+    BY_HISTORY,
+    BY_INTERACTIONS,
+    BY_POPULARITY,
+    cold_start_groups,
+)
 
 TOKENS = np.array([[0, 2], [0, 3], [1, 2], [1, 4], [1, 5], [0, 5], [1, -1], [0, -1]])
 
@@ -106,7 +111,7 @@ def test_each_user_is_in_one_group_and_the_groups_make_up_the_whole() -> None:
     evaluation = an_evaluation(split, users, items)
     assert 0 < evaluation.metrics["R@40"] < 1
     breakdown = analyse(evaluation, split, None).breakdown
-    assert list(breakdown) == [BY_POPULARITY, BY_HISTORY]
+    assert list(breakdown) == [BY_POPULARITY, BY_INTERACTIONS, BY_HISTORY]
     for groups in breakdown.values():
         assert len(groups) >= 2
         assert all(group.users > 0 for group in groups)
@@ -132,6 +137,28 @@ def test_targets_are_grouped_by_their_interactions_in_training() -> None:
         ("mid", 2, 0.5),  # items 0, 7
         ("head", 2, 1.0),  # items 8, 9
     ]
+
+
+def test_targets_are_grouped_from_cold_to_warm() -> None:
+    training = [0] * 20 + [1] * 5 + [2] * 4 + [3]
+    targets = [0, 1, 2, 3, 4, 4]
+    split = LeaveOneOut(a_dataset([[*training, 0, 0]] + [[0, 0, t] for t in targets[1:]]))
+    items = np.array([[target] for target in targets])
+    items[5] = 0  # the last user gets another
+    evaluation = an_evaluation(split, np.arange(6), items)
+    wanted = [
+        ("none", 2, 0.5),  # item 4
+        ("1 to 4", 2, 1.0),  # items 2, 3
+        ("5 to 19", 1, 1.0),
+        ("20 or more", 1, 1.0),
+    ]
+    groups = analyse(evaluation, split, None).breakdown[BY_INTERACTIONS]
+    assert [(g.name, g.users, g.metrics["R@1"]) for g in groups] == wanted
+    # Items from number 2 on came after the training, whatever the split's training part has.
+    later = cold_start_groups(evaluation, split, trained_items=2)
+    assert [(g.name, g.users) for g in later] == [("none", 4), ("5 to 19", 1), ("20 or more", 1)]
+    with pytest.raises(ValueError, match="trained_items must be 0 to 5; got 6"):
+        cold_start_groups(evaluation, split, 6)
 
 
 def test_items_of_equal_popularity_are_in_one_group() -> None:

@@ -146,7 +146,7 @@ def test_a_fault_of_the_model_shows_no_stack_trace(
     def fail(*_: Any) -> None:
         raise FloatingPointError("the model's scores are NaN, in /secret/place")
 
-    monkeypatch.setattr("gflowgr.serving.service.GenerativeRecommender.recommend", fail)
+    monkeypatch.setattr("gflowgr.evaluation.generative.GenerativeRecommender.recommend", fail)
     found = client.post("/recommend", json={"user": "1"})
     assert (found.status_code, found.text) == (500, "Internal Server Error")
     assert client.get("/health").status_code == 200

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,8 @@ def _of_page(path: Path) -> Iterator[Block]:
 
 def write_inputs(page: str, folder: Path) -> None:
     """The files that the commands of a page read, as the page describes them."""
+    if page == "docs/identifiers.md":
+        _write_two_years(folder)
     if page != "docs/your-data.md":
         return
     titles = {f"B00{letter}{digit}": f"{letter}{digit}" for letter in "KTX" for digit in range(10)}
@@ -80,6 +83,21 @@ def write_inputs(page: str, folder: Path) -> None:
     }
     for name, lines in texts.items():
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_two_years(folder: Path) -> None:
+    """The events of a year, those of the next one with 3 new items, and the items' vectors."""
+    first = [
+        f"user {n},item {(7 * place + 3 * n) % 30},{100 * place + n}"
+        for n in range(40)
+        for place in range(8)
+    ]
+    second = [f"user {n},new {n % 3},{900 + n}" for n in range(0, 40, 4)]
+    for name, rows in (("2023", first), ("2024", [*first, *second])):
+        (folder / f"{name}.csv").write_text("\n".join(["user,item,time", *rows]) + "\n")
+    rng = np.random.default_rng(0)
+    for name, count in (("2023", 30), ("new", 3)):
+        np.save(folder / f"{name}.npy", rng.normal(size=(count, 8)).astype(np.float32))
 
 
 def write_modules(page: str, folder: Path) -> None:
