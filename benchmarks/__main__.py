@@ -22,6 +22,7 @@ examples:
   python -m benchmarks flow_loss --peers none --no-memory
   python -m benchmarks beam_step search --shapes beam_step:64x20x33124x12101 search-t5:8x60x20x12101
   python -m benchmarks tree --shapes tree:10m tree:100m
+  python -m benchmarks serve --help     # servers under load, which have options of their own
 
 Every variant is compared with a reference first (float64 where it computes); one that is wrong is
 not timed, and the exit code is 1 if it is ours. benchmarks/README.md says how to read the tables.
@@ -41,12 +42,16 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
     # Quiet libraries, and no network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        return _run(args)
+        if words[:1] == ["serve"]:
+            from benchmarks.serve import main as serve
+
+            return serve(words[1:])
+        return _run(_parser().parse_args(words))
     except (OSError, ValueError) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 from support.command_line import Capture, call
-from support.processes import descendants, listening
 from support.served_shop import free_identifiers, serve, write_folders
+
+from benchmarks.harness.processes import descendants, listening
 
 httpx = pytest.importorskip("httpx", reason='httpx is not installed: pip install ".[dev]"')
 pytest.importorskip("fastapi", reason='fastapi is not installed: pip install ".[dev]"')
