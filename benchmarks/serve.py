@@ -38,6 +38,7 @@ class Cell:
         clients: clients at once.
         seconds: of each request.
         elapsed: of all rounds.
+        cpu: CPU seconds of the server meanwhile, which other work on the machine does not add to.
         rate: requests a second in each round.
     """
 
@@ -45,6 +46,7 @@ class Cell:
     clients: int
     seconds: list[float] = field(default_factory=list)
     elapsed: float = 0.0
+    cpu: float = 0.0
     rate: list[float] = field(default_factory=list)
 
     def percentile(self, percent: float) -> float:
@@ -82,6 +84,7 @@ def load_test(
         RuntimeError: an answer was an error, or the servers answer differently.
     """
     from benchmarks.harness.http_clients import clients_process
+    from benchmarks.harness.processes import cpu_seconds_of
     from benchmarks.harness.served import Shop, gflowgr_server, peer_server, search_times
     from gflowgr.models import TigerConfig
 
@@ -90,17 +93,18 @@ def load_test(
         shop = Shop(folder, items, TigerConfig() if sizes is None else sizes)
         shop.write()
         say("starting the servers")
-        ports = {
+        servers = {
             PEER: stack.enter_context(peer_server(shop, threads=threads)),
-            OURS: stack.enter_context(gflowgr_server(shop, folder / "state", threads=threads))[0],
+            OURS: stack.enter_context(gflowgr_server(shop, folder / "state", threads=threads)),
             ALONE: stack.enter_context(
                 gflowgr_server(
                     shop, folder / "state1", threads=threads, options=("--batch-size", "1")
                 )
-            )[0],
+            ),
         }
         search = stack.enter_context(search_times(shop, threads=threads))
         ask = stack.enter_context(clients_process())
+        ports = {name: port for name, (port, _) in servers.items()}
         _check_answers(ports, shop.requests(_SAME, mask_seen=False))
         bodies = shop.requests(512)
         for port in ports.values():  # the first calls of a process are slow
@@ -112,10 +116,13 @@ def load_test(
             say(f"round {number + 1} of {rounds}")
             for count in clients:
                 for name in [*ports][number % len(ports) :] + [*ports][: number % len(ports)]:
-                    found = ask.load(ports[name], bodies, count, seconds)
+                    port, pid = servers[name]
+                    before = cpu_seconds_of(pid)
+                    found = ask.load(port, bodies, count, seconds)
                     if found.failed:
                         raise RuntimeError(f"{found.failed} requests to {name} failed")
                     _add(cells[name, count], found.seconds, found.elapsed)
+                    cells[name, count].cpu += cpu_seconds_of(pid) - before
                 if count == 1:
                     times = search(bodies, seconds)
                     _add(alone, times, sum(times))
@@ -159,21 +166,26 @@ def report(cells: Sequence[Cell]) -> tuple[str, list[str]]:
             str(cell.clients),
             *(f"{cell.percentile(percent):.1f}" for percent in (50, 95, 99)),
             f"{cell.per_second:.1f}",
+            f"{1e3 * cell.cpu / len(cell.seconds):.1f}" if cell.cpu else "",
             f"{min(cell.rate):.1f} to {max(cell.rate):.1f}",
             str(len(cell.seconds)),
         ]
         for cell in cells
     ]
-    titles = ["server", "clients", "p50 ms", "p95 ms", "p99 ms", "requests/s", "rounds", "requests"]
+    titles = ["server", "clients", "p50 ms", "p95 ms", "p99 ms", "requests/s"]
+    titles += ["CPU ms a request", "rounds", "requests"]
     by_name = {(cell.variant, cell.clients): cell for cell in cells}
     bars = []
     most = max(cell.clients for cell in cells)
     for other, wanted in ((PEER, 8.0), (ALONE, None)):
         ratio = by_name[OURS, most].per_second / by_name[other, most].per_second
         bars.append(_bar(f"requests/s at {most} clients over {other}", ratio, wanted, ">="))
+    cpu = [by_name[name, most].cpu / len(by_name[name, most].seconds) for name in (PEER, OURS)]
+    if all(cpu):
+        bars.append(_bar(f"CPU time of a request of {PEER} over ours", cpu[0] / cpu[1], None, ""))
     ratio = by_name[OURS, 1].percentile(95) / by_name[SEARCH, 1].percentile(95)
     bars.append(_bar(f"p95 at 1 client over p95 of {SEARCH}", ratio, 1.5, "<="))
-    return markdown_table([titles, *rows], "lrrrrrlr"), bars
+    return markdown_table([titles, *rows], "lrrrrrrlr"), bars
 
 
 def _bar(name: str, value: float, wanted: float | None, sign: str) -> str:
@@ -234,7 +246,8 @@ def main(argv: Sequence[str]) -> int:
         found = soak_test(
             args.items, seconds=args.soak, replicas=args.replicas, threads=args.threads
         )
-        title, text, data = "Soak of the server", soak_text(found), asdict(found)
+        title, text = "Soak of the server", soak_text(found)
+        data: Any = asdict(found)
         wrong = bool(found.wrong)
     else:
         facts = machine_facts(argv)
@@ -250,6 +263,7 @@ def main(argv: Sequence[str]) -> int:
                 "p50, p95, p99 (ms)": [round(cell.percentile(p), 2) for p in (50, 95, 99)],
                 "requests/s": round(cell.per_second, 2),
                 "requests/s of each round": [round(rate, 2) for rate in cell.rate],
+                "CPU seconds of the server": round(cell.cpu, 2),
                 "requests": len(cell.seconds),
             }
             for cell in cells

@@ -1,9 +1,11 @@
-"""The processes that a process has started: who they are, and on which addresses they listen."""
+"""Other processes: whom a process has started, their CPU time, and where they listen."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+__all__ = ["cpu_seconds_of", "descendants", "listening"]
 
 
 def descendants(pid: int) -> dict[int, str]:
@@ -25,6 +27,12 @@ def descendants(pid: int) -> dict[int, str]:
         found |= {child: titles[child] for child in children}
         ahead = children
     return found
+
+
+def cpu_seconds_of(pid: int) -> float:
+    """User and system time of a process so far, in seconds; a tick of the kernel is 10 ms."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def listening(pid: int) -> set[str]:

@@ -126,8 +126,8 @@ def _wait(port: int, alive: Any, log: Path | None = None) -> None:
 
 
 @contextmanager
-def peer_server(shop: Shop, *, threads: int) -> Iterator[int]:
-    """``transformers.generate`` behind the same kind of server; gives its port."""
+def peer_server(shop: Shop, *, threads: int) -> Iterator[tuple[int, int]]:
+    """``transformers.generate`` behind the same kind of server; gives port and process id."""
     port = free_port()
     process = multiprocessing.get_context("spawn").Process(
         target=_serve_generate, args=(shop, port, threads), daemon=True
@@ -135,7 +135,7 @@ def peer_server(shop: Shop, *, threads: int) -> Iterator[int]:
     process.start()
     try:
         _wait(port, process.is_alive)
-        yield port
+        yield port, int(process.pid or 0)
     finally:
         process.kill()
         process.join()
