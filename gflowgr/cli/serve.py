@@ -43,6 +43,12 @@ def add_serve(commands: Commands) -> None:
         "new items may then come with a vector instead of an identifier",
     )
     parser.add_argument(
+        "--encoder",
+        metavar="NAME",
+        help="the text encoder, a folder or in the local cache, that gflowgr identifiers make "
+        "--encoder made the vectors of --index by; new items may then come with a text",
+    )
+    parser.add_argument(
         "--beside",
         metavar="MODEL2",
         help="a second model of the same items and identifiers; the page shows the answers of both",
@@ -124,7 +130,7 @@ def _serve(args: argparse.Namespace) -> int:
     state = args.state or str(folder.with_name(f"{folder.name}-catalogue"))
     places = (args.model, args.data, state, config)
     options = {"num_beams": args.beams, "index": args.index}
-    options |= {"beside": args.beside, "collaborative": args.collaborative}
+    options |= {"encoder": args.encoder, "beside": args.beside, "collaborative": args.collaborative}
     if several:
         replicas = Replicas(args.replicas, args.ray, args.threads, args.gpus)
         serve_replicas(*places, replicas, **options)

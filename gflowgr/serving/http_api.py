@@ -138,11 +138,12 @@ class RecommendBody(Asked):
 
 
 class ItemBody(_Body):
-    """A new item, with its identifier or its vector; see :class:`~gflowgr.serving.requests.Add`."""
+    """A new item by its identifier, vector or text; see :class:`~gflowgr.serving.requests.Add`."""
 
     id: StrictStr
     identifier: list[StrictInt] | None = Field(None, min_length=1, max_length=1000)
     vector: list[float] | None = Field(None, min_length=1, max_length=MAX_LIST)
+    text: StrictStr | None = Field(None, max_length=10_000)
     title: StrictStr | None = Field(None, max_length=1000)
     share: StrictBool = False
 
@@ -291,11 +292,12 @@ def make_app(
     @app.post("/items", dependencies=keyed)
     def add(body: ItemBody, request: Request) -> dict[str, int]:
         """Add an item to the catalogue, or bring back one that was removed."""
-        if (body.identifier is None) == (body.vector is None):
-            raise RequestError("identifier", "either identifier or vector must be given")
-        if body.vector is not None:
-            return changed(AddVector(body.id, tuple(body.vector), body.title), request)
-        codes = tuple(body.identifier or ())
+        if [body.identifier, body.vector, body.text].count(None) != 2:
+            raise RequestError("identifier", "one of identifier, vector and text must be given")
+        if body.identifier is None:
+            vector = tuple(body.vector or ()) or service.vector(body.text or "")
+            return changed(AddVector(body.id, vector, body.title), request)
+        codes = tuple(body.identifier)
         return changed(Add(body.id, codes, body.title, body.share), request)
 
     @app.delete("/items/{item:path}", dependencies=keyed)

@@ -63,6 +63,7 @@ def serve_replicas(
     *,
     num_beams: int,
     index: str | None = None,
+    encoder: str | None = None,
     beside: str | None = None,
     collaborative: str | None = None,
 ) -> None:
@@ -78,6 +79,7 @@ def serve_replicas(
         replicas: how many, and where.
         num_beams: beams of the search.
         index: the index file whose tokeniser codes new items.
+        encoder: the text encoder of the index's vectors.
         beside: the folder of a second model, for comparison.
         collaborative: the folder of the model whose scores the reward is made of.
 
@@ -101,7 +103,9 @@ def serve_replicas(
     given: dict[str, Any] = {
         name: None if path is None else str(Path(path).resolve()) for name, path in paths.items()
     }
-    given["num_beams"] = num_beams
+    given |= {"num_beams": num_beams, "encoder": encoder}
+    if encoder is not None and Path(encoder).is_dir():
+        given["encoder"] = str(Path(encoder).resolve())  # else a name in the local cache
     Service(**given)  # what is wrong is said here, in one line, and not by a replica's trace
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     socket.create_server((config.host, config.port), family=family).close()

@@ -27,6 +27,7 @@ def serve(
     *,
     num_beams: int,
     index: str | None = None,
+    encoder: str | None = None,
     beside: str | None = None,
     collaborative: str | None = None,
 ) -> None:
@@ -39,6 +40,7 @@ def serve(
         config: address, key and batches.
         num_beams: beams of the search.
         index: the index file whose tokeniser codes new items.
+        encoder: the text encoder of the index's vectors.
         beside: the folder of a second model, which the page shows beside the first.
         collaborative: the folder of the model whose reward's flows are shown beside the model's.
 
@@ -54,6 +56,7 @@ def serve(
         state,
         num_beams=num_beams,
         index=index,
+        encoder=encoder,
         beside=beside,
         collaborative=collaborative,
     )

@@ -17,7 +17,7 @@ from ..errors import DataError, shown
 from ..models.gflow_model import GFlowModel
 from .beginnings import TargetPolicy, beginnings
 from .catalogue import Catalogue
-from .coding import ItemCoder
+from .coding import NO_ENCODER, ItemCoder
 from .journal import Journal
 from .load import load_collaborative_for, load_for
 from .requests import Add, AddVector, Change, Recommend, RequestError, SwapModel
@@ -55,6 +55,7 @@ class Service:
         num_beams: beams of the search; at least as many as items are wanted are used.
         index: the index file that the model was trained with, whose tokeniser codes new items;
             None: they come with their identifiers.
+        encoder: the text encoder of the index's vectors; new items may then come with texts.
         beside: the folder of a second model of the same items and identifiers, for comparison; it
             answers from the same catalogue.
         collaborative: the folder of the model whose scores the reward is made of; its exact flows
@@ -72,6 +73,7 @@ class Service:
         *,
         num_beams: int = 20,
         index: str | None = None,
+        encoder: str | None = None,
         beside: str | None = None,
         collaborative: str | None = None,
     ) -> None:
@@ -79,7 +81,9 @@ class Service:
         self._load: Callable[[str], GFlowModel] = partial(_model_of, data=data)
         self._lock = threading.RLock()
         self._catalogue = Catalogue.of(loaded, self.dataset, num_beams)
-        self._coder = None if index is None else ItemCoder(index, self._catalogue)
+        if encoder is not None and index is None:
+            raise ValueError("--encoder must come with --index, whose vectors it made")
+        self._coder = None if index is None else ItemCoder(index, self._catalogue, encoder)
         self._beside = None if beside is None else load_for(beside, data)[0]
         if self._beside is not None:
             its = self._catalogue.with_model(self._beside).codes()
@@ -130,6 +134,16 @@ class Service:
             line = self._journal.append(change, by)
             self._catalogue = changed
         return line
+
+    def vector(self, text: str) -> tuple[float, ...]:
+        """The vector of a new item's text, for :class:`~gflowgr.serving.requests.AddVector`.
+
+        Raises:
+            RequestError: there is no text encoder here, or no word in the text.
+        """
+        if self._coder is None:
+            raise RequestError("text", f"text: {NO_ENCODER}")
+        return self._coder.vector(text)
 
     def _coded(self, change: AddVector) -> Add:
         """With what is there now, which nobody changes meanwhile."""

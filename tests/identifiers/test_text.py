@@ -8,36 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from support.tiny_encoder import write_encoder
+from transformers import BertModel
 
 from gflowgr.identifiers import encode_texts, item_texts
 
 TEXTS = ["red nail polish", "pan", "", "steel frying pan unknownword"]
-WORDS = ["[PAD]", "[UNK]", "red", "nail", "polish", "steel", "frying", "pan"]
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny encoder, as ``save_pretrained`` leaves it."""
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def test_vectors_are_means_of_the_last_states_whatever_the_batch(encoder: Path) -> None:

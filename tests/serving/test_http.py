@@ -85,7 +85,7 @@ def test_changes_are_answered_audited_and_kept(
     assert client.post("/model", json={"model": folders["model1"]}).json() == {"version": 4}
     assert client.post("/recommend", json=only).json()["items"] == []
     assert serve(folders, tmp_path).catalogue().version == 4
-    for fields in ({}, {"identifier": [0], "vector": [0.5]}, {"vector": [0.5]}):
+    for fields in ({}, {"identifier": [0], "vector": [0.5]}, {"vector": [0.5]}, {"text": "a pan"}):
         found = client.post("/items", json={"id": "x", **fields})
         assert (found.status_code, found.json()["detail"][0]["loc"][0]) == (422, "body")
     lines = [record.message for record in caplog.records if record.message.startswith("catalogue")]

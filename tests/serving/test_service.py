@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from support.served_shop import free_identifiers, serve, write_folders
+from support.tiny_encoder import write_encoder
 from support.tiny_shop import make_model, make_scorer, shop
 
 from gflowgr.collaborative import EmbeddingScorer
 from gflowgr.errors import DataError
 from gflowgr.evaluation.generative import GenerativeRecommender
-from gflowgr.identifiers import Tokeniser, tokeniser_path, write_index
+from gflowgr.identifiers import Tokeniser, encode_texts, tokeniser_path, write_index
 from gflowgr.models import GFlowModel
 from gflowgr.rewards import CatalogueReward
 from gflowgr.serving.beginnings import TargetPolicy
@@ -307,6 +308,40 @@ def test_an_item_with_a_vector_is_coded_by_the_frozen_tokeniser(
     write_index(index, raw[::-1])
     with pytest.raises(DataError, match="must have the identifiers of the model"):
         Service(*given, index=str(index))
+
+
+def test_an_item_with_a_text_is_coded_by_the_encoder_of_the_index(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    """The codebooks are such that the item gets the identifier of the text's own vector."""
+    index, encoder = tmp_path / "index.mine.json.gz", write_encoder(tmp_path / "encoder")
+    model = make_model(objective="sft")
+    codes = model.item_tokens().numpy() - np.array(model.vocabulary.level_offsets)
+    write_index(index, codes)
+    wanted = free_identifiers()[0]
+    (vector,) = encode_texts(["red nail polish"], str(encoder))
+    codebooks = np.full((4, 40, 8), 9.0, dtype=np.float32)
+    for level, code in enumerate(wanted):
+        codebooks[level, code] = vector if level == 0 else 0.0
+    Tokeniser(codebooks, "reassign").save(tokeniser_path(index))
+    given = (folders["model0"], folders["data"], str(tmp_path / "state"))
+    service = Service(*given, index=str(index), encoder=str(encoder))
+    record = service.change(AddVector("new", service.vector("red nail polish")), "me")
+    assert json.loads(record)["change"]["identifier"] == list(wanted)
+    without = Service(*given, index=str(index))
+    for refuses, text, message in (
+        (service, "  ", "text must have a word"),
+        (without, "pan", "started without --encoder"),
+        (serve(folders, tmp_path / "other"), "pan", "started without --encoder"),
+    ):
+        with pytest.raises(RequestError, match=message) as caught:
+            refuses.vector(text)
+        assert caught.value.field == "text"
+    with pytest.raises(ValueError, match="--encoder must come with --index"):
+        Service(*given, encoder=str(encoder))
+    other = write_encoder(tmp_path / "other_encoder", width=6)
+    with pytest.raises(ValueError, match=r"must be that of .*vectors must be \[new items, 8\]"):
+        Service(*given, index=str(index), encoder=str(other))
 
 
 # ---- the journal ----
