@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ..errors import DataError, shown
 from ..models.gflow_model import GFlowModel
@@ -23,6 +24,9 @@ from .load import load_collaborative_for, load_for
 from .requests import Add, AddVector, Change, Recommend, RequestError, SwapModel
 
 __all__ = ["Service"]
+
+_PROMPTS_A_THREAD = 16
+"""Prompts of one search on a CPU, for each of its threads."""
 
 Search = tuple[int, tuple[int, ...] | None, bool]
 """What the requests of one search share: beams, the only items that may come back, and whether it
@@ -177,13 +181,15 @@ class Service:
                 groups.setdefault(asked.search, []).append(asked)
         for (_, only, beside), group in groups.items():
             asked_model = self._of_beside(catalogue) if beside else catalogue
-            items, scores = asked_model.recommender(only).recommend(
-                [asked.history for asked in group],
-                max(asked.request.k for asked in group),
-                [asked.excluded for asked in group],
-            )
-            for asked, found, log_p in zip(group, items, scores, strict=True):
-                answers[asked.place] = _record(catalogue, asked.request, found, log_p)
+            recommender = asked_model.recommender(only)
+            for some in _searched_together(group, asked_model.model.device.type):
+                items, scores = recommender.recommend(
+                    [asked.history for asked in some],
+                    max(asked.request.k for asked in some),
+                    [asked.excluded for asked in some],
+                )
+                for asked, found, log_p in zip(some, items, scores, strict=True):
+                    answers[asked.place] = _record(catalogue, asked.request, found, log_p)
         return [answers[place] for place in range(len(requests))]
 
     def history(self, user: str) -> npt.NDArray[np.int64]:
@@ -256,6 +262,18 @@ class Service:
             only = tuple(np.unique(numbers(request.available, "available")).tolist())
         beams = max(request.k, catalogue.num_beams)
         return _Asked(place, request, history, excluded, (beams, only, request.beside))
+
+
+def _searched_together(group: list[_Asked], device: str) -> list[list[_Asked]]:
+    """The requests of a batch in searches; on a CPU few of alike length, which are padded little.
+
+    So many for each thread fill its vector units; more only outgrow its cache.
+    """
+    if device != "cpu":
+        return [group]
+    ordered = sorted(group, key=lambda asked: len(asked.history))
+    size = _PROMPTS_A_THREAD * torch.get_num_threads()
+    return [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
 
 
 def _record(

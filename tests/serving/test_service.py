@@ -93,6 +93,17 @@ def test_a_batch_gives_each_request_what_the_offline_search_gives(service: Servi
     ]
 
 
+def test_a_large_batch_of_histories_of_any_length_is_answered_in_its_order(
+    service: Service,
+) -> None:
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(0, 8, 40)
+    requests = [
+        Recommend(history=tuple(draw.integers(0, 200, each).tolist()), k=3) for each in lengths
+    ]
+    assert service.answer(requests) == [service.answer([each])[0] for each in requests]
+
+
 # ---- changes ----
 
 
