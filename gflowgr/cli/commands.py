@@ -6,6 +6,7 @@ from __future__ import annotations
 from .data import add_data
 from .evaluate import add_evaluate
 from .experiment import add_experiment
+from .export import add_export
 from .identifiers import add_identifiers
 from .info import add_info
 from .recommend import add_recommend
@@ -21,6 +22,7 @@ COMMANDS = (
     add_evaluate,
     add_recommend,
     add_serve,
+    add_export,
     add_data,
     add_identifiers,
     add_info,

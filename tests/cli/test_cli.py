@@ -334,6 +334,10 @@ def test_model_of_another_catalogue_is_refused(
     assert code == 2
     assert "was trained on 200 items, but" in error
     assert "has 210" in error
+    index = other / "index.hierarchy.json.gz"
+    code, _, error = call(capsys, "evaluate", model, "--data", other, "--index", index)
+    assert code == 2
+    assert f"{index} must have the identifiers of the model, then new ones" in error
 
 
 # ---- info ----

@@ -19,7 +19,7 @@ import pytest
 from support.command_line import Capture, call
 from support.documentation import blocks, commands
 from support.served_shop import free_identifiers, serve, write_folders
-from support.tiny_shop import shop
+from support.tiny_shop import make_scorer, shop
 
 for _package in ("fastapi", "prometheus_client", "httpx"):
     pytest.importorskip(_package, reason=f"{_package} is not installed (pip install -e '.[dev]')")
@@ -224,24 +224,30 @@ def test_the_command_answers_over_a_socket(
     found: list[Any] = []
 
     def run(app: Any, **options: Any) -> None:
-        """In a thread, until one request is answered."""
+        """In a thread, until its requests are answered."""
         server = uvicorn.Server(uvicorn.Config(app, **options))
         thread = threading.Thread(target=server.run)
         thread.start()
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        address = f"http://127.0.0.1:{port}/recommend"
-        found.append(httpx.post(address, json={"user": "17"}, trust_env=False, timeout=60).json())
+        for path, beside in (("recommend", False), ("recommend", True), ("tree", False)):
+            address, body = f"http://127.0.0.1:{port}/{path}", {"user": "17", "beside": beside}
+            found.append(httpx.post(address, json=body, trust_env=False, timeout=60).json())
         server.should_exit = True
         thread.join()
 
     monkeypatch.setattr("uvicorn.run", run)
+    make_scorer().save(tmp_path / "scorer")
     where = ("--data", folders["data"], "--state", tmp_path, "--port", port, "--beams", 8)
-    code, out, error = call(capsys, "serve", folders["model0"], *where)
+    more = ("--beside", folders["model1"], "--collaborative", tmp_path / "scorer")
+    code, out, error = call(capsys, "serve", folders["model0"], *where, *more)
     assert code == 0, error
     assert out == f"gflowgr: http://127.0.0.1:{port}/ (page: /, interface: /docs)\n"
-    assert found == serve(folders, tmp_path).answer([Recommend(user="17")])
+    alone = [serve(folders, tmp_path), serve({**folders, "model0": folders["model1"]}, tmp_path)]
+    assert found[:2] == [each.answer([Recommend(user="17")])[0] for each in alone]
+    target = sum(each["target"] for each in found[2]["beginnings"])
+    assert target == pytest.approx(1, abs=1e-4)  # its temperature was chosen by validation
 
 
 @pytest.mark.parametrize(
