@@ -59,6 +59,14 @@ def check(model: GFlowModel, prompt: Program, step: Program, rows: list[int]) ->
 
 
 @pytest.mark.parametrize("kind", ["tiger", "decoder"])
+def test_the_programs_compute_what_the_model_does(kind: str, models: dict[str, Path]) -> None:
+    model = GFlowModel.from_pretrained(models[kind], decode_only=True)
+    backbone: Any = model.backbone
+    programs = prompt_and_step(backbone, model.vocabulary.length)
+    check(model, *programs, rows=[0, 1, 2])
+
+
+@pytest.mark.parametrize("kind", ["tiger", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_what_torch_export_wrote_computes_what_the_model_does(
     kind: str, models: dict[str, Path], tmp_path: Path, capsys: Capture
 ) -> None:
@@ -128,10 +136,12 @@ def test_what_cannot_be_exported_is_refused(
     assert "--onnx needs onnx and onnxscript: pip install 'gflowgr[onnx]'" in error
     monkeypatch.undo()
 
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no such operator")
+    def fail(_: Any, name: str, __: Any, folder: Path) -> None:
+        if name == "step":
+            raise RuntimeError("no such operator")
+        (folder / "prompt.pt2").touch()
 
-    monkeypatch.setattr(torch.export, "save", fail)
+    monkeypatch.setattr("gflowgr.models.exported._write_torch", fail)
     with pytest.raises(RuntimeError, match="no such operator"):
         call(capsys, "export", models["tiger"], "--torch-export", "--out", out)
     assert not out.exists()
