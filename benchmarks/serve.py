@@ -20,7 +20,7 @@ from benchmarks.harness.shapes import BEAUTY_ITEMS
 from gflowgr import files
 from gflowgr.report.tables import markdown_table
 
-__all__ = ["Cell", "load_test", "main", "report"]
+__all__ = ["Cell", "command_parser", "load_test", "main", "report"]
 
 CLIENTS = (1, 8, 64)
 OURS, PEER, ALONE = "gflowgr serve", "transformers.generate", "gflowgr serve, one at a time"
@@ -216,8 +216,8 @@ def _write(out: str, name: str, facts: dict[str, Any], text: str, data: Any) -> 
 # ---- the command ----
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; returns the exit code: 1 if an answer was wrong."""
+def command_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks serve",
         description="Load on a server of a random model on loopback, or with --soak a long run "
@@ -238,7 +238,12 @@ def main(argv: Sequence[str]) -> int:
     )
     add("--replicas", type=int, default=1, help="with --soak; of several, one is killed")
     add("--out", metavar="FOLDER", help="write serve.md and serve.json there")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns the exit code: 1 if an answer was wrong."""
+    args = command_parser().parse_args(argv)
     if args.soak is not None:
         from benchmarks.harness.soak import soak_test, soak_text
 

@@ -154,6 +154,10 @@ def parse_torchrun(words: list[str]) -> None:
 def parse_python(words: list[str]) -> None:
     if words[:2] == ["-m", "gflowgr"]:
         parse_gflowgr(words[2:])
+    elif words[:3] == ["-m", "benchmarks", "serve"]:
+        from benchmarks.serve import command_parser
+
+        command_parser().parse_args(words[3:])
     elif words[:2] == ["-m", "benchmarks"]:
         from benchmarks.__main__ import _parser
         from benchmarks.harness.running import read_shape, read_tables

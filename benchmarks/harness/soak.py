@@ -197,7 +197,7 @@ class _Run:
             elif mark in marks:
                 text = await self.ask(client, "GET", "/metrics")
                 self.result.memory[round(mark)] = dict(_memory(text))
-        client.close()
+                client.close()  # idle until the next mark, a server would close it
 
     async def all(self) -> None:
         """Everything at once."""

@@ -70,16 +70,18 @@ def test_the_peer_answers_as_the_search_and_its_clients_count_every_request(
 
 
 def test_the_report_judges_the_figures() -> None:
-    cells = [Cell(SEARCH, 1, [0.01] * 10, 0.1, [100.0])]
+    cells = [Cell(SEARCH, 1, [0.01] * 10, 0.1, rate=[100.0])]
     for name, rate in ((OURS, 100), (PEER, 10), (ALONE, 50)):
         for clients in (1, 64):
-            cells.append(Cell(name, clients, [clients / rate] * 20, 20 / rate, [float(rate)]))
+            times = [clients / rate] * 20
+            cells.append(Cell(name, clients, times, 20 / rate, 5 / rate, [float(rate)]))
     cells[1].seconds = [0.02] * 20
     table, bars = report(cells)
     assert len(table.splitlines()) == 2 + len(cells)
     assert bars == [
         f"met: requests/s at 64 clients over {PEER}: 10.00, at least 8",
         f"requests/s at 64 clients over {ALONE}: 2.00",
+        f"CPU time of a request of {PEER} over ours: 10.00",
         f"MISSED: p95 at 1 client over p95 of {SEARCH}: 2.00, at most 1.5",
     ]
 
