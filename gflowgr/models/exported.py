@@ -137,7 +137,7 @@ class _T5Step(nn.Module):
         cross = cross.masked_fill(pads, torch.finfo(hidden.dtype).min)
         keys, values = [], []
         for number, block in enumerate(self.stack.block):
-            layer: Any = block.layer  # type: ignore[union-attr]
+            layer: Any = block.layer
             attention, normed = layer[0].SelfAttention, layer[0].layer_norm(hidden)
             keys.append(torch.where(newest, self._split(attention.k(normed)), own[0][number]))
             values.append(torch.where(newest, self._split(attention.v(normed)), own[1][number]))

@@ -21,6 +21,7 @@ from gflowgr.models.decoder import decoder_prompt
 from gflowgr.models.exported import prompt_and_step
 
 HISTORIES = torch.tensor([[5, 6, 7], [100, -1, -1], [1, 2, -1]])
+NAMES = ("prompt", "step")
 Program = Callable[..., Sequence[Tensor]]
 
 
@@ -62,8 +63,8 @@ def check(model: GFlowModel, prompt: Program, step: Program, rows: list[int]) ->
 def test_the_programs_compute_what_the_model_does(kind: str, models: dict[str, Path]) -> None:
     model = GFlowModel.from_pretrained(models[kind], decode_only=True)
     backbone: Any = model.backbone
-    programs = prompt_and_step(backbone, model.vocabulary.length)
-    check(model, *programs, rows=[0, 1, 2])
+    prompt, step = prompt_and_step(backbone, model.vocabulary.length)
+    check(model, prompt, step, [0, 1, 2])
 
 
 @pytest.mark.parametrize("kind", ["tiger", pytest.param("decoder", marks=pytest.mark.slow)])
@@ -75,13 +76,13 @@ def test_what_torch_export_wrote_computes_what_the_model_does(
     code, shown, error = call(capsys, "export", models[kind], "--torch-export", "--out", out)
     assert (code, shown) == (0, f"written to {out}\n"), error
     model = GFlowModel.from_pretrained(models[kind], decode_only=True)
-    programs = [torch.export.load(str(out / f"{name}.pt2")).module() for name in ("prompt", "step")]
-    check(model, *programs, rows=[0, 1, 2])
-    check(model, *programs, rows=[1])
+    prompt, step = (torch.export.load(str(out / f"{name}.pt2")).module() for name in NAMES)
+    check(model, prompt, step, [0, 1, 2])
+    check(model, prompt, step, [1])
     about = json.loads((out / "export.json").read_text())
     assert (about["kind"], about["levels"]) == (kind, 4)
     assert about["outputs"]["step"] == ["logits", "own_keys", "own_values"]
-    for name in ("prompt", "step"):
+    for name in NAMES:
         with zipfile.ZipFile(out / f"{name}.pt2") as archive:
             (empty,) = [each for each in archive.namelist() if "sample_inputs" in each]
             assert archive.getinfo(empty).file_size < 2000  # torch's record, without tensors
@@ -111,8 +112,8 @@ def test_what_onnx_holds_computes_what_the_model_does(
         code, _, error = call(capsys, "export", models[kind], "--onnx", "--out", tmp_path)
         assert code == 0, error
         model = GFlowModel.from_pretrained(models[kind], decode_only=True)
-        check(model, program("prompt"), program("step"), rows=[0, 1, 2])
-        check(model, program("prompt"), program("step"), rows=[1])
+        check(model, program("prompt"), program("step"), [0, 1, 2])
+        check(model, program("prompt"), program("step"), [1])
 
 
 def test_what_cannot_be_exported_is_refused(

@@ -33,6 +33,8 @@ from fastapi.responses import HTMLResponse  # noqa: E402
 from gflowgr.serving.http_api import ServerConfig, make_app  # noqa: E402
 from gflowgr.serving.service import Service  # noqa: E402
 
+pytestmark = pytest.mark.process
+
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
