@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 import numpy.typing as npt
@@ -195,10 +196,7 @@ class Catalogue:
         number = self.numbers.get(change.id)
         if number is not None and number not in self.removed:
             raise RequestError("id", f"id must be new; item {shown(change.id)} is there already")
-        try:
-            ItemIds([change.id], "id")
-        except DataError as error:
-            raise RequestError("id", str(error)) from None
+        _check_id(change.id)
         codes, sizes = change.identifier, self.model.vocabulary.codebook_sizes
         fits = 1 <= len(codes) <= len(sizes) if self.model.vocabulary.ragged else False
         if not (fits or len(codes) == len(sizes)) or not all(
@@ -265,3 +263,21 @@ class Catalogue:
         """Codes [rows, levels], padded on the right with -1."""
         levels = len(self.model.vocabulary.codebook_sizes)
         return np.array([[*row, *[-1] * (levels - len(row))] for row in codes], dtype=np.int64)
+
+
+def _check_id(id_: str) -> None:
+    """Raise RequestError for an id that no item may have, or that an address cannot hold."""
+    try:
+        ItemIds([id_], "id")
+    except DataError:
+        fits = False
+    else:
+        # Clients shorten a path with such parts, and a router's pattern ends at a line's end.
+        fits = not {".", ".."} & set(id_.split("/"))
+        fits &= not any(category(character) == "Cc" for character in id_)
+    if not fits:
+        raise RequestError(
+            "id",
+            "id must be a text of 1 to 1,000 characters, without white space at its ends, control "
+            f"characters, and parts between slashes that are . or ..; got {shown(id_)}",
+        )

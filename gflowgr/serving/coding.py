@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +37,8 @@ class ItemCoder:
     """
 
     def __init__(self, index: str, catalogue: Catalogue, encoder: str | None = None) -> None:
+        if not Path(index).is_file():
+            raise FileNotFoundError(f"--index must name a file; got {index}")
         self.tokeniser = Tokeniser.load(tokeniser_path(index))
         identifiers = read_index(index, num_items=catalogue.model.tree.num_items)
         if not np.array_equal(identifiers.codes, catalogue.codes()):
@@ -72,6 +76,11 @@ class ItemCoder:
         Raises:
             RequestError: a wrong width, a number that is not finite, no identifier left.
         """
+        for place, value in enumerate(vector):
+            if not math.isfinite(value):
+                raise RequestError(
+                    "vector", f"vector must hold finite numbers; got {value} at place {place}"
+                )
         codes = catalogue.codes()[catalogue.tree.item_ids.cpu().numpy()]
         pairs = zip(self._raw, codes.T, strict=True)
         raw = np.stack([known[column] for known, column in pairs], axis=1)

@@ -24,9 +24,18 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+)
 
 from .. import __version__
+from ..errors import DataError
 from .batching import Batcher, QueueFullError
 from .requests import (
     Add,
@@ -142,7 +151,7 @@ class ItemBody(_Body):
 
     id: StrictStr
     identifier: list[StrictInt] | None = Field(None, min_length=1, max_length=1000)
-    vector: list[float] | None = Field(None, min_length=1, max_length=MAX_LIST)
+    vector: list[StrictFloat | StrictInt] | None = Field(None, min_length=1, max_length=MAX_LIST)
     text: StrictStr | None = Field(None, max_length=10_000)
     title: StrictStr | None = Field(None, max_length=1000)
     share: StrictBool = False
@@ -268,6 +277,11 @@ def make_app(
         found = {"loc": ["body", error.field], "msg": str(error), "type": "value_error"}
         return _json({"detail": [found]}, 422)
 
+    @app.exception_handler(DataError)
+    async def stuck(_: Request, error: DataError) -> Response:
+        _LOG.error("%s", error)
+        return _json({"detail": "the catalogue's changes cannot be read; see the log"}, 503)
+
     @app.exception_handler(QueueFullError)
     async def busy(_: Request, error: QueueFullError) -> Response:
         response = _json({"detail": f"{MAX_WAITING} requests wait already"}, 503)
@@ -292,8 +306,13 @@ def make_app(
     @app.post("/items", dependencies=keyed)
     def add(body: ItemBody, request: Request) -> dict[str, int]:
         """Add an item to the catalogue, or bring back one that was removed."""
-        if [body.identifier, body.vector, body.text].count(None) != 2:
-            raise RequestError("identifier", "one of identifier, vector and text must be given")
+        given = {"identifier", "vector", "text"} & body.model_dump(exclude_none=True).keys()
+        if len(given) != 1:
+            raise RequestError(
+                "identifier",
+                "one of identifier, vector and text must be given; got "
+                f"{' and '.join(sorted(given)) or 'none'}",
+            )
         if body.identifier is None:
             vector = tuple(body.vector or ()) or service.vector(body.text or "")
             return changed(AddVector(body.id, vector, body.title), request)
@@ -339,15 +358,24 @@ def _refusal(request: Request, config: ServerConfig) -> Response | None:
     """The answer to a request that must not be read at all."""
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
     # A page of another site, open in a browser here, must not change the catalogue.
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and (not host or _address(origin) != host):
         return _json({"detail": f"the Origin must be {host}; got {origin}"}, 403)
-    if is_loopback(config.host) and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+    if is_loopback(config.host) and not is_loopback(_address(f"//{host}", port=False)):
         return _json({"detail": f"the Host must be a loopback address; got {host}"}, 403)
     length = request.headers.get("content-length", "")
     if request.method in ("POST", "PUT") and not (length.isdecimal() and int(length) <= MAX_BODY):
         message = f"the body must have a Content-Length of at most {MAX_BODY} bytes"
         return _json({"detail": message}, 413 if length else 411)
     return None
+
+
+def _address(url: str, *, port: bool = True) -> str:
+    """Host and port of a URL; "" where it is none."""
+    try:
+        parts = urlsplit(url)
+        return parts.netloc if port else parts.hostname or ""
+    except ValueError:
+        return ""
 
 
 def _json(value: Any, status: int) -> Response:

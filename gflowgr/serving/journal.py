@@ -38,6 +38,11 @@ class Journal:
         self._read_to = 0
         self.version = 0
 
+    @property
+    def where(self) -> str:
+        """The line that is not read yet, for errors."""
+        return f"{self.path}: line {self.version + 1}"
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """No other process, and no other thread, writes within the block."""
@@ -47,7 +52,9 @@ class Journal:
             yield
 
     def unread(self) -> Iterator[Change]:
-        """The changes since the last one that was read; a line counts as read once it is out.
+        """The changes since the last one that was read.
+
+        A line counts as read when the next one is asked for: what could not be done comes again.
 
         Raises:
             DataError: a line is no change, or does not follow on the line before.
@@ -59,17 +66,16 @@ class Journal:
             for line in handle:
                 if not line.endswith(b"\n"):
                     return
-                where = f"{self.path}: line {self.version + 1}"
                 try:
                     record = parse_json(line)
                     if not isinstance(record, dict) or record.get("version") != self.version + 1:
                         raise DataError("the version must follow on the line before")
                     change = change_from_json(record.get("change") or {})
                 except DataError as error:
-                    raise DataError(f"{where}: {error}") from None
+                    raise DataError(f"{self.where}: {error}") from None
+                yield change
                 self._read_to += len(line)
                 self.version += 1
-                yield change
 
     def append(self, change: Change, by: str) -> str:
         """Write a change; to be called within :meth:`writing`, with all others read.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from ..errors import DataError
+from ..errors import DataError, shown
 
 __all__ = [
     "Add",
@@ -124,13 +124,23 @@ _KINDS: dict[str, type[Any]] = {
     "availability": SetAvailability,
     "model": SwapModel,
 }
+_TYPES: dict[str, tuple[type[Any], ...]] = {
+    "id": (str,),
+    "identifier": (tuple,),
+    "title": (str, type(None)),
+    "share": (bool,),
+    "available": (bool,),
+    "model": (str,),
+    "kind": (str,),
+}
 
 
 def change_from_json(values: dict[str, Any]) -> Change:
     """The change that ``dataclasses.asdict`` made ``values`` of.
 
     Raises:
-        DataError: no such kind, a field that is missing, or one that the kind does not have.
+        DataError: no such kind, a field that is missing, or one that the kind does not have, or not
+            of this type.
     """
     kind = _KINDS.get(str(values.get("kind")))
     if kind is None:
@@ -141,4 +151,9 @@ def change_from_json(values: dict[str, Any]) -> Change:
         change: Change = kind(**values)
     except TypeError as error:
         raise DataError(f"a change of kind {values['kind']!r}: {error}") from None
+    for name, value in vars(change).items():
+        if type(value) not in _TYPES[name]:
+            raise DataError(f"{name}: {shown(value)} is not what this field holds")
+    if isinstance(change, Add) and not all(type(code) is int for code in change.identifier):
+        raise DataError(f"identifier must hold integers; got {shown(change.identifier)}")
     return change

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
 from ..files import regular_file
 from .http_api import ServerConfig, is_loopback, make_app
@@ -16,6 +17,8 @@ def read_api_key(path: str | None) -> str | None:
     """The key in the first line of a file; None without a file."""
     if path is None:
         return None
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--api-key-file must name a file; got {path}")
     return regular_file(path).read_text(encoding="utf-8").strip()
 
 

@@ -111,7 +111,10 @@ class Service:
         """
         with self._lock:
             for change in self._journal.unread():
-                self._catalogue = self._catalogue.after(change, self._load)
+                try:
+                    self._catalogue = self._catalogue.after(change, self._load)
+                except RequestError as error:
+                    raise DataError(f"{self._journal.where} cannot be done: {error}") from None
             return self._catalogue
 
     def change(self, change: Change | AddVector, by: str) -> str:
@@ -128,7 +131,12 @@ class Service:
             RequestError: it cannot be done, and nothing has changed.
         """
         if isinstance(change, SwapModel):
-            change = SwapModel(str(Path(change.model).resolve()))
+            try:
+                change = SwapModel(str(Path(change.model).resolve()))
+            except (OSError, ValueError) as error:
+                raise RequestError(
+                    "model", f"model must be a folder; got {shown(change.model)}: {error}"
+                ) from None
         with self._lock, self._journal.writing():
             if isinstance(change, AddVector):
                 change = self._coded(change)
@@ -224,7 +232,7 @@ class Service:
                 for item in history.tolist()
             ],
             "beginnings": beginnings(of_model, history, self._target),
-            "models": [model.settings.label for model in models],
+            "models": _told_apart([model.settings.label for model in models]),
             "version": catalogue.version,
         }
 
@@ -262,6 +270,13 @@ class Service:
             only = tuple(np.unique(numbers(request.available, "available")).tolist())
         beams = max(request.k, catalogue.num_beams)
         return _Asked(place, request, history, excluded, (beams, only, request.beside))
+
+
+def _told_apart(labels: list[str]) -> list[str]:
+    """The labels of the served model and the one beside it, which may be of one kind."""
+    if len(set(labels)) == len(labels):
+        return labels
+    return [f"{label} ({which})" for label, which in zip(labels, ("served", "beside"), strict=True)]
 
 
 def _searched_together(group: list[_Asked], device: str) -> list[list[_Asked]]:

@@ -136,6 +136,9 @@ def test_what_is_no_request_is_refused_before_it_is_read(client: TestClient) -> 
     assert foreign.status_code == 403
     rebound = client.post("/recommend", json={"user": "1"}, headers={"Host": "evil.test"})
     assert rebound.status_code == 403
+    for name, value in (("Origin", "http://[bad"), ("Host", "[bad")):
+        found = client.post("/recommend", json={"user": "1"}, headers={name: value})
+        assert found.status_code == 403, name
     own = client.post("/recommend", json={"user": "1"}, headers={"Origin": LOCAL})
     assert own.status_code == 200
 
@@ -150,6 +153,31 @@ def test_a_fault_of_the_model_shows_no_stack_trace(
     found = client.post("/recommend", json={"user": "1"})
     assert (found.status_code, found.text) == (500, "Internal Server Error")
     assert client.get("/health").status_code == 200
+
+
+def test_a_catalogue_that_cannot_be_read_is_unavailable(
+    client: TestClient, service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "changes.jsonl").write_text('{"version": 7, "change": {}}\n')
+    for found in (client.post("/recommend", json={"user": "1"}), client.get("/health")):
+        assert found.status_code == 503
+        assert found.json() == {"detail": "the catalogue's changes cannot be read; see the log"}
+    assert "changes.jsonl: line 1: the version must follow" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"identifier": [0, 0, 0, 0], "vector": [1.0]}, "got identifier and vector"),
+        ({"title": "x"}, "one of identifier, vector and text must be given; got none"),
+        ({"vector": ["1", 2.0]}, "valid"),
+        ({"vector": [True, 2.0]}, "valid"),
+    ],
+)
+def test_an_item_comes_in_one_form(body: dict[str, Any], message: str, client: TestClient) -> None:
+    found = client.post("/items", json={"id": "new", **body})
+    assert found.status_code == 422
+    assert message in found.text
 
 
 def test_with_a_key_nothing_but_health_and_the_page_is_open(service: Service) -> None:
@@ -258,6 +286,7 @@ def test_the_command_answers_over_a_socket(
         (("--batch-size", "0"), "--batch-size must be at least 1; got 0"),
         (("--beams", "0"), "--beams must be at least 1; got 0"),
         (("--api-key-file", "KEY"), "--api-key-file must hold at least 16 characters"),
+        (("--api-key-file", "none.txt"), "--api-key-file must name a file; got none.txt"),
     ],
 )
 def test_bad_options_of_the_command_are_refused(

@@ -158,6 +158,9 @@ def test_another_model_answers_with_the_changed_catalogue(
     [
         (Add("5", (0, 0, 0)), "id", "id must be new; item '5' is there already"),
         (Add(" x", (0, 0, 0)), "id", "without white space at its ends"),
+        (Add("x\ny", (0, 0, 0)), "id", "control characters"),
+        (Add("a/../b", (0, 0, 0)), "id", "parts between slashes that are . or ..; got 'a/../b'"),
+        (SwapModel("a\0b"), "model", "model must be a folder; got 'a\\x00b'"),
         (Add("x", (0, 0)), "identifier", "identifier must have 4 codes, below"),
         (Add("x", (0, 0, 0, 10**6)), "identifier", "identifier must have 4 codes, below"),
         (Add("x", (0, 0, 0, -1)), "identifier", "identifier must have 4 codes, below"),
@@ -264,7 +267,7 @@ def test_a_model_beside_answers_from_the_same_catalogue(
     assert first != second
     assert service.beginnings(Recommend(history=(3,), beside=True)) == {
         **alone.beginnings(Recommend(history=(3,))),
-        "models": ["SFT", "SFT"],
+        "models": ["SFT (served)", "SFT (beside)"],
     }
     service.change(SwapModel(folders["model1"]), "me")
     first, second = service.answer([Recommend(**request), Recommend(**request, beside=True)])
@@ -309,7 +312,7 @@ def test_an_item_with_a_vector_is_coded_by_the_frozen_tokeniser(
     assert everything(Service(*given, num_beams=8)) == {*range(200), "new", "newer"}
     for wrong, message in (
         ((1.0,), r"vectors must be \[new items, 4\]"),
-        ((np.nan,) * 4, "finite"),
+        ((1.0, np.nan, 1.0, 1.0), "finite numbers; got nan at place 1"),
     ):
         with pytest.raises(RequestError, match=message) as caught:
             service.change(AddVector("newest", wrong), "me")
@@ -392,9 +395,34 @@ def test_a_line_cut_short_is_no_change_and_a_damaged_one_is_named(
     path.write_text(lines[1] + "\n")
     with pytest.raises(DataError, match=r"line 1: the version must follow on the line before"):
         serve(folders, tmp_path)
-    path.write_text(lines[0].replace('"add"', '"burn"') + "\n")
-    with pytest.raises(DataError, match=r"line 1: kind must be one of add, remove"):
-        serve(folders, tmp_path)
+    for old, new, message in (
+        ('"add"', '"burn"', "line 1: kind must be one of add, remove"),
+        (json.dumps(first), "5", "line 1: identifier: 5 is not what this field holds"),
+        (json.dumps(first), '["0", 0, 0, 0]', "line 1: identifier must hold integers; got"),
+        ('"new"', '"5"', "line 1 cannot be done: id must be new; item '5' is there already"),
+    ):
+        path.write_text(lines[0].replace(old, new) + "\n")
+        with pytest.raises(DataError, match=message):
+            serve(folders, tmp_path)
+
+
+def test_a_line_that_one_replica_cannot_do_is_not_passed_over(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    service = serve(folders, tmp_path)
+    first, second = free_identifiers()[:2]
+    line = service.change(Add("new", first), "me")
+    path = tmp_path / "changes.jsonl"
+    foreign = line.replace('"version": 1', '"version": 2')  # the same item once more
+    path.write_text(f"{line}\n{foreign}\n")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"changes.jsonl: line 2 cannot be done: id must be"):
+            answer(service, history=(3,))
+    with pytest.raises(DataError, match="line 2 cannot be done"):
+        service.change(Add("newer", second), "me")
+    path.write_text(f"{line}\n")  # mended by hand
+    service.change(Add("newer", second), "me")
+    assert everything(serve(folders, tmp_path)) == {*range(200), "new", "newer"}
 
 
 def test_changes_and_requests_at_once_lose_nothing(folders: dict[str, str], tmp_path: Path) -> None:
