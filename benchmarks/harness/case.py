@@ -12,6 +12,7 @@ from benchmarks.harness import ours
 from benchmarks.harness.floors import Bare, Floor
 from benchmarks.harness.inputs import Inputs, MakeInputs
 from benchmarks.harness.shapes import Shape
+from gflowgr.decoding.graphed import capture
 
 if TYPE_CHECKING:
     from benchmarks.harness.checking import Check
@@ -64,22 +65,6 @@ class Variant:
         if self.prepare is not None:
             with ours.forced(self.backend), torch.no_grad():
                 self.prepare(inputs)
-
-
-Replay = Callable[[], None]
-
-
-def capture(work: Callable[[], Any]) -> tuple[Replay, Any]:
-    """A CUDA graph of the work, which runs once before on a stream of its own; and its results."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    return graph.replay, result
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .decoders import StepDecoder, decoder_for
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["GraphedSearch"]
+__all__ = ["GraphedSearch", "capture"]
 
 Shape = tuple[int, int, int | None]
 """Prompts, tokens of a prompt, excluded items of a prompt."""
@@ -75,7 +75,7 @@ class GraphedSearch:
         self.normalize = chosen_normalize(self.model, normalize)
         self.temperature, self.available = temperature, available
         self._kept: dict[Shape, _Kept] = {}
-        self._pool: Any = None
+        self._pool = None if tree.device.type != "cuda" else torch.cuda.graph_pool_handle()
 
     @torch.no_grad()
     def __call__(
@@ -140,26 +140,37 @@ class GraphedSearch:
         def work() -> Answer:
             return Search(decoder.fork(), self.tree, rules, *options).answer(count)
 
-        replay = self._captured(work) if decoder.device.type == "cuda" else work
-        return _Kept(_inputs(decoder, rules), replay)
+        inputs = _inputs(decoder, rules)
+        if decoder.device.type != "cuda":
+            return _Kept(inputs, work)
+        replay, answer = capture(work, self._pool)
 
-    def _captured(self, work: Callable[[], Answer]) -> Callable[[], Answer]:
-        """What replays ``work``, whose results stay where they are."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            answer = work()
-        self._pool = graph.pool()
-
-        def replay() -> Answer:
-            graph.replay()
+        def again() -> Answer:
+            replay()
             return answer
 
-        return replay
+        return _Kept(inputs, again)
+
+
+def capture(work: Callable[[], Any], pool: Any = None) -> tuple[Callable[[], None], Any]:
+    """A CUDA graph of some work, which runs once before, on a stream of its own.
+
+    Args:
+        work: reads nothing back; reads and writes the same memory in every replay.
+        pool: of ``torch.cuda.graph_pool_handle``, shared by graphs of which one runs at a time.
+
+    Returns:
+        What replays the work, and its result, which each replay overwrites.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = work()
+    return graph.replay, result
 
 
 @dataclass(frozen=True)

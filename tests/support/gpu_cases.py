@@ -22,8 +22,8 @@ from ops.logprobs_dense import cases as dense_cases
 from torch import Tensor
 
 import gflowgr
-from benchmarks.harness.case import capture
 from gflowgr.decoding import GraphedSearch, constrained_beam_search
+from gflowgr.decoding.graphed import capture
 from gflowgr.ops import fused_flow_kl, fused_flow_loss
 from gflowgr.ops.beam_step.op import beam_step, beam_step_hidden
 from gflowgr.ops.logprobs import children
