@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +13,13 @@ for _package in ("fastapi", "uvicorn", "httpx"):
     pytest.importorskip(_package, reason=f'{_package} is not installed: pip install ".[dev]"')
 
 from fastapi.testclient import TestClient  # noqa: E402
+from support.listening import listening  # noqa: E402
 
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.harness.constraints import DictTrie  # noqa: E402
 from benchmarks.harness.generate_server import make_app  # noqa: E402
 from benchmarks.harness.http_clients import load  # noqa: E402
-from benchmarks.harness.served import SMALL, Shop, free_port  # noqa: E402
+from benchmarks.harness.served import SMALL, Shop  # noqa: E402
 from benchmarks.harness.soak import Seen, grown, lost, soak_test, soak_text, wrong_items  # noqa: E402
 from benchmarks.serve import ALONE, OURS, PEER, SEARCH, Cell, report  # noqa: E402
 from gflowgr.evaluation.generative import GenerativeRecommender  # noqa: E402
@@ -41,8 +40,6 @@ def test_a_soak_of_ten_seconds_finds_nothing_wrong() -> None:
 def test_the_peer_answers_as_the_search_and_its_clients_count_every_request(
     tmp_path: Path,
 ) -> None:
-    import uvicorn
-
     shop = Shop(tmp_path, 300, SMALL)
     backbone = shop.backbone(0)
     app = make_app(backbone, shop.tokens, DictTrie(shop.tokens), beams=20)
@@ -54,16 +51,8 @@ def test_the_peer_answers_as_the_search_and_its_clients_count_every_request(
     for body in bodies:
         wanted = ours.recommend([np.array(body["history"])], 10)[0][0].tolist()
         assert set(client.post("/recommend", json=body).json()["items"]) == set(wanted)
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    found = asyncio.run(load(port, [*bodies, {"history": "none"}], 3, 0.3))
-    server.should_exit = True
-    thread.join()
+    with listening(app) as port:
+        found = asyncio.run(load(port, [*bodies, {"history": "none"}], 3, 0.3))
     assert len(found.seconds) >= 3
     assert max(found.seconds) <= found.elapsed
     assert found.failed == len(found.seconds) // 5

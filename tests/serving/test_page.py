@@ -10,14 +10,12 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.listening import listening
 from support.served_shop import free_identifiers, write_folders
 from support.tiny_shop import make_model, make_scorer
 
@@ -27,7 +25,6 @@ for _package in ("fastapi", "prometheus_client", "httpx", "uvicorn"):
     pytest.importorskip(_package, reason=f"{_package} is not installed (pip install -e '.[dev]')")
 
 import httpx  # noqa: E402
-import uvicorn  # noqa: E402
 from fastapi.responses import HTMLResponse  # noqa: E402
 
 from gflowgr.serving.http_api import ServerConfig, make_app  # noqa: E402
@@ -99,17 +96,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     service.change(Add("evil", free_identifiers()[0], EVIL), "me")
     app = make_app(service, ServerConfig())
     app.get("/frames")(lambda: HTMLResponse(FRAMES_PAGE % json.dumps(FRAMES)))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with listening(app) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
