@@ -121,6 +121,7 @@ def _serve(args: argparse.Namespace) -> int:
         )
     from ..serving.replicas import Replicas, serve_replicas
     from ..serving.server import ServerConfig, read_api_key, serve
+    from ..serving.service import Sources
 
     check_counts({"--beams": args.beams})
     config = ServerConfig(
@@ -128,12 +129,19 @@ def _serve(args: argparse.Namespace) -> int:
     )
     folder = Path(args.model)
     state = args.state or str(folder.with_name(f"{folder.name}-catalogue"))
-    places = (args.model, args.data, state, config)
-    options = {"num_beams": args.beams, "index": args.index}
-    options |= {"encoder": args.encoder, "beside": args.beside, "collaborative": args.collaborative}
+    sources = Sources(
+        args.model,
+        args.data,
+        state,
+        num_beams=args.beams,
+        index=args.index,
+        encoder=args.encoder,
+        beside=args.beside,
+        collaborative=args.collaborative,
+    )
     if several:
         replicas = Replicas(args.replicas, args.ray, args.threads, args.gpus)
-        serve_replicas(*places, replicas, **options)
+        serve_replicas(sources, config, replicas)
     else:
-        serve(*places, **options)
+        serve(sources, config)
     return 0

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError
@@ -18,6 +17,7 @@ from ..ray_cluster import caller_facts, connected, own_instance, stay_on_loopbac
 
 if TYPE_CHECKING:
     from .http_api import ServerConfig
+    from .service import Sources
 
 __all__ = ["Replicas", "merged", "serve_replicas", "wait_for_the_end", "with_honest_client"]
 
@@ -54,34 +54,14 @@ class Replicas:
             raise ValueError(f"--gpus must be >= 0 and finite; got {self.gpus}")
 
 
-def serve_replicas(
-    model: str,
-    data: str,
-    state: str,
-    config: ServerConfig,
-    replicas: Replicas,
-    *,
-    num_beams: int,
-    index: str | None = None,
-    encoder: str | None = None,
-    beside: str | None = None,
-    collaborative: str | None = None,
-) -> None:
+def serve_replicas(sources: Sources, config: ServerConfig, replicas: Replicas) -> None:
     """Answer requests until the process is told to end (SIGINT, SIGTERM), and end what it started.
 
     Args:
-        model: the folder of a saved model; this and all other folders and files are at the same
-            places on all machines of a cluster.
-        data: the folder of its dataset.
-        state: the folder of the catalogue's journal, which the replicas share.
+        sources: what is served; on a cluster all of it is at the same places on all machines.
         config: address, key and batches. Ray Serve's proxy listens there, on a cluster on every
             machine with a replica.
         replicas: how many, and where.
-        num_beams: beams of the search.
-        index: the index file whose tokeniser codes new items.
-        encoder: the text encoder of the index's vectors.
-        beside: the folder of a second model, for comparison.
-        collaborative: the folder of the model whose scores the reward is made of.
 
     Raises:
         DataError: model, dataset and journal do not belong together.
@@ -97,15 +77,7 @@ def serve_replicas(
     from .server import announce
     from .service import Service
 
-    paths = {"model": model, "data": data, "state": state, "index": index}
-    paths |= {"beside": beside, "collaborative": collaborative}
-    # A replica has another current folder.
-    given: dict[str, Any] = {
-        name: None if path is None else str(Path(path).resolve()) for name, path in paths.items()
-    }
-    given |= {"num_beams": num_beams, "encoder": encoder}
-    if encoder is not None and Path(encoder).is_dir():
-        given["encoder"] = str(Path(encoder).resolve())  # else a name in the local cache
+    given = asdict(sources.resolved())  # a replica has another current folder
     Service(**given)  # what is wrong is said here, in one line, and not by a replica's trace
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     socket.create_server((config.host, config.port), family=family).close()

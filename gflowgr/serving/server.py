@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from ..files import regular_file
 from .http_api import ServerConfig, is_loopback, make_app
-from .service import Service
+from .service import Service, Sources
 
 __all__ = ["ServerConfig", "announce", "log_changes", "read_api_key", "serve"]
 
@@ -22,30 +23,12 @@ def read_api_key(path: str | None) -> str | None:
     return regular_file(path).read_text(encoding="utf-8").strip()
 
 
-def serve(
-    model: str,
-    data: str,
-    state: str,
-    config: ServerConfig,
-    *,
-    num_beams: int,
-    index: str | None = None,
-    encoder: str | None = None,
-    beside: str | None = None,
-    collaborative: str | None = None,
-) -> None:
+def serve(sources: Sources, config: ServerConfig) -> None:
     """Answer requests until the process is told to end (SIGINT, SIGTERM).
 
     Args:
-        model: the folder of a saved model.
-        data: the folder of its dataset.
-        state: the folder of the catalogue's journal; servers that share it are replicas.
+        sources: what is served; servers that share ``state`` are replicas.
         config: address, key and batches.
-        num_beams: beams of the search.
-        index: the index file whose tokeniser codes new items.
-        encoder: the text encoder of the index's vectors.
-        beside: the folder of a second model, which the page shows beside the first.
-        collaborative: the folder of the model whose reward's flows are shown beside the model's.
 
     Raises:
         DataError: model, dataset and journal do not belong together.
@@ -53,16 +36,7 @@ def serve(
     """
     import uvicorn
 
-    service = Service(
-        model,
-        data,
-        state,
-        num_beams=num_beams,
-        index=index,
-        encoder=encoder,
-        beside=beside,
-        collaborative=collaborative,
-    )
+    service = Service(**asdict(sources))
     log_changes()
     announce(config)
     uvicorn.run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .journal import Journal
 from .load import load_collaborative_for, load_for
 from .requests import Add, AddVector, Change, Recommend, RequestError, SwapModel
 
-__all__ = ["Service"]
+__all__ = ["Service", "Sources"]
 
 _PROMPTS_A_THREAD = 16
 """Prompts of one search on a CPU, for each of its threads."""
@@ -42,6 +42,31 @@ class _Asked:
     history: npt.NDArray[np.int64]
     excluded: npt.NDArray[np.int64]
     search: Search
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a :class:`Service` is made from, as paths; its arguments say what each is."""
+
+    model: str
+    data: str
+    state: str
+    num_beams: int = 20
+    index: str | None = None
+    encoder: str | None = None
+    beside: str | None = None
+    collaborative: str | None = None
+
+    def resolved(self) -> Sources:
+        """The same for a process with another current folder."""
+        places = ("model", "data", "state", "index", "beside", "collaborative")
+        given = {name: getattr(self, name) for name in places}
+        if self.encoder is not None and Path(self.encoder).is_dir():
+            given["encoder"] = self.encoder  # else a name in the local cache
+        whole: dict[str, Any] = {
+            name: str(Path(at).resolve()) for name, at in given.items() if at is not None
+        }
+        return replace(self, **whole)
 
 
 class Service:
