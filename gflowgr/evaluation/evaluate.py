@@ -21,12 +21,14 @@ class Evaluation:
     Attributes:
         name: the recommender's name.
         which: "valid" or "test".
-        metrics: "R@k" and "N@k" for each k, "coverage", "entropy" (nats), "num_users", and
-            "utility@K" and "unbiased R@K" when the true utilities were given (K = the largest k).
+        metrics: "R@k" and "N@k" for each k, "V@k" when the targets' values were given, "coverage",
+            "entropy" (nats), "num_users", and "utility@K" and "unbiased R@K" when the true
+            utilities were given (K = the largest k).
         rules: what the numbers mean, as text; print them wherever a number is printed.
         users: int64 [n], the evaluated users.
         ranks: int64 [n], 0-based rank of the target in the list, -1 = not among the largest k.
         items: int64 [n, K], the lists that were scored, -1 = nothing.
+        values: float64 [n], of the targets, where they were given.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Evaluation:
     users: np.ndarray = field(repr=False)
     ranks: np.ndarray = field(repr=False)
     items: np.ndarray = field(repr=False)
+    values: np.ndarray | None = field(default=None, repr=False)
 
 
 def evaluate(
@@ -52,6 +55,7 @@ def evaluate(
     seed: int = 42,
     progress: bool = True,
     truth: np.ndarray | None = None,
+    target_values: np.ndarray | None = None,
 ) -> Evaluation:
     """Rank the full catalogue for the users of ``split`` and score their held-out items.
 
@@ -70,6 +74,8 @@ def evaluate(
         seed: of that subset; left alone, all evaluations are of the same users.
         progress: show a progress bar.
         truth: [num_users, num_items], true utilities where they are known.
+        target_values: what each target is worth [n], >= 0, in the order of ``split.eval_users``,
+            such as stars: then the NDCG weighted by it is measured as well, "V@k".
 
     Raises:
         ValueError: an argument out of range, or a recommender that repeats or invents items.
@@ -78,6 +84,11 @@ def evaluate(
     _check_arguments(split, ks, collision, leaf_of, batch_size, max_users, truth)
     targets, histories = split.targets(which), split.histories(which)
     users = split.eval_users(which)
+    if target_values is not None and target_values.shape != users.shape:
+        raise ValueError(
+            f"target_values must have shape ({len(users)},), one entry per user with a target; got "
+            f"{target_values.shape}"
+        )
     chosen = np.arange(len(users))
     if max_users is not None and max_users < len(users):
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, max_users, replace=False))
@@ -105,6 +116,10 @@ def evaluate(
         values[f"R@{k}"] = m.recall(ranks, k)
     for k in ks:
         values[f"N@{k}"] = m.ndcg(ranks, k)
+    worth = None if target_values is None else np.asarray(target_values, np.float64)[chosen]
+    if worth is not None:
+        for k in ks:
+            values[f"V@{k}"] = float(m.value_weighted_gains(ranks, worth, k).mean())
     values["coverage"] = m.coverage(compared, catalogue)
     values["entropy"] = m.entropy(compared)
     if truth is not None:
@@ -112,7 +127,12 @@ def evaluate(
         values[f"unbiased R@{length}"] = _unbiased_recall(items, users, truth)
     values["num_users"] = float(len(users))
     rules = _rules(split, which, collision, mask_seen, len(users), length, truth is not None)
-    return Evaluation(recommender.name, which, values, rules, users, ranks, items)
+    if worth is not None:
+        rules["V@k"] = (
+            "NDCG in which each user counts by what their target is worth (the value of its "
+            f"behaviour, {worth.min():g} to {worth.max():g}, mean {worth.mean():.3g})"
+        )
+    return Evaluation(recommender.name, which, values, rules, users, ranks, items, worth)
 
 
 def _check_arguments(

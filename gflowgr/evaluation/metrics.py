@@ -45,6 +45,30 @@ def gains(ranks: np.ndarray, k: int) -> np.ndarray:
     return np.where(hits(ranks, k), 1.0 / np.log2(np.maximum(ranks, 0) + 2.0), 0.0)
 
 
+def value_weighted_gains(ranks: np.ndarray, values: np.ndarray, k: int) -> np.ndarray:
+    """:func:`gains` of each user times the value of their target over the mean value, float64 [n].
+
+    Its mean is the value-weighted NDCG, ``sum of v gain / sum of v``: what is lost on a target that
+    is worth much costs more.
+
+    Args:
+        ranks: int [n], 0-based, -1 = not in the list.
+        values: of the targets [n], >= 0, one of them above 0.
+        k: length of the list that counts.
+
+    Raises:
+        ValueError: ``k`` below 1, or values of another number, negative, or all 0.
+    """
+    values = np.asarray(values, np.float64)
+    good = values.shape == ranks.shape and bool(np.isfinite(values).all() and (values >= 0).all())
+    if not (good and values.any()):
+        raise ValueError(
+            f"values must be {len(ranks)} finite numbers >= 0, one of them > 0; got "
+            f"{np.array2string(values, threshold=10)}"
+        )
+    return gains(ranks, k) * (values / values.mean())
+
+
 def ranks_in_lists(lists: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """0-based place of each target in its list, int64 [n]; -1 = miss.
 

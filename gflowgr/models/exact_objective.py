@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops import fused_flow_kl
+from ..ops import fused_flow_kl, trajectory_logprobs
 from ..ops.flow_loss.reference import reduce_trajectories
 from ..tree import ItemFlows
 from .monitor import kl_positive
 from .objective import Head, balance_loss, positive_nll
 from .settings import FlowSettings
 
-__all__ = ["exact_loss", "exact_target", "flow_kl_loss"]
+__all__ = ["distillation_loss", "exact_loss", "exact_target", "flow_kl_loss"]
 
 
 def exact_loss(
@@ -56,6 +56,30 @@ def exact_loss(
     )
     logs["kl_positive"] = kl_positive(hidden, tokens, mask, flows, head)
     return loss, logs
+
+
+def distillation_loss(
+    settings: FlowSettings,
+    head: Head,
+    hidden: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    flow_share: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_GR + gfn_weight * the mean NLL of each prompt's drawn trajectories, and what is logged.
+
+    A prompt without draws adds 0 to the mean over prompts. Arguments as in :func:`flow_kl_loss`;
+    trajectories n >= 1 are the draws.
+    """
+    log_pf = trajectory_logprobs(hidden, tokens=tokens, mask=mask, **head)
+    drawn = mask.any(-1)
+    prompts = drawn.any(-1).sum().clamp(min=1)
+    nll = -log_pf[:, 1:].sum((1, 2)) / drawn[:, 1:].sum(-1).clamp(min=1)
+    distilled = nll.sum() / prompts
+    supervised = positive_nll(settings, log_pf, mask)
+    loss = supervised + settings.gfn_weight * flow_share * distilled
+    return loss, {"loss_gr": supervised.detach(), "loss_gfn": distilled.detach()}
 
 
 def exact_target(

@@ -15,7 +15,7 @@ from ..rewards.fusion import RewardFusion
 from ..tree import PrefixTree, item_flows
 from .backbone import evaluating, output_head
 from .branches import sequence_trajectories
-from .exact_objective import exact_loss
+from .exact_objective import distillation_loss, exact_loss
 from .heads import PartitionHead, StateFlow, partial_log_reward
 from .monitor import measurements
 from .normalization import record_normalize
@@ -119,8 +119,8 @@ class GFlowModel(SavedModel):
 
     def item_tokens(self) -> Tensor:
         """Identifiers of all items [items, L], right-padded with -1, on the model's device."""
-        self._place_tree()
-        return self.tree.identifiers(torch.arange(self.tree.num_items, device=self.tree.device))
+        tree = self._placed_tree()
+        return tree.identifiers(torch.arange(tree.num_items, device=tree.device))
 
     def forward(
         self,
@@ -137,6 +137,7 @@ class GFlowModel(SavedModel):
         branch_mask: Tensor | None = None,
         observed: Tensor | None = None,
         catalogue_log_reward: Tensor | None = None,
+        target_weights: Tensor | None = None,
         flow_share: float = 1.0,
     ) -> dict[str, Tensor]:
         """The joint objective (GFlowGR, eq. of the joint loss), through the fused losses.
@@ -166,6 +167,8 @@ class GFlowModel(SavedModel):
             catalogue_log_reward: log R of every item [B, items] ([T, items] with ``states``), -inf
                 for none; objectives with exact flows need it, and take the trajectories' rewards
                 from it: a trajectory without one has no flow loss, a positive its supervised term.
+            target_weights: of objective ``"sft"``: multiply the prompts' losses [B] ([T] with
+                ``states``); None: all alike.
             flow_share: multiplies the flow's, or the preference's, part of the loss. For a part of
                 a larger batch, if that term is a mean over trajectories or pairs of the larger one,
                 of which the parts have different numbers per prompt.
@@ -199,14 +202,14 @@ class GFlowModel(SavedModel):
                 catalogue_log_reward,
                 log_proposal,
                 flow_share,
+                target_weights,
             )
         alone = settings.in_rounds and tokens.shape[1] == 1
         if settings.objective == "sft" or alone:
             tokens = tokens[:, :1]
             mask = None if mask is None else mask[:, :1]
             hidden, _ = self._states(input_ids, attention_mask, tokens, mask)
-            loss = supervised_loss(settings, self._head(), hidden, tokens, mask)
-            return {"loss": loss, "loss_gr": loss.detach()}
+            return self._supervised(hidden, tokens, mask, target_weights)
         if mask is None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
         if settings.has_reference:
@@ -260,6 +263,7 @@ class GFlowModel(SavedModel):
         catalogue_log_reward: Tensor | None,
         log_proposal: Tensor | None,
         flow_share: float,
+        target_weights: Tensor | None,
     ) -> dict[str, Tensor]:
         """:meth:`forward` of whole sequences, and of exact flows."""
         if mask is None:
@@ -271,25 +275,34 @@ class GFlowModel(SavedModel):
                 self.backbone, input_ids, states, tokens, mask, *further
             )
         if not self.settings.has_exact_flows:
-            loss = supervised_loss(self.settings, self._head(), hidden, tokens, mask)
-            return {"loss": loss, "loss_gr": loss.detach()}
+            return self._supervised(hidden, tokens, mask, target_weights)
         if catalogue_log_reward is None:
             raise ValueError(
                 "catalogue_log_reward is required by the objective "
                 f"{self.settings.objective!r}; got None"
             )
-        self._place_tree()
-        flows = item_flows(self.tree, catalogue_log_reward)
-        log_reference = self._log_reference(input_ids, attention_mask, tokens, mask)
-        given = (hidden, tokens, mask, flows, log_proposal, log_reference)
-        loss, logs = exact_loss(self.settings, self._head(), *given, flow_share=flow_share)
+        head = (self.settings, self._head(), hidden, tokens, mask)
+        if self.settings.objective == "distill":
+            loss, logs = distillation_loss(*head, flow_share=flow_share)
+        else:
+            flows = item_flows(self._placed_tree(), catalogue_log_reward)
+            log_reference = self._log_reference(input_ids, attention_mask, tokens, mask)
+            given = (flows, log_proposal, log_reference)
+            loss, logs = exact_loss(*head, *given, flow_share=flow_share)
         if (observed := further[2]) is not None:
             logs["loss_gr"] = logs["loss_gr"] * (len(observed) / observed.sum().clamp(min=1))
         return {"loss": loss, **logs, **self._measured(hidden, tokens, mask)}
 
+    def _supervised(
+        self, hidden: Tensor, tokens: Tensor, mask: Tensor | None, weights: Tensor | None
+    ) -> dict[str, Tensor]:
+        given = (self.settings, self._head(), hidden, tokens, mask)
+        loss = supervised_loss(*given, tree=self._placed_tree(), weights=weights)
+        return {"loss": loss, "loss_gr": loss.detach()}
+
     def _measured(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        self._place_tree()
-        return measurements(self.tree, *output_head(self.backbone), hidden, tokens, mask)
+        head = output_head(self.backbone)
+        return measurements(self._placed_tree(), *head, hidden, tokens, mask)
 
     def _log_reference(
         self, input_ids: Tensor, attention_mask: Tensor | None, tokens: Tensor, mask: Tensor
@@ -350,16 +363,9 @@ class GFlowModel(SavedModel):
     def _head(self) -> Head:
         """The output head, as the ops take it."""
         weight, bias = output_head(self.backbone)
-        tree = None
-        if self.settings.normalize != "vocab":
-            self._place_tree()
-            tree = self.tree
-        return {
-            "weight": weight,
-            "bias": bias,
-            "tree": tree,
-            "normalize": self.settings.normalize,
-        }
+        normalize = self.settings.normalize
+        tree = None if normalize == "vocab" else self._placed_tree()
+        return {"weight": weight, "bias": bias, "tree": tree, "normalize": normalize}
 
     def _log_reward(self, log_reward: Tensor | None, signals: Tensor | None) -> Tensor:
         if (log_reward is None) == (signals is None):
@@ -433,9 +439,11 @@ class GFlowModel(SavedModel):
         elif self.state_flow is not None:
             self.state_flow.initialise(log_flow)
 
-    def _place_tree(self) -> None:
+    def _placed_tree(self) -> PrefixTree:
+        """The tree, on the model's device from now on."""
         if self.tree.device != self.device:
             self.tree = self.tree.to(self.device)
+        return self.tree
 
     # ---- as the Trainer calls them ----
 

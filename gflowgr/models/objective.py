@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..extensions import load_outside
-from ..ops import fused_flow_loss, fused_vargrad_loss, trajectory_logprobs
+from ..ops import fused_flow_kl_loss, fused_flow_loss, fused_vargrad_loss, trajectory_logprobs
 from ..ops.flow_loss.op import flow_loss
 from ..ops.flow_loss.reference import (
     FlowOptions,
@@ -20,6 +20,7 @@ from ..ops.flow_loss.reference import (
 )
 from ..ops.precision import compute_dtype
 from ..rewards.fusion import RewardFusion
+from ..tree import ItemFlows, PrefixTree, item_flows
 from .heads import partial_log_reward
 from .monitor import residual_logs
 from .settings import FlowSettings
@@ -68,20 +69,55 @@ def fusion_term(
 
 
 def supervised_loss(
-    settings: FlowSettings, head: Head, hidden: Tensor, tokens: Tensor, mask: Tensor | None
+    settings: FlowSettings,
+    head: Head,
+    hidden: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    *,
+    tree: PrefixTree,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """L_GR of the positives alone: hidden [B, 1, L, d], tokens and mask [B, 1, L]."""
-    # VarGrad of a single trajectory is 0: what is left is the supervised term.
-    loss: Tensor = fused_vargrad_loss(
-        hidden,
-        tokens=tokens,
-        log_reward=torch.zeros(tokens.shape[:2], device=tokens.device),
-        mask=mask,
-        nll_weight=1.0,
-        reduction=settings.reduced_by,
-        **head,
-    )
-    return loss
+    """L_GR of the positives alone.
+
+    Args:
+        settings: reduction and label smoothing.
+        head: the output head.
+        hidden: states [B, 1, L, d] that predict ``tokens``.
+        tokens: the positives [B, 1, L].
+        mask: true for real tokens [B, 1, L]; None: all are.
+        tree: of the identifiers, whose items label smoothing takes.
+        weights: multiply the prompts' losses [B]; None: all alike.
+    """
+    reduction = settings.reduced_by if weights is None else "none"
+    share = settings.label_smoothing
+    if share > 0.0:
+        uniform = _uniform_flows(tree, len(tokens))
+        given = {"tokens": tokens, "flows": uniform, "mask": mask, "reduction": reduction}
+        given |= head | {"tree": tree}
+        loss = share * fused_flow_kl_loss(hidden, **given, nll_weight=(1.0 - share) / share)
+    else:
+        # VarGrad of a single trajectory is 0: what is left is the supervised term.
+        loss = fused_vargrad_loss(
+            hidden,
+            tokens=tokens,
+            log_reward=torch.zeros(tokens.shape[:2], device=tokens.device),
+            mask=mask,
+            nll_weight=1.0,
+            reduction=reduction,
+            **head,
+        )
+    if weights is None:
+        return loss
+    valid = torch.ones_like(loss, dtype=torch.bool) if mask is None else mask.any(-1)
+    return reduce_trajectories(loss * weights.unsqueeze(-1), valid, settings.reduced_by)
+
+
+def _uniform_flows(tree: PrefixTree, prompts: int) -> ItemFlows:
+    """Flows of the reward 1 for every item of the catalogue, which no row of rewards is held for:
+    the pool is empty, and all items are at the floor."""
+    nothing = torch.full((prompts, 1), -1, device=tree.device)
+    return item_flows(tree, torch.zeros_like(nothing).float(), items=nothing, log_reward_floor=0.0)
 
 
 def balance_loss(

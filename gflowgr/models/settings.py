@@ -14,7 +14,9 @@ from .heads import PartitionMode
 
 __all__ = ["FlowSettings", "Flows", "Normalize", "Objective", "Reduction"]
 
-Objective = Literal["sft", "tb", "db", "subtb", "flow_kl", "dpo", "sdpo", "grpo", "sprec", "ipa"]
+Objective = Literal[
+    "sft", "tb", "db", "subtb", "flow_kl", "distill", "dpo", "sdpo", "grpo", "sprec", "ipa"
+]
 Normalize = Literal["vocab", "level", "children"]
 Reduction = Literal["prompt", "mean", "sum"]
 Flows = Literal["exact", "learned"]
@@ -25,6 +27,7 @@ _LABELS = {
     "db": "GFlowGR-DB",
     "subtb": "GFlowGR-SubTB",
     "flow_kl": "GFlowGR-FlowKL",
+    "distill": "Distillation",
     "dpo": "DPO",
     "sdpo": "S-DPO",
     "grpo": "GRPO",
@@ -47,7 +50,9 @@ class FlowSettings:
             prompt's trajectories: ``"tb"``, trajectory balance; ``"db"``, detailed balance;
             ``"subtb"``, balance of all sub-trajectories; ``"flow_kl"``, the divergence of the model
             from the exact flow's policy at the trajectories' prefixes, over all children of each.
-            The baselines, against a frozen reference
+            The baselines: ``"distill"``, the negative log-likelihood of items that the sampler
+            ``"teacher"`` draws from the reward, their mean per prompt (forward KL by samples, where
+            ``"flow_kl"`` has the whole distribution); and against a frozen reference
             (the model when the fine-tuning began): ``"dpo"``, the positive against one other
             trajectory; ``"sdpo"``, against several; ``"grpo"``, the policy gradient of the
             reward in the group of the positive and the trajectories that the model generated;
@@ -71,6 +76,11 @@ class FlowSettings:
         gfn_weight: lambda of the joint loss ``L_GR + lambda * L_GFN``; for the baselines, of
             ``sft_weight * L_GR + lambda * L_baseline``, for ``"ipa"`` of ``L_GR + lambda * L_DPO``.
         sft_weight: weight of L_GR in the loss of ``"dpo"``, ``"sdpo"`` and ``"grpo"``.
+        label_smoothing: of ``"sft"``: the share of every target that goes to the whole catalogue,
+            ``(1 - share) NLL + share KL(U || P_F)`` at the positive's prefixes, where U draws each
+            item of the catalogue alike; in [0, 1). No probability is wanted where no item is.
+        behaviour_temperature: of ``"sft"``: weigh every target by ``exp((v / v_max - 1) / this)``,
+            v being the value of its behaviour (reward-weighted regression on r_a); None: all alike.
         preference_beta: weight of the log-ratios to the reference, in ``"grpo"`` of the divergence
             from it; None: 0.1, for ``"sdpo"`` 1, for ``"grpo"`` 0.001.
         residual_clip: residual in nats from which the losses of ``"tb"`` and ``"db"`` are linear
@@ -117,6 +127,8 @@ class FlowSettings:
     forward_looking: bool = False
     gfn_weight: float = 1.0
     sft_weight: float = 0.0
+    label_smoothing: float = 0.0
+    behaviour_temperature: float | None = None
     preference_beta: float | None = None
     residual_clip: float | None = None
     reference: bool = False
@@ -152,6 +164,7 @@ class FlowSettings:
             "importance_clip",
             "preference_beta",
             "reward_temperature",
+            "behaviour_temperature",
         ):
             number: float | None = getattr(self, name)
             if number is not None and not (math.isfinite(number) and number > 0):
@@ -163,6 +176,8 @@ class FlowSettings:
                 raise ValueError(f"{name} must be finite and >= 0; got {number}")
         if not 0 <= self.observed_share <= 1:
             raise ValueError(f"observed_share must be in [0, 1]; got {self.observed_share}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1); got {self.label_smoothing}")
         if self.log_reward_floor is not None and not math.isfinite(self.log_reward_floor):
             raise ValueError(f"log_reward_floor must be finite; got {self.log_reward_floor}")
         if self.max_history < 1:
@@ -205,7 +220,7 @@ class FlowSettings:
     def has_exact_flows(self) -> bool:
         """Whether the objective reads the flows of every item's reward, computed on the tree."""
         if self.objective not in _BALANCE:
-            return self.objective == "flow_kl"
+            return self.objective in ("flow_kl", "distill")
         return self.flows == "exact" or (self.flows is None and CATALOGUE_SIGNAL in self.signals)
 
     @property
@@ -252,7 +267,7 @@ class FlowSettings:
     def counts_apart(self) -> bool:
         """Whether the loss's second term is a mean over other things than prompts: over
         trajectories, or over the prompts that have a pair to compare."""
-        if self.reduced_by == "sum" or self.objective in ("sft", "flow_kl"):
+        if self.reduced_by == "sum" or self.objective in ("sft", "flow_kl", "distill"):
             return False
         if self.has_reference:
             return self.objective != "grpo"
@@ -261,6 +276,8 @@ class FlowSettings:
     @property
     def label(self) -> str:
         """The method's name in tables."""
+        if self.objective == "sft" and self.behaviour_temperature is not None:
+            return "Weighted SFT"
         return _LABELS.get(self.objective, self.objective.partition(":")[2])
 
     @property
@@ -281,6 +298,12 @@ class FlowSettings:
                 raise ValueError(
                     f"{name} is of exact flows (objective 'flow_kl', or flows 'exact'); got "
                     f"{getattr(self, name)} with objective {self.objective!r}"
+                )
+        for name in ("label_smoothing", "behaviour_temperature"):
+            if getattr(self, name) and self.objective != "sft":
+                raise ValueError(
+                    f"{name} is of the objective 'sft'; got {getattr(self, name)} with objective "
+                    f"{self.objective!r}"
                 )
         self._check_flows()
         if self.balances and self.has_exact_flows:
@@ -318,6 +341,11 @@ class FlowSettings:
             )
         if self.flows == "learned" and self.objective == "flow_kl":
             raise ValueError("flows must be 'exact' for objective 'flow_kl'; got 'learned'")
+        if self.objective == "distill" and self.reduction not in (None, "prompt"):
+            raise ValueError(
+                "reduction must be 'prompt' for objective 'distill', which is a mean over each "
+                f"prompt's draws; got {self.reduction!r}"
+            )
         if self.residual_clip is not None and self.objective not in ("tb", "db"):
             raise ValueError(
                 f"residual_clip is of the objectives 'tb' and 'db'; got {self.residual_clip} with "

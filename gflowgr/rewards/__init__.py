@@ -5,6 +5,7 @@ from .catalogue import CatalogueReward, CatalogueSignal, Seen
 from .fusion import FusionMode, RewardFusion
 from .signals import (
     SIGNALS,
+    InteractionLevel,
     RewardSignal,
     SignalContext,
     check_signal_names,
@@ -18,6 +19,7 @@ __all__ = [
     "CatalogueReward",
     "CatalogueSignal",
     "FusionMode",
+    "InteractionLevel",
     "RewardFusion",
     "RewardOutput",
     "RewardSignal",

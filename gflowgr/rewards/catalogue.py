@@ -86,16 +86,11 @@ class CatalogueReward:
         self._level = InteractionLevel(
             behaviour_values, behaviour_names, default_value=default_value
         )
-        codes = torch.arange(len(behaviour_names)) if behaviour_names else torch.tensor([-1])
-        self._largest = float(self._level.of_codes(codes).max())
-        if not self._largest > 0:
-            raise ValueError(
-                f"behaviour_values must have a value > 0; got {dict(behaviour_values or {})}"
-            )
+        self._level.check_largest()
 
     def target_values(self, behaviours: Tensor) -> Tensor:
         """``v / v_max`` in [0, 1] of behaviour codes [B]; -1: not recorded, the default value."""
-        return (self._level.of_codes(behaviours) / self._largest).clamp_max(1.0)
+        return self._level.shares(behaviours)
 
     def __call__(
         self,

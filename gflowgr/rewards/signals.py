@@ -152,11 +152,21 @@ class InteractionLevel:
         if shown is None:
             raise ValueError(f"behaviour_values has no value for the side behaviour {side!r}")
         self._table = torch.tensor([*table, shown, 0.0, default_value], dtype=torch.float32)
+        self._largest = max(table, default=default_value)
 
     def of_codes(self, behaviours: Tensor) -> Tensor:
         """Values of behaviour codes, of any shape; negative codes as in :class:`SignalContext`."""
         self._table = self._table.to(behaviours.device)
         return self._table[behaviours]
+
+    def check_largest(self) -> None:
+        """Raise ValueError where no behaviour has a value above 0, of which there are no shares."""
+        if not self._largest > 0:
+            raise ValueError("behaviour_values must have a value > 0; got 0 for every behaviour")
+
+    def shares(self, behaviours: Tensor) -> Tensor:
+        """``v / v_max`` in [0, 1] of behaviour codes, v_max being the largest of the data's."""
+        return (self.of_codes(behaviours) / self._largest).clamp_max(1.0)
 
     def __call__(self, context: SignalContext) -> Tensor:
         return self.of_codes(context.behaviours)

@@ -14,6 +14,7 @@ __all__ = ["publish", "without_places"]
 
 _JSON = ("done.json", "analysis.json", "log_history.json", "sasrec_training.json")
 _ARRAYS = ("users.npy", "ranks.npy")
+_VALUES = "values.npy"
 _PLACES = ("path", "embeddings", "output_dir")
 
 
@@ -48,6 +49,9 @@ def publish(out: Path, folder: Path) -> None:
             kind = next(each for each in kinds if array.max() <= np.iinfo(each).max)
             files.ensure_writable((folder / place).parent)
             files.save_npy(folder / place, array.astype(kind))
+        elif path.name == _VALUES:
+            files.ensure_writable((folder / place).parent)
+            files.save_npy(folder / place, files.load_npy(path).astype(np.float32))
 
 
 def without_places(values: Any, key: str = "") -> Any:

@@ -123,6 +123,7 @@ class CellResult:
         logs: the Trainer's ``log_history``; empty for reference rows.
         users: int64 [n], the evaluated users.
         ranks: int64 [n], 0-based place of the target, -1 = not in the list.
+        values: float64 [n], what the targets are worth; None where it was not asked for.
         analysis: diversity, breakdown and calibration.
         also: the same by other rules, by folder (``MASKED``, ``SUMMED``), where it was evaluated so
             besides; without analysis.
@@ -139,6 +140,7 @@ class CellResult:
     logs: list[dict[str, Any]] = field(repr=False)
     users: np.ndarray = field(repr=False)
     ranks: np.ndarray = field(repr=False)
+    values: np.ndarray | None = field(repr=False)
     analysis: Analysis = field(repr=False)
     also: dict[str, CellResult] = field(default_factory=dict, repr=False)
 
@@ -302,7 +304,9 @@ def _cell(
     if "R@10" not in names or "N@10" not in names:
         raise DataError(f"{evaluation / _DONE}: metrics must have R@10 and N@10; got {metrics}")
     users, ranks = _arrays(evaluation, max(int(name[2:]) for name in names))
-    for metric, counted in zip(names, per_user(ranks, names).mean(axis=0).tolist(), strict=True):
+    values = _values(evaluation, len(users)) if any(n[0] == "V" for n in names) else None
+    measured = per_user(ranks, names, values).mean(axis=0).tolist()
+    for metric, counted in zip(names, measured, strict=True):
         if not math.isclose(metrics[metric], counted, abs_tol=1e-6):
             raise DataError(
                 f"{evaluation / _DONE}: {metric} is {metrics.get(metric)}, but ranks.npy says "
@@ -334,6 +338,7 @@ def _cell(
         logs,
         users,
         ranks,
+        values,
         _analysis(evaluation / "analysis.json", metrics) if has_analysis else Analysis(),
         also,
     )
@@ -353,13 +358,23 @@ def _arrays(folder: Path, length: int) -> tuple[np.ndarray, np.ndarray]:
     return users, ranks
 
 
-def _load(path: Path) -> np.ndarray:
+def _values(folder: Path, users: int) -> np.ndarray:
+    values = _load(folder / "values.npy", "f", "floating-point numbers").astype(np.float64)
+    if len(values) != users or not (values >= 0).all() or not 0 < values.sum() < math.inf:
+        raise DataError(
+            f"{folder / 'values.npy'}: must hold {users} finite numbers >= 0, one of them > 0; got "
+            f"{len(values)} from {values.min(initial=math.inf)} to {values.max(initial=-math.inf)}"
+        )
+    return values
+
+
+def _load(path: Path, kind: str = "i", what: str = "integers") -> np.ndarray:
     try:
         array = files.load_npy(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing, though the cell is marked as complete") from error
-    if array.ndim != 1 or array.dtype.kind != "i":
-        raise DataError(f"{path}: must hold integers [n]; got {array.dtype} {array.shape}")
+    if array.ndim != 1 or array.dtype.kind != kind:
+        raise DataError(f"{path}: must hold {what} [n]; got {array.dtype} {array.shape}")
     return array
 
 

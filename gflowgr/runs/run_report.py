@@ -175,12 +175,13 @@ def _differences(rows: Sequence[TableEntry]) -> list[Table]:
     items = [entry.name for entry in rows if not entry.training and entry.name != "Popularity"]
     baseline = "SFT continued" if "SFT continued" in trained else "SFT"
     metrics = ranking_metrics(rows[0].evaluation.metrics)
+    values = rows[0].evaluation.values
     tables = []
     for against, names in ((baseline, list(ranks)), *((name, trained) for name in items)):
         pairs = {(name, against): against for name in names if name != against}
         found = [
             (pair[0], Comparison(against, seeds, differences))
-            for pair, (seeds, differences) in compare(ranks, pairs, metrics).items()
+            for pair, (seeds, differences) in compare(ranks, pairs, metrics, values).items()
         ]
         if found:
             notes = [(key, STATISTICS_RULES[key]) for key in ("Interval", "p", "Holm")]

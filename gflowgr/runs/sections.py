@@ -154,6 +154,8 @@ class EvaluationConfig:
         calibration: which reward, the same for all methods, generators are compared with:
             ``"signals"``: the sum of r_a, r_yhat and r_sim; ``"scores"``: the collaborative model's
             softmax, its temperature by the likelihood of validation items.
+        value_weighted: also measure "V@k", the NDCG in which users count by the value of their
+            target's behaviour (``finetune.behaviour_values``, the highest stars 10 by default).
         summed: also evaluate every generator together with the collaborative model: its beams in
             the order of the sum of both log-probabilities
             (:class:`~gflowgr.evaluation.SummedRecommender`).
@@ -166,6 +168,7 @@ class EvaluationConfig:
     mask_seen: bool | Literal["both"] = False
     calibration: Literal["signals", "scores"] = "signals"
     ks: list[int] = field(default_factory=lambda: [5, 10])
+    value_weighted: bool = False
     summed: bool = False
     max_users: int | None = None
     examples: int = 3

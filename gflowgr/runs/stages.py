@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _ARRAYS = ("users", "ranks", "items")
+_VALUES = "values"
 _FACTS = ("name", "which", "metrics", "rules")
 _LOG = "log_history.json"
 _DONE = "done.json"
@@ -266,6 +267,7 @@ def evaluation_stage(
     leaf_of: np.ndarray | None,
     folder: Path,
     console: Console,
+    target_values: np.ndarray | None = None,
 ) -> Evaluation:
     """Evaluate on the test users, or read the evaluation that is in ``folder``.
 
@@ -278,16 +280,18 @@ def evaluation_stage(
         leaf_of: the identifier of each item [items]; needed by the rule "string".
         folder: of this evaluation.
         console: where to report.
+        target_values: what the test targets are worth, see :func:`gflowgr.evaluation.evaluate`.
     """
     if settings.mask_seen == "both":
         for rule, place in ((True, folder / MASKED), (False, folder)):
-            found = evaluation_stage(
-                replace(settings, mask_seen=rule), split, recommender, leaf_of, place, console
-            )
+            changed = replace(settings, mask_seen=rule)
+            given = (changed, split, recommender, leaf_of, place, console, target_values)
+            found = evaluation_stage(*given)
         return found
-    names = [f"{name}.npy" for name in _ARRAYS]
+    arrays = _ARRAYS if target_values is None else (*_ARRAYS, _VALUES)
+    names = [f"{name}.npy" for name in arrays]
     if is_done(folder, console, *names):
-        return _read_evaluation(folder)
+        return _read_evaluation(folder, arrays)
     masked = ", seen items masked" if settings.mask_seen else ""
     console.say(f"Stage: evaluation of {recommender.name}{masked}")
     evaluation = evaluate(
@@ -301,9 +305,10 @@ def evaluation_stage(
         max_users=settings.max_users,
         progress=console.progress,
         truth=split.dataset.truth,
+        target_values=target_values,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _ARRAYS:
+    for name in arrays:
         files.save_npy(folder / f"{name}.npy", getattr(evaluation, name))
     write_manifest(folder, names)
     facts = {name: getattr(evaluation, name) for name in _FACTS}
@@ -311,8 +316,8 @@ def evaluation_stage(
     return evaluation
 
 
-def _read_evaluation(folder: Path) -> Evaluation:
-    arrays: dict[str, Any] = {name: files.load_npy(folder / f"{name}.npy") for name in _ARRAYS}
+def _read_evaluation(folder: Path, names: tuple[str, ...]) -> Evaluation:
+    arrays: dict[str, Any] = {name: files.load_npy(folder / f"{name}.npy") for name in names}
     facts = files.read_json(folder / _DONE, expect=dict)
     if not set(_FACTS) <= set(facts):
         raise DataError(f"{folder / _DONE} must have {', '.join(_FACTS)}; got {', '.join(facts)}")

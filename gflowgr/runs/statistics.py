@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..evaluation.metrics import gains, hits
+from ..evaluation.metrics import gains, hits, value_weighted_gains
 
 __all__ = [
     "DRAWS",
@@ -72,21 +72,36 @@ class Difference:
 
 
 def ranking_metrics(names: Iterable[str]) -> tuple[str, ...]:
-    """Of an evaluation's metrics "R@k" and then "N@k", k ascending, without N@1, which is R@1."""
-    found = {name for name in names if name[:2] in ("R@", "N@")} - {"N@1"}
-    return tuple(sorted(found, key=lambda name: (name[0] != "R", int(name[2:]))))
+    """Of an evaluation's metrics "R@k", then "N@k", then "V@k", k ascending, without N@1, which is
+    R@1."""
+    found = {name for name in names if name[:2] in ("R@", "N@", "V@")} - {"N@1"}
+    return tuple(sorted(found, key=lambda name: ("RNV".index(name[0]), int(name[2:]))))
 
 
-def per_user(ranks: np.ndarray, metrics: Sequence[str] = METRICS) -> np.ndarray:
+def per_user(
+    ranks: np.ndarray, metrics: Sequence[str] = METRICS, values: np.ndarray | None = None
+) -> np.ndarray:
     """Each metric for each user, float64 [n, metrics]; their means are the metrics.
 
     Args:
         ranks: int [n], 0-based place of the user's one target, -1 = not in the list.
-        metrics: "R@k" and "N@k".
+        metrics: "R@k" and "N@k", and "V@k" with values.
+        values: what each user's target is worth [n].
+
+    Raises:
+        ValueError: a metric "V@k" without values.
     """
-    of = {"R": hits, "N": gains}
-    columns = [of[metric[0]](ranks, int(metric[2:])) for metric in metrics]
-    return np.stack(columns, axis=1).astype(np.float64)
+    if values is None and any(metric.startswith("V@") for metric in metrics):
+        raise ValueError(f"values must be given for {list(metrics)}; got None")
+
+    def of(metric: str) -> np.ndarray:
+        k = int(metric[2:])
+        if metric.startswith("V@"):
+            assert values is not None
+            return value_weighted_gains(ranks, values, k)
+        return {"R": hits, "N": gains}[metric[0]](ranks, k)
+
+    return np.stack([of(metric) for metric in metrics], axis=1).astype(np.float64)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -99,13 +114,14 @@ def user_differences(
     method: Sequence[np.ndarray],
     baseline: Sequence[np.ndarray],
     metrics: Sequence[str] = METRICS,
+    values: np.ndarray | None = None,
 ) -> np.ndarray:
     """Per-user differences, mean over seeds, float64 [n, metrics].
 
     Args:
         method: ranks [n] of the method, one array per seed, users in the same order in all.
         baseline: the same of the other method, for the same seeds.
-        metrics: "R@k" and "N@k".
+        metrics, values: as of :func:`per_user`.
 
     Raises:
         ValueError: no seed, or not the same numbers of seeds or users.
@@ -118,7 +134,11 @@ def user_differences(
         )
     pairs = zip(method, baseline, strict=True)
     total = sum(
-        (per_user(ours, metrics) - per_user(other, metrics) for ours, other in pairs), np.zeros(())
+        (
+            per_user(ours, metrics, values) - per_user(other, metrics, values)
+            for ours, other in pairs
+        ),
+        np.zeros(()),
     )
     return np.asarray(total / len(method))
 
@@ -127,13 +147,14 @@ def compare(
     ranks: Mapping[str, Mapping[int, np.ndarray]],
     pairs: Mapping[tuple[str, str], Hashable],
     metrics: Sequence[str] = METRICS,
+    values: np.ndarray | None = None,
 ) -> dict[tuple[str, str], tuple[list[int], dict[str, Difference]]]:
     """Differences of pairs of methods over the seeds that both have, from one set of draws.
 
     Args:
         ranks: method to seed to ranks [n], users in the same order in all.
         pairs: (method, other) to the family whose comparisons are corrected together.
-        metrics: "R@k" and "N@k".
+        metrics, values: as of :func:`per_user`.
 
     Returns:
         for each pair with a common seed: those seeds, and the difference of each metric.
@@ -148,7 +169,10 @@ def compare(
         return {}
     columns = [
         user_differences(
-            [ranks[name][seed] for seed in seeds], [ranks[other][seed] for seed in seeds], metrics
+            [ranks[name][seed] for seed in seeds],
+            [ranks[other][seed] for seed in seeds],
+            metrics,
+            values,
         )
         for (name, other), seeds in common.items()
     ]

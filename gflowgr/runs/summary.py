@@ -238,9 +238,10 @@ def _compare(
     ranks = {
         method.name: {seed: cell.ranks for seed, cell in cells.items()} for method, cells in rows
     }
+    values = next(cell.values for _, cells in rows for cell in cells.values())
     return {
         pair: Comparison(pair[1], seeds, differences)
-        for pair, (seeds, differences) in compare(ranks, pairs, metrics).items()
+        for pair, (seeds, differences) in compare(ranks, pairs, metrics, values).items()
     }
 
 

@@ -88,8 +88,9 @@ def difference_tables(
     metrics = list(comparisons[0][1].metrics)
     parts = {title: metrics}
     if len(metrics) > _MOST_COLUMNS:
-        kinds = (("Recall", "R"), ("NDCG", "N"))
-        parts = {f"{title}: {kind}": [m for m in metrics if m[0] == k] for kind, k in kinds}
+        kinds = (("Recall", "R"), ("NDCG", "N"), ("value-weighted NDCG", "V"))
+        apart = {f"{title}: {kind}": [m for m in metrics if m[0] == k] for kind, k in kinds}
+        parts = {name: found for name, found in apart.items() if found}
     return [_differences(*part, comparisons, notes) for part in parts.items()]
 
 

@@ -10,6 +10,9 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from .. import files
 from ..collaborative import CollaborativeModel, Popularity
 from ..data import Split
@@ -17,7 +20,12 @@ from ..evaluation import Evaluation, Recommender, ScoringRecommender, SummedReco
 from ..evaluation.generative import GenerativeRecommender
 from ..extensions import is_outside, load_outside
 from ..models.gflow_model import FlowSettings, GFlowModel
-from ..rewards import CatalogueReward, default_behaviour_values, make_signals
+from ..rewards import (
+    CatalogueReward,
+    InteractionLevel,
+    default_behaviour_values,
+    make_signals,
+)
 from .cells import Cell
 from .config import ConfigError, RunConfig
 from .generator import add_adapters, check_generator, make_generator
@@ -42,7 +50,14 @@ from .stages import (
     train_stage,
 )
 
-__all__ = ["CellInputs", "CellWork", "check_reward", "prepare_inputs", "run_cell"]
+__all__ = [
+    "CellInputs",
+    "CellWork",
+    "check_reward",
+    "prepare_inputs",
+    "run_cell",
+    "target_values",
+]
 
 
 @dataclass(frozen=True)
@@ -155,16 +170,18 @@ def run_cell(cell: Cell, inputs: CellInputs, out: Path, console: Console) -> Cel
         settings = replace(settings, collision="item")
     else:
         leaf_of = inputs.catalogue.leaf_of
+    values = target_values(cell.config, inputs.split)
     evaluations = {}
     for name, folder in cell.evaluations.items():
         recommender = _recommender(cell, name, trained, inputs)
         with first_process_first():
             _record(cell, folder, out)
             evaluations[name] = evaluation_stage(
-                settings, inputs.split, recommender, leaf_of, out / folder, console
+                settings, inputs.split, recommender, leaf_of, out / folder, console, values
             )
             if settings.summed and trained is not None:
-                _evaluate_summed(settings, recommender, inputs, out / folder / SUMMED, console)
+                place = out / folder / SUMMED
+                _evaluate_summed(settings, recommender, inputs, place, console, values)
     return CellWork(trained, evaluations)
 
 
@@ -174,6 +191,7 @@ def _evaluate_summed(
     inputs: CellInputs,
     folder: Path,
     console: Console,
+    values: np.ndarray | None,
 ) -> None:
     """Evaluate the generator together with the collaborative model, by the first rule of two."""
     assert inputs.collaborative is not None
@@ -185,7 +203,8 @@ def _evaluate_summed(
         name=f"{generator.name}, with the collaborative model",
     )
     rule = replace(settings, mask_seen=settings.mask_seen is True)
-    evaluation_stage(rule, inputs.split, both, inputs.catalogue.leaf_of, folder, console)
+    leaf_of = inputs.catalogue.leaf_of
+    evaluation_stage(rule, inputs.split, both, leaf_of, folder, console, values)
 
 
 def _record(cell: Cell, folder: str, out: Path) -> None:
@@ -300,6 +319,7 @@ def check_reward(config: RunConfig, split: Split) -> str:
     except ValueError as error:
         setting = "flow." if str(error).startswith("signals") else "finetune.behaviour_values: "
         raise ConfigError(f"{setting}{error}") from error
+    target_values(config, split)
     if "r_a" not in config.flow.signals or not names:
         return ""
     values = default_behaviour_values([name for name in names if name not in given]) | given
@@ -307,3 +327,28 @@ def check_reward(config: RunConfig, split: Split) -> str:
     if all(name in given for name in names):
         return f"{text} (r_a)"
     return f"{text} (r_a, by default; --behaviour-values and finetune.behaviour_values change it)"
+
+
+def target_values(config: RunConfig, split: Split) -> np.ndarray | None:
+    """What each test target is worth [n], if the evaluation is to say what is won by value.
+
+    Raises:
+        ConfigError: the data have no behaviours, or the targets are worth nothing.
+    """
+    if not config.evaluation.value_weighted:
+        return None
+    codes = split.dataset.behaviours
+    if codes is None:
+        raise ConfigError(
+            f"evaluation.value_weighted needs behaviours or stars, which {split.dataset.name} does "
+            "not have; got true"
+        )
+    given = config.method_arguments.get("behaviour_values") or {}
+    level = InteractionLevel(given, split.dataset.behaviour_names)
+    of_targets = torch.from_numpy(codes[split.target_events("test")].astype(np.int64))
+    values: np.ndarray = level.of_codes(of_targets).double().numpy()
+    if not values.any():
+        raise ConfigError(
+            "evaluation.value_weighted needs targets with a value > 0; all test targets have 0"
+        )
+    return values

@@ -216,7 +216,7 @@ class GFlowGRConfig(TrainingArguments):
                 f"num_trajectories must be 2 for objective {objective!r}, the chosen and one "
                 f"rejected; got {count}; for several rejected ones: 'sdpo'"
             )
-        least = {"sdpo": 2, "grpo": 2, "ipa": 3}.get(objective, 1)
+        least = {"distill": 2, "sdpo": 2, "grpo": 2, "ipa": 3}.get(objective, 1)
         if count < least:
             raise ValueError(
                 f"num_trajectories must be >= {least} for objective {objective!r}; got {count}"

@@ -32,6 +32,7 @@ from .catalogue import PromptRewards
 from .config import GFlowGRConfig
 from .rounds import Rounds
 from .step_log import Logs, Mean, histogram
+from .target_weights import TargetWeights
 
 __all__ = ["FlowInputs", "difficulty_of", "make_reward", "sample_request"]
 
@@ -70,6 +71,7 @@ class FlowInputs:
         self.sampler: TrajectorySampler | None = None
         self.reward: BehaviourAwareReward | None = None
         self.rewards: PromptRewards | None = None  # of every item, for exact flows
+        self.weights = TargetWeights.of(model.settings, args, split)
         self.reads_model = False  # whether a call uses the model's parameters
         if model.settings.objective == "sft":
             return
@@ -131,7 +133,10 @@ class FlowInputs:
         flow = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         if self.sampler is None or self.rounds.is_supervised(step):
             targets = to_device(inputs["target"], flow["input_ids"].device)
-            return flow | self._trajectories(targets[:, None]), {}
+            flow |= self._trajectories(targets[:, None])
+            if self.weights is not None:
+                flow |= self.weights(inputs["behaviour"], targets.device)
+            return flow, {}
         request = sample_request(inputs, epoch, step, progress, self.scores(inputs))
         chosen = self.sample(request)
         if self.rewards is not None:

@@ -25,6 +25,7 @@ from .config import GFlowGRConfig
 from .flow_inputs import FlowInputs, difficulty_of
 from .packing import cut_windows
 from .step_log import Logs
+from .target_weights import TargetWeights
 
 __all__ = ["SequenceCollator", "SequenceExamples", "SequenceInputs"]
 
@@ -131,6 +132,11 @@ class SequenceInputs:
                 "positions_per_sequence must be given for partition 'vargrad', whose loss over a "
                 "prompt's single trajectory is 0; got None"
             )
+        if settings.objective == "distill" and args.positions_per_sequence is None:
+            raise ValueError(
+                "positions_per_sequence must be given for objective 'distill', which needs items "
+                "that the sampler draws; got None"
+            )
         for name in ("reference", "importance_clip"):
             if value := getattr(settings, name):
                 raise ValueError(f"sequences must be off with {name}; got {name} {value}")
@@ -138,6 +144,7 @@ class SequenceInputs:
         self.item_tokens = model.item_tokens().to(args.device)
         self.layout = model.prompt
         self.args = args
+        self.weights = TargetWeights.of(settings, args, split)
         self.rewards: PromptRewards | None = None
         self.prompts: FlowInputs | None = None  # samples trajectories at positions
         self.augment_share = 0.0
@@ -196,9 +203,11 @@ class SequenceInputs:
         device = self.item_tokens.device
         names = ("input_ids", "attention_mask", "tokens", "mask", "states")
         flow = {name: to_device(inputs[name], device) for name in names}
-        if self.rewards is None:
-            return flow, {}
         items, observed = inputs["items"], inputs.get("observed")
+        if self.rewards is None:
+            if self.weights is not None:
+                flow |= self.weights(inputs["behaviours"][items[:, 1:] >= 0], device)
+            return flow, {}
         scores = self.rewards.sequence_scores(items, inputs["user"], device)
         log_reward = self.rewards.of_sequences(
             scores, items, inputs["behaviours"], observed, overwrite=self.prompts is None

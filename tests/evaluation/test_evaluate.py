@@ -143,6 +143,23 @@ def test_true_utility(split: LeaveOneOut) -> None:
     assert "Utility" in result.rules
 
 
+def test_ndcg_by_the_value_of_the_targets(split: LeaveOneOut) -> None:
+    fixed = Fixed([7, 3, 1, 0, 2, 4, 5, 6])
+    result = run(fixed, split, "test", ks=(1, 3), target_values=np.array([5.0, 1.0, 3.0, 1.0]))
+    assert result.ranks.tolist() == [1, -1, 0, -1]
+    assert result.metrics["V@1"] == pytest.approx(3.0 / 10)
+    assert result.metrics["V@3"] == pytest.approx((5.0 / math.log2(3) + 3.0) / 10)
+    assert "1 to 5, mean 2.5" in result.rules["V@k"]
+    some = run(
+        fixed, split, "test", ks=(1, 3), max_users=2, target_values=np.array([5.0, 1.0, 3.0, 1.0])
+    )
+    assert some.values is not None
+    worth = dict(zip(result.users.tolist(), (5.0, 1.0, 3.0, 1.0), strict=True))
+    assert some.values.tolist() == [worth[user] for user in some.users.tolist()]
+    with pytest.raises(ValueError, match=r"target_values must have shape \(4,\)"):
+        run(fixed, split, "test", ks=(1,), target_values=np.ones(3))
+
+
 def test_unbiased_recall_is_the_share_of_the_true_utility(split: LeaveOneOut) -> None:
     truth = split.dataset.truth
     assert truth is not None

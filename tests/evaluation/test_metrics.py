@@ -71,6 +71,17 @@ def test_coverage_and_entropy(rows: list[list[int]]) -> None:
     assert m.entropy(np.array(rows)) == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_target_counts_by_its_value() -> None:
+    ranks, values = np.array([0, 2, -1]), np.array([4.0, 1.0, 5.0])
+    found = m.value_weighted_gains(ranks, values, 3)
+    assert found.mean() == pytest.approx((4.0 * 1.0 + 1.0 * 0.5) / 10.0)
+    alike = m.value_weighted_gains(ranks, np.full(3, 7.0), 3)
+    assert alike == pytest.approx(m.gains(ranks, 3))
+    for wrong in ([1.0, 2.0], [0.0, 0.0, 0.0], [1.0, -1.0, 2.0], [1.0, math.nan, 2.0]):
+        with pytest.raises(ValueError, match="values must be 3 finite numbers >= 0"):
+            m.value_weighted_gains(ranks, np.array(wrong), 3)
+
+
 def test_entropy_of_extremes() -> None:
     assert m.entropy(np.array([[3], [3], [3]])) == 0.0
     assert m.entropy(np.arange(8)[:, None]) == pytest.approx(math.log(8))

@@ -12,7 +12,7 @@ from support.tiny_shop import make_inputs, make_model
 from torch import Tensor
 
 from gflowgr.models import FlowSettings, GFlowModel
-from gflowgr.models.exact_objective import exact_loss
+from gflowgr.models.exact_objective import distillation_loss, exact_loss
 from gflowgr.models.monitor import distinct_prefixes, entropy_first_token
 from gflowgr.tree import PrefixTree, item_flows
 
@@ -59,6 +59,7 @@ def test_exact_flows_clip_residuals_and_average_over_trajectories() -> None:
         ({"objective": "db", "flows": "exact", "fusion": "mlp"}, "fusion must be 'sum' for exact"),
         ({"objective": "db", "flows": "exact", "beta": 4.0}, r"beta must be 1 \(reward_temp"),
         ({"objective": "tb", "flows": "exact", "log_reward_floor": -3.0}, "log_reward_floor must"),
+        ({"objective": "distill", "reduction": "sum"}, "reduction must be 'prompt' for objective"),
         ({"objective": "tb", "reward_temperature": 2.0}, "reward_temperature is of exact flows"),
         ({"objective": "subtb", "residual_clip": 3.0}, "residual_clip is of the objectives 'tb'"),
         ({"objective": "tb", "residual_clip": -1.0}, "residual_clip must be finite and >= 0"),
@@ -117,6 +118,24 @@ def test_a_policy_in_proportion_to_the_rewards_has_no_residual(objective: str) -
     _, other = exact_loss(settings, head, shifted, tokens, mask, flows)
     assert float(other["residual_rms"]) > 1.0
     assert float(other["kl_positive"]) > 0.1
+
+
+def test_distillation_is_the_mean_nll_of_each_prompts_draws() -> None:
+    _, _, tokens = tabular(torch.zeros(1, 6, dtype=torch.float64))
+    tokens = tokens.expand(2, -1, -1)
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randn(2, 5, 3, 14, generator=g, dtype=torch.float64)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, 3:] = False  # the first prompt has two draws
+    mask[1, 1:] = False  # and the second has none
+    head = {"weight": torch.eye(14).double(), "bias": None, "tree": None, "normalize": "vocab"}
+    settings = FlowSettings(objective="distill", gfn_weight=0.5)
+    loss, logs = distillation_loss(settings, head, hidden, tokens, mask)
+    nll = -hidden.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).sum(-1)
+    expected = {"loss_gr": nll[:, 0].mean(), "loss_gfn": nll[0, 1:3].mean() / 2}
+    for name, value in expected.items():
+        torch.testing.assert_close(logs[name], value)
+    torch.testing.assert_close(loss, expected["loss_gr"] + 0.5 * expected["loss_gfn"])
 
 
 def catalogue(model: GFlowModel, *unrewarded: tuple[int, int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from support.tiny_shop import make_model, make_scorer, shop
 
 from gflowgr import files
 from gflowgr.collaborative import AverageModel, CrossFitted
+from gflowgr.data import LeaveOneOut
 from gflowgr.evaluation import ScoringRecommender
 from gflowgr.folders import write_manifest
 from gflowgr.runs.cells import cells_of_run
-from gflowgr.runs.config import RunConfig
+from gflowgr.runs.config import ConfigError, RunConfig
 from gflowgr.runs.sections import CollaborativeConfig, EvaluationConfig
 from gflowgr.runs.stages import (
     MASKED,
@@ -25,6 +27,7 @@ from gflowgr.runs.stages import (
     is_done,
     mark_done,
 )
+from gflowgr.runs.work import target_values
 
 
 @pytest.mark.parametrize("name", ["ranks.npy", "items.npy", "done.json", "manifest.json"])
@@ -82,6 +85,29 @@ def test_seen_items_are_masked_in_one_evaluation_and_not_in_the_other(tmp_path: 
         past = [set(split.train_sequences.row(user)) for user in np.load(folder / "users.npy")]
         seen = any(not past[row].isdisjoint(items[row]) for row in range(len(items)))
         assert seen is expected
+
+
+def test_values_of_the_targets_are_kept(tmp_path: Path) -> None:
+    config = RunConfig.from_dict({"output_dir": "out", "evaluation": {"value_weighted": True}})
+    values = target_values(config, shop())
+    assert values is not None
+    assert set(values.tolist()) == {1.0, 10.0}  # clicks and purchases
+    console = Console(lambda _: None, progress=False)
+    given = (config.evaluation, shop(), ScoringRecommender("Random", make_scorer()), None)
+    made = evaluation_stage(*given, tmp_path, console, values)
+    read = evaluation_stage(*given, tmp_path, console, values)
+    for found in (made, read):
+        assert found.values is not None
+        assert np.array_equal(found.values, values)
+        assert 0 < found.metrics["V@10"] < 1
+    assert target_values(RunConfig.from_dict({"output_dir": "out"}), shop()) is None
+
+
+def test_values_need_behaviours() -> None:
+    config = RunConfig.from_dict({"output_dir": "out", "evaluation": {"value_weighted": True}})
+    without = replace(shop().dataset, behaviours=None, behaviour_names=[])
+    with pytest.raises(ConfigError, match=r"evaluation.value_weighted needs behaviours or stars"):
+        target_values(config, LeaveOneOut(without))
 
 
 def test_cpu_seconds_of_several_models_are_added(tmp_path: Path) -> None:

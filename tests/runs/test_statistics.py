@@ -28,6 +28,20 @@ def test_metrics_per_user_average_to_those_of_the_evaluation() -> None:
     assert not per_user(np.array([-1])).any()
 
 
+def test_users_count_by_the_value_of_their_targets() -> None:
+    ranks, values = np.array([0, 2, -1]), np.array([4.0, 1.0, 5.0])
+    found = per_user(ranks, ("N@5", "V@5"), values)
+    assert found.mean(axis=0) == pytest.approx(np.array([1.5 / 3, 4.5 / 10]))
+    ours, other = [ranks], [np.array([-1, 0, -1])]
+    differences = user_differences(ours, other, ("V@5",), values)
+    assert differences.mean() == pytest.approx((4.5 - 1.0) / 10)
+    pair = ("a", "b")
+    compared = compare({"a": {1: ours[0]}, "b": {1: other[0]}}, {pair: 0}, ("V@5",), values)
+    assert compared[pair][1]["V@5"].mean == pytest.approx(0.35)
+    with pytest.raises(ValueError, match="values must be given"):
+        per_user(ranks, ("V@5",))
+
+
 def test_spread_is_the_sample_deviation_and_none_for_one_seed() -> None:
     values = [0.31, 0.35, 0.30]
     assert mean_and_spread(values) == pytest.approx((standard.mean(values), standard.stdev(values)))
@@ -110,6 +124,7 @@ def test_comparisons_are_corrected_family_by_family() -> None:
 
 
 def test_metrics_of_any_length_stand_in_order() -> None:
+    assert ranking_metrics(["V@10", "N@10", "R@10", "V@1"]) == ("R@10", "N@10", "V@1", "V@10")
     names = ["N@50", "coverage", "R@50", "R@5", "N@1", "R@1", "utility@10", "N@5"]
     assert ranking_metrics(names) == ("R@1", "R@5", "R@50", "N@5", "N@50")
     ranks = np.array([0, 7, 30, -1])

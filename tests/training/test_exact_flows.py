@@ -41,6 +41,32 @@ def test_tb_lowers_the_residual(tmp_path: Path) -> None:
     assert first["loss"] == pytest.approx(joint, rel=1e-4)
 
 
+def test_distillation_lowers_the_nll_of_what_the_teacher_draws(tmp_path: Path) -> None:
+    model = make_decoder(objective="distill", reward_temperature=1.0)
+    args = make_args(
+        tmp_path,
+        sequences=True,
+        positions_per_sequence=2,
+        num_trajectories=4,
+        sampler="teacher",
+        per_device_train_batch_size=64,
+        max_steps=10,
+    )
+    trainer = make_trainer(args, model)
+    trainer.train()
+    first, last = steps(trainer)[0], steps(trainer)[-1]
+    assert last["loss_gfn"] < first["loss_gfn"]
+    assert first["loss"] == pytest.approx(first["loss_gr"] + first["loss_gfn"], rel=1e-4)
+
+
+def test_distillation_needs_draws(tmp_path: Path) -> None:
+    model = make_decoder(objective="distill")
+    with pytest.raises(ValueError, match="positions_per_sequence must be given for objective 'dis"):
+        make_inputs(model, make_args(tmp_path, sequences=True), shop(), make_scorer())
+    with pytest.raises(ValueError, match="num_trajectories must be >= 2 for objective 'distill'"):
+        make_inputs(model, make_args(tmp_path, num_trajectories=1), shop(), make_scorer())
+
+
 def test_db_trains_on_whole_sequences(tmp_path: Path) -> None:
     """Positives everywhere, and sampled trajectories at two positions of each."""
     model = make_decoder(objective="db", signals=["r_cm"], reward_temperature=1.0)
