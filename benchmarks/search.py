@@ -37,7 +37,7 @@ class SearchShape(Shape):
     """A model, prompts, tokens of a prompt, beams, items."""
 
     kind: ClassVar[str] = "search"
-    models: ClassVar[tuple[str, ...]] = ("t5", "gpt2", "qwen3")
+    models: ClassVar[tuple[str, ...]] = ("t5", "gpt2", "qwen3", "decoder")
     example: ClassVar[str] = "8x60x20x12101"
     few: ClassVar[dict[str, int]] = {"prompts": 1}
     model: str
@@ -157,8 +157,10 @@ def _search_ranking(result: tuple[Tensor, Tensor | None]) -> Ranking:
     return Ranking(keys, scores)
 
 
-def _shapes(t5_prompts: tuple[int, ...]) -> tuple[SearchShape, ...]:
-    searches = [("t5", prompts, 60) for prompts in t5_prompts]
+def _shapes(small: tuple[int, ...]) -> tuple[SearchShape, ...]:
+    """``small``: prompts of the small models, of 20 items of three and of four tokens."""
+    searches = [("t5", prompts, 60) for prompts in small]
+    searches += [("decoder", prompts, 80) for prompts in small]
     searches += [(model, prompts, 512) for model in ("gpt2", "qwen3") for prompts in (1, 8)]
     return tuple(SearchShape(*search, 20, BEAUTY_ITEMS) for search in searches)
 

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness.inputs import Inputs
 from benchmarks.harness.shapes import CODES, LENGTH
+from gflowgr.models import DecoderConfig, build_decoder
+from gflowgr.models.vocabulary import IdentifierVocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,9 +25,10 @@ VOCAB = _FIRST_CODE + LENGTH * CODES
 
 
 def build_model(name: str, device: torch.device) -> PreTrainedModel:
-    """A random model, the same every time, in ``eval`` mode: "t5", "gpt2" or "qwen3".
+    """A random model, the same every time, in ``eval`` mode: "t5", "gpt2", "qwen3" or "decoder".
 
-    T5: width 128, 4 + 4 layers, 6 heads of 64, feed-forward 1024. The others: 4 layers, width 256.
+    T5: width 128, 4 + 4 layers, 6 heads of 64, feed-forward 1024. GPT-2 and Qwen3: 4 layers, width
+    256. "decoder" is the package's own generator (a GPT-2 of 3 layers, width 128).
     """
     import transformers as hf
 
@@ -63,8 +66,12 @@ def build_model(name: str, device: torch.device) -> PreTrainedModel:
                     eos_token_id=END,
                 )
             )
+        elif name == "decoder":
+            codes = IdentifierVocabulary((CODES,) * LENGTH, offset=_FIRST_CODE, eos_token=END)
+            # More positions than a prompt of 20 items needs: more tokens are counted behind it.
+            model = build_decoder(codes, DecoderConfig(), max_history=24, seed=0)
         else:
-            raise ValueError(f"model must be t5, gpt2 or qwen3; got {name!r}")
+            raise ValueError(f"model must be t5, gpt2, qwen3 or decoder; got {name!r}")
     return model.eval().to(device)
 
 

@@ -11,7 +11,7 @@ from ...models.bare import BareGPT2
 from .base import IdentifierCache, StepDecoder
 from .causal import CausalDecoder, why_unsupported_causal
 from .generic import GenericDecoder
-from .gpt2 import GPT2Decoder
+from .gpt2 import GPT2Decoder, why_unsupported_gpt2
 from .t5 import T5Decoder, why_unsupported_t5
 from .t5_fused import FusedT5Decoder, why_unsupported_t5_fused
 
@@ -40,7 +40,7 @@ def decoder_kind(model: PreTrainedModel | Any) -> tuple[type[StepDecoder], str |
         return T5Decoder if why_unsupported_t5_fused(model) else FusedT5Decoder, None
     other = why_unsupported_causal(model)
     if other is None:
-        return CausalDecoder, None
+        return CausalDecoder if why_unsupported_gpt2(model) else GPT2Decoder, None
     return GenericDecoder, f"{reason}; {other}"
 
 

@@ -110,17 +110,22 @@ class IdentifierCache:
             self._ancestors = [*(past[rows] for past in self._ancestors), rows]
         self.steps += 1
 
-    def put(self, layer: int, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def put(self, layer: int, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Store this step's keys and values of a layer, each [B * K, width].
 
         Returns:
-            Keys and values of each beam's tokens, oldest first: ``steps`` times [B * K, width].
+            Those of every step, oldest first, as they were stored.
         """
         kept = self._kept[layer]
-        past = list(zip(kept, self._ancestors, strict=True))
-        keys = [pair[0].index_select(0, rows) for pair, rows in past]
-        values = [pair[1].index_select(0, rows) for pair, rows in past]
         kept.append((key, value))
+        return kept
+
+    def of_beams(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of each beam's tokens, oldest first: ``steps`` times [B * K, width]."""
+        *past, (key, value) = self._kept[layer]
+        pairs = list(zip(past, self._ancestors, strict=True))
+        keys = [pair[0].index_select(0, rows) for pair, rows in pairs]
+        values = [pair[1].index_select(0, rows) for pair, rows in pairs]
         return [*keys, key], [*values, value]
 
 

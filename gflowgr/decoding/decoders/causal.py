@@ -3,6 +3,10 @@
 The model's own forward runs unchanged, on [B, K] tokens that are K beams and not K positions; only
 its attention function is another one, by the attention interface of transformers. It looks at the
 prompt's keys, shared by all beams of a prompt, and at the beam's own few, under one softmax.
+
+Where the beams are few beside the prompt, each sees the keys of all of them, and a mask hides the
+others': one operation, which costs less than to gather each beam's own. Where they are many, their
+own keys are gathered.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from ...models.backbone import output_head
 from ...models.families import why_unsupported_causal
@@ -23,6 +27,8 @@ from .base import IdentifierCache, StepDecoder, dot_products, mix
 __all__ = ["CausalDecoder", "why_unsupported_causal"]
 
 _ATTENTION = "gflowgr_shared_prompt"
+_FEW = 128
+"""Keys of beams, beyond as many as the prompt has, up to which the mask is cheaper."""
 
 
 class CausalDecoder(StepDecoder):
@@ -67,7 +73,8 @@ class CausalDecoder(StepDecoder):
         self._pads = self._pads.masked_fill_(mask == 0, -torch.inf)[:, None, None, :]
         self._next = mask.sum(1, keepdim=True)  # position of the next token [B, 1]
         self._cache = IdentifierCache(len(prompt))
-        self._width = 1
+        self._widths: tuple[int, ...] = ()  # beams of each step
+        self._mask: Tensor | None = None  # of the step, where the beams are few
 
     def prompt_tensors(self) -> list[Tensor]:
         return [self._first, self._pads, self._next, *(part for kv in self._prompt for part in kv)]
@@ -81,9 +88,11 @@ class CausalDecoder(StepDecoder):
         return self._first
 
     def advance(self, tokens: Tensor, parents: Tensor) -> Tensor:
-        rows = self._rows(parents, self._width) if self._cache.steps else None
-        self._width = tokens.shape[1]
+        rows = self._rows(parents, self._widths[-1]) if self._widths else None
+        self._widths = (*self._widths, tokens.shape[1])
         self._cache.begin_step(rows)
+        few = sum(self._widths) <= self._pads.shape[-1] + _FEW
+        self._mask = self._sight().to(self._first.dtype) if few else None
         positions = self._next + (self._cache.steps - 1)
         return self._continue(tokens.clamp_min(0), positions.expand_as(tokens))
 
@@ -112,14 +121,53 @@ class CausalDecoder(StepDecoder):
         Returns:
             [B, K, H, d_head].
         """
-        batch, _, width, size = query.shape
+        batch, heads, width, size = query.shape
         kv_heads = key.shape[1]
-        keys, values = self._cache.put(
+        kept = self._cache.put(
             layer,
             key.transpose(1, 2).reshape(batch * width, -1),
             value.transpose(1, 2).reshape(batch * width, -1),
         )
+        if self._mask is None:
+            return self._attend_apart(layer, query, kv_heads, scaling)
+        keys, values = (
+            torch.cat(
+                [of_prompt, *(x.view(batch, -1, kv_heads, size).transpose(1, 2) for x in own)], 2
+            )
+            for of_prompt, own in zip(self._prompt[layer], zip(*kept, strict=True), strict=True)
+        )
         # Query heads of one group share keys: [B, H_kv, G * K, d_head], no copy of the keys.
+        mixed = scaled_dot_product_attention(
+            query.reshape(batch, kv_heads, -1, size),
+            keys,
+            values,
+            attn_mask=self._mask.repeat(1, 1, heads // kv_heads, 1)
+            if heads > kv_heads
+            else self._mask,
+            scale=scaling,
+        )
+        return mixed.view(batch, heads, width, size).transpose(1, 2)
+
+    def _sight(self) -> Tensor:
+        """What each beam sees of the keys of prompt and beams [B, 1, K, S + all beams so far]: 0 or
+        -inf."""
+        beams = self._widths[-1]
+        of_row = torch.arange(self.batch, device=self.device).unsqueeze(1)
+        parts = [self._pads.expand(-1, -1, beams, -1)]
+        own = [rows.view(self.batch, beams) for rows in self._cache.ancestors]
+        own.append(torch.arange(self.batch * beams, device=self.device).view(self.batch, beams))
+        for rows, width in zip(own, self._widths, strict=True):
+            place = (rows - of_row * width)[:, None, :, None]
+            others = torch.arange(width, device=self.device) != place
+            parts.append(
+                torch.zeros_like(others, dtype=torch.float32).masked_fill_(others, -torch.inf)
+            )
+        return torch.cat(parts, dim=-1)
+
+    def _attend_apart(self, layer: int, query: Tensor, kv_heads: int, scaling: float) -> Tensor:
+        """:meth:`attend` with each beam's own keys gathered, the newest stored already."""
+        batch, _, width, size = query.shape
+        keys, values = self._cache.of_beams(layer)
         query = query * scaling
         grouped = query.reshape(batch, kv_heads, -1, size)
         prompt_keys, prompt_values = self._prompt[layer]

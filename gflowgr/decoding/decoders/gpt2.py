@@ -10,12 +10,38 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...models.backbone import output_head
+from ...models.families import is_known_class
 from .causal import CausalDecoder
 
-__all__ = ["GPT2Decoder"]
+__all__ = ["GPT2Decoder", "why_unsupported_gpt2"]
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """Layer, query, key and value [B, H, T, d_head], factor of the scores -> [B, T, H, d_head]."""
+
+
+def why_unsupported_gpt2(model: Any) -> str | None:
+    """Why :class:`GPT2Decoder` cannot run, here and now, a model that :class:`CausalDecoder` can;
+    None when it can."""
+    if type(model).__name__ != "GPT2LMHeadModel" or not is_known_class(model):
+        return f"{type(model).__name__} is not the GPT-2 of transformers"
+    if model.training:
+        return "it has no dropout, and the model is in training mode"
+    stack = model.base_model
+    passed_over = [
+        stack,
+        *stack.h,
+        *(part for block in stack.h for part in (block.attn, block.mlp)),
+    ]
+    for module in passed_over:
+        if not is_known_class(module):
+            return f"its {type(module).__name__} is not the one of transformers"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"a {type(module).__name__} of it has hooks"
+    if not all(
+        hasattr(block.attn, "scaling") and hasattr(block.attn, "head_dim") for block in stack.h
+    ):
+        return "its attention does not say how scores are scaled"
+    return None
 
 
 class GPT2Decoder(CausalDecoder):
@@ -62,6 +88,7 @@ class GPT2Decoder(CausalDecoder):
             )
             mixed = attend(number, query, key, value, own.scaling).flatten(2)
             hidden = hidden + own.c_proj(mixed)
-            hidden = hidden + block.mlp(block.ln_2(hidden))
+            feed = block.mlp
+            hidden = hidden + feed.c_proj(feed.act(feed.c_fc(block.ln_2(hidden))))
         states: Tensor = stack.ln_f(hidden)
         return states

@@ -137,7 +137,8 @@ class T5Decoder(StepDecoder):
         own = layer.self_attention
         rows, heads, size = hidden.shape[0] * hidden.shape[1], self._heads, self._size
         value = own.v(hidden)
-        keys, values = self._cache.put(number, own.k(hidden).flatten(0, 1), value.flatten(0, 1))
+        self._cache.put(number, own.k(hidden).flatten(0, 1), value.flatten(0, 1))
+        keys, values = self._cache.of_beams(number)
         if len(keys) == 1:  # one token: attention returns its value
             return own.o(value)
         shape = (rows, heads, size)

@@ -9,7 +9,15 @@ import torch
 from support.small_models import FAST, SLOW, VOCAB, padded_prompts, small_model
 from torch import Tensor
 
-from gflowgr.decoding.decoders import GenericDecoder, StepDecoder, causal, decoder_for, decoder_kind
+from gflowgr.decoding.decoders import (
+    CausalDecoder,
+    GenericDecoder,
+    GPT2Decoder,
+    StepDecoder,
+    causal,
+    decoder_for,
+    decoder_kind,
+)
 
 
 def walk(decoder: StepDecoder, *, seed: int = 0) -> list[Tensor]:
@@ -24,6 +32,35 @@ def walk(decoder: StepDecoder, *, seed: int = 0) -> list[Tensor]:
             out.append(decoder.logits(decoder.advance(tokens, parents)))
             previous = beams
     return out
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+def test_few_and_many_beams_are_attended_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a mask, gathered, and by the one after the other within a search."""
+    model, prompts = small_model(name), padded_prompts("left")
+    few = walk(decoder_for(model, *prompts))
+    length = prompts[0].shape[1]
+    for limit in (0, 6, 13):  # of 5, 12 and 14 beams up to each step
+        monkeypatch.setattr(causal, "_FEW", limit - length)
+        for one, other in zip(few, walk(decoder_for(model, *prompts)), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+
+
+def test_a_gpt2_with_something_in_it_runs_by_its_own_forward() -> None:
+    plain = small_model("gpt2")
+    assert decoder_kind(plain) == (GPT2Decoder, None)
+    hooked, training, patched = (copy.deepcopy(plain) for _ in range(3))
+    hooked.transformer.h[1].register_forward_hook(lambda *_: None)
+    training.train()
+    patched.transformer.h[0].mlp.forward = patched.transformer.h[0].mlp.forward
+    for model in (hooked, training, patched):
+        assert decoder_kind(model) == (CausalDecoder, None)
+
+    class Own(type(plain.transformer.h[0].attn)):  # type: ignore[misc]
+        pass
+
+    plain.transformer.h[0].attn.__class__ = Own
+    assert decoder_kind(plain) == (CausalDecoder, None)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
