@@ -2,46 +2,20 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <utility>
 
+#include "common/blocks_cpu.h"
 #include "common/gemm_cpu.h"
 #include "logprobs_dense/dense_tile_cpu.h"
 
 namespace gflowgr {
 namespace {
 
-constexpr int64_t kMaxLanes = 64;     // tokens of a block: its activations stay in the L2 cache
-constexpr int64_t kHiddenTile = 512;  // features of the feed-forward layer at a time
-
-int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
 // Tokens of a block when `count` are shared among threads.
 int64_t block_size(int64_t count, int64_t threads) {
-  const int64_t blocks = round_up((count + kMaxLanes - 1) / kMaxLanes, std::max<int64_t>(1, threads));
+  const int64_t blocks = round_up(ceil_div(count, kBlockTokens), std::max<int64_t>(1, threads));
   return std::max<int64_t>(1, (count + blocks - 1) / blocks);
 }
-
-// Uninitialised memory on cache lines.
-class Floats {
- public:
-  float* reserve(int64_t count) {
-    if (count > count_) {
-      data_.reset(static_cast<float*>(::operator new(static_cast<size_t>(count) * sizeof(float), kAlign)));
-      count_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(float* data) const { ::operator delete(data, kAlign); }
-  };
-  std::unique_ptr<float, Free> data_;
-  int64_t count_ = 0;
-};
 
 // to[j * to_stride + i] = from[i * from_stride + j]
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
@@ -126,7 +100,7 @@ class Block {
 
   // Adds the attention of each token to its own beam; `keys` and `values` [count] take its own.
   void attend_own(const T5Attention& weights, const T5Step& step, int64_t layer, int64_t first) {
-    const int64_t inner = s_.inner(), steps = static_cast<int64_t>(step.past.size()) + 1;
+    const int64_t inner = s_.inner(), steps = static_cast<int64_t>(step.past.stored.size()) + 1;
     float* const keys = step.stored + (2 * layer * step.rows + first) * inner;
     float* const values = keys + step.rows * inner;
     float* const queries = rows_;
@@ -143,9 +117,9 @@ class Block {
     own_values_.resize(static_cast<size_t>(steps));
     for (int64_t row = 0; row < count_; ++row) {
       for (int64_t t = 0; t + 1 < steps; ++t) {
-        const int64_t place = 2 * layer * step.past_rows[t] + step.ancestors[t][first + row];
-        own_keys_[t] = step.past[t] + place * inner;
-        own_values_[t] = own_keys_[t] + step.past_rows[t] * inner;
+        const int64_t place = 2 * layer * step.past.rows[t] + step.past.ancestors[t][first + row];
+        own_keys_[t] = step.past.stored[t] + place * inner;
+        own_values_[t] = own_keys_[t] + step.past.rows[t] * inner;
       }
       own_keys_[steps - 1] = keys + row * inner;
       own_values_[steps - 1] = values + row * inner;

@@ -5,9 +5,9 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <vector>
 
+#include "common/blocks_cpu.h"
 #include "t5/t5_kernels_cpu.h"
 
 namespace gflowgr {
@@ -38,8 +38,6 @@ struct T5Keys {
   const float* values;  // [heads, size, S16]
 };
 
-using Parallel = std::function<void(int64_t, const std::function<void(int64_t, int64_t)>&)>;
-
 struct T5Pass {
   T5Sizes sizes;
   std::vector<T5Layer> layers;
@@ -66,10 +64,7 @@ struct T5Step {
   const float* bias;           // [steps, heads]
   int64_t rows;                // B * K
   const float* embedded;       // [rows, width]
-  // Of each earlier step, oldest first: what it stored, its rows, and for each row here its ancestor there.
-  std::vector<const float*> past;
-  std::vector<int64_t> past_rows;
-  std::vector<const int64_t*> ancestors;
+  StepPast past;
   float* stored;  // keys and values of this step [layers, 2, rows, heads * size]
   float* hidden;  // [rows, width]
 };

@@ -1,38 +1,18 @@
 // gflowgr_cpp::t5_encode, t5_prompt and t5_step, bound to torch.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "common/gemm_cpu.h"
+#include "common/tensors_cpu.h"
 #include "t5/t5_cpu.h"
 
-using torch::headeronly::ScalarType;
+using gflowgr::empty_floats;
+using gflowgr::floats;
+using gflowgr::Shape;
 using torch::stable::Tensor;
 
 namespace {
-
-using Shape = std::vector<int64_t>;
-
-const void* checked(const Tensor& tensor, ScalarType type, const Shape& shape, const char* name) {
-  bool same = tensor.scalar_type() == type && tensor.is_contiguous() &&
-              tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == shape[i];
-  STD_TORCH_CHECK(same, name, ": of another type or shape than the rest, or not contiguous");
-  return tensor.data_ptr();
-}
-
-const float* floats(const Tensor& tensor, const Shape& shape, const char* name) {
-  return static_cast<const float*>(checked(tensor, ScalarType::Float, shape, name));
-}
-
-Tensor empty(const Tensor& like, const Shape& shape) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, ScalarType::Float);
-}
 
 // Weights in the order in which a layer uses them.
 class Weights {
@@ -92,9 +72,7 @@ gflowgr::T5Pass make_pass(const Tensor& states, int64_t heads, int64_t inner) {
   pass.prompts = states.size(0);
   pass.tokens = states.size(1);
   pass.threads = torch::stable::get_num_threads();
-  pass.parallel = [](int64_t items, const std::function<void(int64_t, int64_t)>& body) {
-    torch::stable::parallel_for(0, items, 1, body);
-  };
+  pass.parallel = gflowgr::torch_parallel();
   return pass;
 }
 
@@ -120,7 +98,7 @@ Tensor t5_encode(const Tensor& embedded, const Tensor& mask, const Tensor& bias,
   gflowgr::T5Pass pass = stack_pass(embedded, weights, false, heads, gated, activation, epsilon);
   pass.mask = floats(mask, {pass.prompts, pass.tokens}, "mask");
   const Shape shape{pass.prompts, pass.tokens, pass.sizes.width};
-  Tensor encoded = empty(embedded, shape);
+  Tensor encoded = empty_floats(embedded, shape);
   gflowgr::t5_encode(pass, floats(embedded, shape, "embedded"),
                      floats(bias, {heads, pass.padded() + pass.tokens - 1}, "bias"),
                      static_cast<float*>(encoded.data_ptr()));
@@ -139,8 +117,8 @@ std::tuple<Tensor, Tensor> t5_prompt(const Tensor& encoded, const std::vector<Te
     layer.cross.value = reader.in();
   }
   const auto layers = static_cast<int64_t>(pass.layers.size());
-  Tensor keys = empty(encoded, {layers, pass.prompts, heads, pass.padded(), s.size});
-  Tensor values = empty(encoded, {layers, pass.prompts, heads, s.size, pass.padded()});
+  Tensor keys = empty_floats(encoded, {layers, pass.prompts, heads, pass.padded(), s.size});
+  Tensor values = empty_floats(encoded, {layers, pass.prompts, heads, s.size, pass.padded()});
   gflowgr::t5_prompt(pass, floats(encoded, {pass.prompts, pass.tokens, s.width}, "encoded"),
                      static_cast<float*>(keys.data_ptr()), static_cast<float*>(values.data_ptr()));
   return {keys, values};
@@ -162,18 +140,9 @@ std::tuple<Tensor, Tensor> t5_step(const Tensor& embedded, const Tensor& keys, c
   step.keys = floats(keys, {layers, pass.prompts, heads, pass.padded(), s.size}, "keys");
   step.values = floats(values, {layers, pass.prompts, heads, s.size, pass.padded()}, "values");
   step.bias = floats(bias, {static_cast<int64_t>(past.size()) + 1, heads}, "bias");
-  STD_TORCH_CHECK(past.size() == ancestors.size(), "ancestors must be one for each step of the past");
-  for (size_t t = 0; t < past.size(); ++t) {
-    STD_TORCH_CHECK(past[t].dim() == 4, "past must be [layers, 2, rows, heads * d_kv]");
-    const int64_t rows = past[t].size(2);
-    const auto* from = static_cast<const int64_t*>(checked(ancestors[t], ScalarType::Long, {step.rows}, "ancestors"));
-    for (int64_t i = 0; i < step.rows; ++i) STD_TORCH_CHECK(from[i] >= 0 && from[i] < rows, "ancestors: out of range");
-    step.past.push_back(floats(past[t], {layers, 2, rows, s.inner()}, "past"));
-    step.past_rows.push_back(rows);
-    step.ancestors.push_back(from);
-  }
-  Tensor hidden = empty(embedded, {pass.prompts, beams, s.width});
-  Tensor stored = empty(embedded, {layers, 2, step.rows, s.inner()});
+  step.past = gflowgr::step_past(past, ancestors, layers, step.rows, s.inner());
+  Tensor hidden = empty_floats(embedded, {pass.prompts, beams, s.width});
+  Tensor stored = empty_floats(embedded, {layers, 2, step.rows, s.inner()});
   step.hidden = static_cast<float*>(hidden.data_ptr());
   step.stored = static_cast<float*>(stored.data_ptr());
   gflowgr::t5_step(pass, step);

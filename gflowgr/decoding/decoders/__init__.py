@@ -12,6 +12,7 @@ from .base import IdentifierCache, StepDecoder
 from .causal import CausalDecoder, why_unsupported_causal
 from .generic import GenericDecoder
 from .gpt2 import GPT2Decoder, why_unsupported_gpt2
+from .gpt2_fused import FusedGPT2Decoder, why_unsupported_gpt2_fused
 from .t5 import T5Decoder, why_unsupported_t5
 from .t5_fused import FusedT5Decoder, why_unsupported_t5_fused
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CausalDecoder",
+    "FusedGPT2Decoder",
     "FusedT5Decoder",
     "GPT2Decoder",
     "GenericDecoder",
@@ -34,14 +36,18 @@ __all__ = [
 def decoder_kind(model: PreTrainedModel | Any) -> tuple[type[StepDecoder], str | None]:
     """Which decoder runs ``model``; for the generic one, also why no fast one can."""
     if isinstance(model, BareGPT2):
-        return GPT2Decoder, None
+        return _of_gpt2(model), None
     reason = why_unsupported_t5(model)
     if reason is None:
         return T5Decoder if why_unsupported_t5_fused(model) else FusedT5Decoder, None
     other = why_unsupported_causal(model)
     if other is None:
-        return CausalDecoder if why_unsupported_gpt2(model) else GPT2Decoder, None
+        return CausalDecoder if why_unsupported_gpt2(model) else _of_gpt2(model), None
     return GenericDecoder, f"{reason}; {other}"
+
+
+def _of_gpt2(model: Any) -> type[StepDecoder]:
+    return GPT2Decoder if why_unsupported_gpt2_fused(model) else FusedGPT2Decoder
 
 
 def decoder_for(
@@ -55,7 +61,7 @@ def decoder_for(
     Args:
         model: an encoder-decoder or decoder-only model of ``transformers``, in ``eval`` mode.
             T5 and the families of :mod:`gflowgr.models.families` run fast, any other by whole
-            sequences. T5 in float32 on a CPU runs in C++ where no gradients are recorded.
+            sequences. T5 and GPT-2 in float32 on a CPU run in C++ where no gradients are recorded.
         input_ids: prompts [B, S], at least one; padding may be on either side and hold any value.
         attention_mask: 1 for real tokens [B, S]; None: every token is real.
         encoded: the encoder's states [B, S, d], where they are known already.
