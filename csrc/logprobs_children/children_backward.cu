@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) root_hidden_kernel(ChildrenCall call
     float w[8] = {};
     const int64_t child = chunk + thread / 8;
     if (child < count) weight.load8(tokens[child], column + thread % 8 * 8, w);
-    for (int i = 0; i < 8; ++i) shared.b.at(thread / 8, thread % 8 * 8 + i) = w[i];
+    shared.b.put8(thread / 8, thread % 8 * 8, w);
     __syncthreads();
     multiply(shared.a, shared.b, acc);
     __syncthreads();
@@ -280,8 +280,10 @@ __device__ __forceinline__ void add_rows(const ChildrenCall& call, const Childre
   if (k < rows) {
     if (mine < d) hidden.load8(list[k], mine, h);
   }
-  const bool bias = out.bias != nullptr && k < rows;
-  for (int i = 0; i < 8; ++i) shared.b.at(k, offset + i) = bias && mine + i == d ? 1.0f : h[i];
+  for (int i = 0; i < 8; ++i) {  // the bias has a column of ones
+    if (out.bias != nullptr && k < rows && mine + i == d) h[i] = 1.0f;
+  }
+  shared.b.put8(k, offset, h);
   __syncthreads();
   multiply(shared.a, shared.b, acc);
   __syncthreads();

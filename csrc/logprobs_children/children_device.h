@@ -174,11 +174,23 @@ __device__ inline float warp_slope(const ChildrenCall& call, const Rows& hidden,
 
 constexpr int kTile = 64, kDepth = 32, kPitch = kTile + 4;
 
-// kDepth x kTile numbers in shared memory, rows kPitch apart so that columns are on different banks.
+// kDepth x kTile numbers in shared memory. Rows are kPitch apart, and the eight rows that a thread of tile_product()
+// fills are turned by eight columns to those of the next: so the 32 threads of a warp write to different banks.
 struct Panel {
-  float values[kDepth * kPitch];
+  alignas(16) float values[kDepth * kPitch];
 
-  __device__ float& at(int k, int column) { return values[k * kPitch + column]; }
+  __device__ static int place(int k, int column) { return k * kPitch + (column + k / 8 * 8) % kTile; }
+  __device__ float& at(int k, int column) { return values[place(k, column)]; }
+  // Four columns from a multiple of four on.
+  __device__ float4& four(int k, int column) { return *reinterpret_cast<float4*>(values + place(k, column)); }
+  __device__ const float4& four(int k, int column) const {
+    return *reinterpret_cast<const float4*>(values + place(k, column));
+  }
+  // Writes eight columns from a multiple of eight on.
+  __device__ void put8(int k, int column, const float (&eight)[8]) {
+    four(k, column) = float4{eight[0], eight[1], eight[2], eight[3]};
+    four(k, column + 4) = float4{eight[4], eight[5], eight[6], eight[7]};
+  }
 };
 
 // acc[i][j] += sum over k of a[k][4 * (thread / 16) + i] * b[k][4 * (thread % 16) + j].
@@ -186,8 +198,7 @@ __device__ inline void multiply(const Panel& a, const Panel& b, float (&acc)[4][
   const int first = threadIdx.x / 16 * 4, second = threadIdx.x % 16 * 4;
 #pragma unroll 8
   for (int k = 0; k < kDepth; ++k) {
-    const float4 x = *reinterpret_cast<const float4*>(a.values + k * kPitch + first);
-    const float4 y = *reinterpret_cast<const float4*>(b.values + k * kPitch + second);
+    const float4 x = a.four(k, first), y = b.four(k, second);
     const float left[4] = {x.x, x.y, x.z, x.w}, right[4] = {y.x, y.y, y.z, y.w};
     for (int i = 0; i < 4; ++i) {
       for (int j = 0; j < 4; ++j) acc[i][j] += left[i] * right[j];
