@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) flow_kl_kernel(ChildrenCall call, Di
   const auto bits = static_cast<uint64_t>(call.plan[kPlanWords * t + kSoftmax]);
   const float largest = __uint_as_float(static_cast<unsigned>(bits));
   const float sum = __uint_as_float(static_cast<unsigned>(bits >> 32));
-  const bool forbidden = largest == -INFINITY;  // all children
+  const bool forbidden = largest == -INFINITY && sum == 0.0f;  // all children; with NaN among them the sum is NaN
   const float scale = alive ? 1.0f / mass : 0.0f, factor = ((alive ? 1.0f : 0.0f) + weight) / sum;
   float cross = 0;
   for (int child = lane; child < row.children; child += 32) {

@@ -1,5 +1,6 @@
 #include "logprobs_children/children_kernels.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -263,7 +264,8 @@ GFLOWGR_INLINE float divergence(float* x, int64_t count, const float* bias, floa
   const int64_t whole = count / S::kLanes * S::kLanes, some = count - whole;
   Floats last;
   const float top = logits<S>(x, count, bias, temperature, last);
-  if (top == low) {
+  // Without a number above -inf there are no children but forbidden ones, unless some are NaN: then all becomes it.
+  if (top == low && std::all_of(x, x + count, [low](float logit) { return logit == low; })) {
     for (int64_t j = 0; j < count; ++j) x[j] = 0.0f;
     *log_pf = low;
     return mass + weight == 0.0f ? 0.0f : -low;

@@ -262,6 +262,22 @@ def test_slopes_beyond_the_limit_are_computed_again(
         torch.testing.assert_close(gradients(), wanted)
 
 
+@pytest.mark.parametrize("normalize", NORMALIZERS)
+def test_a_state_that_is_no_number_makes_the_loss_none(backend: str, normalize: str) -> None:
+    """Neither a finite loss nor an infinite one, which a forbidden child has."""
+    case = Case(CASES["ragged"], torch.float32)
+    with torch.no_grad():
+        case.hidden[0, 1, 0, 2] = math.nan
+    found = case.run(normalize=normalize)
+    assert found.loss.isnan()
+    assert found.kl[0, 1, 0].isnan()
+    assert found.log_pf[0, 1, 0].isnan()
+    assert found.kl[1][case.mask[1]].isfinite().all()
+    found.loss.backward()
+    assert case.hidden.grad is not None
+    assert case.hidden.grad[0, 1, 0].isnan().all()
+
+
 def test_reductions_are_those_of_the_other_fused_losses() -> None:
     case = Case(FIXED)
     each = case.run(reduction="none").loss

@@ -32,7 +32,7 @@ def test_equals_float64(sparse: bool, recompute: bool) -> None:
     check_raw_op(CUDA, case, sparse=sparse, recompute=recompute)
 
 
-@pytest.mark.parametrize("kind", ["all", "all, float64", "pool", "pool, floor"])
+@pytest.mark.parametrize("kind", ["all", "all, float64", "all, NaN", "pool", "pool, floor"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_flow_kl_equals_float64(
     kind: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
@@ -42,6 +42,9 @@ def test_flow_kl_equals_float64(
     items[::7, 3] = -1
     items[::9, 2:] = -1
     case = ChildrenCase.make(items, (5, 3), 12, bias=True, padded=True, temperature=0.7)
+    if "NaN" in kind:
+        case.hidden[4, 1, 1, 3] = torch.nan
+        assert case.mask[4, 1, 1]
     g = torch.Generator().manual_seed(1)
     reward = 3 * torch.randn(5, len(items), generator=g, dtype=torch.float64)
     reward[1, ::2] = -torch.inf
