@@ -92,7 +92,7 @@ class CausalDecoder(StepDecoder):
         self._widths = (*self._widths, tokens.shape[1])
         self._cache.begin_step(rows)
         few = sum(self._widths) <= self._pads.shape[-1] + _FEW
-        self._mask = self._sight().to(self._first.dtype) if few else None
+        self._mask = self._sight() if few else None
         positions = self._next + (self._cache.steps - 1)
         return self._continue(tokens.clamp_min(0), positions.expand_as(tokens))
 
@@ -136,16 +136,12 @@ class CausalDecoder(StepDecoder):
             )
             for of_prompt, own in zip(self._prompt[layer], zip(*kept, strict=True), strict=True)
         )
+        mask = self._mask.to(query.dtype)
+        if heads > kv_heads:
+            mask = mask.repeat(1, 1, heads // kv_heads, 1)
         # Query heads of one group share keys: [B, H_kv, G * K, d_head], no copy of the keys.
-        mixed = scaled_dot_product_attention(
-            query.reshape(batch, kv_heads, -1, size),
-            keys,
-            values,
-            attn_mask=self._mask.repeat(1, 1, heads // kv_heads, 1)
-            if heads > kv_heads
-            else self._mask,
-            scale=scaling,
-        )
+        grouped = query.reshape(batch, kv_heads, -1, size)
+        mixed = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
         return mixed.view(batch, heads, width, size).transpose(1, 2)
 
     def _sight(self) -> Tensor:
