@@ -45,9 +45,24 @@ CHOSEN = (
     ),
     ("TB from log-probabilities", "reductions", "tb", "losses", "cpp", "reduction"),
     ("SubTB from log-probabilities", "reductions", "subtb", "losses", "cpp", "reduction"),
-    ("a step of beam search, V 33124", "decode", "beam", "beam:64x20x33124x12101", "cpp", "csr"),
-    ("beam search, T5, 64 prompts", "decode", "search", "t5:64x60x20x12101", "", "transformers"),
-    ("beam search, T5, 1 prompt", "decode", "search", "t5:1x60x20x12101", "", "transformers"),
+    (
+        "a step of beam search, V 33124",
+        "decode",
+        "beam_step.logits",
+        "beam_step:64x20x33124x12101",
+        "cpp",
+        "csr",
+    ),
+    *(
+        (f"beam search, {label}", "decode", "search", f"search-{shape}x20x12101", "", "transformers")
+        for label, shape in (
+            ("T5, 64 prompts", "t5:64x60"),
+            ("T5, 1 prompt", "t5:1x60"),
+            ("own decoder, 64 prompts", "decoder:64x80"),
+            ("own decoder, 1 prompt", "decoder:1x80"),
+            ("Qwen3 of 4 layers, 8 prompts", "qwen3:8x512"),
+        )
+    ),
     (
         "SFT of a small TIGER, an epoch's steps",
         "train",
