@@ -92,10 +92,15 @@ def supervised_loss(
     reduction = settings.reduced_by if weights is None else "none"
     share = settings.label_smoothing
     if share > 0.0:
-        uniform = _uniform_flows(tree, len(tokens))
-        given = {"tokens": tokens, "flows": uniform, "mask": mask, "reduction": reduction}
-        given |= head | {"tree": tree}
-        loss = share * fused_flow_kl_loss(hidden, **given, nll_weight=(1.0 - share) / share)
+        loss = share * fused_flow_kl_loss(
+            hidden,
+            tokens=tokens,
+            flows=_uniform_flows(tree, len(tokens)),
+            mask=mask,
+            reduction=reduction,
+            nll_weight=(1.0 - share) / share,
+            **head | {"tree": tree},
+        )
     else:
         # VarGrad of a single trajectory is 0: what is left is the supervised term.
         loss = fused_vargrad_loss(
