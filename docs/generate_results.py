@@ -54,8 +54,8 @@ CHOSEN = (
         "csr",
     ),
     *(
-        (f"beam search, {label}", "decode", "search", f"search-{shape}x20x12101", "", "transformers")
-        for label, shape in (
+        ("beam search, " + label, "decode", "search", f"search-{at}x20x12101", "", "transformers")
+        for label, at in (
             ("T5, 64 prompts", "t5:64x60"),
             ("T5, 1 prompt", "t5:1x60"),
             ("own decoder, 64 prompts", "decoder:64x80"),
