@@ -127,7 +127,7 @@ def test_settings_in_tables_are_read_too(tmp_path: Path) -> None:
             values.update(yaml.safe_load(text))
         read_run(values, tmp_path)
         rows += 1
-    assert rows == 9
+    assert rows == 12
 
 
 # ---- the shell ----

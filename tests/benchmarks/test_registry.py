@@ -89,8 +89,8 @@ def test_a_shape_fits_the_tables_of_its_op() -> None:
         ("tree:10g", "must be tree:ITEMS, such as tree:10m"),
         ("train_step-qwen3:1x10x4x9", "SOURCE must be a multiple of 4; got 10"),
         ("search-t5:0x1x1x1", "every size must be at least 1; got 0"),
-        ("search-bart:1x1x1x1", "MODEL must be any of t5, gpt2, qwen3; got 'bart'"),
-        ("search:1x1x1x1", "MODEL must be any of t5, gpt2, qwen3; got ''"),
+        ("search-bart:1x1x1x1", "MODEL must be any of t5, gpt2, qwen3, decoder; got 'bart'"),
+        ("search:1x1x1x1", "MODEL must be any of t5, gpt2, qwen3, decoder; got ''"),
         (
             "bart:1x1x1x1",
             "before the colon must be any of beam_step, catalogue_scores, item_flows, search",

@@ -210,7 +210,7 @@ def test_help_teaches(capsys: Capture) -> None:
         "Exit codes",
         "beam_step One step of a constrained beam search",
         "beam_step:PROMPTSxBEAMSxVOCABxITEMS",
-        "search-MODEL:PROMPTSxSOURCExBEAMSxITEMS (MODEL: t5, gpt2, qwen3)",
+        "search-MODEL:PROMPTSxSOURCExBEAMSxITEMS (MODEL: t5, gpt2, qwen3, decoder)",
         *(table.name for table in read_tables([])),
     ):
         assert explained in text

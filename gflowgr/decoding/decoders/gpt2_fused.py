@@ -110,7 +110,7 @@ class FusedGPT2Decoder(GPT2Decoder):
         )
         last = (mask * torch.arange(length)).argmax(1)
         embedded = stack.wte(input_ids) + stack.wpe((mask.cumsum(1) - 1).clamp_min(0))
-        states, self._keys, self._values = torch.ops.gflowgr_cpp.gpt2_prompt(
+        states, self._prompt_keys, self._prompt_values = torch.ops.gflowgr_cpp.gpt2_prompt(
             embedded, self._pads, last, self._weights, *self._options
         )
         self._first = states.unsqueeze(1)
@@ -120,7 +120,7 @@ class FusedGPT2Decoder(GPT2Decoder):
         self._stored: list[Tensor] = []
 
     def prompt_tensors(self) -> list[Tensor]:
-        return [self._first, self._pads, self._next, self._keys, self._values]
+        return [self._first, self._pads, self._next, self._prompt_keys, self._prompt_values]
 
     def advance(self, tokens: Tensor, parents: Tensor) -> Tensor:
         rows = self._rows(parents, self._widths[-1]) if self._widths else None
@@ -130,8 +130,8 @@ class FusedGPT2Decoder(GPT2Decoder):
         embedded = self._stack.wte(tokens.clamp_min(0)) + self._stack.wpe(positions)
         hidden, stored = torch.ops.gflowgr_cpp.gpt2_step(
             embedded,
-            self._keys,
-            self._values,
+            self._prompt_keys,
+            self._prompt_values,
             self._pads,
             self._stored,
             self._cache.ancestors,
