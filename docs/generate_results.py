@@ -54,13 +54,13 @@ CHOSEN = (
         "csr",
     ),
     *(
-        ("beam search, " + label, "decode", "search", f"search-{at}x20x12101", "", "transformers")
-        for label, at in (
-            ("T5, 64 prompts", "t5:64x60"),
-            ("T5, 1 prompt", "t5:1x60"),
-            ("own decoder, 64 prompts", "decoder:64x80"),
-            ("own decoder, 1 prompt", "decoder:1x80"),
-            ("Qwen3 of 4 layers, 8 prompts", "qwen3:8x512"),
+        ("beam search, " + label, folder, "search", f"search-{at}x20x12101", "", "transformers")
+        for label, folder, at in (
+            ("T5, 64 prompts", "decode", "t5:64x60"),
+            ("T5, 1 prompt", "decode", "t5:1x60"),
+            ("own decoder, 64 prompts", "decoder", "decoder:64x80"),
+            ("own decoder, 1 prompt", "decoder", "decoder:1x80"),
+            ("Qwen3 of 4 layers, 8 prompts", "decode", "qwen3:8x512"),
         )
     ),
     (
