@@ -132,8 +132,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert_equal_weights(weights(whole), weights(resumed))
 
 
-@pytest.mark.parametrize("more", [{}, BRANCHED], ids=["positives", "branched"])
-def test_accumulated_steps_equal_one_large_batch(tmp_path: Path, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        ({"objective": "flow_kl"}, {}),
+        ({"objective": "flow_kl"}, BRANCHED),
+        ({"objective": "sft", "behaviour_temperature": 0.5, "label_smoothing": 0.1}, {}),
+    ],
+    ids=["positives", "branched", "weighted and smoothed"],
+)
+def test_accumulated_steps_equal_one_large_batch(
+    tmp_path: Path, settings: dict[str, Any], more: dict[str, Any]
+) -> None:
     """Micro-batches have different numbers of targets; each target weighs the same."""
     found = []
     for size, parts in ((64, 1), (16, 4)):
@@ -145,7 +155,7 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path: Path, more: dict[str,
             gradient_accumulation_steps=parts,
             max_steps=2,
         )
-        trainer = make_trainer(args, make_decoder(objective="flow_kl"))
+        trainer = make_trainer(args, make_decoder(**settings))
         trainer.train()
         found.append((weights(trainer), [entry["loss"] for entry in steps(trainer)]))
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...models.backbone import output_head
 from ...models.families import is_known_class
 from .causal import CausalDecoder
+from .fused import does_no_more
 
 __all__ = ["GPT2Decoder", "why_unsupported_gpt2"]
 
@@ -35,7 +36,7 @@ def why_unsupported_gpt2(model: Any) -> str | None:
     for module in passed_over:
         if not is_known_class(module):
             return f"its {type(module).__name__} is not the one of transformers"
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if not does_no_more(module):
             return f"a {type(module).__name__} of it has hooks"
     if not all(
         hasattr(block.attn, "scaling") and hasattr(block.attn, "head_dim") for block in stack.h

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ... import backends
 from ...models.backbone import output_head
 from ...models.families import is_known_class
-from ...ops.logprobs.dense import probe_cpp
 from .base import IdentifierCache
+from .fused import LANES, does_no_more, why_unsupported_fused
 from .gpt2 import GPT2Decoder
 
 __all__ = ["FusedGPT2Decoder", "why_unsupported_gpt2_fused"]
 
-_GROUP = 16
 _ACTIVATIONS = {"ReLU": "relu", "ReLUActivation": "relu", "NewGELUActivation": "gelu_new"}
 _PLAIN = ("transformers.pytorch_utils.Conv1D", "torch.nn.modules.normalization.LayerNorm")
 
@@ -29,26 +27,16 @@ _PLAIN = ("transformers.pytorch_utils.Conv1D", "torch.nn.modules.normalization.L
 def why_unsupported_gpt2_fused(model: Any) -> str | None:
     """Why :class:`FusedGPT2Decoder` cannot run, here and now, a model that :class:`GPT2Decoder`
     can; None when it can."""
-    weight = output_head(model)[0]
-    if weight.dtype != torch.float32:
-        return f"it computes in float32, the model in {weight.dtype}"
-    forced = backends.forced_backend()
-    if forced not in (None, "cpp"):
-        return f"backend {forced!r} is asked for"
-    missing = probe_cpp(weight.device, weight.dtype)
-    if missing is not None:
-        return missing
-    if torch.is_grad_enabled():
-        return "it has no gradient, and gradients are enabled"
-    if torch.is_autocast_enabled("cpu"):
-        return "it computes in float32, and autocast is on"
+    reason = why_unsupported_fused(model)
+    if reason is not None:
+        return reason
     stack = model.base_model
     for block in stack.h:
         activation = type(block.mlp.act).__name__
         if activation not in _ACTIVATIONS:
             return f"its activation {activation} is none of {', '.join(_ACTIVATIONS)}"
-        if block.attn.head_dim % _GROUP or block.mlp.c_fc.weight.shape[1] % _GROUP:
-            return f"its heads and feed-forward layers are no multiples of {_GROUP} wide"
+        if block.attn.head_dim % LANES or block.mlp.c_fc.weight.shape[1] % LANES:
+            return f"its heads and feed-forward layers are no multiples of {LANES} wide"
         if block.attn.scaling != stack.h[0].attn.scaling:
             return "its layers scale scores differently"
     for module in _modules(stack):
@@ -67,7 +55,7 @@ def _plain(module: Any) -> bool:
             part is not None and part.dtype == torch.float32 and part.is_contiguous()
             for part in parts
         )
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        and does_no_more(module)
     )
 
 
@@ -104,7 +92,7 @@ class FusedGPT2Decoder(GPT2Decoder):
         self._options = (heads, activation, float(stack.ln_f.eps), float(attention.scaling))
         mask = attention_mask.long()
         length = mask.shape[1]
-        beyond = -length % _GROUP
+        beyond = -length % LANES
         self._pads = torch.zeros(self.batch, length + beyond).masked_fill_(
             pad(mask == 0, (0, beyond), value=True), -torch.inf
         )

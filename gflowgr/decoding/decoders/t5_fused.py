@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import backends
-from ...models.backbone import output_head
 from ...models.bare import BareLinear, position_buckets
 from ...models.families import is_known_class
-from ...ops.logprobs.dense import probe_cpp
 from .base import IdentifierCache
+from .fused import LANES, does_no_more, why_unsupported_fused
 from .t5 import T5Decoder, why_unsupported_t5
 
 __all__ = ["FusedT5Decoder", "why_unsupported_t5_fused"]
 
-_LANES = 16
 _ACTIVATIONS = {"ReLU": "relu", "NewGELUActivation": "gelu_new"}
 
 
@@ -33,25 +30,13 @@ def why_unsupported_t5_fused(model: Any) -> str | None:
     reason = why_unsupported_t5(model)
     if reason is not None:
         return reason
-    weight = output_head(model)[0]
-    if weight.dtype != torch.float32:
-        return f"it computes in float32, the model in {weight.dtype}"
-    forced = backends.forced_backend()
-    if forced not in (None, "cpp"):
-        return f"backend {forced!r} is asked for"
-    missing = probe_cpp(weight.device, weight.dtype)
-    if missing is not None:
-        return missing
-    if torch.is_grad_enabled():
-        return "it has no gradient, and gradients are enabled"
-    if model.training:
-        return "it has no dropout, and the model is in training mode"
-    if torch.is_autocast_enabled("cpu"):
-        return "it computes in float32, and autocast is on"
+    reason = why_unsupported_fused(model)
+    if reason is not None:
+        return reason
     if not is_known_class(model.get_encoder()):
         return f"its encoder {type(model.get_encoder()).__name__} is not the one of transformers"
-    if model.config.d_kv % _LANES:
-        return f"d_kv = {model.config.d_kv} is no multiple of {_LANES}"
+    if model.config.d_kv % LANES:
+        return f"d_kv = {model.config.d_kv} is no multiple of {LANES}"
     for stack in (model.get_encoder(), model.get_decoder()):
         activation = type(stack.block[0].layer[-1].DenseReluDense.act).__name__
         if activation not in _ACTIVATIONS:
@@ -71,7 +56,7 @@ def _plain(module: Any) -> bool:
         and (linear or hasattr(module, "variance_epsilon"))
         and weight.dtype == torch.float32
         and weight.is_contiguous()
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        and does_no_more(module)
     )
 
 
@@ -174,7 +159,7 @@ def _encoder_bias(attention: Any, length: int) -> Tensor:
 
     S16 is S rounded up to whole vectors, whose last queries are none.
     """
-    padded = -(-length // _LANES) * _LANES
+    padded = -(-length // LANES) * LANES
     return _bias(attention, length - 1, -padded, bidirectional=True).T.contiguous()
 
 

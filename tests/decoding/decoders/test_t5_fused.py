@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.decoder_walks import assert_close, prompts, walk
 from support.small_models import VOCAB, padded_prompts, small_model
 from torch import Tensor, nn
 
@@ -66,29 +67,6 @@ def make_t5(name: str = "relu", **changes: Any) -> Any:
         return transformers.T5ForConditionalGeneration(config).eval()
 
 
-def prompts(batch: int, size: int) -> tuple[Tensor, Tensor]:
-    """Prompts with holes; the last has no token at all."""
-    generator = torch.Generator().manual_seed(size)
-    ids = torch.randint(3, VOCAB, (batch, size), generator=generator)
-    mask = (torch.rand(batch, size, generator=generator) < 0.8).long()
-    if batch > 1:
-        mask[-1] = 0
-    return ids, mask
-
-
-@torch.no_grad()
-def walk(decoder: StepDecoder, widths: tuple[int, ...] = (5, 17, 70, 2)) -> list[Tensor]:
-    """Logits of some steps, with crossing parents."""
-    generator = torch.Generator().manual_seed(1)
-    out, previous = [decoder.logits(decoder.first())], 1
-    for beams in widths:
-        tokens = torch.randint(3, VOCAB, (decoder.batch, beams), generator=generator)
-        parents = torch.randint(-1, previous, (decoder.batch, beams), generator=generator)
-        out.append(decoder.logits(decoder.advance(tokens, parents)))
-        previous = beams
-    return out
-
-
 @torch.no_grad()
 def fused(model: Any, ids: Tensor, mask: Tensor) -> StepDecoder:
     made = decoder_for(model, ids, mask)
@@ -100,11 +78,6 @@ def fused(model: Any, ids: Tensor, mask: Tensor) -> StepDecoder:
 def generic(model: Any, ids: Tensor, mask: Tensor) -> GenericDecoder:
     # A prompt without a token attends to whatever stands under its mask: the same for both.
     return GenericDecoder(model, *real_prompt(model, ids, mask))
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
 class TestEqualsWholeSequences:
