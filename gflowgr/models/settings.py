@@ -51,8 +51,8 @@ class FlowSettings:
             ``"subtb"``, balance of all sub-trajectories; ``"flow_kl"``, the divergence of the model
             from the exact flow's policy at the trajectories' prefixes, over all children of each.
             The baselines: ``"distill"``, the negative log-likelihood of items that the sampler
-            ``"teacher"`` draws from the reward, their mean per prompt (forward KL by samples, where
-            ``"flow_kl"`` has the whole distribution); and against a frozen reference
+            ``"teacher"`` draws at its ``teacher_temperature``, their mean per prompt (forward KL by
+            samples, where ``"flow_kl"`` has the whole distribution); and against a frozen reference
             (the model when the fine-tuning began): ``"dpo"``, the positive against one other
             trajectory; ``"sdpo"``, against several; ``"grpo"``, the policy gradient of the
             reward in the group of the positive and the trajectories that the model generated;
@@ -294,6 +294,11 @@ class FlowSettings:
             "observed_share": self.observed_share > 0,
         }
         for name, given in unread.items():
+            if given and self.objective == "distill":
+                raise ValueError(
+                    f"{name} is of flows; got {getattr(self, name)} with objective 'distill', "
+                    "whose draws have the sampler's teacher_temperature"
+                )
             if given and not self.has_exact_flows:
                 raise ValueError(
                     f"{name} is of exact flows (objective 'flow_kl', or flows 'exact'); got "

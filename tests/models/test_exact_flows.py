@@ -59,6 +59,8 @@ def test_exact_flows_clip_residuals_and_average_over_trajectories() -> None:
         ({"objective": "db", "flows": "exact", "fusion": "mlp"}, "fusion must be 'sum' for exact"),
         ({"objective": "db", "flows": "exact", "beta": 4.0}, r"beta must be 1 \(reward_temp"),
         ({"objective": "tb", "flows": "exact", "log_reward_floor": -3.0}, "log_reward_floor must"),
+        ({"objective": "distill", "reward_temperature": 2.0}, "sampler's teacher_temperature"),
+        ({"objective": "distill", "observed_share": 0.2}, "observed_share is of flows; got 0.2"),
         ({"objective": "distill", "reduction": "sum"}, "reduction must be 'prompt' for objective"),
         ({"objective": "tb", "reward_temperature": 2.0}, "reward_temperature is of exact flows"),
         ({"objective": "subtb", "residual_clip": 3.0}, "residual_clip is of the objectives 'tb'"),

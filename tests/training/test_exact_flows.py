@@ -42,7 +42,7 @@ def test_tb_lowers_the_residual(tmp_path: Path) -> None:
 
 
 def test_distillation_lowers_the_nll_of_what_the_teacher_draws(tmp_path: Path) -> None:
-    model = make_decoder(objective="distill", reward_temperature=1.0)
+    model = make_decoder(objective="distill")
     args = make_args(
         tmp_path,
         sequences=True,
